@@ -1,0 +1,252 @@
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "cohort/dtype.hpp"
+#include "cohort/error.hpp"
+
+/// \file
+/// The arithmetic that merges partial attentions exactly, for the host and for kernels.
+///
+/// Rank r attends to its shard of the tokens only, with scores x_t, and reports the normalised
+/// output o_r = sum_t softmax(x)_t v_t and lse_r = log sum_t exp(x_t). The softmax over all tokens
+/// is the ranks' outputs weighted by their shares of the total mass:
+///
+///     m       = max over the ranks that are not empty of lse_r
+///     w_r     = exp(lse_r - m), and 0 for an empty rank
+///     s       = w_0 + w_1 + ... in rank order
+///     scale_r = w_r / s
+///     out     = scale_0 * o_0 + scale_1 * o_1 + ... in rank order
+///     lse     = m + log(s)
+///
+/// With `LseBase::two` exp and log become exp2 and log2. Everything is fp32, in the order written,
+/// so a result depends on the inputs alone: not on timing and not on which rank computes it.
+///
+/// **Empty ranks.** A rank without tokens reports lse = -inf. +inf and NaN count as empty too. The
+/// output of a rank whose scale is 0 is never read, so it may hold NaN; besides empty ranks that
+/// concerns ranks whose share underflows fp32. If all ranks are empty, out is 0 and lse is -inf.
+///
+/// Sources: M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018,
+/// arXiv:1805.02867 (running maximum and rescaled sum); T. Dao, D. Haziza, F. Massa and G. Sizov,
+/// "Flash-Decoding for long-context inference", 2023, https://pytorch.org/blog/flash-decoding/
+/// (splitting the KV cache and merging by log-sum-exp).
+
+namespace cohort {
+
+/// Base of the logarithm in which an attention kernel reports its log-sum-exp.
+enum class LseBase : std::uint8_t { e, two };
+
+}  // namespace cohort
+
+namespace cohort::dcp {
+
+/// The LSE of no tokens at all.
+inline constexpr float kEmptyLse = -std::numeric_limits<float>::infinity();
+
+/// Whether a rank with this LSE takes no part in the merge: -inf, +inf and NaN.
+[[nodiscard]] constexpr bool is_empty_lse(float lse) noexcept {
+  constexpr float kMax = std::numeric_limits<float>::max();
+  return !(lse >= -kMax && lse <= kMax);  // false for NaN, which compares to nothing
+}
+
+/// Every rank's share of the result, from every rank's LSE. For the host and for kernels: `exp` and
+/// `log` are the base's functions (`expf` and `logf`, or `exp2f` and `log2f`), because the standard
+/// ones are not constexpr and kernels have faster ones. In a kernel this needs nvcc's
+/// --expt-relaxed-constexpr, and functors that are `__host__ __device__`.
+///
+/// @param lses    [n], in rank order.
+/// @param n       Number of ranks.
+/// @param exp     float -> float, exp(0) == 1 exactly.
+/// @param log     float -> float, log(1) == 0 exactly.
+/// @param scales  [n], written: scale_r, exactly 0 for ranks that are not to be read. May be
+/// `lses`.
+/// @return the merged LSE, -inf if all ranks are empty.
+template <class Exp, class Log>
+constexpr float merge_weights_with(const float* lses, int n, const Exp& exp, const Log& log,
+                                   float* scales) {
+  float max = kEmptyLse;
+  for (int r = 0; r < n; ++r) {
+    if (!is_empty_lse(lses[r]) && lses[r] > max) {
+      max = lses[r];
+    }
+  }
+  float sum = 0.0F;
+  for (int r = 0; r < n; ++r) {
+    const float weight = is_empty_lse(lses[r]) ? 0.0F : exp(lses[r] - max);
+    scales[r] = weight;
+    sum += weight;
+  }
+  if (is_empty_lse(max)) {
+    return kEmptyLse;
+  }
+  for (int r = 0; r < n; ++r) {
+    scales[r] = scales[r] / sum;  // sum >= 1: the maximum itself contributes 1
+  }
+  return max + log(sum);
+}
+
+/// `merge_weights_with` for the host: `std::exp` and `std::log`, or `std::exp2` and `std::log2`.
+///
+/// @param merged_lse  Written unless null: the merged LSE in the same base, -inf if all are empty.
+///
+/// Not inlined, like the loops below: every plan then runs the same instructions.
+[[gnu::noinline]] inline void merge_weights(const float* lses, int n, LseBase base, float* scales,
+                                            float* merged_lse) noexcept {
+  const float merged = base == LseBase::e ? merge_weights_with(
+                                                lses, n, [](float x) { return std::exp(x); },
+                                                [](float x) { return std::log(x); }, scales)
+                                          : merge_weights_with(
+                                                lses, n, [](float x) { return std::exp2(x); },
+                                                [](float x) { return std::log2(x); }, scales);
+  if (merged_lse != nullptr) {
+    *merged_lse = merged;
+  }
+}
+
+namespace detail {
+
+/// Elements that the host's loops handle at once. A constant trip count lets the compiler vectorise
+/// at -O2 without run-time checks, and 64 accumulators stay in the first-level cache.
+inline constexpr std::int64_t kBlock = 64;
+
+// The loops below are templates that are not inlined, and a row's last, partial block is padded and
+// goes through the same code. Where the target has fused multiply-add, the compiler may contract
+// a*b+c in one inlined copy and not in another, or in the vector body and not in the scalar tail.
+// As it is, an element's bits depend neither on the plan that merges it nor on its place in the
+// row.
+
+/// sums = scale * row, or sums += scale * row.
+template <class T, bool kFirst>
+[[gnu::noinline]] void accumulate_block(float* __restrict sums, const T* __restrict row,
+                                        float scale) noexcept {
+  for (std::int64_t i = 0; i < kBlock; ++i) {
+    const float term = scale * static_cast<float>(row[i]);
+    sums[i] = kFirst ? term : sums[i] + term;
+  }
+}
+
+/// out = sums, rounded to the element type.
+template <class Out>
+[[gnu::noinline]] void store_block(Out* __restrict out, const float* __restrict sums) noexcept {
+  for (std::int64_t i = 0; i < kBlock; ++i) {
+    out[i] = Out(sums[i]);
+  }
+}
+
+/// One block of a merge: reads `count` <= kBlock elements of every row that counts.
+/// `row_at(r)` gives rank r's row as `const T*`.
+template <class T, class Out, class RowAt>
+void merge_block(const RowAt& row_at, const float* scales, int n, std::int64_t offset,
+                 std::int64_t count, Out* out) noexcept {
+  float sums[kBlock] = {};
+  T padded[kBlock] = {};
+  bool first = true;
+  for (int r = 0; r < n; ++r) {
+    if (scales[r] == 0.0F) {
+      continue;
+    }
+    const T* row = row_at(r) + offset;
+    if (count < kBlock) {
+      std::copy_n(row, count, padded);
+      row = padded;
+    }
+    if (first) {
+      accumulate_block<T, true>(sums, row, scales[r]);
+    } else {
+      accumulate_block<T, false>(sums, row, scales[r]);
+    }
+    first = false;
+  }
+  if (count == kBlock) {
+    store_block(out + offset, sums);
+  } else {
+    Out rounded[kBlock];
+    store_block(rounded, sums);
+    std::copy_n(rounded, count, out + offset);
+  }
+}
+
+template <class T, class Out, class RowAt>
+void merge_row_from(const RowAt& row_at, const float* scales, int n, Out* out,
+                    std::int64_t length) noexcept {
+  for (std::int64_t offset = 0; offset < length; offset += kBlock) {
+    merge_block<T>(row_at, scales, n, offset, std::min(kBlock, length - offset), out);
+  }
+}
+
+/// Calls `call` with a null pointer to the C++ type of an attention dtype.
+template <class Call>
+void with_attention_type(DType dtype, const char* argument, const Call& call) {
+  switch (dtype) {
+    case DType::f32:
+      return call(static_cast<float*>(nullptr));
+    case DType::f16:
+      return call(static_cast<Half*>(nullptr));
+    case DType::bf16:
+      return call(static_cast<BFloat16*>(nullptr));
+    default:
+      throw UsageError(
+          fmt::format("{}: expected f32, f16 or bf16, got {}", argument, to_string(dtype)));
+  }
+}
+
+}  // namespace detail
+
+/// out[i] = scale_0 * rows[0][i] + scale_1 * rows[1][i] + ... in rank order, accumulated in fp32
+/// and rounded once. Host only.
+///
+/// @param rows    [n] pointers to `length` contiguous elements. A pointer whose scale is 0 is not
+///                followed and may be null.
+/// @param scales  [n], from `merge_weights`. If all are 0, `out` becomes 0.
+/// @param out     [length]; may be one of the rows if the types are equal, otherwise overlaps none.
+template <class T, class Out = T>
+void merge_row(const T* const* rows, const float* scales, int n, Out* out,
+               std::int64_t length) noexcept {
+  detail::merge_row_from<T>([rows](int r) { return rows[r]; }, scales, n, out, length);
+}
+
+/// The staged plan's step before the reduce-scatter: out[i] = scale * row[i]. The sum over the
+/// ranks is then the merge. Writes zeros, without reading `row`, where the scale is 0. Host only.
+///
+/// @param row  [length]; may be null where the scale is 0.
+/// @param out  [length], fp32 or the partial's own type; may be `row` if the types are equal.
+template <class T, class Out>
+void correct_row(const T* row, float scale, Out* out, std::int64_t length) noexcept {
+  detail::merge_row_from<T>([row](int) { return row; }, &scale, 1, out, length);
+}
+
+/// `merge_row` by run-time type; `rows` and `out` share it. Same bits as the template.
+/// @throw UsageError if the type is not f32, f16 or bf16.
+inline void merge_row(DType dtype, const void* const* rows, const float* scales, int n, void* out,
+                      std::int64_t length) {
+  detail::with_attention_type(dtype, "dtype", [&]<class T>(T*) {
+    const auto row_at = [rows](int r) { return static_cast<const T*>(rows[r]); };
+    detail::merge_row_from<T>(row_at, scales, n, static_cast<T*>(out), length);
+  });
+}
+
+/// `correct_row` by run-time type. Same bits as the template.
+/// @throw UsageError if `row_dtype` is not f32, f16 or bf16, or `out_dtype` is neither f32 nor
+/// `row_dtype`.
+inline void correct_row(DType row_dtype, const void* row, float scale, DType out_dtype, void* out,
+                        std::int64_t length) {
+  if (out_dtype != DType::f32 && out_dtype != row_dtype) {
+    throw UsageError(fmt::format("out_dtype: expected f32 or the row's {}, got {}",
+                                 to_string(row_dtype), to_string(out_dtype)));
+  }
+  detail::with_attention_type(row_dtype, "row_dtype", [&]<class T>(T*) {
+    if (out_dtype == DType::f32) {
+      correct_row(static_cast<const T*>(row), scale, static_cast<float*>(out), length);
+    } else {
+      correct_row(static_cast<const T*>(row), scale, static_cast<T*>(out), length);
+    }
+  });
+}
+
+}  // namespace cohort::dcp
