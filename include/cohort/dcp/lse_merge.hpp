@@ -1,18 +1,18 @@
 #pragma once
 
-#include <fmt/format.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <string>
 
 #include "cohort/dtype.hpp"
 #include "cohort/error.hpp"
 
 /// \file
-/// The arithmetic that merges partial attentions exactly, for the host and for kernels.
+/// The arithmetic that merges partial attentions exactly, for the host and for kernels. Kernels
+/// include it, so it stays free of what nvcc cannot compile, fmt's checked format strings among it.
 ///
 /// Rank r attends to its shard of the tokens only, with scores x_t, and reports the normalised
 /// output o_r = sum_t softmax(x)_t v_t and lse_r = log sum_t exp(x_t). The softmax over all tokens
@@ -191,8 +191,8 @@ void with_attention_type(DType dtype, const char* argument, const Call& call) {
     case DType::bf16:
       return call(static_cast<BFloat16*>(nullptr));
     default:
-      throw UsageError(
-          fmt::format("{}: expected f32, f16 or bf16, got {}", argument, to_string(dtype)));
+      throw UsageError(argument +
+                       (": expected f32, f16 or bf16, got " + std::string(to_string(dtype))));
   }
 }
 
@@ -237,8 +237,8 @@ inline void merge_row(DType dtype, const void* const* rows, const float* scales,
 inline void correct_row(DType row_dtype, const void* row, float scale, DType out_dtype, void* out,
                         std::int64_t length) {
   if (out_dtype != DType::f32 && out_dtype != row_dtype) {
-    throw UsageError(fmt::format("out_dtype: expected f32 or the row's {}, got {}",
-                                 to_string(row_dtype), to_string(out_dtype)));
+    throw UsageError("out_dtype: expected f32 or the row's " + std::string(to_string(row_dtype)) +
+                     ", got " + std::string(to_string(out_dtype)));
   }
   detail::with_attention_type(row_dtype, "row_dtype", [&]<class T>(T*) {
     if (out_dtype == DType::f32) {
