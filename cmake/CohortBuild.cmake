@@ -1,0 +1,71 @@
+# What every target built in this tree shares: output folders, warnings, sanitizers.
+
+if(PROJECT_IS_TOP_LEVEL)
+  if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
+    set(CMAKE_BUILD_TYPE RelWithDebInfo CACHE STRING "Build type" FORCE)
+  endif()
+  set(CMAKE_RUNTIME_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/bin")
+  set(CMAKE_CXX_EXTENSIONS OFF)
+endif()
+
+# Linked by the project's own programs only, so that users of the targets keep their own flags.
+# nvcc compiles generated code that no warning set fits; its host compiler gets the basic one.
+add_library(cohort_warnings INTERFACE)
+set(cohort_cxx_warnings -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wsign-conversion)
+set(cohort_cuda_warnings -Xcompiler=-Wall,-Wextra)
+if(COHORT_WARNINGS_AS_ERRORS)
+  list(APPEND cohort_cxx_warnings -Werror)
+  list(APPEND cohort_cuda_warnings --Werror=all-warnings)
+endif()
+target_compile_options(
+  cohort_warnings INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${cohort_cxx_warnings}>"
+                            "$<$<COMPILE_LANGUAGE:CUDA>:${cohort_cuda_warnings}>")
+
+if(COHORT_SANITIZE)
+  add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${COHORT_SANITIZE};-fno-omit-frame-pointer>")
+  add_link_options("-fsanitize=${COHORT_SANITIZE}")
+  if(COHORT_SANITIZE MATCHES "undefined")
+    # Otherwise the program goes on after a finding and a test could pass.
+    add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-fno-sanitize-recover=undefined>")
+  endif()
+endif()
+
+# cohort_add_program(name source): a program of the tree, linked with what its source includes, so
+# that an example without <cohort/mpi.hpp> proves that it needs no MPI. A source that can use the
+# GPU parts but does not need them tests COHORT_PROGRAM_CUDA, which is 1 where cohort::cuda is built.
+# Programs whose libraries are missing are left out with a message.
+function(cohort_add_program name source)
+  cmake_path(ABSOLUTE_PATH source)
+  file(STRINGS "${source}" includes REGEX "^#include <(cohort/|mpi|CLI/|nlohmann/)")
+  file(STRINGS "${source}" optional_cuda REGEX "COHORT_PROGRAM_CUDA")
+  set(libraries cohort::cohort)
+  if(includes MATCHES "<cohort/mpi|<mpi")
+    list(APPEND libraries cohort::mpi)
+  endif()
+  if(includes MATCHES "<cohort/(cuda|nccl)" AND NOT optional_cuda)
+    list(APPEND libraries cohort::cuda)
+  endif()
+  if(includes MATCHES "<CLI/")
+    find_package(CLI11 QUIET)
+    list(APPEND libraries CLI11::CLI11)
+  endif()
+  if(includes MATCHES "<nlohmann/")
+    find_package(nlohmann_json QUIET)
+    list(APPEND libraries nlohmann_json::nlohmann_json)
+  endif()
+  foreach(library IN LISTS libraries)
+    if(NOT TARGET ${library})
+      message(STATUS "${name}: left out, ${library} is not available")
+      return()
+    endif()
+  endforeach()
+
+  add_executable(${name} "${source}")
+  target_link_libraries(${name} PRIVATE ${libraries} cohort_warnings)
+  if(optional_cuda)
+    if(TARGET cohort::cuda)
+      target_link_libraries(${name} PRIVATE cohort::cuda)
+    endif()
+    target_compile_definitions(${name} PRIVATE "COHORT_PROGRAM_CUDA=$<TARGET_EXISTS:cohort::cuda>")
+  endif()
+endfunction()
