@@ -1,0 +1,57 @@
+# cmake --install: headers, the package for find_package(cohort CONFIG [COMPONENTS mpi cuda]), and
+# pkg-config files.
+
+include(CMakePackageConfigHelpers)
+set(cohort_config_dir "${CMAKE_INSTALL_LIBDIR}/cmake/cohort")
+
+install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/cohort" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
+        FILES_MATCHING PATTERN "*.hpp" PATTERN "*.cuh")
+
+# One export set for each component, so that a consumer without MPI or CUDA never looks for them.
+function(cohort_install_target target component)
+  if(TARGET ${target})
+    install(TARGETS ${target} EXPORT ${component} ARCHIVE DESTINATION "${CMAKE_INSTALL_LIBDIR}")
+    install(EXPORT ${component} NAMESPACE cohort:: DESTINATION "${cohort_config_dir}"
+            FILE "${component}Targets.cmake")
+  endif()
+endfunction()
+cohort_install_target(cohort cohort)
+cohort_install_target(cohort_mpi cohort_mpi)
+cohort_install_target(cohort_cuda cohort_cuda)
+
+configure_package_config_file(
+  "${PROJECT_SOURCE_DIR}/cmake/cohortConfig.cmake.in" "${PROJECT_BINARY_DIR}/cohortConfig.cmake"
+  INSTALL_DESTINATION "${cohort_config_dir}" NO_SET_AND_CHECK_MACRO)
+# Before 1.0 a minor version may change interfaces.
+write_basic_package_version_file(
+  "${PROJECT_BINARY_DIR}/cohortConfigVersion.cmake" COMPATIBILITY SameMinorVersion)
+install(FILES "${PROJECT_BINARY_DIR}/cohortConfig.cmake"
+              "${PROJECT_BINARY_DIR}/cohortConfigVersion.cmake"
+              "${PROJECT_SOURCE_DIR}/cmake/FindNCCL.cmake" DESTINATION "${cohort_config_dir}")
+
+# The prefix is where the file lies, so an installed tree can be moved.
+function(cohort_install_pkg_config name description requires cflags libs)
+  cmake_path(RELATIVE_PATH CMAKE_INSTALL_FULL_INCLUDEDIR BASE_DIRECTORY "${CMAKE_INSTALL_PREFIX}"
+             OUTPUT_VARIABLE include_dir)
+  cmake_path(RELATIVE_PATH CMAKE_INSTALL_FULL_LIBDIR BASE_DIRECTORY "${CMAKE_INSTALL_PREFIX}"
+             OUTPUT_VARIABLE lib_dir)
+  cmake_path(RELATIVE_PATH CMAKE_INSTALL_PREFIX
+             BASE_DIRECTORY "${CMAKE_INSTALL_FULL_LIBDIR}/pkgconfig" OUTPUT_VARIABLE up)
+  configure_file("${PROJECT_SOURCE_DIR}/cmake/cohort.pc.in" "${PROJECT_BINARY_DIR}/${name}.pc" @ONLY)
+  install(FILES "${PROJECT_BINARY_DIR}/${name}.pc" DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig")
+endfunction()
+
+cohort_install_pkg_config(cohort "${PROJECT_DESCRIPTION}" fmt "-I\${includedir}" "-pthread")
+if(TARGET cohort_mpi)
+  # The flags of the MPI that the configuration found; MPI's own pkg-config files have no common name.
+  set(cflags "")
+  foreach(folder IN LISTS MPI_CXX_INCLUDE_DIRS)
+    string(APPEND cflags " -I${folder}")
+  endforeach()
+  foreach(definition IN LISTS MPI_CXX_COMPILE_DEFINITIONS)
+    string(APPEND cflags " -D${definition}")
+  endforeach()
+  string(REPLACE ";" " " libs "${MPI_CXX_LIBRARIES}")
+  string(APPEND cflags " -DOMPI_SKIP_MPICXX -DMPICH_SKIP_MPICXX")
+  cohort_install_pkg_config(cohort-mpi "Cohort over MPI" cohort "${cflags}" "${libs}")
+endif()

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cohort/control_plane.hpp>
 #include <exception>
 #include <functional>
@@ -61,12 +62,15 @@ std::string check_throws(Call&& call, Parts&&... parts) {
   throw std::runtime_error("check failed: no exception was thrown");
 }
 
+/// Longer than any wait of a correct test, shorter than a test's own limit.
+inline constexpr std::chrono::milliseconds kRanksTimeLimit{20'000};
+
 /// Runs `body(plane)` for each of `n` ranks on a thread of its own, joins them all and throws the
-/// failure that came first, as a `RankFailure`. A rank that waits for a failed one is ended by the
-/// time limit of `options`.
-inline void run_ranks(int n, const ControlOptions& options,
-                      const std::function<void(ControlPlane&)>& body) {
-  const auto planes = make_thread_control_planes(n, options);
+/// failure that came first, as a `RankFailure`. A rank that waits for a failed one is ended by
+/// `limit`, the time limit of the control planes.
+inline void run_ranks(int n, const std::function<void(ControlPlane&)>& body,
+                      std::chrono::milliseconds limit = kRanksTimeLimit) {
+  const auto planes = make_thread_control_planes(n, limit);
   std::atomic<int> failures{0};
   int first_rank = -1;
   std::exception_ptr first;
@@ -96,10 +100,6 @@ inline void run_ranks(int n, const ControlOptions& options,
   } catch (...) {
     std::throw_with_nested(RankFailure(first_rank, "an exception that is no std::exception"));
   }
-}
-
-inline void run_ranks(int n, const std::function<void(ControlPlane&)>& body) {
-  run_ranks(n, ControlOptions{}, body);
 }
 
 }  // namespace cohort::test

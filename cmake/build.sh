@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Configures a preset and builds it, or only some targets of it:  bash cmake/build.sh PRESET [TARGET...]
+# Exit status 3: the GPU parts cannot be built here; the last line says why. COHORT_WERROR=ON makes
+# warnings errors.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+preset=$1
+shift
+
+mkdir -p build
+options=("-DCOHORT_WARNINGS_AS_ERRORS=${COHORT_WERROR:-OFF}")
+if [[ ! -e build/$preset/CMakeCache.txt ]] && command -v ninja >/dev/null; then
+  options+=(-G Ninja)
+fi
+# Whether CUDA and NCCL are there is CMake's to find out, and no error where a script asks.
+[[ $preset == gpu ]] && options+=(-DCOHORT_CUDA=AUTO)
+
+log=build/$preset.configure.log
+cmake --preset "$preset" "${options[@]}" >"$log" 2>&1 || { cat "$log"; exit 1; }
+if [[ $preset == gpu ]] && ! grep -q '^-- cohort::cuda: CUDA' "$log"; then
+  sed -n 's/^-- cohort::cuda: not built (\(.*\))$/\1/p' "$log"
+  exit 3
+fi
+grep '^-- cohort::' "$log" || true
+
+# The compiler goes on after an error, so that one report holds all of them.
+keep_going=(-k)
+[[ -e build/$preset/build.ninja ]] && keep_going=(-k 0)
+exec cmake --build "build/$preset" -j "$(nproc)" ${1:+--target "$@"} -- "${keep_going[@]}"

@@ -1,0 +1,88 @@
+#!/usr/bin/env bash
+# Usage: run.sh BUILD-TREE
+# Installs the tree to a temporary folder, moves it, and builds the consumer against it with every
+# compiler and standard, with find_package and with pkg-config.
+set -euo pipefail
+build=$1
+here=$(cd "$(dirname "$0")" && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+source "$here/../../cmake/mpi_env.sh"
+
+cmake --install "$build" --prefix "$work/first" >"$work/log" || { cat "$work/log"; exit 1; }
+mv "$work/first" "$work/installed"  # nothing may refer to where it was installed first
+if grep -rl "$work/first\|$(cd "$here/../.." && pwd)/include" "$work/installed"; then
+  echo "FAILED: the installed files above name the source or the first prefix"
+  exit 1
+fi
+prefix=$work/installed
+pc_dir=$(dirname "$(find "$prefix" -name cohort.pc)")
+
+passed=0
+# A test counts as failed with its output; the others go on.
+attempt() {
+  local name=$1
+  shift
+  if "$@" >"$work/log" 2>&1; then
+    passed=$((passed + 1))
+  else
+    echo "FAILED: $name"
+    cat "$work/log"
+    failed=$((${failed:-0} + 1))
+  fi
+}
+
+with_find_package() {  # COMPILER STANDARD MPI
+  local tree=$work/$1-$2-$3
+  cmake -S "$here" -B "$tree" "-DCMAKE_PREFIX_PATH=$prefix" "-DCMAKE_CXX_COMPILER=$1" \
+    "-DCMAKE_CXX_STANDARD=$2" "-DWITH_MPI=$3" &&
+    cmake --build "$tree" && "$tree/consumer"
+}
+
+with_pkg_config() {  # COMPILER STANDARD
+  local flags
+  flags=$(PKG_CONFIG_PATH=$pc_dir pkg-config --cflags --libs cohort) &&
+    "$1" "-std=$2" -Wall -Wextra "$here/main.cpp" "$here/groups.cpp" $flags -o "$work/pc-$1" &&
+    "$work/pc-$1"
+}
+
+with_pkg_config_mpi() {  # COMPILER STANDARD
+  local flags
+  flags=$(PKG_CONFIG_PATH=$pc_dir pkg-config --cflags --libs cohort-mpi) &&
+    "$1" "-std=$2" -Wall -Wextra -DWITH_MPI "$here/main.cpp" "$here/groups.cpp" $flags \
+      -o "$work/pc-mpi-$1" &&
+    "$work/pc-mpi-$1"
+}
+
+unknown_component_is_refused() {
+  cat >"$work/CMakeLists.txt" <<'PROJECT'
+cmake_minimum_required(VERSION 3.25)
+project(refused LANGUAGES CXX)
+find_package(cohort CONFIG COMPONENTS telepathy)
+if(cohort_FOUND)
+  message(FATAL_ERROR "a component that does not exist was found")
+endif()
+PROJECT
+  cmake -S "$work" -B "$work/refused" "-DCMAKE_PREFIX_PATH=$prefix"
+}
+
+mpi=OFF
+[[ -e $pc_dir/cohort-mpi.pc ]] && mpi=ON
+compilers=(g++)
+if command -v clang++ >/dev/null; then
+  compilers+=(clang++)
+else
+  echo "cohort-skip: install: clang++ is not installed"
+fi
+for compiler in "${compilers[@]}"; do
+  attempt "$compiler, C++20" with_find_package "$compiler" 20 "$mpi"
+  attempt "$compiler, C++23" with_find_package "$compiler" 23 "$mpi"
+done
+[[ $mpi == OFF ]] || attempt "g++ without MPI" with_find_package g++ 20 OFF
+attempt "pkg-config" with_pkg_config g++ c++20
+[[ $mpi == OFF ]] || attempt "pkg-config with MPI" with_pkg_config_mpi g++ c++20
+attempt "unknown component" unknown_component_is_refused
+
+skips=$((2 - ${#compilers[@]}))
+echo "cohort-test: passed=$passed failed=${failed:-0} skipped=$skips"
+((${failed:-0} == 0))
