@@ -1,0 +1,377 @@
+#pragma once
+
+#include <fmt/format.h>
+#include <mpi.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstddef>
+#include <exception>
+#include <list>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cohort/control_plane.hpp"
+#include "cohort/error.hpp"
+#include "cohort/log.hpp"
+
+/// \file
+/// The control plane of ranks that meet over MPI: tagged point-to-point messages on a communicator
+/// of the library's own. Only point-to-point calls, because a collective of MPI can neither be
+/// given up at a time limit nor say who is missing.
+
+namespace cohort {
+
+namespace detail {
+
+[[nodiscard]] inline std::string mpi_error_text(int code) {
+  std::array<char, MPI_MAX_ERROR_STRING> text{};
+  int length = 0;
+  if (MPI_Error_string(code, text.data(), &length) != MPI_SUCCESS) {
+    return "unknown MPI error";
+  }
+  return {text.data(), static_cast<std::size_t>(length)};
+}
+
+/// Throws `TransportError` unless `code` is `MPI_SUCCESS`.
+inline void mpi_check(int code, const char* call, int rank = -1, const std::string& about = {}) {
+  if (code != MPI_SUCCESS) {
+    throw TransportError({.call = call, .native_code = code, .rank = rank},
+                         mpi_error_text(code) + (about.empty() ? "" : " (" + about + ")"));
+  }
+}
+
+[[nodiscard]] inline bool mpi_is_up() noexcept {
+  int initialized = 0;
+  int finalized = 0;
+  MPI_Initialized(&initialized);
+  MPI_Finalized(&finalized);
+  return initialized != 0 && finalized == 0;
+}
+
+/// The pause between two polls: none at first, then the processor for others, then short sleeps,
+/// so that ranks that share a core make progress.
+class PollPause {
+ public:
+  void operator()() noexcept {
+    ++polls_;
+    if (polls_ <= kSpins) {
+      return;
+    }
+    if (polls_ <= kSpins + kYields) {
+      std::this_thread::yield();
+      return;
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(
+        std::min<std::int64_t>(kLongestSleep, 5 * (polls_ - kSpins - kYields))));
+  }
+
+ private:
+  static constexpr std::int64_t kSpins = 32;
+  static constexpr std::int64_t kYields = 64;
+  static constexpr std::int64_t kLongestSleep = 100;  // µs
+
+  std::int64_t polls_ = 0;
+};
+
+/// Datatype and count for a run of bytes whose number may exceed an `int`: MPI 3 counts in `int`.
+class MpiByteRun {
+ public:
+  explicit MpiByteRun(std::size_t bytes, std::size_t chunk = std::size_t{1} << 30) {
+    if (bytes <= chunk) {
+      count_ = static_cast<int>(bytes);
+      return;
+    }
+    const std::array<int, 2> blocks{static_cast<int>(bytes / chunk),
+                                    static_cast<int>(bytes % chunk)};
+    const std::array<MPI_Aint, 2> offsets{0, static_cast<MPI_Aint>(bytes - bytes % chunk)};
+    std::array<MPI_Datatype, 2> types{MPI_DATATYPE_NULL, MPI_BYTE};
+    mpi_check(MPI_Type_contiguous(static_cast<int>(chunk), MPI_BYTE, types.data()),
+              "MPI_Type_contiguous");
+    const int made = MPI_Type_create_struct(2, blocks.data(), offsets.data(), types.data(), &type_);
+    MPI_Type_free(types.data());
+    mpi_check(made, "MPI_Type_create_struct");
+    owned_ = true;
+    count_ = 1;
+    if (const int code = MPI_Type_commit(&type_); code != MPI_SUCCESS) {
+      MPI_Type_free(&type_);
+      mpi_check(code, "MPI_Type_commit");
+    }
+  }
+  MpiByteRun(const MpiByteRun&) = delete;
+  MpiByteRun& operator=(const MpiByteRun&) = delete;
+  ~MpiByteRun() {
+    if (owned_) {
+      MPI_Type_free(&type_);  // MPI keeps it for the requests that use it
+    }
+  }
+
+  [[nodiscard]] MPI_Datatype type() const noexcept { return type_; }
+  [[nodiscard]] int count() const noexcept { return count_; }
+
+ private:
+  MPI_Datatype type_ = MPI_BYTE;
+  int count_ = 0;
+  bool owned_ = false;
+};
+
+/// A duplicate of `parent` that returns errors instead of aborting. Collective over `parent`.
+/// Throws `TimeoutError` at the limit; MPI cannot say who is missing from a duplication.
+[[nodiscard]] inline MPI_Comm duplicate_communicator(MPI_Comm parent,
+                                                     std::chrono::milliseconds limit) {
+  MPI_Comm copy = MPI_COMM_NULL;
+  MPI_Request request = MPI_REQUEST_NULL;
+  // MPI writes the handle when the request completes, so it must outlive a wait that is given up.
+  auto target = std::make_unique<MPI_Comm>(MPI_COMM_NULL);
+  mpi_check(MPI_Comm_idup(parent, target.get(), &request), "MPI_Comm_idup");
+  const Deadline deadline = Clock::now() + limit;
+  PollPause pause;
+  for (int done = 0;;) {
+    mpi_check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), "MPI_Test");
+    if (done != 0) {
+      break;
+    }
+    if (Clock::now() >= deadline) {
+      static_cast<void>(target.release());
+      throw TimeoutError(fmt::format("MPI_Comm_idup: not every rank of the communicator arrived "
+                                     "within {} ms",
+                                     limit.count()),
+                         {});
+    }
+    pause();
+  }
+  copy = *target;
+  mpi_check(MPI_Comm_set_errhandler(copy, MPI_ERRORS_RETURN), "MPI_Comm_set_errhandler");
+  return copy;
+}
+
+}  // namespace detail
+
+/// Messages between the ranks of a communicator. Sends are non-blocking from buffers that the
+/// messenger owns; receives poll, so both end at a time limit.
+///
+/// Messages beyond MPI's eager limit (some KiB) move while the sender is inside the control plane
+/// or another call of MPI: a rank that broadcasts much and then computes for longer than its peers'
+/// time limit makes them time out.
+///
+/// After `abandon` the buffers of unfinished messages are kept until the process ends, because MPI
+/// may still write them, and the communicator is not freed.
+class MpiMessenger : public Messenger {
+ public:
+  /// Collective over `parent`, which is duplicated and may be freed afterwards. `limit` bounds the
+  /// duplication, and the wait for unfinished messages in `close`.
+  /// Throws `UsageError` where MPI is not running, `TimeoutError`, `TransportError`.
+  explicit MpiMessenger(MPI_Comm parent, std::chrono::milliseconds limit = kDefaultTimeLimit)
+      : limit_(limit) {
+    if (!detail::mpi_is_up()) {
+      throw UsageError("MpiMessenger: expected MPI between MPI_Init and MPI_Finalize");
+    }
+    comm_ = detail::duplicate_communicator(parent, limit);
+    detail::mpi_check(MPI_Comm_rank(comm_, &rank_), "MPI_Comm_rank");
+    detail::mpi_check(MPI_Comm_size(comm_, &size_), "MPI_Comm_size");
+    arriving_.resize(static_cast<std::size_t>(size_));
+  }
+
+  ~MpiMessenger() override {
+    if (std::uncaught_exceptions() > exceptions_) {
+      abandon();  // peers may be anywhere: waiting for them would only hide the exception
+    }
+    close();
+  }
+
+  [[nodiscard]] int rank() const noexcept override { return rank_; }
+  [[nodiscard]] int size() const noexcept override { return size_; }
+
+  void send(int to, Bytes message) override {
+    check_open("MPI_Isend");
+    reap();
+    auto& sent = sent_.emplace_back();
+    sent.message = std::move(message);
+    const detail::MpiByteRun run(sent.message.size());
+    const int code =
+        MPI_Isend(sent.message.data(), run.count(), run.type(), to, kTag, comm_, &sent.request);
+    if (code != MPI_SUCCESS) {
+      sent_.pop_back();
+      detail::mpi_check(code, "MPI_Isend", rank_, fmt::format("to rank {}", to));
+    }
+  }
+
+  std::optional<Bytes> receive(int from, Deadline deadline) override {
+    check_open("MPI_Improbe");
+    reap();
+    detail::PollPause pause;
+    for (int polls = 1;; ++polls) {
+      if (auto message = poll(from)) {
+        return message;
+      }
+      // A probe that finds nothing lets MPI look at its network, so the next may find something.
+      constexpr int kFewestPolls = 3;
+      if (polls >= kFewestPolls && Clock::now() >= deadline) {
+        return std::nullopt;
+      }
+      pause();
+    }
+  }
+
+  void abandon() noexcept override { abandoned_ = true; }
+  [[nodiscard]] bool abandoned() const noexcept { return abandoned_; }
+
+  /// The library's communicator, which returns errors; null once closed.
+  [[nodiscard]] MPI_Comm communicator() const noexcept { return comm_; }
+
+  /// Waits until all messages have left this rank, then frees the communicator; later calls of the
+  /// messenger throw. False where messages were abandoned: `MPI_Finalize` might hang then.
+  bool close() noexcept {
+    if (comm_ == MPI_COMM_NULL) {
+      return !abandoned_;
+    }
+    if (!detail::mpi_is_up()) {
+      abandoned_ = true;
+      log(LogLevel::error, "an MPI control plane outlives MPI_Finalize");
+    }
+    if (abandoned_ || !drain()) {
+      abandoned_ = true;
+      keep_forever();
+      comm_ = MPI_COMM_NULL;
+      return false;
+    }
+    if (MPI_Comm_free(&comm_) != MPI_SUCCESS) {
+      log(LogLevel::error, "MPI_Comm_free failed on the control plane's communicator");
+    }
+    comm_ = MPI_COMM_NULL;
+    return true;
+  }
+
+ private:
+  static constexpr int kTag = 0;  // the communicator is our own
+
+  struct Transfer {
+    Bytes message;
+    MPI_Request request = MPI_REQUEST_NULL;
+  };
+
+  void check_open(const char* call) const {
+    if (comm_ == MPI_COMM_NULL) {
+      throw TransportError({.call = call, .rank = rank_},
+                           "the MPI session of this control plane "
+                           "has ended");
+    }
+  }
+
+  static bool finished(Transfer& transfer) {
+    int done = 0;
+    detail::mpi_check(MPI_Test(&transfer.request, &done, MPI_STATUS_IGNORE), "MPI_Test");
+    return done != 0;
+  }
+
+  void reap() { sent_.remove_if(finished); }
+
+  std::optional<Bytes> poll(int from) {
+    auto& arriving = arriving_[static_cast<std::size_t>(from)];
+    if (!arriving && !match(from, arriving)) {
+      return std::nullopt;
+    }
+    if (!finished(*arriving)) {
+      return std::nullopt;
+    }
+    Bytes message = std::move(arriving->message);
+    arriving.reset();
+    return message;
+  }
+
+  /// Starts to receive the next message. Not MPI_Mrecv: it would wait for the body of a long one.
+  bool match(int from, std::unique_ptr<Transfer>& arriving) {
+    int found = 0;
+    MPI_Message handle = MPI_MESSAGE_NULL;
+    MPI_Status status{};
+    detail::mpi_check(MPI_Improbe(from, kTag, comm_, &found, &handle, &status), "MPI_Improbe",
+                      rank_, fmt::format("from rank {}", from));
+    if (found == 0) {
+      return false;
+    }
+    MPI_Count bytes = 0;
+    detail::mpi_check(MPI_Get_elements_x(&status, MPI_BYTE, &bytes), "MPI_Get_elements_x", rank_);
+    auto transfer = std::make_unique<Transfer>();
+    transfer->message.resize(static_cast<std::size_t>(bytes));
+    const detail::MpiByteRun run(transfer->message.size());
+    detail::mpi_check(
+        MPI_Imrecv(transfer->message.data(), run.count(), run.type(), &handle, &transfer->request),
+        "MPI_Imrecv", rank_, fmt::format("from rank {}", from));
+    arriving = std::move(transfer);
+    return true;
+  }
+
+  bool drain() noexcept {
+    try {
+      const Deadline deadline = Clock::now() + limit_;
+      detail::PollPause pause;
+      for (reap(); !sent_.empty(); reap()) {
+        if (Clock::now() >= deadline) {
+          log(LogLevel::error,
+              fmt::format("rank {}: {} control messages were not received within {} ms", rank_,
+                          sent_.size(), limit_.count()));
+          return false;
+        }
+        pause();
+      }
+      return std::all_of(arriving_.begin(), arriving_.end(), [](const auto& t) { return !t; });
+    } catch (const std::exception& error) {
+      log(LogLevel::error, error.what());
+      return false;
+    }
+  }
+
+  /// MPI may still write to the buffers of unfinished transfers.
+  void keep_forever() noexcept {
+    try {
+      static auto& kept = *new std::list<std::unique_ptr<Transfer>>;
+      static auto& kept_sent = *new std::list<Transfer>;
+      kept_sent.splice(kept_sent.end(), sent_);
+      for (auto& arriving : arriving_) {
+        if (arriving) {
+          kept.push_back(std::move(arriving));
+        }
+      }
+    } catch (const std::bad_alloc&) {
+      for (auto& arriving : arriving_) {
+        static_cast<void>(arriving.release());
+      }
+    }
+  }
+
+  std::chrono::milliseconds limit_;
+  MPI_Comm comm_ = MPI_COMM_NULL;
+  int rank_ = 0;
+  int size_ = 1;
+  int exceptions_ = std::uncaught_exceptions();
+  bool abandoned_ = false;
+  std::list<Transfer> sent_;
+  std::vector<std::unique_ptr<Transfer>> arriving_;  // by sender
+};
+
+/// A control plane over all ranks of a communicator, for engines that keep the start and end of MPI
+/// to themselves; `MpiSession` makes one otherwise. After a time-out such an engine must leave by
+/// `MPI_Abort`.
+class MpiControlPlane : public MessageControlPlane {
+ public:
+  /// Collective over `ranks`, which is duplicated. Throws as `MpiMessenger`.
+  explicit MpiControlPlane(MPI_Comm ranks, std::chrono::milliseconds limit = kDefaultTimeLimit,
+                           std::string name = "world")
+      : MpiControlPlane(std::make_shared<MpiMessenger>(ranks, limit), limit, std::move(name)) {}
+
+  MpiControlPlane(std::shared_ptr<MpiMessenger> messenger, std::chrono::milliseconds limit,
+                  std::string name = "world")
+      : MessageControlPlane(messenger, limit, std::move(name)), messenger_(std::move(messenger)) {}
+
+  [[nodiscard]] MpiMessenger& messenger() noexcept { return *messenger_; }
+
+ private:
+  std::shared_ptr<MpiMessenger> messenger_;
+};
+
+}  // namespace cohort

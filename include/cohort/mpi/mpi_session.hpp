@@ -1,0 +1,212 @@
+#pragma once
+
+#include <fmt/format.h>
+#include <mpi.h>
+
+#include <chrono>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <exception>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+#include "cohort/control_plane.hpp"
+#include "cohort/error.hpp"
+#include "cohort/log.hpp"
+#include "cohort/mpi/mpi_control_plane.hpp"
+
+/// \file
+/// Start and end of MPI as an object, and the control plane over its ranks.
+
+namespace cohort {
+
+struct MpiSessionOptions {
+  /// The level asked of MPI. Cohort calls MPI from the threads that call Cohort and starts none
+  /// that does, so `MPI_THREAD_FUNNELED` serves an engine with one such thread.
+  int thread_level = MPI_THREAD_FUNNELED;
+  /// Time limit of every wait, that for the other ranks at both ends of the session included.
+  std::chrono::milliseconds limit = kDefaultTimeLimit;
+  /// The ranks that form the world.
+  MPI_Comm ranks = MPI_COMM_WORLD;
+};
+
+namespace detail {
+
+/// Ends the process by `MPI_Abort` when it exits. Not at once: an exception that is in flight still
+/// reaches the handler that reports it.
+inline void abort_mpi_at_exit() noexcept {
+  static const int registered = std::atexit([] {
+    if (mpi_is_up()) {
+      std::fflush(nullptr);  // MPI_Abort leaves by _exit
+      MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
+    }
+  });
+  if (registered != 0) {
+    std::fflush(nullptr);
+    MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
+  }
+}
+
+[[nodiscard]] constexpr std::string_view thread_level_name(int level) noexcept {
+  switch (level) {
+    case MPI_THREAD_SINGLE:
+      return "MPI_THREAD_SINGLE";
+    case MPI_THREAD_FUNNELED:
+      return "MPI_THREAD_FUNNELED";
+    case MPI_THREAD_SERIALIZED:
+      return "MPI_THREAD_SERIALIZED";
+    case MPI_THREAD_MULTIPLE:
+      return "MPI_THREAD_MULTIPLE";
+    default:
+      return "an unknown level";
+  }
+}
+
+/// Initialises MPI unless the engine has, and then also finalises it.
+class MpiRuntime {
+ public:
+  MpiRuntime(int* argc, char*** argv, int thread_level) {
+    int initialized = 0;
+    int finalized = 0;
+    MPI_Initialized(&initialized);
+    MPI_Finalized(&finalized);
+    if (finalized != 0) {
+      throw UsageError("MpiSession: MPI_Finalize was called before, and MPI starts only once");
+    }
+    int provided = MPI_THREAD_SINGLE;
+    if (initialized == 0) {
+      mpi_check(MPI_Init_thread(argc, argv, thread_level, &provided), "MPI_Init_thread");
+      owned_ = true;
+    } else {
+      mpi_check(MPI_Query_thread(&provided), "MPI_Query_thread");
+    }
+    if (provided < thread_level) {
+      if (owned_) {
+        MPI_Finalize();  // nothing has been sent, so every rank gets here
+      }
+      throw ConfigError(fmt::format(
+          "MpiSession thread_level: expected MPI to provide {}, {} has {}",
+          thread_level_name(thread_level), owned_ ? "this library" : "the engine's MPI_Init",
+          thread_level_name(provided)));
+    }
+  }
+  MpiRuntime(const MpiRuntime&) = delete;
+  MpiRuntime& operator=(const MpiRuntime&) = delete;
+
+  /// The destructor of a session whose constructor failed comes here without `finish`.
+  ~MpiRuntime() { leave(false); }
+
+  [[nodiscard]] bool owned() const noexcept { return owned_; }
+
+  /// `orderly`: every rank is known to come too. `MPI_Finalize` would otherwise wait for good.
+  void leave(bool orderly) noexcept {
+    if (left_) {
+      return;
+    }
+    left_ = true;
+    if (!orderly) {
+      log(LogLevel::error,
+          owned_ ? "MPI cannot be finalised in order; this process will leave by MPI_Abort"
+                 : "MPI_Finalize would wait for good: leave this process by MPI_Abort");
+      if (owned_) {
+        abort_mpi_at_exit();
+      }
+    } else if (owned_ && mpi_is_up()) {
+      MPI_Finalize();
+    }
+  }
+
+ private:
+  bool owned_ = false;
+  bool left_ = false;
+};
+
+}  // namespace detail
+
+/// Owns MPI for the time of its life, and the control plane over its ranks. If the engine has
+/// initialised MPI, the session leaves it running at its end.
+///
+/// The session ends in order when every rank comes to its destructor within the time limit: then
+/// `MPI_Finalize`. After a time-out, a transport error, or when an exception leaves its scope, the
+/// process leaves by `MPI_Abort` at its exit, which ends the whole job: `MPI_Finalize` would wait
+/// for ranks that never come. Where the engine owns MPI, that is left to the engine, as
+/// `must_abort` tells it.
+///
+/// Create it in the main thread, before any group; destroy it after the last.
+class MpiSession {
+ public:
+  /// Collective over all ranks of MPI, and over `options.ranks`.
+  /// Throws `ConfigError` where MPI gives a lower thread level, `UsageError` after `MPI_Finalize`,
+  /// `TimeoutError` naming ranks that do not come, `TransportError`.
+  MpiSession(int& argc, char**& argv, const MpiSessionOptions& options = {})
+      : MpiSession(&argc, &argv, options) {}
+  explicit MpiSession(const MpiSessionOptions& options = {})
+      : MpiSession(nullptr, nullptr, options) {}
+
+  MpiSession(const MpiSession&) = delete;
+  MpiSession& operator=(const MpiSession&) = delete;
+
+  ~MpiSession() {
+    const bool unwinding = std::uncaught_exceptions() > exceptions_;
+    if (unwinding) {
+      world_.messenger().abandon();
+    }
+    const bool orderly = !must_abort() && say_goodbye() && world_.messenger().close();
+    runtime_.leave(orderly);
+  }
+
+  /// All ranks.
+  [[nodiscard]] ControlPlane& world() noexcept { return world_; }
+
+  /// This rank among those that share memory with it (`MPI_COMM_TYPE_SHARED`), in rank order: the
+  /// usual choice of a device.
+  [[nodiscard]] int local_rank() const noexcept { return local_rank_; }
+  [[nodiscard]] int local_size() const noexcept { return local_size_; }
+
+  /// Whether the session initialised MPI.
+  [[nodiscard]] bool owns_mpi() const noexcept { return runtime_.owned(); }
+
+  /// Whether a wait of the world or of a group made from it timed out or failed, so that
+  /// `MPI_Finalize` would hang.
+  [[nodiscard]] bool must_abort() noexcept { return world_.messenger().abandoned(); }
+
+ private:
+  MpiSession(int* argc, char*** argv, const MpiSessionOptions& options)
+      : runtime_(argc, argv, options.thread_level), world_(options.ranks, options.limit) {
+    world_.barrier();  // names who is missing, and keeps the next call from waiting for them
+    const MPI_Comm comm = world_.messenger().communicator();
+    MPI_Comm node = MPI_COMM_NULL;
+    detail::mpi_check(
+        MPI_Comm_split_type(comm, MPI_COMM_TYPE_SHARED, world_.rank(), MPI_INFO_NULL, &node),
+        "MPI_Comm_split_type", world_.rank());
+    MPI_Comm_rank(node, &local_rank_);
+    MPI_Comm_size(node, &local_size_);
+    MPI_Comm_free(&node);
+  }
+
+  /// Proves that every rank has come to its end, in a group of its own: the world's own calls may
+  /// be out of step after an error that the program has handled.
+  bool say_goodbye() noexcept {
+    try {
+      std::vector<int> all(static_cast<std::size_t>(world_.size()));
+      std::iota(all.begin(), all.end(), 0);
+      world_.subgroup(all, ~std::uint64_t{0}, "end of the MPI session")->barrier();
+      return true;
+    } catch (const std::exception& error) {
+      log(LogLevel::error, error.what());
+      return false;
+    }
+  }
+
+  int exceptions_ = std::uncaught_exceptions();
+  detail::MpiRuntime runtime_;
+  MpiControlPlane world_;
+  int local_rank_ = 0;
+  int local_size_ = 1;
+};
+
+}  // namespace cohort
