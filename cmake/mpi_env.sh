@@ -1,6 +1,6 @@
 # The environment in which the project's scripts and tests start mpirun: as root, with fewer cores
 # than ranks, in a container. Sourced by shell scripts and read line by line by CMake, so each line
-# is one plain assignment. Open MPI 4 reads OMPI_ and PMIX_, Open MPI 5 PRTE_.
+# is one plain assignment. Open MPI 4 reads OMPI_, Open MPI 5 PRTE_.
 export OMPI_ALLOW_RUN_AS_ROOT=1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 export PRTE_ALLOW_RUN_AS_ROOT=1
@@ -14,5 +14,3 @@ export PRTE_MCA_hwloc_default_binding_policy=none
 # Containers forbid process_vm_readv, and the attempt prints a warning for every rank.
 export OMPI_MCA_btl_vader_single_copy_mechanism=none
 export OMPI_MCA_btl_base_warn_component_unused=0
-# PMIx's shared-memory store fails in containers whose /tmp is not shared; the hash store does not.
-export PMIX_MCA_gds=hash

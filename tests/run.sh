@@ -154,6 +154,7 @@ bash cmake/build.sh gpu | tee build/gpu.build.log
 case ${PIPESTATUS[0]} in
   0)
     passed=$((passed + 1))  # that it compiles is a result, GPU or not
+    ctest --test-dir build/gpu -N -L unit | grep -q 'unit\.' && run_tests gpu -L unit
     if compgen -G '/dev/nvidia[0-9]*' >/dev/null && [[ -e tests/gpu.sh ]]; then
       step "test gpu"
       bash tests/gpu.sh $( ((full)) && echo --full) 2>&1 | tee build/gpu.log

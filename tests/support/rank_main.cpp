@@ -1,19 +1,16 @@
 #include <mpi.h>
-#include <unistd.h>
 
 #include <array>
 #include <chrono>
+#include <cohort/mpi/mpi_session.hpp>
 #include <cstdio>
-#include <cstdlib>
+#include <exception>
 #include <stdexcept>
 #include <string>
 #include <thread>
 
 #include "support/ranks.hpp"
 #include "support/session.hpp"
-#if __has_include(<cohort/mpi/mpi_session.hpp>)
-#include <cohort/mpi/mpi_session.hpp>
-#endif
 
 namespace cohort::test {
 namespace {
@@ -116,15 +113,12 @@ bool skip_all_if(bool condition_here, const std::string& reason) {
 }  // namespace cohort::test
 
 int main(int argc, char** argv) {
-#if __has_include(<cohort/mpi/mpi_session.hpp>)
-  cohort::MpiSession session(argc, argv);
-  cohort::test::the_world().control = &session.world();
-  return cohort::test::run(argc, argv);
-#else
-  int provided = MPI_THREAD_SINGLE;
-  MPI_Init_thread(&argc, &argv, MPI_THREAD_SERIALIZED, &provided);
-  const int status = cohort::test::run(argc, argv);
-  MPI_Finalize();
-  return status;
-#endif
+  try {
+    cohort::MpiSession session(argc, argv);
+    cohort::test::the_world().control = &session.world();
+    return cohort::test::run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "rank %d: %s\n", cohort::test::world_rank(), error.what());
+    return 1;
+  }
 }

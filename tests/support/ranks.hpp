@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cohort/control_plane.hpp>
 #include <string>
 
 #include "support/catch.hpp"
@@ -7,10 +8,6 @@
 /// \file
 /// For test cases that every rank of an MPI job runs. A test case that fails on one rank fails; the
 /// ranks agree after each test case, within a time limit.
-
-namespace cohort {
-class ControlPlane;
-}
 
 namespace cohort::test {
 
