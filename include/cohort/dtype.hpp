@@ -1,0 +1,187 @@
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+/// \file
+/// Element types, and the 16-bit floats' conversions to and from `float` for the host.
+
+namespace cohort {
+
+enum class DType : std::uint8_t {
+  f64,
+  f32,
+  f16,
+  bf16,
+  i8,
+  u8,
+  i32,
+  i64,
+  f8_e4m3,  ///< moved as bytes; no arithmetic
+  f8_e5m2,  ///< moved as bytes; no arithmetic
+};
+
+/// Bytes of one element.
+[[nodiscard]] constexpr std::size_t size_of(DType dtype) noexcept {
+  switch (dtype) {
+    case DType::f64:
+    case DType::i64:
+      return 8;
+    case DType::f32:
+    case DType::i32:
+      return 4;
+    case DType::f16:
+    case DType::bf16:
+      return 2;
+    case DType::i8:
+    case DType::u8:
+    case DType::f8_e4m3:
+    case DType::f8_e5m2:
+      return 1;
+  }
+  return 0;
+}
+
+[[nodiscard]] constexpr std::string_view to_string(DType dtype) noexcept {
+  switch (dtype) {
+    case DType::f64:
+      return "f64";
+    case DType::f32:
+      return "f32";
+    case DType::f16:
+      return "f16";
+    case DType::bf16:
+      return "bf16";
+    case DType::i8:
+      return "i8";
+    case DType::u8:
+      return "u8";
+    case DType::i32:
+      return "i32";
+    case DType::i64:
+      return "i64";
+    case DType::f8_e4m3:
+      return "f8_e4m3";
+    case DType::f8_e5m2:
+      return "f8_e5m2";
+  }
+  return "unknown";
+}
+
+/// Whether reductions accept the type: all but the 8-bit floats.
+[[nodiscard]] constexpr bool is_reducible(DType dtype) noexcept {
+  return dtype != DType::f8_e4m3 && dtype != DType::f8_e5m2;
+}
+
+/// Whether partial attentions may have the type.
+[[nodiscard]] constexpr bool is_attention_dtype(DType dtype) noexcept {
+  return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16;
+}
+
+/// bfloat16 to float: exact. The format is the upper half of an IEEE 754 binary32.
+[[nodiscard]] constexpr float bf16_to_float(std::uint16_t bits) noexcept {
+  return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
+}
+
+/// float to bfloat16, to nearest even; NaN stays a quiet NaN of the same sign.
+[[nodiscard]] constexpr std::uint16_t float_to_bf16(float value) noexcept {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t rounded = (bits + 0x7fffU + ((bits >> 16) & 1U)) >> 16;
+  const std::uint32_t quiet_nan = (bits >> 16) | 0x40U;
+  const bool is_nan = (bits & 0x7fffffffU) > 0x7f800000U;
+  return static_cast<std::uint16_t>(is_nan ? quiet_nan : rounded);
+}
+
+/// IEEE 754 binary16 to float: exact.
+[[nodiscard]] constexpr float f16_to_float(std::uint16_t bits) noexcept {
+  const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000U) << 16;
+  const std::uint32_t magnitude = bits & 0x7fffU;
+  // Moving the fields in place leaves the exponent 112 too small; one multiplication by 2^112
+  // corrects it for normal and subnormal values alike.
+  const float scaled =
+      std::bit_cast<float>(magnitude << 13) * std::bit_cast<float>((112U + 127U) << 23);
+  const std::uint32_t finite = std::bit_cast<std::uint32_t>(scaled);
+  const std::uint32_t special = 0x7f800000U | ((magnitude & 0x3ffU) << 13);
+  return std::bit_cast<float>(sign | (magnitude >= 0x7c00U ? special : finite));
+}
+
+/// float to IEEE 754 binary16, to nearest even; overflow gives infinity, NaN stays a quiet NaN.
+[[nodiscard]] constexpr std::uint16_t float_to_f16(float value) noexcept {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t sign = (bits >> 16) & 0x8000U;
+  const std::uint32_t magnitude = bits & 0x7fffffffU;
+  if (magnitude > 0x7f800000U) {
+    return static_cast<std::uint16_t>(sign | 0x7e00U | ((magnitude >> 13) & 0x3ffU));
+  }
+  if (magnitude >= 0x477ff000U) {  // 65520 and above round to infinity
+    return static_cast<std::uint16_t>(sign | 0x7c00U);
+  }
+  if (magnitude < 0x38800000U) {  // below 2^-14: subnormal; adding 0.5 rounds at 2^-24
+    const float shifted = std::bit_cast<float>(magnitude) + 0.5F;
+    return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000U));
+  }
+  const std::uint32_t rebased = magnitude - (112U << 23);
+  const std::uint32_t rounded = (rebased + 0xfffU + ((rebased >> 13) & 1U)) >> 13;
+  return static_cast<std::uint16_t>(sign | rounded);
+}
+
+/// Host storage of one binary16 element.
+struct Half {
+  std::uint16_t bits = 0;
+  Half() = default;
+  constexpr explicit Half(float value) noexcept : bits(float_to_f16(value)) {}
+  [[nodiscard]] constexpr explicit operator float() const noexcept { return f16_to_float(bits); }
+};
+
+/// Host storage of one bfloat16 element.
+struct BFloat16 {
+  std::uint16_t bits = 0;
+  BFloat16() = default;
+  constexpr explicit BFloat16(float value) noexcept : bits(float_to_bf16(value)) {}
+  [[nodiscard]] constexpr explicit operator float() const noexcept { return bf16_to_float(bits); }
+};
+
+namespace detail {
+template <class T>
+struct DTypeOf;
+template <>
+struct DTypeOf<double> {
+  static constexpr DType value = DType::f64;
+};
+template <>
+struct DTypeOf<float> {
+  static constexpr DType value = DType::f32;
+};
+template <>
+struct DTypeOf<Half> {
+  static constexpr DType value = DType::f16;
+};
+template <>
+struct DTypeOf<BFloat16> {
+  static constexpr DType value = DType::bf16;
+};
+template <>
+struct DTypeOf<std::int8_t> {
+  static constexpr DType value = DType::i8;
+};
+template <>
+struct DTypeOf<std::uint8_t> {
+  static constexpr DType value = DType::u8;
+};
+template <>
+struct DTypeOf<std::int32_t> {
+  static constexpr DType value = DType::i32;
+};
+template <>
+struct DTypeOf<std::int64_t> {
+  static constexpr DType value = DType::i64;
+};
+}  // namespace detail
+
+/// The element type of a C++ type that the host computes with.
+template <class T>
+inline constexpr DType dtype_of = detail::DTypeOf<T>::value;
+
+}  // namespace cohort

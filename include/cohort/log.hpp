@@ -1,0 +1,74 @@
+#pragma once
+
+#include <cstdio>
+#include <functional>
+#include <mutex>
+#include <string_view>
+#include <utility>
+
+/// \file
+/// The library's few messages: one information line and at most one warning for each group, and
+/// what a destructor could not throw. An engine routes them into its own log with `set_log_sink`.
+
+namespace cohort {
+
+enum class LogLevel { info, warning, error };
+
+[[nodiscard]] constexpr std::string_view to_string(LogLevel level) noexcept {
+  switch (level) {
+    case LogLevel::info:
+      return "info";
+    case LogLevel::warning:
+      return "warning";
+    case LogLevel::error:
+      return "error";
+  }
+  return "unknown";
+}
+
+/// Receives each message. Called under a lock, one message at a time; must not throw.
+using LogSink = std::function<void(LogLevel, std::string_view)>;
+
+namespace detail {
+
+struct LogState {
+  std::mutex mutex;
+  LogSink sink = [](LogLevel level, std::string_view text) {
+    if (level == LogLevel::info) {
+      return;  // quiet by default: an engine that wants the lines installs a sink
+    }
+    std::fprintf(stderr, "cohort: %s: %.*s\n", to_string(level).data(),
+                 static_cast<int>(text.size()), text.data());
+  };
+};
+
+inline LogState& log_state() {
+  // Never destroyed: destructors of static objects may still log.
+  static LogState& state = *new LogState;
+  return state;
+}
+
+}  // namespace detail
+
+/// Replaces the sink and returns the one before. The default prints warnings and errors to stderr
+/// and drops information lines. Thread-safe.
+inline LogSink set_log_sink(LogSink sink) {
+  auto& state = detail::log_state();
+  const std::lock_guard lock(state.mutex);
+  return std::exchange(state.sink, std::move(sink));
+}
+
+/// Sends one message to the sink. Thread-safe; never throws, so destructors may call it.
+inline void log(LogLevel level, std::string_view text) noexcept {
+  try {
+    auto& state = detail::log_state();
+    const std::lock_guard lock(state.mutex);
+    if (state.sink) {
+      state.sink(level, text);
+    }
+  } catch (...) {
+    std::fputs("cohort: error: the log sink threw\n", stderr);
+  }
+}
+
+}  // namespace cohort

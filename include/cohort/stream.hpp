@@ -1,0 +1,105 @@
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+
+/// \file
+/// Where work runs: a device, and a reference to one of its in-order streams. The core knows
+/// streams only through `StreamDriver`; the backends for host and CUDA implement it.
+
+namespace cohort {
+
+enum class DeviceKind : std::uint8_t { host, cuda };
+
+/// A place for memory and work. `index` is the CUDA ordinal; 0 on the host.
+struct Device {
+  DeviceKind kind = DeviceKind::host;
+  int index = 0;
+
+  friend constexpr bool operator==(const Device&, const Device&) = default;
+};
+
+[[nodiscard]] inline std::string to_string(Device device) {
+  return device.kind == DeviceKind::host ? "host" : "cuda:" + std::to_string(device.index);
+}
+
+/// Number of one capture; 0 means that the stream is not being captured.
+using CaptureId = std::uint64_t;
+
+class StreamRef;
+
+/// Captured work that can be launched again and again.
+class ExecutableGraph {
+ public:
+  ExecutableGraph() = default;
+  ExecutableGraph(const ExecutableGraph&) = delete;
+  ExecutableGraph& operator=(const ExecutableGraph&) = delete;
+  virtual ~ExecutableGraph() = default;
+
+  /// Enqueues the captured work on a stream of the same backend.
+  virtual void launch(StreamRef stream) = 0;
+};
+
+/// What the library needs of a kind of stream. One object for each backend; it outlives every
+/// stream and graph of that backend. `native` is the backend's own handle.
+class StreamDriver {
+ public:
+  StreamDriver() = default;
+  StreamDriver(const StreamDriver&) = delete;
+  StreamDriver& operator=(const StreamDriver&) = delete;
+  virtual ~StreamDriver() = default;
+
+  /// Runs `work` on the host when the stream reaches it (at once on an idle host stream, at every
+  /// replay when captured).
+  virtual void submit(void* native, std::function<void()> work) = 0;
+
+  /// Work enqueued on `waiter` from here on runs after all work enqueued on `signaller` so far.
+  virtual void wait_for(void* waiter, void* signaller) = 0;
+
+  /// The capture that the stream takes part in, or 0. Two captures never share a number.
+  [[nodiscard]] virtual CaptureId capture_id(void* native) const = 0;
+
+  /// Keeps `object` alive until the graph that is being captured on the stream, and every
+  /// executable made of it, are destroyed. Throws `UsageError` where the stream is not capturing.
+  virtual void retain_in_capture(void* native, std::shared_ptr<void> object) = 0;
+
+  /// Starts and ends a capture of the stream by this thread. `end_capture` throws `UsageError`
+  /// where nothing was being captured, `TransportError` where the capture was invalidated.
+  virtual void begin_capture(void* native) = 0;
+  [[nodiscard]] virtual std::unique_ptr<ExecutableGraph> end_capture(void* native) = 0;
+
+  /// Waits until the stream is idle. Throws `TimeoutError` at the limit.
+  virtual void synchronize(void* native, std::chrono::milliseconds limit) = 0;
+};
+
+/// A reference to a stream: cheap to copy, owns nothing. Streams must outlive the tensors that
+/// were allocated on them and the arenas that those came from.
+class StreamRef {
+ public:
+  constexpr StreamRef() = default;
+  constexpr StreamRef(StreamDriver& driver, void* native) noexcept
+      : driver_(&driver), native_(native) {}
+
+  [[nodiscard]] constexpr bool valid() const noexcept { return driver_ != nullptr; }
+  [[nodiscard]] constexpr void* native() const noexcept { return native_; }
+  [[nodiscard]] constexpr StreamDriver& driver() const noexcept { return *driver_; }
+
+  void submit(std::function<void()> work) const { driver_->submit(native_, std::move(work)); }
+  void wait_for(StreamRef signaller) const { driver_->wait_for(native_, signaller.native_); }
+  [[nodiscard]] CaptureId capture_id() const { return driver_->capture_id(native_); }
+  void retain_in_capture(std::shared_ptr<void> object) const {
+    driver_->retain_in_capture(native_, std::move(object));
+  }
+  void synchronize(std::chrono::milliseconds limit) const { driver_->synchronize(native_, limit); }
+
+  friend constexpr bool operator==(const StreamRef&, const StreamRef&) = default;
+
+ private:
+  StreamDriver* driver_ = nullptr;
+  void* native_ = nullptr;
+};
+
+}  // namespace cohort

@@ -1,0 +1,330 @@
+#pragma once
+
+#include <fmt/format.h>
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <memory>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "cohort/dtype.hpp"
+#include "cohort/error.hpp"
+#include "cohort/stream.hpp"
+
+/// \file
+/// Strided views of tensors, and the tensor that owns its memory. Strides count elements, not
+/// bytes, as in PyTorch and DLPack.
+
+namespace cohort {
+
+inline constexpr int kMaxDims = 8;
+
+/// A short list of extents or strides, held in place.
+class Dims {
+ public:
+  constexpr Dims() = default;
+  constexpr Dims(std::initializer_list<std::int64_t> values)
+      : Dims(std::span<const std::int64_t>(values.begin(), values.size())) {}
+  constexpr explicit Dims(std::span<const std::int64_t> values) {
+    if (values.size() > static_cast<std::size_t>(kMaxDims)) {
+      throw UsageError("a tensor has " + std::to_string(values.size()) + " dimensions; at most " +
+                       std::to_string(kMaxDims) + " are supported");
+    }
+    for (const auto value : values) {
+      values_[static_cast<std::size_t>(size_++)] = value;
+    }
+  }
+
+  [[nodiscard]] constexpr int size() const noexcept { return size_; }
+  [[nodiscard]] constexpr std::int64_t operator[](int i) const noexcept {
+    return values_[static_cast<std::size_t>(i)];
+  }
+  [[nodiscard]] constexpr std::int64_t& operator[](int i) noexcept {
+    return values_[static_cast<std::size_t>(i)];
+  }
+  [[nodiscard]] constexpr const std::int64_t* begin() const noexcept { return values_.data(); }
+  [[nodiscard]] constexpr const std::int64_t* end() const noexcept {
+    return values_.data() + size_;
+  }
+
+  friend constexpr bool operator==(const Dims& a, const Dims& b) noexcept {
+    if (a.size_ != b.size_) {
+      return false;
+    }
+    for (int i = 0; i < a.size_; ++i) {
+      if (a[i] != b[i]) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  std::array<std::int64_t, kMaxDims> values_{};
+  int size_ = 0;
+};
+
+[[nodiscard]] inline std::string to_string(const Dims& dims) {
+  std::string text = "(";
+  for (int i = 0; i < dims.size(); ++i) {
+    text += (i == 0 ? "" : ",") + std::to_string(dims[i]);
+  }
+  return text + ")";
+}
+
+/// Product of the extents. Throws `UsageError` on a negative extent or one that overflows.
+[[nodiscard]] constexpr std::int64_t numel(const Dims& shape) {
+  std::int64_t product = 1;
+  bool empty = false;
+  for (const auto extent : shape) {
+    if (extent < 0) {
+      throw UsageError("a tensor has the negative extent " + std::to_string(extent));
+    }
+    if (extent == 0) {
+      empty = true;
+      continue;
+    }
+    if (product > std::numeric_limits<std::int64_t>::max() / 16 / extent) {
+      throw UsageError("a tensor's element count overflows");
+    }
+    product *= extent;
+  }
+  return empty ? 0 : product;
+}
+
+/// Strides of a row-major tensor without gaps.
+[[nodiscard]] constexpr Dims contiguous_strides(const Dims& shape) noexcept {
+  Dims strides = shape;
+  std::int64_t step = 1;
+  for (int i = shape.size() - 1; i >= 0; --i) {
+    strides[i] = step;
+    step *= shape[i] > 0 ? shape[i] : 1;
+  }
+  return strides;
+}
+
+/// Maps a dimension in [-ndim, ndim) to [0, ndim). Throws `UsageError` naming `argument`.
+[[nodiscard]] inline int normalize_dim(int dim, int ndim, std::string_view argument) {
+  if (dim < -ndim || dim >= ndim) {
+    throw UsageError(
+        fmt::format("{}: expected a dimension in [{}, {}), got {}", argument, -ndim, ndim, dim));
+  }
+  return dim < 0 ? dim + ndim : dim;
+}
+
+/// A view of memory as a tensor. `Void` is `void` or `const void`. Owns nothing.
+template <class Void>
+class BasicTensorView {
+  using Byte = std::conditional_t<std::is_const_v<Void>, const std::byte, std::byte>;
+
+ public:
+  BasicTensorView() = default;
+
+  /// A row-major view without gaps.
+  BasicTensorView(Void* data, DType dtype, Dims shape, Device device = {})
+      : BasicTensorView(data, dtype, shape, contiguous_strides(shape), device) {}
+
+  /// Throws `UsageError` where shape and strides differ in length or `data` is null although the
+  /// tensor has elements.
+  BasicTensorView(Void* data, DType dtype, Dims shape, Dims strides, Device device = {})
+      : data_(data),
+        shape_(shape),
+        strides_(strides),
+        numel_(cohort::numel(shape)),
+        device_(device),
+        dtype_(dtype) {
+    if (shape.size() != strides.size()) {
+      throw UsageError(fmt::format("strides: expected {} values for the shape {}, got {}",
+                                   shape.size(), to_string(shape), to_string(strides)));
+    }
+    if (data == nullptr && numel_ > 0) {
+      throw UsageError(fmt::format("data: expected memory for the shape {}, got a null pointer",
+                                   to_string(shape)));
+    }
+  }
+
+  /// A view of mutable memory converts to a view of constant memory.
+  template <class Other>
+  requires(std::is_const_v<Void>&& std::is_same_v<Other, void>)
+      BasicTensorView(const BasicTensorView<Other>& other)  // NOLINT(google-explicit-constructor)
+      : BasicTensorView(other.data(), other.dtype(), other.shape(), other.strides(),
+                        other.device()) {}
+
+  [[nodiscard]] Void* data() const noexcept { return data_; }
+  /// The elements as `T`. Throws `UsageError` where `T` is not the view's element type.
+  template <class T>
+  [[nodiscard]] auto* data_as() const {
+    if (dtype_of<T> != dtype_) {
+      throw UsageError(fmt::format("data_as: the tensor holds {}, not {}", to_string(dtype_),
+                                   to_string(dtype_of<T>)));
+    }
+    return static_cast<std::conditional_t<std::is_const_v<Void>, const T, T>*>(data_);
+  }
+  [[nodiscard]] DType dtype() const noexcept { return dtype_; }
+  [[nodiscard]] Device device() const noexcept { return device_; }
+  [[nodiscard]] const Dims& shape() const noexcept { return shape_; }
+  [[nodiscard]] const Dims& strides() const noexcept { return strides_; }
+  [[nodiscard]] int ndim() const noexcept { return shape_.size(); }
+  /// Extent of a dimension; negative ones count from the end.
+  [[nodiscard]] std::int64_t size(int dim) const {
+    return shape_[normalize_dim(dim, ndim(), "size")];
+  }
+  [[nodiscard]] std::int64_t numel() const noexcept { return numel_; }
+  /// Bytes of the elements, gaps not counted.
+  [[nodiscard]] std::size_t bytes() const noexcept {
+    return static_cast<std::size_t>(numel_) * size_of(dtype_);
+  }
+
+  [[nodiscard]] bool is_contiguous() const noexcept {
+    std::int64_t step = 1;
+    for (int i = ndim() - 1; i >= 0; --i) {
+      if (shape_[i] != 1 && strides_[i] != step) {
+        return numel_ == 0;
+      }
+      step *= shape_[i];
+    }
+    return true;
+  }
+
+  /// The elements [begin, begin + length) of a dimension.
+  [[nodiscard]] BasicTensorView slice(int dim, std::int64_t begin, std::int64_t length) const {
+    const int d = normalize_dim(dim, ndim(), "slice dim");
+    if (begin < 0 || length < 0 || begin > shape_[d] - length) {
+      throw UsageError(fmt::format("slice: [{}, {}+{}) lies outside the extent {} of dimension {}",
+                                   begin, begin, length, shape_[d], d));
+    }
+    Dims shape = shape_;
+    shape[d] = length;
+    return {offset(begin * strides_[d]), dtype_, shape, strides_, device_};
+  }
+
+  /// The view with two dimensions exchanged.
+  [[nodiscard]] BasicTensorView transpose(int a, int b) const {
+    const int da = normalize_dim(a, ndim(), "transpose dim");
+    const int db = normalize_dim(b, ndim(), "transpose dim");
+    Dims shape = shape_;
+    Dims strides = strides_;
+    std::swap(shape[da], shape[db]);
+    std::swap(strides[da], strides[db]);
+    return {data_, dtype_, shape, strides, device_};
+  }
+
+  /// The same elements in another shape. Needs a contiguous view and an equal element count.
+  [[nodiscard]] BasicTensorView reshape(const Dims& shape) const {
+    if (!is_contiguous() || cohort::numel(shape) != numel_) {
+      throw UsageError(fmt::format("reshape: cannot view {} with strides {} as {}",
+                                   to_string(shape_), to_string(strides_), to_string(shape)));
+    }
+    return {data_, dtype_, shape, device_};
+  }
+
+ private:
+  [[nodiscard]] Void* offset(std::int64_t elements) const noexcept {
+    if (data_ == nullptr) {
+      return nullptr;
+    }
+    return static_cast<Byte*>(data_) + elements * static_cast<std::int64_t>(size_of(dtype_));
+  }
+
+  Void* data_ = nullptr;
+  Dims shape_{0};
+  Dims strides_{1};
+  std::int64_t numel_ = 0;
+  Device device_{};
+  DType dtype_ = DType::u8;
+};
+
+/// What a call writes.
+using TensorView = BasicTensorView<void>;
+/// What a call only reads.
+using ConstTensorView = BasicTensorView<const void>;
+
+template <class Void>
+[[nodiscard]] std::string to_string(const BasicTensorView<Void>& view) {
+  return fmt::format("{}{} on {}", to_string(view.dtype()), to_string(view.shape()),
+                     to_string(view.device()));
+}
+
+/// Where the memory of owning tensors came from. Tensors share it, so it outlives them.
+class MemoryOwner {
+ public:
+  MemoryOwner() = default;
+  MemoryOwner(const MemoryOwner&) = delete;
+  MemoryOwner& operator=(const MemoryOwner&) = delete;
+  virtual ~MemoryOwner() = default;
+
+  /// Takes block `block` back, in the order of the stream that it was allocated on.
+  virtual void release(std::uint64_t block) noexcept = 0;
+  /// A later reuse of the block also waits for what `stream` has enqueued when it is released.
+  virtual void record_stream(std::uint64_t block, StreamRef stream) = 0;
+};
+
+/// A contiguous tensor that owns its memory. Move-only; frees on destruction.
+class Tensor {
+ public:
+  Tensor() = default;
+  Tensor(TensorView view, std::shared_ptr<MemoryOwner> owner, std::uint64_t block) noexcept
+      : view_(view), owner_(std::move(owner)), block_(block) {}
+  Tensor(Tensor&& other) noexcept
+      : view_(std::exchange(other.view_, {})),
+        owner_(std::move(other.owner_)),
+        block_(other.block_) {}
+  Tensor& operator=(Tensor&& other) noexcept {
+    if (this != &other) {
+      reset();
+      view_ = std::exchange(other.view_, {});
+      owner_ = std::move(other.owner_);
+      block_ = other.block_;
+    }
+    return *this;
+  }
+  Tensor(const Tensor&) = delete;
+  Tensor& operator=(const Tensor&) = delete;
+  ~Tensor() { reset(); }
+
+  /// Frees the memory, in stream order, and leaves an empty tensor.
+  void reset() noexcept {
+    if (owner_ != nullptr) {
+      owner_->release(block_);
+      owner_.reset();
+    }
+    view_ = {};
+  }
+
+  /// The memory is also used on `stream`: a reuse after this tensor is freed waits for it.
+  void record_stream(StreamRef stream) {
+    if (owner_ != nullptr) {
+      owner_->record_stream(block_, stream);
+    }
+  }
+
+  [[nodiscard]] const TensorView& view() const noexcept { return view_; }
+  operator const TensorView&() const noexcept { return view_; }  // NOLINT(google-explicit-*)
+  operator ConstTensorView() const { return view_; }             // NOLINT(google-explicit-*)
+
+  [[nodiscard]] void* data() const noexcept { return view_.data(); }
+  template <class T>
+  [[nodiscard]] T* data_as() const {
+    return view_.data_as<T>();
+  }
+  [[nodiscard]] DType dtype() const noexcept { return view_.dtype(); }
+  [[nodiscard]] Device device() const noexcept { return view_.device(); }
+  [[nodiscard]] const Dims& shape() const noexcept { return view_.shape(); }
+  [[nodiscard]] int ndim() const noexcept { return view_.ndim(); }
+  [[nodiscard]] std::int64_t size(int dim) const { return view_.size(dim); }
+  [[nodiscard]] std::int64_t numel() const noexcept { return view_.numel(); }
+  [[nodiscard]] std::size_t bytes() const noexcept { return view_.bytes(); }
+
+ private:
+  TensorView view_;
+  std::shared_ptr<MemoryOwner> owner_;
+  std::uint64_t block_ = 0;
+};
+
+}  // namespace cohort

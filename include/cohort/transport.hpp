@@ -1,0 +1,221 @@
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+
+#include "cohort/control_plane.hpp"
+#include "cohort/dcp/lse_merge.hpp"
+#include "cohort/dtype.hpp"
+#include "cohort/stream.hpp"
+#include "cohort/symmetric_policy.hpp"
+#include "cohort/tensor.hpp"
+#include "cohort/topology.hpp"
+
+/// \file
+/// What a backend brings: memory that can be registered, a transport for each group, and the local
+/// arithmetic of the DCP step. The host and CUDA backends implement it; the core names neither.
+
+namespace cohort {
+
+enum class ReduceOp : std::uint8_t { sum, prod, min, max };
+
+[[nodiscard]] constexpr std::string_view to_string(ReduceOp op) noexcept {
+  switch (op) {
+    case ReduceOp::sum:
+      return "sum";
+    case ReduceOp::prod:
+      return "prod";
+    case ReduceOp::min:
+      return "min";
+    case ReduceOp::max:
+      return "max";
+  }
+  return "unknown";
+}
+
+/// The collectives whose path can be asked for.
+enum class Collective : std::uint8_t {
+  all_gather,
+  reduce_scatter,
+  all_reduce,
+  all_to_all,
+  broadcast,
+};
+
+/// One local allocation that can be registered with groups. Freed on destruction, which comes
+/// after that of every window on it.
+class Segment {
+ public:
+  Segment() = default;
+  Segment(const Segment&) = delete;
+  Segment& operator=(const Segment&) = delete;
+  virtual ~Segment() = default;
+
+  [[nodiscard]] virtual void* data() const noexcept = 0;
+  [[nodiscard]] virtual std::size_t bytes() const noexcept = 0;
+};
+
+/// The registration of a segment with one group. Its destruction deregisters: local, and called
+/// when no call of the group that touches the segment is outstanding.
+class Window {
+ public:
+  Window() = default;
+  Window(const Window&) = delete;
+  Window& operator=(const Window&) = delete;
+  virtual ~Window() = default;
+
+  /// Addresses of every rank's copy of the segment, by rank in the group, for this process's own
+  /// loads and stores. Empty where only the transport can address the peers.
+  [[nodiscard]] virtual std::span<void* const> peers() const noexcept = 0;
+};
+
+/// Partial attentions of one DCP rank and what they are merged into. H is the number of all heads,
+/// n the number of DCP ranks; B may be 0.
+struct MergeArguments {
+  ConstTensorView out;  ///< [B, H, D] in f32, f16 or bf16; any strides, D without gaps
+  ConstTensorView lse;  ///< [B, H] in f32; any strides
+  TensorView merged;    ///< [B, H/n, D], the type of `out`; any strides, D without gaps
+  const TensorView* merged_lse = nullptr;  ///< [B, H/n] in f32, or null where not asked for
+  LseBase base = LseBase::e;
+};
+
+/// Local tensor arithmetic in stream order. Arguments have been validated; no call communicates or
+/// allocates, and all arithmetic is fp32 with the rules of dcp/lse_merge.hpp.
+class TensorOps {
+ public:
+  TensorOps() = default;
+  TensorOps(const TensorOps&) = delete;
+  TensorOps& operator=(const TensorOps&) = delete;
+  virtual ~TensorOps() = default;
+
+  /// Copies elements between equal shapes of any strides; converts f32 to f16 or bf16 where the
+  /// types differ so.
+  virtual void copy(const ConstTensorView& from, const TensorView& to, StreamRef stream) = 0;
+
+  /// packed[..., :Dn] = q_nope and packed[..., Dn:] = q_pe, in one pass over the inputs.
+  /// Shapes [B, h, Dn], [B, h, Dr] and [B, h, Dn + Dr].
+  virtual void pack_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
+                          const TensorView& packed, StreamRef stream) = 0;
+
+  /// corrected[b, h, :] = weight of `rank` at (b, h) times out[b, h, :], zeros where it is empty.
+  /// `lses` [n, B, H] f32 without gaps; `corrected` [B, H, D] in f32 or in the type of `out`.
+  virtual void correct_partial(const ConstTensorView& out, const ConstTensorView& lses, int rank,
+                               LseBase base, const TensorView& corrected, StreamRef stream) = 0;
+
+  /// merged_lse[b, h] from lses [n, B, h] of any strides.
+  virtual void merge_lse(const ConstTensorView& lses, LseBase base, const TensorView& merged_lse,
+                         StreamRef stream) = 0;
+
+  /// Fills piece r of `pieces` (u8 [n, bytes of a piece], the layout of dcp/merge_plan.hpp) with
+  /// the heads of DCP rank r from `out` [B, H, D] and `lse` [B, H].
+  virtual void pack_partial(const ConstTensorView& out, const ConstTensorView& lse,
+                            const TensorView& pieces, StreamRef stream) = 0;
+
+  /// Merges the pieces of all ranks, in rank order, into `merged` [B, h, D] and, where not null,
+  /// `merged_lse` [B, h].
+  virtual void merge_pieces(const ConstTensorView& pieces, LseBase base, const TensorView& merged,
+                            const TensorView* merged_lse, StreamRef stream) = 0;
+};
+
+/// Kernels that address peers' memory themselves. Collective like every call of a transport.
+class PeerKernels {
+ public:
+  PeerKernels() = default;
+  PeerKernels(const PeerKernels&) = delete;
+  PeerKernels& operator=(const PeerKernels&) = delete;
+  virtual ~PeerKernels() = default;
+
+  /// The largest inbox slot, in bytes, that the shapes below may need. Collective: grows the
+  /// library's inboxes, outside of captures only.
+  virtual void reserve(std::size_t slot_bytes) = 0;
+
+  /// Empty where the one-kernel merge can run with these arguments, otherwise why it cannot.
+  [[nodiscard]] virtual std::string merge_obstacle(const MergeArguments& arguments) const = 0;
+  /// One launch: push, wait, merge, write.
+  virtual void merge_attention(const MergeArguments& arguments, StreamRef stream) = 0;
+
+  /// Empty where the fused query gather can run, otherwise why it cannot.
+  [[nodiscard]] virtual std::string gather_obstacle(const ConstTensorView& q_nope,
+                                                    const ConstTensorView& q_pe) const = 0;
+  /// q [B, H, Dn + Dr] from every rank's q_nope [B, H/n, Dn] and q_pe [B, H/n, Dr].
+  virtual void gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
+                            const TensorView& q, StreamRef stream) = 0;
+};
+
+/// Moves tensor bytes for one group. Every call but `send` and `recv` is collective: all ranks
+/// issue the same sequence. Calls are enqueued in stream order and captured where the stream is
+/// capturing. Shapes, dtypes and devices have been validated; views may have any strides.
+class Transport {
+ public:
+  Transport() = default;
+  Transport(const Transport&) = delete;
+  Transport& operator=(const Transport&) = delete;
+  virtual ~Transport() = default;
+
+  [[nodiscard]] virtual std::string_view name() const noexcept = 0;
+  /// What the policy decides on; equal on all ranks.
+  [[nodiscard]] virtual const SymmetricCapabilities& capabilities() const noexcept = 0;
+  /// Null where the ranks cannot address each other's memory.
+  [[nodiscard]] virtual PeerKernels* peer_kernels() noexcept = 0;
+
+  /// Collective; the ranks have agreed on sequence, size and history before. Throws
+  /// `TransportError`, `SymmetryError` and `TimeoutError`.
+  [[nodiscard]] virtual std::unique_ptr<Window> register_segment(Segment& segment) = 0;
+
+  /// Rank r's `in` becomes extents [sum(sizes[..r)), + sizes[r]) of `out` along `dim`.
+  virtual void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
+                          std::span<const std::int64_t> sizes, StreamRef stream) = 0;
+  /// `out` becomes the sum over ranks of this rank's extents of `in` along `dim`.
+  virtual void reduce_scatter(const ConstTensorView& in, const TensorView& out, int dim,
+                              std::span<const std::int64_t> sizes, ReduceOp op,
+                              StreamRef stream) = 0;
+  /// `in` may be `out`.
+  virtual void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
+                          StreamRef stream) = 0;
+  virtual void broadcast(const TensorView& tensor, int root, StreamRef stream) = 0;
+  /// Part r of `in` along dimension 0 goes to rank r; part r of `out` came from rank r.
+  virtual void all_to_all(const ConstTensorView& in, const TensorView& out, StreamRef stream) = 0;
+  /// Matched by one `recv` of the same size; messages of a pair keep their order.
+  virtual void send(const ConstTensorView& tensor, int to, StreamRef stream) = 0;
+  virtual void recv(const TensorView& tensor, int from, StreamRef stream) = 0;
+  /// Stream work after it runs once every rank's stream has reached it.
+  virtual void barrier(StreamRef stream) = 0;
+
+  /// The path that a call with these arguments takes, such as "direct" or "bounce".
+  [[nodiscard]] virtual std::string path(Collective collective, const ConstTensorView& in,
+                                         const TensorView& out, int dim) const = 0;
+
+  /// Waits until the stream is idle, watching the group as well. Throws `TimeoutError` naming the
+  /// missing ranks, `TransportError` where a peer failed.
+  virtual void synchronize(StreamRef stream, std::chrono::milliseconds limit) = 0;
+};
+
+/// A kind of device with its memory, streams, transports and arithmetic. Shared by all groups.
+class Backend {
+ public:
+  Backend() = default;
+  Backend(const Backend&) = delete;
+  Backend& operator=(const Backend&) = delete;
+  virtual ~Backend() = default;
+
+  [[nodiscard]] virtual BackendKind kind() const noexcept = 0;
+  [[nodiscard]] virtual Device device() const noexcept = 0;
+  [[nodiscard]] virtual StreamDriver& streams() noexcept = 0;
+  [[nodiscard]] virtual TensorOps& ops() noexcept = 0;
+
+  /// Local. Sizes are multiples of `segment_granularity`. Throws `TransportError`.
+  [[nodiscard]] virtual std::unique_ptr<Segment> allocate_segment(std::size_t bytes) = 0;
+  [[nodiscard]] virtual std::size_t segment_granularity() const noexcept = 0;
+  /// Ordinary memory, in stream order where the device allows. Throws `TransportError`.
+  [[nodiscard]] virtual Tensor allocate(const Dims& shape, DType dtype, StreamRef stream) = 0;
+
+  /// Collective over `group`, which outlives the transport.
+  [[nodiscard]] virtual std::unique_ptr<Transport> connect(ControlPlane& group) = 0;
+};
+
+}  // namespace cohort
