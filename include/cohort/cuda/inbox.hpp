@@ -1,0 +1,162 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include <array>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+
+#include "cohort/error.hpp"
+
+/// \file
+/// The inbox: symmetric memory that the library owns, into which peers push. One segment per rank,
+/// laid out alike on all of them:
+///
+///     control     256 bytes: epoch, error word, time limit
+///     flags       [slot][source rank][block]  16 bytes each: one flag per thread block
+///     flag words  [slot][source rank][word]   16 bytes each: 8 bytes of payload with their flags
+///     bulk        [slot][rank][lane bytes]    payload without flags
+///
+/// Two slots alternate by epoch, the number of the group's peer-kernel call. No base depends on a
+/// call's shape, and bulk payload never lies where flags lie, so a word that a kernel waits on has
+/// only ever held zeros or flags of earlier epochs.
+///
+/// **Why two slots suffice.** Every call signals every peer and waits for every peer's signal. A
+/// rank that stores into the slot of epoch e+2 has finished its call e+1, so it has the e+1 signal
+/// of every peer, so each peer had finished its call e, and with it all reading of that slot, when
+/// it sent that signal: launches of one stream order run one after another.
+
+namespace cohort::cuda {
+
+/// Most ranks that a table can hold. GPUs of one host reach each other; there are at most 16, and
+/// tests put more ranks than that on one card.
+inline constexpr int kMaxPeers = 32;
+
+/// Most thread blocks that a peer kernel may be launched with.
+inline constexpr int kMaxPeerBlocks = 512;
+
+/// What an inbox must have room for. Equal on all ranks.
+struct InboxOptions {
+  int ranks = 0;
+  /// Payload bytes that one rank sends to one peer by flag words.
+  std::int64_t flag_word_bytes = 512 << 10;
+  /// Payload bytes that one rank sends to one peer in bulk; 0 where no call needs it.
+  std::int64_t bulk_bytes = 0;
+  /// Thread blocks per launch. All blocks of all ranks that share a card must fit on it at once;
+  /// with one rank a card, the number of its multiprocessors, or twice that.
+  int max_blocks = 128;
+};
+
+/// Byte offsets into the segment.
+struct InboxLayout {
+  int ranks = 0;
+  int max_blocks = 0;
+  std::int64_t flags_offset = 0;
+  std::int64_t ll_offset = 0;  ///< Flag words; "LL" is NCCL's name for the protocol.
+  std::int64_t ll_words = 0;   ///< Words of one lane: one source rank, one slot.
+  std::int64_t bulk_offset = 0;
+  std::int64_t bulk_lane_bytes = 0;
+  std::int64_t bytes = 0;  ///< Size of the segment.
+
+  /// @throw ConfigError if a number is out of range.
+  [[nodiscard]] static InboxLayout make(const InboxOptions& options) {
+    constexpr std::int64_t kMaxLane = std::int64_t{1} << 31;
+    if (options.ranks < 1 || options.ranks > kMaxPeers || options.max_blocks < 1 ||
+        options.max_blocks > kMaxPeerBlocks || options.flag_word_bytes < 0 ||
+        options.flag_word_bytes > kMaxLane || options.bulk_bytes < 0 ||
+        options.bulk_bytes > kMaxLane) {
+      throw ConfigError(fmt::format(
+          "InboxOptions: expected 1 to {} ranks, 1 to {} blocks and lanes of 0 to {} bytes, got "
+          "ranks={} max_blocks={} flag_word_bytes={} bulk_bytes={}",
+          kMaxPeers, kMaxPeerBlocks, kMaxLane, options.ranks, options.max_blocks,
+          options.flag_word_bytes, options.bulk_bytes));
+    }
+    const std::int64_t lanes = std::int64_t{2} * options.ranks;
+    InboxLayout layout;
+    layout.ranks = options.ranks;
+    layout.max_blocks = options.max_blocks;
+    layout.flags_offset = kAlignment;
+    layout.ll_offset = layout.flags_offset + round_up(lanes * options.max_blocks * 16);
+    layout.ll_words = round_up(options.flag_word_bytes + 8) / 8;
+    layout.bulk_offset = layout.ll_offset + lanes * layout.ll_words * 16;
+    layout.bulk_lane_bytes = round_up(options.bulk_bytes);
+    layout.bytes = layout.bulk_offset + lanes * layout.bulk_lane_bytes;
+    return layout;
+  }
+
+  friend bool operator==(const InboxLayout&, const InboxLayout&) = default;
+
+ private:
+  static constexpr std::int64_t kAlignment = 256;
+  static constexpr std::int64_t round_up(std::int64_t bytes) noexcept {
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+};
+
+/// What a peer kernel needs to know of its group: where each rank's inbox lies in this process's
+/// address space, the own one included. Passed to the kernels by value.
+struct PeerTable {
+  std::byte* peers[kMaxPeers] = {};
+  InboxLayout layout;
+  int rank = 0;
+  int size = 0;
+  /// Upper limit of a launch's thread blocks, at most `layout.max_blocks`. Equal on all ranks.
+  int max_blocks = 0;
+  /// For tests: not 0 makes thread blocks wait for random times, differing by rank, block and
+  /// epoch.
+  std::uint32_t delay_seed = 0;
+};
+
+/// The epoch after `epoch`. Flag words carry its lower 32 bits, of which 0 means "never written",
+/// so epochs whose lower half is 0 are left out; 1 with it, so that the slots go on alternating.
+[[nodiscard]] constexpr std::uint64_t next_epoch(std::uint64_t epoch) noexcept {
+  const std::uint64_t next = epoch + 1;
+  return (next & 0xffffffffU) == 0 ? next + 2 : next;
+}
+
+/// First 256 bytes of an inbox.
+struct InboxControl {
+  std::uint64_t epoch = 0;     ///< Of the last call; own kernels only.
+  std::uint64_t error = 0;     ///< 0, or see `InboxError`; written by this rank and its peers.
+  std::uint64_t limit_ns = 0;  ///< Of one wait.
+  std::uint32_t arrived = 0;   ///< Thread blocks of the running launch that know its epoch.
+  std::uint32_t reserved = 0;
+};
+
+/// The first wait that reached its limit in a group.
+struct InboxError {
+  std::uint64_t epoch = 0;
+  int missing_rank = -1;  ///< The rank that did not come; -1 if there was no error.
+
+  [[nodiscard]] explicit operator bool() const noexcept { return missing_rank >= 0; }
+
+  [[nodiscard]] static constexpr std::uint64_t encode(std::uint64_t epoch, int missing) noexcept {
+    return (epoch << 8) | static_cast<std::uint64_t>(missing + 1);
+  }
+  [[nodiscard]] static constexpr InboxError decode(std::uint64_t word) noexcept {
+    return {word >> 8, static_cast<int>(word & 0xffU) - 1};
+  }
+};
+
+/// Enqueues what makes a rank's own inbox ready: zeros, the time limit and the epoch to count from.
+/// Local. Before any rank's first peer kernel all ranks must have completed it (synchronise the
+/// stream, then meet on the control plane). Not to be captured.
+///
+/// @param after_epoch  Equal on all ranks; the first call has `next_epoch(after_epoch)`.
+/// @throw TransportError if CUDA refuses.
+void initialize_inbox(const PeerTable& table, cudaStream_t stream,
+                      std::chrono::nanoseconds limit = std::chrono::seconds(60),
+                      std::uint64_t after_epoch = 0);
+
+/// Changes the time limit of the own inbox's waits, in stream order. Local.
+void set_inbox_limit(const PeerTable& table, std::chrono::nanoseconds limit, cudaStream_t stream);
+
+/// Reads the own inbox's error word over `stream` and waits for it; use a stream of its own to look
+/// while kernels run. Kernels end at once while the word is set: outputs are undefined, and the
+/// group must be formed anew with fresh inboxes.
+/// @throw TransportError if CUDA refuses.
+[[nodiscard]] InboxError read_inbox_error(const PeerTable& table, cudaStream_t stream);
+
+}  // namespace cohort::cuda

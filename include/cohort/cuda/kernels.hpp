@@ -1,0 +1,242 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cohort/cuda/inbox.hpp"
+#include "cohort/dcp/lse_merge.hpp"
+#include "cohort/dtype.hpp"
+
+/// \file
+/// The library's own kernels, as functions that enqueue one launch on a stream.
+///
+/// All of them return at once, can be captured, allocate nothing, and are launched with
+/// programmatic stream serialization: a kernel may be scheduled while its predecessor in the stream
+/// drains, but every thread waits for the predecessor's memory before it touches any, and none
+/// triggers its own completion early. So they are ordered like ordinary kernels.
+///
+/// Pointers are device memory of the current device. Strides of tensors count elements. Every
+/// function throws `UsageError` for arguments that it cannot take, before the launch, and
+/// `TransportError` if CUDA refuses the launch.
+///
+/// **Local kernels** touch the caller's memory only. **Peer kernels** take a `PeerTable` and are
+/// collective: every rank issues the same sequence of peer kernels with the same shapes on its own
+/// stream order. They synchronise through the inboxes alone (see inbox.hpp): after one has run, its
+/// outputs are complete, and the peers may still be reading nothing of the caller's. A wait that
+/// exceeds the inbox's time limit sets the error word; see `read_inbox_error`.
+
+namespace cohort::cuda {
+
+// --- local kernels
+// --------------------------------------------------------------------------------
+
+inline constexpr int kMaxCopyDims = 5;
+
+/// out[i] = in[i] for every index of a tensor of up to `kMaxCopyDims` dimensions, whatever the
+/// strides: packing and unpacking for collectives along a dimension. Dimensions that can be read as
+/// one are joined first; accesses are 16 bytes wide where alignment allows. A stride of 0 in `in`
+/// broadcasts. `in` and `out` do not overlap. All spans have one length.
+void strided_copy(const void* in, std::span<const std::int64_t> in_strides, void* out,
+                  std::span<const std::int64_t> out_strides, std::span<const std::int64_t> shape,
+                  DType dtype, cudaStream_t stream);
+
+/// Sets `count` elements to a value. Floating types and 32-bit integers.
+void fill(void* out, std::int64_t count, DType dtype, double value, cudaStream_t stream);
+
+/// out[i] = pieces[0][i] + pieces[1][i] + ... in order, accumulated in fp32 and rounded once.
+/// `pieces` are `n` blocks of `count` elements, `piece_stride` elements apart. f32, f16, bf16.
+void reduce_pieces(const void* pieces, int n, std::int64_t piece_stride, void* out,
+                   std::int64_t count, DType dtype, cudaStream_t stream);
+
+/// A partial attention: out [B,H,D] and lse [B,H], in any order of dimensions with D contiguous.
+/// [H,B,D] is a choice of strides.
+struct Partial {
+  const void* out = nullptr;
+  std::int64_t out_batch_stride = 0;
+  std::int64_t out_head_stride = 0;
+  const float* lse = nullptr;
+  std::int64_t lse_batch_stride = 0;
+  std::int64_t lse_head_stride = 0;
+};
+
+/// A merged attention: out [B,H/n,D] with D contiguous, and lse [B,H/n] unless null.
+struct Merged {
+  void* out = nullptr;
+  std::int64_t out_batch_stride = 0;
+  std::int64_t out_head_stride = 0;
+  float* lse = nullptr;
+  std::int64_t lse_batch_stride = 0;
+  std::int64_t lse_head_stride = 0;
+};
+
+/// Sizes of a merge. `heads` counts all heads, H. D is a multiple of 8, at most 1024; f32, f16,
+/// bf16.
+struct MergeShape {
+  std::int64_t batch = 0;
+  std::int64_t heads = 0;
+  std::int64_t dim = 0;
+  DType dtype = DType::bf16;
+  LseBase base = LseBase::e;
+};
+
+/// Staged plan, before the reduce-scatter: corrected = scale of `rank` times its partial, where the
+/// scales come from every rank's LSE. Zero, and the partial not read, where the scale is 0.
+///
+/// @param lses       [n,B,H] contiguous, all-gathered, in rank order.
+/// @param corrected  [B,H,D] by strides; its type is `out_dtype`: the partial's own or f32.
+/// @param merged_lse [B,H] contiguous, or null.
+void correct_partial(const MergeShape& shape, int n, int rank, const Partial& partial,
+                     const float* lses, void* corrected, std::int64_t out_batch_stride,
+                     std::int64_t out_head_stride, DType out_dtype, float* merged_lse,
+                     cudaStream_t stream);
+
+/// Bytes from one rank's piece to the next in the packed plan's buffers. A piece holds out
+/// [B,H/n,D], then lse [B,H/n] on the next 16-byte boundary, padded to 256 bytes.
+[[nodiscard]] std::size_t packed_piece_bytes(const MergeShape& shape, int n);
+
+/// Packed plan, before the all-to-all: piece p of `pieces` receives the heads that rank p merges.
+void pack_partial(const MergeShape& shape, int n, const Partial& partial, void* pieces,
+                  cudaStream_t stream);
+
+/// Packed plan, after the all-to-all: merges the n received pieces. Bitwise equal to
+/// `peer_merge`.
+void merge_pieces(const MergeShape& shape, int n, const void* pieces, const Merged& merged,
+                  cudaStream_t stream);
+
+/// A query in two parts: nope [B,h,Dn] and pe [B,h,Dr], each with its last dimension contiguous.
+/// Dn and Dr are multiples of 16 bytes (Dr may be 0).
+struct Query {
+  const void* nope = nullptr;
+  std::int64_t nope_batch_stride = 0;
+  std::int64_t nope_head_stride = 0;
+  const void* pe = nullptr;
+  std::int64_t pe_batch_stride = 0;
+  std::int64_t pe_head_stride = 0;
+  std::int64_t batch = 0;
+  std::int64_t heads = 0;  ///< h: the heads that this rank holds.
+  std::int64_t nope_dim = 0;
+  std::int64_t pe_dim = 0;
+  DType dtype = DType::bf16;  ///< Any; moved as bytes.
+};
+
+/// out [B,h,Dn+Dr] by strides = nope and pe side by side.
+void pack_query(const Query& query, void* out, std::int64_t out_batch_stride,
+                std::int64_t out_head_stride, cudaStream_t stream);
+
+// --- peer kernels
+// ---------------------------------------------------------------------------------
+
+/// How a peer kernel moves its bytes.
+enum class PeerPath : std::uint8_t {
+  automatic,  ///< By size; see `choose_merge_path` and `choose_query_path`.
+  flag_word,  ///< Every 8 bytes travel with their epoch as a flag: one flight, twice the bytes.
+  push,       ///< Chunks are stored in the peers' inboxes, then one flag a chunk.
+  pull,       ///< Chunks are staged in the own inbox; the peers read them after the flag.
+};
+
+[[nodiscard]] std::string_view to_string(PeerPath path) noexcept;
+
+/// One row of a size table: use `path` while a rank sends at most this many bytes to all peers.
+struct PathRow {
+  std::int64_t max_bytes_sent;
+  PeerPath path;
+};
+
+/// The merge's and the query gather's size tables.
+[[nodiscard]] std::span<const PathRow> merge_path_table() noexcept;
+[[nodiscard]] std::span<const PathRow> query_path_table() noexcept;
+
+/// The path of a call: the table's, or the nearest that the inbox has room for.
+/// @throw UsageError with the bytes needed and the bytes there, if the inbox has room for none.
+[[nodiscard]] PeerPath choose_merge_path(const InboxLayout& layout, const MergeShape& shape);
+[[nodiscard]] PeerPath choose_query_path(const InboxLayout& layout, const Query& query);
+
+/// Bytes of one lane that a call needs, for `InboxOptions`: flag words, or a bulk lane.
+[[nodiscard]] std::int64_t merge_lane_bytes(const MergeShape& shape, int n, PeerPath path);
+[[nodiscard]] std::int64_t query_lane_bytes(const Query& query, PeerPath path);
+
+/// An all-gather or a reduce-scatter along any dimension, as bytes. `outer` is the product of the
+/// extents before the dimension, `inner_bytes` the bytes of one rank's share per outer index.
+/// The side that only this rank holds is [outer][inner]; the side with every rank's share is
+/// [outer][n][inner]. Strides are bytes between consecutive indices.
+struct AlongDim {
+  std::int64_t outer = 1;
+  std::int64_t inner_bytes = 0;
+  std::int64_t share_outer_stride = 0;  ///< [outer][inner] side.
+  std::int64_t full_outer_stride = 0;   ///< [outer][n][inner] side.
+  std::int64_t full_rank_stride = 0;    ///< From one rank's share to the next.
+
+  /// Both sides contiguous.
+  [[nodiscard]] static constexpr AlongDim contiguous(std::int64_t outer, std::int64_t inner_bytes,
+                                                     int n) noexcept {
+    return {outer, inner_bytes, inner_bytes, inner_bytes * n, inner_bytes};
+  }
+};
+
+/// Most bytes that one rank's share (all-gather, reduce-scatter) or the whole buffer (all-reduce)
+/// may have.
+[[nodiscard]] constexpr std::int64_t max_all_gather_bytes(const InboxLayout& layout) noexcept {
+  return layout.ll_words * 8;
+}
+[[nodiscard]] constexpr std::int64_t max_reduce_scatter_bytes(const InboxLayout& layout) noexcept {
+  return layout.ll_words * 8;
+}
+[[nodiscard]] constexpr std::int64_t max_all_reduce_bytes(const InboxLayout& layout) noexcept {
+  // In two steps a lane holds a share of the input and a share of the result.
+  return layout.ll_words / 2 * 8 * layout.ranks;
+}
+
+/// in [outer][inner] -> out [outer][n][inner] on every rank. Moves bytes.
+void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* in, void* out,
+                     cudaStream_t stream);
+
+/// in [outer][n][inner] -> out [outer][inner]: the ranks' sum of this rank's share, in rank order,
+/// accumulated in fp32 and rounded once. f32, f16, bf16. `out` may be this rank's share of `in`.
+void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dtype, const void* in,
+                         void* out, cudaStream_t stream);
+
+/// out[i] = sum over the ranks of in[i], in rank order, accumulated in fp32 and rounded once; the
+/// same bits on every rank. `out` may be `in`. f32, f16, bf16.
+void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, const void* in,
+                     void* out, cudaStream_t stream);
+
+/// Returns on the stream when every rank has reached it; what the ranks wrote before is visible
+/// after. The floor of every peer kernel.
+void peer_barrier(const PeerTable& table, cudaStream_t stream);
+
+/// Query gather: every rank's packed query, [B,n*h,Dn+Dr] by strides, the heads of rank r from r*h.
+/// nope and pe are read once.
+void peer_gather_query(const PeerTable& table, const Query& query, void* out,
+                       std::int64_t out_batch_stride, std::int64_t out_head_stride,
+                       cudaStream_t stream, PeerPath path = PeerPath::automatic);
+
+/// Merge in one launch: rank r gets the merged heads [r*H/n, (r+1)*H/n). fp32 in rank order;
+/// bitwise equal to `merge_pieces`, whatever the path.
+void peer_merge(const PeerTable& table, const MergeShape& shape, const Partial& partial,
+                const Merged& merged, cudaStream_t stream, PeerPath path = PeerPath::automatic);
+
+// --- what the kernels are
+// -------------------------------------------------------------------------
+
+/// Resources of one compiled kernel, as launched.
+struct KernelInfo {
+  std::string name;
+  int registers = 0;
+  std::size_t local_bytes = 0;  ///< Per thread; spills and arrays that are not in registers.
+  std::size_t shared_bytes = 0;
+  int threads = 0;        ///< Largest block that is launched.
+  int blocks_per_sm = 0;  ///< Resident at that size.
+};
+
+/// Every peer kernel for `n` ranks, and the local ones. Needs a device.
+[[nodiscard]] std::vector<KernelInfo> kernel_report(int n);
+
+}  // namespace cohort::cuda

@@ -1,0 +1,87 @@
+#pragma once
+
+#include "elements.cuh"
+
+// A strided payload as a sequence of 8-byte words, whatever its alignment and size.
+
+namespace cohort::cuda::detail {
+
+/// [outer][inner] bytes with a stride between outer indices. Word i holds bytes [8i, 8i+8) of the
+/// payload without gaps; bytes beyond the end read as 0 and are not written.
+struct ByteView {
+  std::byte* base = nullptr;
+  std::int64_t outer_stride = 0;
+  std::uint32_t total = 0;
+  std::uint32_t inner = 1;
+  FastDiv words_per_inner;
+  FastDiv bytes_per_inner;
+  bool contiguous = true;
+  bool aligned = true;  ///< No word crosses a gap, and every word starts on 8 bytes.
+
+  ByteView() = default;
+  ByteView(const void* data, std::int64_t outer, std::int64_t inner_bytes, std::int64_t stride,
+           std::int64_t other_stride)
+      : base(static_cast<std::byte*>(const_cast<void*>(data))),
+        outer_stride(stride),
+        total(static_cast<std::uint32_t>(outer * inner_bytes)),
+        inner(static_cast<std::uint32_t>(std::max<std::int64_t>(inner_bytes, 1))),
+        words_per_inner(std::max<std::int64_t>(inner_bytes / 8, 1)),
+        bytes_per_inner(std::max<std::int64_t>(inner_bytes, 1)),
+        contiguous(outer <= 1 || stride == inner_bytes) {
+    aligned = is_aligned<uint2>(data) && other_stride % 8 == 0 &&
+              (contiguous || (inner_bytes % 8 == 0 && stride % 8 == 0));
+  }
+
+  __device__ __forceinline__ std::byte* word_at(std::uint32_t word) const {
+    if (contiguous) {
+      return base + std::int64_t{8} * word;
+    }
+    const std::uint32_t o = words_per_inner.divide(word);
+    return base + o * outer_stride + std::int64_t{8} * (word - o * words_per_inner.divisor);
+  }
+
+  __device__ __forceinline__ std::byte* byte_at(std::uint32_t byte) const {
+    const std::uint32_t o = contiguous ? 0 : bytes_per_inner.divide(byte);
+    return base + o * outer_stride + (byte - o * inner);
+  }
+};
+
+/// The words that the fast path cannot take, byte by byte; out of line to keep kernels small.
+static __device__ __noinline__ uint2 load_word_bytes(const ByteView& view, std::uint32_t first,
+                                                     std::int64_t offset) {
+  std::uint64_t bits = 0;
+  for (std::uint32_t k = 0; k < 8 && first + k < view.total; ++k) {
+    bits |= static_cast<std::uint64_t>(view.byte_at(first + k)[offset]) << (8 * k);
+  }
+  return make_uint2(static_cast<std::uint32_t>(bits), static_cast<std::uint32_t>(bits >> 32));
+}
+
+static __device__ __noinline__ void store_word_bytes(const ByteView& view, std::uint32_t first,
+                                                     uint2 value, std::int64_t offset) {
+  const std::uint64_t bits = value.x | (static_cast<std::uint64_t>(value.y) << 32);
+  for (std::uint32_t k = 0; k < 8 && first + k < view.total; ++k) {
+    view.byte_at(first + k)[offset] = static_cast<std::byte>(bits >> (8 * k));
+  }
+}
+
+/// `offset` moves the whole view, to another rank's share.
+__device__ __forceinline__ uint2 load_word(const ByteView& view, std::uint32_t word,
+                                           std::int64_t offset = 0) {
+  if (view.aligned && word * 8 + 8 <= view.total) {
+    return *reinterpret_cast<const uint2*>(view.word_at(word) + offset);
+  }
+  return load_word_bytes(view, word * 8, offset);
+}
+
+__device__ __forceinline__ void store_word(const ByteView& view, std::uint32_t word, uint2 value,
+                                           std::int64_t offset = 0) {
+  if (view.aligned && word * 8 + 8 <= view.total) {
+    *reinterpret_cast<uint2*>(view.word_at(word) + offset) = value;
+  } else {
+    store_word_bytes(view, word * 8, value, offset);
+  }
+}
+
+inline std::int64_t words_of(std::int64_t bytes) { return ceil_div(bytes, 8); }
+
+}  // namespace cohort::cuda::detail

@@ -1,0 +1,56 @@
+#include "cohort/cuda/inbox.hpp"
+
+#include "launch.cuh"
+
+// Preparing and reading a rank's own inbox: runtime calls only.
+
+namespace cohort::cuda {
+
+using detail::check_cuda;
+
+namespace {
+
+std::byte* own_inbox(const PeerTable& table) { return table.peers[table.rank]; }
+
+/// Copies from pageable memory return when the source has been read, so a local value may go.
+void write_word(std::byte* to, std::uint64_t value, cudaStream_t stream) {
+  check_cuda(cudaMemcpyAsync(to, &value, sizeof(value), cudaMemcpyHostToDevice, stream),
+             "cudaMemcpyAsync");
+}
+
+}  // namespace
+
+void initialize_inbox(const PeerTable& table, cudaStream_t stream, std::chrono::nanoseconds limit,
+                      std::uint64_t after_epoch) {
+  std::byte* inbox = own_inbox(table);
+  check_cuda(cudaMemsetAsync(inbox, 0, static_cast<std::size_t>(table.layout.bytes), stream),
+             "cudaMemsetAsync");
+  write_word(inbox + offsetof(InboxControl, epoch), after_epoch, stream);
+  set_inbox_limit(table, limit, stream);
+}
+
+void set_inbox_limit(const PeerTable& table, std::chrono::nanoseconds limit, cudaStream_t stream) {
+  write_word(own_inbox(table) + offsetof(InboxControl, limit_ns),
+             static_cast<std::uint64_t>(limit.count()), stream);
+}
+
+InboxError read_inbox_error(const PeerTable& table, cudaStream_t stream) {
+  std::uint64_t word = 0;
+  check_cuda(cudaMemcpyAsync(&word, own_inbox(table) + offsetof(InboxControl, error), sizeof(word),
+                             cudaMemcpyDeviceToHost, stream),
+             "cudaMemcpyAsync");
+  check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
+  return InboxError::decode(word);
+}
+
+std::vector<KernelInfo> kernel_report(int n) {
+  std::vector<KernelInfo> report;
+  detail::report_copy(report);
+  detail::report_local_merge(report);
+  detail::report_gather(n, report);
+  detail::report_reduce(n, report);
+  detail::report_merge(n, report);
+  return report;
+}
+
+}  // namespace cohort::cuda

@@ -1,0 +1,96 @@
+#pragma once
+
+#include <cuda_runtime.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "cohort/cuda/kernels.hpp"
+#include "cohort/error.hpp"
+
+// Launching, and what the launchers check.
+
+namespace cohort::cuda::detail {
+
+inline void check_cuda(cudaError_t code, const char* call) {
+  if (code != cudaSuccess) {
+    throw TransportError({.call = call, .native_code = code}, cudaGetErrorString(code));
+  }
+}
+
+inline void require(bool condition, const char* argument, const std::string& text) {
+  if (!condition) {
+    throw UsageError(fmt::format("{}: {}", argument, text));
+  }
+}
+
+/// One launch with programmatic stream serialization: the kernel's blocks may be scheduled while
+/// the predecessor drains. Every kernel starts with cudaGridDependencySynchronize() in all threads.
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), int blocks, int threads, cudaStream_t stream,
+            const Args&... args) {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...),
+             "cudaLaunchKernelEx");
+}
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+/// Calls `call` with the number of ranks as a constant: 2 to 8, or 0 for any other.
+template <class Call>
+void with_ranks(int n, const Call& call) {
+  switch (n) {
+    case 2:
+      return call(std::integral_constant<int, 2>{});
+    case 3:
+      return call(std::integral_constant<int, 3>{});
+    case 4:
+      return call(std::integral_constant<int, 4>{});
+    case 5:
+      return call(std::integral_constant<int, 5>{});
+    case 6:
+      return call(std::integral_constant<int, 6>{});
+    case 7:
+      return call(std::integral_constant<int, 7>{});
+    case 8:
+      return call(std::integral_constant<int, 8>{});
+    default:
+      return call(std::integral_constant<int, 0>{});
+  }
+}
+
+/// What a kernel is compiled to, for `kernel_report`.
+template <class... Params>
+KernelInfo describe(const char* name, void (*kernel)(Params...), int threads) {
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+  KernelInfo info{.name = name,
+                  .registers = attributes.numRegs,
+                  .local_bytes = attributes.localSizeBytes,
+                  .shared_bytes = attributes.sharedSizeBytes,
+                  .threads = threads,
+                  .blocks_per_sm = 0};
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&info.blocks_per_sm, kernel, threads, 0),
+             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  return info;
+}
+
+// Each source file reports its own kernels.
+void report_copy(std::vector<KernelInfo>& report);
+void report_local_merge(std::vector<KernelInfo>& report);
+void report_gather(int n, std::vector<KernelInfo>& report);
+void report_reduce(int n, std::vector<KernelInfo>& report);
+void report_merge(int n, std::vector<KernelInfo>& report);
+
+}  // namespace cohort::cuda::detail
