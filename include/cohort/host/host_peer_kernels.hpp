@@ -1,0 +1,427 @@
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cohort/dcp/lse_merge.hpp"
+#include "cohort/dcp/packed_piece.hpp"
+#include "cohort/host/host_stream.hpp"
+#include "cohort/host/peer_access.hpp"
+#include "cohort/transport.hpp"
+
+/// \file
+/// The DCP step on the host as single passes over the peers' memory: rows are merged where the
+/// peers' partial attentions lie, and queries are gathered into their final layout.
+
+namespace cohort::host {
+
+/// Partial attentions and queries are read in windows of the group if they lie there and are large,
+/// otherwise in the inbox slots, a stretch of rows at a time. A row is one (sequence, head) pair.
+class HostPeerKernels final : public PeerKernels {
+ public:
+  explicit HostPeerKernels(PeerAccess& access)
+      : access_(access),
+        meeting_(access.meeting()),
+        partials_(u(access.size())),
+        lses_(u(access.size())),
+        scales_(u(access.size())),
+        rows_(u(access.size())),
+        places_(u(access.size())) {}
+
+  /// Does nothing: rows go through the slots of the transport in stretches, so no shape needs
+  /// larger ones as long as one row fits.
+  void reserve(std::size_t) override {}
+
+  [[nodiscard]] std::string merge_obstacle(const MergeArguments& arguments) const override;
+  void merge_attention(const MergeArguments& arguments, StreamRef stream) override;
+
+  [[nodiscard]] std::string gather_obstacle(const ConstTensorView& q_nope,
+                                            const ConstTensorView& q_pe) const override;
+  void gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe, const TensorView& q,
+                    StreamRef stream) override;
+
+ private:
+  /// Where a rank's partial attention of this rank's heads lies, in bytes.
+  struct Partial {
+    const std::byte* out = nullptr;
+    const std::byte* lse = nullptr;
+    std::int64_t out_batch = 0, out_head = 0;  ///< Strides.
+    std::int64_t lse_batch = 0, lse_head = 0;
+    std::int64_t first_out = 0, first_lse = 0;  ///< Subtracted: a slot starts at a later row.
+  };
+  struct MergeShape {
+    std::int64_t batch, heads, dim;  ///< Heads of one rank.
+    std::int64_t element;            ///< Bytes.
+
+    [[nodiscard]] std::int64_t rows() const noexcept { return batch * heads; }
+    [[nodiscard]] std::int64_t row_bytes() const noexcept { return dim * element; }
+  };
+
+  static std::size_t u(std::int64_t value) noexcept { return static_cast<std::size_t>(value); }
+  static std::int64_t s(std::size_t value) noexcept { return static_cast<std::int64_t>(value); }
+
+  [[nodiscard]] MergeShape shape_of(const MergeArguments& arguments) const {
+    const auto& shape = arguments.out.shape();
+    return {shape[0], shape[1] / access_.size(), shape[2], s(size_of(arguments.out.dtype()))};
+  }
+  /// Rows of a piece for one rank that a slot has room for.
+  [[nodiscard]] std::int64_t rows_of_piece(std::int64_t bytes_of_row) const noexcept {
+    const std::int64_t room = s(access_.piece_bytes()) / access_.size() / 64 * 64;
+    return std::max<std::int64_t>(0, (room - 2 * 16) / bytes_of_row);  // two parts, padded to 16
+  }
+
+  void merge(const MergeArguments& arguments);
+  bool expose_partial(const Call& call, const MergeArguments& arguments);
+  void push_pieces(const MergeArguments& arguments, const MergeShape& shape, std::int64_t first,
+                   std::int64_t count, std::int64_t pitch_rows);
+  [[nodiscard]] Partial own_partial(const MergeArguments& arguments, const MergeShape& shape) const;
+  [[nodiscard]] Partial exposed_partial(const Ticket& ticket, int peer, const MergeShape& shape);
+  [[nodiscard]] Partial pushed_partial(int peer, const MergeShape& shape, std::int64_t first,
+                                       std::int64_t pitch_rows) const;
+  void merge_rows(const MergeArguments& arguments, const MergeShape& shape, std::int64_t first,
+                  std::int64_t count);
+
+  void gather(const ConstTensorView& q_nope, const ConstTensorView& q_pe, const TensorView& q);
+  bool expose_query(const Call& call, const ConstTensorView& q_nope, const ConstTensorView& q_pe);
+
+  PeerAccess& access_;
+  Rendezvous& meeting_;
+  // Kept from call to call, so that calls do not allocate; by rank.
+  std::vector<Partial> partials_;
+  std::vector<float> lses_;
+  std::vector<float> scales_;
+  std::vector<const void*> rows_;
+  std::vector<Place> places_;
+};
+
+inline std::string HostPeerKernels::merge_obstacle(const MergeArguments& arguments) const {
+  const auto shape = shape_of(arguments);
+  const std::int64_t row = shape.row_bytes() + s(sizeof(float));
+  if (rows_of_piece(row) > 0) {
+    return {};
+  }
+  return fmt::format(
+      "a row of {} bytes does not fit into the {} bytes of an inbox slot for each "
+      "of {} ranks",
+      row, access_.piece_bytes() / u(access_.size()), access_.size());
+}
+
+inline std::string HostPeerKernels::gather_obstacle(const ConstTensorView& q_nope,
+                                                    const ConstTensorView& q_pe) const {
+  const std::int64_t row = (q_nope.shape()[2] + q_pe.shape()[2]) * s(size_of(q_nope.dtype()));
+  if (row <= s(access_.piece_bytes())) {
+    return {};
+  }
+  return fmt::format("a row of {} bytes does not fit into an inbox slot of {} bytes", row,
+                     access_.piece_bytes());
+}
+
+inline void HostPeerKernels::merge_attention(const MergeArguments& arguments, StreamRef stream) {
+  // `merged_lse` points to the caller's view, which a recorded call outlives.
+  const std::optional<TensorView> merged_lse =
+      arguments.merged_lse == nullptr ? std::nullopt : std::optional(*arguments.merged_lse);
+  enqueue(
+      stream,
+      [this](MergeArguments given, const std::optional<TensorView>& lse) {
+        given.merged_lse = lse ? &*lse : nullptr;
+        merge(given);
+      },
+      arguments, merged_lse);
+}
+
+/// Shows `out` and `lse` in their windows, if both lie in one and are large.
+inline bool HostPeerKernels::expose_partial(const Call& call, const MergeArguments& arguments) {
+  const auto lse_window = access_.window_of(arguments.lse, 0);
+  if (!lse_window || !access_.window_of(arguments.out)) {
+    access_.expose_nothing(call);
+    meeting_.next_ticket().place = Place::slot;
+    return false;
+  }
+  access_.expose(call, arguments.out);
+  Ticket& ticket = meeting_.next_ticket();
+  ticket.second = *lse_window;
+  const auto& out = arguments.out.strides();
+  const auto& lse = arguments.lse.strides();
+  ticket.strides = {out[0], out[1], lse[0], lse[1]};
+  return true;
+}
+
+inline HostPeerKernels::Partial HostPeerKernels::own_partial(const MergeArguments& arguments,
+                                                             const MergeShape& shape) const {
+  const auto& out = arguments.out.strides();
+  const auto& lse = arguments.lse.strides();
+  const std::int64_t head = access_.rank() * shape.heads;
+  const std::int64_t word = s(sizeof(float));
+  return {
+      .out = static_cast<const std::byte*>(arguments.out.data()) + head * out[1] * shape.element,
+      .lse = static_cast<const std::byte*>(arguments.lse.data()) + head * lse[1] * word,
+      .out_batch = out[0] * shape.element,
+      .out_head = out[1] * shape.element,
+      .lse_batch = lse[0] * word,
+      .lse_head = lse[1] * word};
+}
+
+inline HostPeerKernels::Partial HostPeerKernels::exposed_partial(const Ticket& ticket, int peer,
+                                                                 const MergeShape& shape) {
+  const auto& strides = ticket.strides;
+  const std::int64_t head = access_.rank() * shape.heads;
+  const std::int64_t word = s(sizeof(float));
+  return {.out = access_.peer_tensor(ticket, peer) + head * strides[1] * shape.element,
+          .lse = access_.peer_memory(ticket.second, peer) + head * strides[3] * word,
+          .out_batch = strides[0] * shape.element,
+          .out_head = strides[1] * shape.element,
+          .lse_batch = strides[2] * word,
+          .lse_head = strides[3] * word};
+}
+
+inline HostPeerKernels::Partial HostPeerKernels::pushed_partial(int peer, const MergeShape& shape,
+                                                                std::int64_t first,
+                                                                std::int64_t pitch_rows) const {
+  const auto piece = dcp::packed_piece(pitch_rows, 1, shape.dim, u(shape.element));
+  const std::byte* base = meeting_.slot_of(peer) + u(access_.rank()) * piece.bytes;
+  const std::int64_t word = s(sizeof(float));
+  return {.out = base,
+          .lse = base + piece.lse_offset,
+          .out_batch = shape.heads * shape.row_bytes(),
+          .out_head = shape.row_bytes(),
+          .lse_batch = shape.heads * word,
+          .lse_head = word,
+          .first_out = first * shape.row_bytes(),
+          .first_lse = first * word};
+}
+
+/// Puts rows [first, first + count) of every other rank's heads into the next slot.
+inline void HostPeerKernels::push_pieces(const MergeArguments& arguments, const MergeShape& shape,
+                                         std::int64_t first, std::int64_t count,
+                                         std::int64_t pitch_rows) {
+  const auto piece = dcp::packed_piece(pitch_rows, 1, shape.dim, u(shape.element));
+  for (int r = 0; r < access_.size(); ++r) {
+    if (r == access_.rank()) {
+      continue;
+    }
+    std::byte* base = meeting_.next_slot() + u(r) * piece.bytes;
+    auto out = part_of(arguments.out, 1, r * shape.heads, shape.heads)
+                   .cursor(u(shape.element), first * shape.dim);
+    WriteCursor rows(base, dense_layout(count * shape.dim), u(shape.element));
+    copy(rows, out, count * shape.dim);
+    auto lse = part_of(arguments.lse, 1, r * shape.heads, shape.heads).cursor(sizeof(float), first);
+    WriteCursor words(base + piece.lse_offset, dense_layout(count), sizeof(float));
+    copy(words, lse, count);
+  }
+}
+
+/// Merges rows [first, first + count) of this rank's heads from `partials_`.
+inline void HostPeerKernels::merge_rows(const MergeArguments& arguments, const MergeShape& shape,
+                                        std::int64_t first, std::int64_t count) {
+  const int n = access_.size();
+  const auto& merged = arguments.merged.strides();
+  auto* merged_base = static_cast<std::byte*>(arguments.merged.data());
+  std::int64_t b = first / std::max<std::int64_t>(1, shape.heads);
+  std::int64_t j = first - b * shape.heads;
+  for (std::int64_t i = 0; i < count; ++i) {
+    for (int r = 0; r < n; ++r) {
+      const Partial& partial = partials_[u(r)];
+      std::memcpy(&lses_[u(r)],
+                  partial.lse + (b * partial.lse_batch + j * partial.lse_head - partial.first_lse),
+                  sizeof(float));
+      rows_[u(r)] =
+          partial.out + (b * partial.out_batch + j * partial.out_head - partial.first_out);
+    }
+    float merged_lse = 0.0F;
+    dcp::merge_weights(lses_.data(), n, arguments.base, scales_.data(), &merged_lse);
+    dcp::merge_row(arguments.out.dtype(), rows_.data(), scales_.data(), n,
+                   merged_base + (b * merged[0] + j * merged[1]) * shape.element, shape.dim);
+    if (arguments.merged_lse != nullptr) {
+      const auto& strides = arguments.merged_lse->strides();
+      static_cast<float*>(arguments.merged_lse->data())[b * strides[0] + j * strides[1]] =
+          merged_lse;
+    }
+    if (++j == shape.heads) {
+      j = 0;
+      ++b;
+    }
+  }
+}
+
+inline void HostPeerKernels::merge(const MergeArguments& arguments) {
+  meeting_.check_usable("merge_attention");
+  const MergeShape shape = shape_of(arguments);
+  Call call{.operation = Operation::merge_attention,
+            .dtype = arguments.out.dtype(),
+            .variant = static_cast<std::uint8_t>(arguments.base),
+            .bytes = arguments.out.bytes()};
+  for (const auto extent : arguments.out.shape()) {
+    call.mix(extent);
+  }
+  const std::int64_t pitch =
+      std::min(shape.rows(), rows_of_piece(shape.row_bytes() + s(sizeof(float))));
+  if (pitch == 0 && shape.rows() > 0) {
+    throw UsageError("merge_attention: " + merge_obstacle(arguments));
+  }
+  const bool exposed = expose_partial(call, arguments);
+  if (!exposed) {
+    push_pieces(arguments, shape, 0, pitch, pitch);
+  }
+  meeting_.enter();
+  access_.await_all(call);
+
+  bool through_slots = !exposed;
+  bool read_exposed = false;
+  for (int r = 0; r < access_.size(); ++r) {
+    const Ticket& ticket = meeting_.ticket_of(r);
+    places_[u(r)] = r == access_.rank() ? Place::nowhere : ticket.place;
+    if (r == access_.rank()) {
+      partials_[u(r)] = own_partial(arguments, shape);
+    } else if (ticket.place == Place::direct) {
+      partials_[u(r)] = exposed_partial(ticket, r, shape);
+      read_exposed = true;
+    } else {
+      through_slots = true;
+    }
+  }
+  const std::int64_t stretch = through_slots ? pitch : shape.rows();
+  for (std::int64_t first = 0; first < shape.rows(); first += stretch) {
+    const std::int64_t count = std::min(stretch, shape.rows() - first);
+    if (first > 0) {
+      if (!exposed) {
+        push_pieces(arguments, shape, first, count, pitch);
+      }
+      meeting_.enter();
+      meeting_.await_all();
+    }
+    for (int r = 0; r < access_.size(); ++r) {
+      if (places_[u(r)] == Place::slot) {
+        partials_[u(r)] = pushed_partial(r, shape, first, pitch);
+      }
+    }
+    merge_rows(arguments, shape, first, count);
+  }
+  access_.finish(read_exposed, exposed);
+}
+
+inline void HostPeerKernels::gather_query(const ConstTensorView& q_nope,
+                                          const ConstTensorView& q_pe, const TensorView& q,
+                                          StreamRef stream) {
+  enqueue(
+      stream,
+      [this](const ConstTensorView& nope, const ConstTensorView& pe, const TensorView& to) {
+        gather(nope, pe, to);
+      },
+      q_nope, q_pe, q);
+}
+
+/// Shows both parts of the query in their windows, if both lie in one and are large.
+inline bool HostPeerKernels::expose_query(const Call& call, const ConstTensorView& q_nope,
+                                          const ConstTensorView& q_pe) {
+  access_.expose_nothing(call);
+  Ticket& ticket = meeting_.next_ticket();
+  const auto nope = access_.window_of(q_nope, 0);
+  const auto pe = access_.window_of(q_pe, 0);
+  if (!nope || !pe || q_nope.bytes() + q_pe.bytes() < kDirectBytes) {
+    ticket.place = Place::slot;
+    return false;
+  }
+  ticket.place = Place::direct;
+  ticket.window = nope->window;
+  ticket.offset = nope->offset;
+  ticket.second = *pe;
+  for (std::size_t d = 0; d < 3; ++d) {
+    ticket.strides[d] = q_nope.strides()[static_cast<int>(d)];
+    ticket.strides[d + 3] = q_pe.strides()[static_cast<int>(d)];
+  }
+  return true;
+}
+
+inline void HostPeerKernels::gather(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
+                                    const TensorView& q) {
+  meeting_.check_usable("gather_query");
+  Call call{.operation = Operation::gather_query, .dtype = q.dtype(), .bytes = q.bytes()};
+  for (const std::int64_t extent : {q.shape()[0], q.shape()[1], q_nope.shape()[2]}) {
+    call.mix(extent);
+  }
+  const std::size_t element = size_of(q.dtype());
+  const std::int64_t heads = q_nope.shape()[1];
+  const std::int64_t rows = q_nope.shape()[0] * heads;
+  const std::int64_t nope_dim = q_nope.shape()[2];
+  const std::int64_t pe_dim = q_pe.shape()[2];
+  const std::int64_t row_bytes = std::max<std::int64_t>(1, (nope_dim + pe_dim) * s(element));
+  const std::int64_t pitch = std::min(rows, s(access_.piece_bytes()) / row_bytes);
+  if (pitch == 0 && rows > 0) {
+    throw UsageError("gather_query: " + gather_obstacle(q_nope, q_pe));
+  }
+  const std::size_t pe_offset = u(pitch * nope_dim) * element;
+
+  const auto push = [&](std::int64_t first, std::int64_t count) {
+    auto nope = whole(q_nope).cursor(element, first * nope_dim);
+    auto pe = whole(q_pe).cursor(element, first * pe_dim);
+    WriteCursor nope_slot(meeting_.next_slot(), dense_layout(count * nope_dim), element);
+    WriteCursor pe_slot(meeting_.next_slot() + pe_offset, dense_layout(count * pe_dim), element);
+    copy(nope_slot, nope, count * nope_dim);
+    copy(pe_slot, pe, count * pe_dim);
+  };
+  // The heads of rank r in `q`: one part for q_nope, one for q_pe.
+  const auto target = [&](int r, std::int64_t skip, std::int64_t dim) {
+    const auto& strides = q.strides();
+    return Part<std::byte>{static_cast<std::byte*>(q.data()) +
+                               (r * heads * strides[1] + skip * strides[2]) * s(element),
+                           collapse(Dims{q.shape()[0], heads, dim}, strides)};
+  };
+  const auto place = [&](int r, std::int64_t first, std::int64_t count, ReadCursor nope,
+                         ReadCursor pe) {
+    auto nope_to = target(r, 0, nope_dim).cursor(element, first * nope_dim);
+    auto pe_to = target(r, nope_dim, pe_dim).cursor(element, first * pe_dim);
+    copy(nope_to, nope, count * nope_dim);
+    copy(pe_to, pe, count * pe_dim);
+  };
+
+  const bool exposed = expose_query(call, q_nope, q_pe);
+  if (!exposed) {
+    push(0, pitch);
+  }
+  meeting_.enter();
+  const int rank = access_.rank();
+  place(rank, 0, rows, whole(q_nope).cursor(element), whole(q_pe).cursor(element));
+  bool through_slots = !exposed;
+  bool read_exposed = false;
+  for (int step = 1; step < access_.size(); ++step) {
+    const int r = (rank + step) % access_.size();
+    const Ticket& ticket = access_.await(r, call);
+    places_[u(r)] = ticket.place;
+    if (ticket.place == Place::direct) {
+      read_exposed = true;
+      const Dims strides{std::span(ticket.strides).first(3)};
+      const Dims pe_strides{std::span(ticket.strides).subspan(3, 3)};
+      place(r, 0, rows,
+            {access_.peer_tensor(ticket, r), collapse(q_nope.shape(), strides), element},
+            {access_.peer_memory(ticket.second, r), collapse(q_pe.shape(), pe_strides), element});
+    } else {
+      through_slots = true;
+    }
+  }
+  for (std::int64_t first = 0; through_slots && first < rows; first += pitch) {
+    const std::int64_t count = std::min(pitch, rows - first);
+    if (first > 0) {
+      if (!exposed) {
+        push(first, count);
+      }
+      meeting_.enter();
+      meeting_.await_all();
+    }
+    for (int step = 1; step < access_.size(); ++step) {
+      const int r = (rank + step) % access_.size();
+      if (places_[u(r)] == Place::slot) {
+        place(r, first, count, {meeting_.slot_of(r), dense_layout(count * nope_dim), element},
+              {meeting_.slot_of(r) + pe_offset, dense_layout(count * pe_dim), element});
+      }
+    }
+  }
+  access_.finish(read_exposed, exposed);
+}
+
+}  // namespace cohort::host

@@ -1,0 +1,229 @@
+#pragma once
+
+#include <fmt/format.h>
+
+#include <atomic>
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <span>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cohort/error.hpp"
+#include "cohort/stream.hpp"
+
+/// \file
+/// The host's streams. A host stream is an in-order executor: work runs on the calling thread
+/// before `submit` returns, or is recorded while the stream captures and runs at every launch of
+/// the graph. Engine code written for device streams therefore runs unchanged.
+
+namespace cohort {
+
+class HostStream;
+
+namespace host {
+
+/// What one capture recorded: the work in submission order, and what the work needs.
+class Recording {
+ public:
+  void add(std::function<void()> work) { work_.push_back(std::move(work)); }
+  void retain(std::shared_ptr<void> object) { retained_.push_back(std::move(object)); }
+  void run() const {
+    for (const auto& work : work_) {
+      work();
+    }
+  }
+
+ private:
+  // Declared first, destroyed last: captured work may hold references into what is retained.
+  std::vector<std::shared_ptr<void>> retained_;
+  std::vector<std::function<void()>> work_;
+};
+
+/// A capture in progress, shared by the streams that take part in it.
+struct Capture {
+  CaptureId id = 0;
+  const void* origin = nullptr;  ///< The stream that began it.
+  bool ended = false;
+  std::shared_ptr<Recording> recording = std::make_shared<Recording>();
+};
+
+class HostGraph : public ExecutableGraph {
+ public:
+  explicit HostGraph(std::shared_ptr<const Recording> recording)
+      : recording_(std::move(recording)) {}
+
+  /// Runs the captured work, or records its replay where `stream` is capturing. What a piece of
+  /// work throws comes out of here; the rest of the work is then not run.
+  void launch(StreamRef stream) override {
+    if (stream.valid()) {
+      stream.submit([recording = recording_] { recording->run(); });
+    } else {
+      recording_->run();
+    }
+  }
+
+ private:
+  std::shared_ptr<const Recording> recording_;
+};
+
+}  // namespace host
+
+/// The driver of all host streams of the process.
+class HostStreamDriver final : public StreamDriver {
+ public:
+  void submit(void* native, std::function<void()> work) override;
+  /// A stream that waits for a capturing one joins its capture, as on a device.
+  /// Throws `UsageError` where both take part in different captures.
+  void wait_for(void* waiter, void* signaller) override;
+  [[nodiscard]] CaptureId capture_id(void* native) const override;
+  void retain_in_capture(void* native, std::shared_ptr<void> object) override;
+  /// Throws `UsageError` where the stream is capturing already.
+  void begin_capture(void* native) override;
+  /// Ends the capture for every stream that joined it. Throws `UsageError` where `native` did not
+  /// begin it.
+  [[nodiscard]] std::unique_ptr<ExecutableGraph> end_capture(void* native) override;
+  /// Returns at once: submitted work has run. Throws `UsageError` while capturing.
+  void synchronize(void* native, std::chrono::milliseconds limit) override;
+
+ private:
+  static HostStream& stream(void* native);
+};
+
+/// The driver object; it outlives everything.
+[[nodiscard]] inline HostStreamDriver& host_stream_driver() {
+  static HostStreamDriver& driver = *new HostStreamDriver;
+  return driver;
+}
+
+/// An in-order executor on the calling thread. Used by one thread at a time. Outlives the graphs
+/// launched on it and the tensors allocated on it.
+class HostStream {
+ public:
+  HostStream() = default;
+  HostStream(const HostStream&) = delete;
+  HostStream& operator=(const HostStream&) = delete;
+
+  [[nodiscard]] StreamRef ref() noexcept { return {host_stream_driver(), this}; }
+  operator StreamRef() noexcept { return ref(); }  // NOLINT(google-explicit-constructor)
+
+  /// Runs `work`, or records it while capturing.
+  void submit(std::function<void()> work) { ref().submit(std::move(work)); }
+
+  void begin_capture() { host_stream_driver().begin_capture(this); }
+  [[nodiscard]] std::unique_ptr<ExecutableGraph> end_capture() {
+    return host_stream_driver().end_capture(this);
+  }
+
+ private:
+  friend class HostStreamDriver;
+
+  [[nodiscard]] host::Capture* capture() const noexcept {
+    return capture_ != nullptr && !capture_->ended ? capture_.get() : nullptr;
+  }
+
+  std::shared_ptr<host::Capture> capture_;
+};
+
+inline HostStream& HostStreamDriver::stream(void* native) {
+  if (native == nullptr) {
+    throw UsageError("stream: expected a HostStream, got a null handle");
+  }
+  return *static_cast<HostStream*>(native);
+}
+
+inline void HostStreamDriver::submit(void* native, std::function<void()> work) {
+  if (auto* capture = stream(native).capture()) {
+    capture->recording->add(std::move(work));
+  } else {
+    work();
+  }
+}
+
+inline void HostStreamDriver::wait_for(void* waiter, void* signaller) {
+  const auto& signalled = stream(signaller);
+  auto& waiting = stream(waiter);
+  if (signalled.capture() == nullptr || signalled.capture() == waiting.capture()) {
+    return;  // the signaller's work has run, or is recorded before whatever comes next
+  }
+  if (waiting.capture() != nullptr) {
+    throw UsageError(fmt::format("wait_for: the streams take part in different captures, {} and {}",
+                                 waiting.capture()->id, signalled.capture()->id));
+  }
+  waiting.capture_ = signalled.capture_;
+}
+
+inline CaptureId HostStreamDriver::capture_id(void* native) const {
+  const auto* capture = stream(native).capture();
+  return capture == nullptr ? 0 : capture->id;
+}
+
+inline void HostStreamDriver::retain_in_capture(void* native, std::shared_ptr<void> object) {
+  auto* capture = stream(native).capture();
+  if (capture == nullptr) {
+    throw UsageError("retain_in_capture: the stream is not capturing");
+  }
+  capture->recording->retain(std::move(object));
+}
+
+inline void HostStreamDriver::begin_capture(void* native) {
+  static std::atomic<CaptureId> next_id{1};
+  auto& captured = stream(native);
+  if (captured.capture() != nullptr) {
+    throw UsageError(fmt::format("begin_capture: the stream already takes part in capture {}",
+                                 captured.capture()->id));
+  }
+  captured.capture_ = std::make_shared<host::Capture>();
+  captured.capture_->id = next_id.fetch_add(1, std::memory_order_relaxed);
+  captured.capture_->origin = native;
+}
+
+inline std::unique_ptr<ExecutableGraph> HostStreamDriver::end_capture(void* native) {
+  auto& captured = stream(native);
+  if (captured.capture() == nullptr) {
+    throw UsageError("end_capture: the stream is not capturing");
+  }
+  if (captured.capture()->origin != native) {
+    throw UsageError(
+        fmt::format("end_capture: capture {} was begun on another stream", captured.capture()->id));
+  }
+  const auto capture = std::exchange(captured.capture_, nullptr);
+  capture->ended = true;
+  return std::make_unique<host::HostGraph>(capture->recording);
+}
+
+inline void HostStreamDriver::synchronize(void* native, std::chrono::milliseconds) {
+  if (stream(native).capture() != nullptr) {
+    throw UsageError("synchronize: the stream is capturing; captured work runs at launch");
+  }
+}
+
+namespace host {
+
+/// What a recorded call keeps of an argument: views by value, the elements of a span.
+template <class T>
+[[nodiscard]] T keep(const T& value) {
+  return value;
+}
+template <class T>
+[[nodiscard]] std::vector<std::remove_const_t<T>> keep(std::span<T> values) {
+  return {values.begin(), values.end()};
+}
+
+/// Runs `body(arguments...)` in stream order. Without a stream, and on a host stream that is not
+/// capturing, that is at once, without a copy of the arguments or an allocation.
+template <class Body, class... Arguments>
+void enqueue(StreamRef stream, const Body& body, const Arguments&... arguments) {
+  const bool at_once = !stream.valid() || (&stream.driver() == &host_stream_driver() &&
+                                           host_stream_driver().capture_id(stream.native()) == 0);
+  if (at_once) {
+    body(arguments...);
+    return;
+  }
+  stream.submit([body, kept = std::make_tuple(keep(arguments)...)] { std::apply(body, kept); });
+}
+
+}  // namespace host
+}  // namespace cohort

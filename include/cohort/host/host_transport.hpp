@@ -1,0 +1,259 @@
+#pragma once
+
+#include <fmt/format.h>
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "cohort/agreement.hpp"
+#include "cohort/control_plane.hpp"
+#include "cohort/error.hpp"
+#include "cohort/host/exchange_collectives.hpp"
+#include "cohort/host/host_peer_kernels.hpp"
+#include "cohort/host/host_stream.hpp"
+#include "cohort/host/peer_access.hpp"
+#include "cohort/host/peer_collectives.hpp"
+#include "cohort/host/window.hpp"
+#include "cohort/symmetric_policy.hpp"
+#include "cohort/transport.hpp"
+
+/// \file
+/// The transport of one group of ranks whose tensors lie in host memory.
+
+namespace cohort::host {
+
+/// Ranks that all map each other's memory use it; otherwise the control plane carries the bytes of
+/// every rank. Calls block the calling thread, as a host stream does. Captured calls keep a pointer
+/// to the transport, so it outlives the graphs.
+class HostTransport final : public Transport {
+ public:
+  /// @param access  Null where not every rank maps every other's memory, and for a group of one.
+  HostTransport(ControlPlane& control, const SymmetricCapabilities& capabilities,
+                std::unique_ptr<PeerAccess> access, std::shared_ptr<WindowTable> windows)
+      : control_(control),
+        capabilities_(capabilities),
+        windows_(std::move(windows)),
+        access_(std::move(access)),
+        exchange_(control) {
+    if (access_ != nullptr) {
+      peers_.emplace(*access_);
+      kernels_.emplace(*access_);
+    }
+  }
+
+  [[nodiscard]] std::string_view name() const noexcept override { return "host"; }
+  [[nodiscard]] const SymmetricCapabilities& capabilities() const noexcept override {
+    return capabilities_;
+  }
+  [[nodiscard]] PeerKernels* peer_kernels() noexcept override {
+    return kernels_ ? &*kernels_ : nullptr;
+  }
+
+  [[nodiscard]] std::unique_ptr<Window> register_segment(Segment& segment) override;
+
+  void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
+                  std::span<const std::int64_t> sizes, StreamRef stream) override {
+    enqueue(
+        stream,
+        [this, dim = from_front(dim, out.ndim())](const ConstTensorView& from, const TensorView& to,
+                                                  std::span<const std::int64_t> parts) {
+          dispatch(
+              "all_gather", [&](auto& way) { way.all_gather(from, to, dim, parts); },
+              [&] { copy_view(from, to); });
+        },
+        in, out, sizes);
+  }
+
+  void reduce_scatter(const ConstTensorView& in, const TensorView& out, int dim,
+                      std::span<const std::int64_t> sizes, ReduceOp op, StreamRef stream) override {
+    enqueue(
+        stream,
+        [this, dim = from_front(dim, in.ndim()), op](const ConstTensorView& from,
+                                                     const TensorView& to,
+                                                     std::span<const std::int64_t> parts) {
+          dispatch(
+              "reduce_scatter", [&](auto& way) { way.reduce_scatter(from, to, dim, parts, op); },
+              [&] { copy_view(from, to); });
+        },
+        in, out, sizes);
+  }
+
+  void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
+                  StreamRef stream) override {
+    enqueue(
+        stream,
+        [this, op](const ConstTensorView& from, const TensorView& to) {
+          dispatch(
+              "all_reduce", [&](auto& way) { way.all_reduce(from, to, op); },
+              [&] { copy_view(from, to); });
+        },
+        in, out);
+  }
+
+  void broadcast(const TensorView& tensor, int root, StreamRef stream) override {
+    enqueue(
+        stream,
+        [this, root](const TensorView& it) {
+          dispatch(
+              "broadcast", [&](auto& way) { way.broadcast(it, root); }, [] {});
+        },
+        tensor);
+  }
+
+  void all_to_all(const ConstTensorView& in, const TensorView& out, StreamRef stream) override {
+    enqueue(
+        stream,
+        [this](const ConstTensorView& from, const TensorView& to) {
+          dispatch(
+              "all_to_all", [&](auto& way) { way.all_to_all(from, to); },
+              [&] { copy_view(from, to); });
+        },
+        in, out);
+  }
+
+  void send(const ConstTensorView& tensor, int to, StreamRef stream) override {
+    check_peer("to", to);
+    enqueue(
+        stream,
+        [this, to](const ConstTensorView& it) {
+          dispatch(
+              "send", [&](auto& way) { way.send(it, to); }, [] {});
+        },
+        tensor);
+  }
+
+  void recv(const TensorView& tensor, int from, StreamRef stream) override {
+    check_peer("from", from);
+    enqueue(
+        stream,
+        [this, from](const TensorView& it) {
+          dispatch(
+              "recv", [&](auto& way) { way.recv(it, from); }, [] {});
+        },
+        tensor);
+  }
+
+  void barrier(StreamRef stream) override {
+    enqueue(stream, [this] {
+      dispatch(
+          "barrier", [](auto& way) { way.barrier(); }, [] {});
+    });
+  }
+
+  /// "local" in a group of one; "exchange" over the control plane; "direct" where peers read this
+  /// rank's input in its window, "slot" where it goes through the inbox slot.
+  [[nodiscard]] std::string path(Collective collective, const ConstTensorView& in,
+                                 const TensorView& out, int dim) const override;
+
+  /// Host work is done when its call returns. Throws `TransportError` after a failed call.
+  void synchronize(StreamRef stream, std::chrono::milliseconds limit) override {
+    if (stream.valid()) {
+      stream.synchronize(limit);
+    }
+    check_usable("synchronize");
+  }
+
+ private:
+  static int from_front(int dim, int ndim) noexcept { return dim < 0 ? dim + ndim : dim; }
+
+  static void copy_view(const ConstTensorView& from, const TensorView& to) {
+    const auto source = whole(from);
+    const auto target = whole(to);
+    copy(target.base, target.layout, source.base, source.layout, size_of(from.dtype()));
+  }
+
+  void check_usable(std::string_view call) const {
+    if (access_ != nullptr) {
+      access_->meeting().check_usable(call);
+    } else if (exchange_.poisoned()) {
+      throw TransportError(
+          {.call = std::string(call), .rank = control_.rank(), .group = control_.name()},
+          "an earlier call of this group failed; form the group anew");
+    }
+  }
+
+  void check_peer(std::string_view argument, int peer) const {
+    if (peer < 0 || peer >= control_.size() || peer == control_.rank()) {
+      throw UsageError(fmt::format("{}: expected another rank of the {} in group {}, got {}",
+                                   argument, control_.size(), control_.name(), peer));
+    }
+  }
+
+  /// Runs `collective` the group's way, or `alone` in a group of one.
+  template <class Shared, class Alone>
+  void dispatch(std::string_view call, const Shared& collective, const Alone& alone) {
+    check_usable(call);
+    if (peers_) {
+      collective(*peers_);
+    } else if (control_.size() == 1) {
+      alone();
+    } else {
+      collective(exchange_);
+    }
+  }
+
+  ControlPlane& control_;
+  SymmetricCapabilities capabilities_;
+  std::shared_ptr<WindowTable> windows_;
+  std::unique_ptr<PeerAccess> access_;
+  std::optional<PeerCollectives> peers_;
+  std::optional<HostPeerKernels> kernels_;
+  ExchangeCollectives exchange_;
+};
+
+inline std::unique_ptr<Window> HostTransport::register_segment(Segment& segment) {
+  const auto* own = dynamic_cast<const HostSegment*>(&segment);
+  if (own == nullptr) {
+    throw UsageError("segment: expected one of the host backend");
+  }
+  if (access_ == nullptr && control_.size() > 1) {
+    throw UsageError(fmt::format(
+        "register_segment: the ranks of group {} cannot map each other's memory", control_.name()));
+  }
+  const std::uint32_t number = windows_->next_number();
+  const MemoryHandle handle = own->memory()->handle();
+  const auto all = control_.all_gather(std::as_bytes(std::span(&handle, 1)));
+  std::vector<std::shared_ptr<SharedMemory>> memory;
+  std::string failure;
+  for (std::size_t r = 0; r < all.size() && failure.empty(); ++r) {
+    try {
+      MemoryHandle theirs;
+      if (all[r].size() != sizeof(theirs)) {
+        throw TransportError({.call = "register_segment"}, "another message than a handle came");
+      }
+      std::memcpy(&theirs, all[r].data(), sizeof(theirs));
+      memory.push_back(import_shared_memory(theirs));
+    } catch (const Error& error) {
+      failure = fmt::format("memory of rank {}: {}", r, error.what());
+    }
+  }
+  ControlPlane* group = &control_;
+  agree(std::span(&group, 1), {.place = "registration of a host window",
+                               .sequence = number,
+                               .bytes = segment.bytes(),
+                               .failure = std::move(failure)});
+  return std::make_unique<HostWindow>(windows_, number, control_.rank(), std::move(memory));
+}
+
+inline std::string HostTransport::path(Collective collective, const ConstTensorView& in,
+                                       const TensorView& out, int) const {
+  if (control_.size() == 1) {
+    return "local";
+  }
+  if (access_ == nullptr) {
+    return "exchange";
+  }
+  if (collective == Collective::all_reduce) {
+    return peers_->reduces_in_place(in, out) ? "direct" : "slot";
+  }
+  return access_->window_of(in) ? "direct" : "slot";
+}
+
+}  // namespace cohort::host

@@ -1,0 +1,254 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <type_traits>
+
+#include "cohort/dtype.hpp"
+#include "cohort/error.hpp"
+#include "cohort/host/strided.hpp"
+#include "cohort/transport.hpp"
+
+/// \file
+/// Reduction of one tensor from each rank, element by element in rank order, so results are bitwise
+/// repeatable and do not depend on which rank computes them. f16 and bf16 are accumulated in fp32
+/// and rounded once. Integers wrap around (two's complement). A NaN in any operand gives NaN, for
+/// min and max too.
+
+namespace cohort::host {
+namespace detail {
+
+/// Elements at once: a constant trip count lets compilers vectorise at -O2.
+inline constexpr std::int64_t kReduceBlock = 64;
+
+template <class T>
+using Accumulator =
+    std::conditional_t<std::is_same_v<T, Half> || std::is_same_v<T, BFloat16>, float, T>;
+
+template <class T>
+[[nodiscard]] constexpr auto modular(T value) noexcept {
+  if constexpr (std::is_integral_v<T>) {
+    return static_cast<std::make_unsigned_t<T>>(value);  // signed overflow is undefined
+  } else {
+    return value;
+  }
+}
+
+template <class T>
+[[nodiscard]] constexpr bool is_nan(T value) noexcept {
+  if constexpr (std::is_floating_point_v<T>) {
+    return value != value;
+  } else {
+    return false;
+  }
+}
+
+struct Sum {
+  template <class T>
+  [[nodiscard]] static constexpr T apply(T a, T b) noexcept {
+    return static_cast<T>(modular(a) + modular(b));
+  }
+};
+struct Product {
+  template <class T>
+  [[nodiscard]] static constexpr T apply(T a, T b) noexcept {
+    return static_cast<T>(modular(a) * modular(b));
+  }
+};
+struct Minimum {
+  template <class T>
+  [[nodiscard]] static constexpr T apply(T a, T b) noexcept {
+    return ((b < a) | is_nan(b)) ? b : a;
+  }
+};
+struct Maximum {
+  template <class T>
+  [[nodiscard]] static constexpr T apply(T a, T b) noexcept {
+    return ((b > a) | is_nan(b)) ? b : a;
+  }
+};
+
+/// out = a op b. `out` overlaps neither.
+template <class T, class Op>
+[[gnu::noinline]] void combine_two(T* __restrict out, const T* __restrict a, const T* __restrict b,
+                                   std::int64_t count) noexcept {
+  std::int64_t i = 0;
+  for (; i + kReduceBlock <= count; i += kReduceBlock) {
+    for (std::int64_t j = 0; j < kReduceBlock; ++j) {
+      out[i + j] = Op::apply(a[i + j], b[i + j]);
+    }
+  }
+  for (; i < count; ++i) {
+    out[i] = Op::apply(a[i], b[i]);
+  }
+}
+
+/// The first operand of a block.
+template <class T>
+void load_block(Accumulator<T>* __restrict sums, const T* __restrict from,
+                std::int64_t count) noexcept {
+  if (count == kReduceBlock) {
+    for (std::int64_t j = 0; j < kReduceBlock; ++j) {
+      sums[j] = static_cast<Accumulator<T>>(from[j]);
+    }
+  } else {
+    for (std::int64_t j = 0; j < count; ++j) {
+      sums[j] = static_cast<Accumulator<T>>(from[j]);
+    }
+  }
+}
+
+template <class T, class Op>
+void combine_block(Accumulator<T>* __restrict sums, const T* __restrict from,
+                   std::int64_t count) noexcept {
+  if (count == kReduceBlock) {
+    for (std::int64_t j = 0; j < kReduceBlock; ++j) {
+      sums[j] = Op::apply(sums[j], static_cast<Accumulator<T>>(from[j]));
+    }
+  } else {
+    for (std::int64_t j = 0; j < count; ++j) {
+      sums[j] = Op::apply(sums[j], static_cast<Accumulator<T>>(from[j]));
+    }
+  }
+}
+
+template <class T>
+void store_block(T* __restrict out, const Accumulator<T>* __restrict sums,
+                 std::int64_t count) noexcept {
+  if (count == kReduceBlock) {
+    for (std::int64_t j = 0; j < kReduceBlock; ++j) {
+      out[j] = static_cast<T>(sums[j]);
+    }
+  } else {
+    for (std::int64_t j = 0; j < count; ++j) {
+      out[j] = static_cast<T>(sums[j]);
+    }
+  }
+}
+
+template <class T>
+[[nodiscard]] T* as(std::byte* memory) noexcept {
+  return reinterpret_cast<T*>(memory);
+}
+template <class T>
+[[nodiscard]] const T* as(const std::byte* memory) noexcept {
+  return reinterpret_cast<const T*>(memory);
+}
+
+[[nodiscard]] inline bool overlap(const std::byte* a, const std::byte* b,
+                                  std::size_t bytes) noexcept {
+  return a < b + bytes && b < a + bytes;
+}
+
+/// `count` elements that lie without gaps in every operand; cursors do not move.
+template <class T, class Op>
+void reduce_dense(std::byte* out, std::span<const ReadCursor> sources, std::int64_t count) {
+  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
+  if constexpr (std::is_same_v<T, Accumulator<T>>) {
+    if (sources.size() == 2 && !overlap(out, sources[0].at(), bytes) &&
+        !overlap(out, sources[1].at(), bytes)) {
+      combine_two<T, Op>(as<T>(out), as<T>(sources[0].at()), as<T>(sources[1].at()), count);
+      return;
+    }
+  }
+  for (std::int64_t i = 0; i < count; i += kReduceBlock) {
+    const std::int64_t length = std::min(kReduceBlock, count - i);
+    Accumulator<T> sums[kReduceBlock];
+    load_block<T>(sums, as<T>(sources[0].at()) + i, length);
+    for (std::size_t r = 1; r < sources.size(); ++r) {
+      combine_block<T, Op>(sums, as<T>(sources[r].at()) + i, length);
+    }
+    store_block<T>(as<T>(out) + i, sums, length);
+  }
+}
+
+/// `count` <= kReduceBlock elements with gaps somewhere.
+template <class T, class Op>
+void reduce_gapped(WriteCursor& out, std::span<ReadCursor> sources, std::int64_t count) {
+  T gathered[kReduceBlock];
+  Accumulator<T> sums[kReduceBlock];
+  const Layout dense = dense_layout(count);
+  for (std::size_t r = 0; r < sources.size(); ++r) {
+    WriteCursor writer(reinterpret_cast<std::byte*>(gathered), dense, sizeof(T));
+    copy(writer, sources[r], count);
+    if (r == 0) {
+      load_block<T>(sums, gathered, count);
+    } else {
+      combine_block<T, Op>(sums, gathered, count);
+    }
+  }
+  store_block<T>(gathered, sums, count);
+  ReadCursor reader(reinterpret_cast<const std::byte*>(gathered), dense, sizeof(T));
+  copy(out, reader, count);
+}
+
+template <class T, class Op>
+void reduce_typed(WriteCursor& out, std::span<ReadCursor> sources, std::int64_t count) {
+  while (count > 0) {
+    std::int64_t run = out.stride() == 1 ? std::min(count, out.run()) : 0;
+    for (const auto& source : sources) {
+      run = source.stride() == 1 ? std::min(run, source.run()) : 0;
+    }
+    if (run >= kReduceBlock / 4 || run == count) {
+      reduce_dense<T, Op>(out.at(), sources, run);
+      out.advance(run);
+      for (auto& source : sources) {
+        source.advance(run);
+      }
+    } else {  // runs this short, or none: gather a block first
+      run = std::min(count, kReduceBlock);
+      reduce_gapped<T, Op>(out, sources, run);
+    }
+    count -= run;
+  }
+}
+
+template <class T>
+void reduce_by_op(ReduceOp op, WriteCursor& out, std::span<ReadCursor> sources,
+                  std::int64_t count) {
+  switch (op) {
+    case ReduceOp::sum:
+      return reduce_typed<T, Sum>(out, sources, count);
+    case ReduceOp::prod:
+      return reduce_typed<T, Product>(out, sources, count);
+    case ReduceOp::min:
+      return reduce_typed<T, Minimum>(out, sources, count);
+    case ReduceOp::max:
+      return reduce_typed<T, Maximum>(out, sources, count);
+  }
+}
+
+}  // namespace detail
+
+/// The next `count` elements of `out` become sources[0] op sources[1] op ... in that order; all
+/// cursors advance. `out` may be one of the sources element for element, and overlaps none
+/// otherwise. Throws `UsageError` for a type without arithmetic.
+inline void reduce(DType dtype, ReduceOp op, WriteCursor& out, std::span<ReadCursor> sources,
+                   std::int64_t count) {
+  switch (dtype) {
+    case DType::f64:
+      return detail::reduce_by_op<double>(op, out, sources, count);
+    case DType::f32:
+      return detail::reduce_by_op<float>(op, out, sources, count);
+    case DType::f16:
+      return detail::reduce_by_op<Half>(op, out, sources, count);
+    case DType::bf16:
+      return detail::reduce_by_op<BFloat16>(op, out, sources, count);
+    case DType::i8:
+      return detail::reduce_by_op<std::int8_t>(op, out, sources, count);
+    case DType::u8:
+      return detail::reduce_by_op<std::uint8_t>(op, out, sources, count);
+    case DType::i32:
+      return detail::reduce_by_op<std::int32_t>(op, out, sources, count);
+    case DType::i64:
+      return detail::reduce_by_op<std::int64_t>(op, out, sources, count);
+    case DType::f8_e4m3:
+    case DType::f8_e5m2:
+      throw UsageError("dtype: expected one with arithmetic, got " + std::string(to_string(dtype)));
+  }
+}
+
+}  // namespace cohort::host

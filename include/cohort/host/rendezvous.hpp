@@ -1,0 +1,343 @@
+#pragma once
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <span>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cohort/control_plane.hpp"
+#include "cohort/error.hpp"
+#include "cohort/host/shared_memory.hpp"
+#include "cohort/host/signal_pad.hpp"
+
+/// \file
+/// How the ranks of a group on one machine meet: steps with one signal each way, inbox slots that
+/// alternate, and channels between pairs. Every wait ends at the time limit.
+
+namespace cohort::host {
+
+/// Tells the processor that the thread spins.
+inline void relax() noexcept {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+/// The shared memory of one group and this rank's place in it.
+///
+/// A step: fill the ticket and the slot, `enter`, then for each peer `await` it and read what it
+/// published. Leaving step e (all peers awaited) proves that every peer has entered e and therefore
+/// has finished with step e-1. A rank whose own memory was exposed also waits until its peers have
+/// finished reading (`await_readers`), because its caller may write there next.
+class Rendezvous {
+ public:
+  /// @param pads  Every rank's memory file, by rank; the own one holds a constructed head.
+  Rendezvous(std::vector<std::shared_ptr<SharedMemory>> pads, const PadGeometry& geometry, int rank,
+             std::string group, std::chrono::milliseconds limit)
+      : pads_(std::move(pads)),
+        geometry_(geometry),
+        rank_(rank),
+        group_(std::move(group)),
+        limit_(limit),
+        own_(pads_[index(rank)]->data()) {
+    for (const auto& pad : pads_) {
+      peers_.push_back(pad->data());
+    }
+    // With fewer processors than ranks, whoever is waited for is likely not running.
+    const unsigned processors = std::max(1U, std::thread::hardware_concurrency());
+    spins_ = static_cast<unsigned>(size()) <= processors ? kSpins : 1;
+  }
+  Rendezvous(const Rendezvous&) = delete;
+  Rendezvous& operator=(const Rendezvous&) = delete;
+  ~Rendezvous() {
+    auto expected = Presence::here;
+    pad(rank_).presence.compare_exchange_strong(expected, Presence::left,
+                                                std::memory_order_release);
+  }
+
+  /// Constructs the head of a rank's own memory file, before any peer knows of it.
+  static void construct(SharedMemory& memory, const PadGeometry& geometry) {
+    new (memory.data()) SignalPad;
+    for (int r = 0; r < geometry.ranks; ++r) {
+      new (memory.data() + geometry.channel_ends() + index(r) * sizeof(ChannelEnd)) ChannelEnd;
+    }
+  }
+
+  [[nodiscard]] int rank() const noexcept { return rank_; }
+  [[nodiscard]] int size() const noexcept { return static_cast<int>(peers_.size()); }
+  [[nodiscard]] std::size_t slot_bytes() const noexcept { return geometry_.slot_bytes; }
+  [[nodiscard]] const std::string& group() const noexcept { return group_; }
+  [[nodiscard]] bool poisoned() const noexcept { return poisoned_; }
+
+  /// Throws `TransportError` if an earlier call ended in an error that left the ranks apart.
+  void check_usable(std::string_view call) const {
+    if (poisoned_) {
+      throw TransportError({.call = std::string(call), .rank = rank_, .group = group_},
+                           "an earlier call of this group failed; form the group anew");
+    }
+  }
+
+  /// No later call can work: the ranks are not at the same step. Peers that wait for this rank
+  /// learn it instead of waiting for the time limit.
+  void poison() noexcept {
+    poisoned_ = true;
+    pad(rank_).presence.store(Presence::gave_up, std::memory_order_release);
+  }
+
+  // --- steps
+  // --------------------------------------------------------------------------------------
+
+  /// The ticket and the slot of the step that `enter` will begin.
+  [[nodiscard]] Ticket& next_ticket() noexcept { return pad(rank_).tickets[(epoch_ + 1) % 2]; }
+  [[nodiscard]] std::byte* next_slot() noexcept { return own_ + geometry_.slot(epoch_ + 1); }
+
+  /// Begins the next step: what was written to ticket and slot is visible to whoever awaits it.
+  void enter() noexcept {
+    Ticket& ticket = next_ticket();
+    ++epoch_;
+    // Release: pairs with the acquire of `has_entered`.
+    ticket.epoch.store(epoch_, std::memory_order_release);
+  }
+
+  /// Waits until a peer has entered the current step.
+  const Ticket& await(int peer) {
+    const Ticket& ticket = ticket_of(peer);
+    wait([&] { return has_entered(ticket); }, [&](int r) { return has_entered(ticket_of(r)); },
+         peer);
+    return ticket;
+  }
+
+  void await_all() {
+    for (int r = 0; r < size(); ++r) {
+      await(r);
+    }
+  }
+
+  /// Of the current step; to be read after `await(peer)`.
+  [[nodiscard]] const Ticket& ticket_of(int peer) const noexcept {
+    return pad(peer).tickets[epoch_ % 2];
+  }
+  [[nodiscard]] const std::byte* slot_of(int peer) const noexcept {
+    return peers_[index(peer)] + geometry_.slot(epoch_);
+  }
+
+  /// This rank has finished reading its peers' exposed tensors of this call.
+  void finish_reading() noexcept {
+    // Release orders the loads before it: a peer that acquires this may overwrite what was read.
+    pad(rank_).finished.store(epoch_, std::memory_order_release);
+  }
+  /// Waits until every peer has called `finish_reading` in the current step.
+  void await_readers() {
+    for (int peer = 0; peer < size(); ++peer) {
+      const auto finished = [&](int r) {
+        return r == rank_ || pad(r).finished.load(std::memory_order_acquire) >= epoch_;
+      };
+      wait([&] { return finished(peer); }, finished, peer);
+    }
+  }
+
+  /// Throws `SymmetryError` with the same words on every rank unless all ranks of the current step
+  /// make the same call. Every ticket of the step has been awaited.
+  void fail_unless_same() const;
+
+  // --- channels
+  // -----------------------------------------------------------------------------------
+
+  /// Sends a message. Waits only where more than `kParcels` parcels are not taken yet.
+  /// `fill(first, bytes, to)` writes a piece of the message.
+  template <class Fill>
+  void send(int to, std::size_t bytes, const Fill& fill) {
+    auto& sent = channel(rank_, to).sent;
+    const auto& taken = channel(to, rank_).received;
+    std::size_t first = 0;
+    do {
+      const std::uint64_t number = sent.load(std::memory_order_relaxed);
+      const auto room = [&] {  // acquire: the receiver has read the parcel that lay here
+        return number < taken.load(std::memory_order_acquire) + kParcels;
+      };
+      wait(
+          room, [&](int r) { return r != to || room(); }, to);
+      std::byte* parcel = own_ + geometry_.parcel(to, number);
+      const std::size_t piece = std::min(bytes - first, kParcelBytes);
+      new (parcel) ParcelHeader{bytes, first};
+      fill(first, piece, parcel + sizeof(ParcelHeader));
+      sent.store(number + 1, std::memory_order_release);
+      first += piece;
+    } while (first < bytes);
+  }
+
+  /// Receives the next message of a peer; `take(first, bytes, from)` reads a piece of it. Throws
+  /// `SymmetryError` where it has another size, after taking it off the channel.
+  template <class Take>
+  void receive(int from, std::size_t bytes, const Take& take) {
+    const auto& sent = channel(from, rank_).sent;
+    auto& taken = channel(rank_, from).received;
+    std::size_t first = 0;
+    std::size_t message_bytes = 0;
+    do {
+      const std::uint64_t number = taken.load(std::memory_order_relaxed);
+      const auto arrived = [&] { return sent.load(std::memory_order_acquire) > number; };
+      wait(
+          arrived, [&](int r) { return r != from || arrived(); }, from);
+      const std::byte* parcel = peers_[index(from)] + geometry_.parcel(rank_, number);
+      message_bytes = reinterpret_cast<const ParcelHeader*>(parcel)->message_bytes;
+      const std::size_t piece = std::min(message_bytes - first, kParcelBytes);
+      if (message_bytes == bytes) {
+        take(first, piece, parcel + sizeof(ParcelHeader));
+      }
+      taken.store(number + 1, std::memory_order_release);
+      first += piece;
+    } while (first < message_bytes);
+    if (message_bytes != bytes) {
+      throw SymmetryError(
+          fmt::format("recv in group {}: rank {} sent {} bytes where rank {} expected {}", group_,
+                      from, message_bytes, rank_, bytes),
+          {from});
+    }
+  }
+
+ private:
+  // A peer that runs answers within a few µs; 300 pauses are about 4 µs on Zen 4 and 13 µs on
+  // Skylake and later, whose pause takes 140 cycles (Intel's optimization reference manual, 2.5.4).
+  static constexpr int kSpins = 300;
+  static constexpr int kYieldsPerLook = 32;  // looks at clock and peers
+  // After this long nobody is about to come; polling then leaves the processor to others.
+  static constexpr std::chrono::milliseconds kYieldFor{200};
+  static constexpr std::chrono::microseconds kNap{100};
+
+  static std::size_t index(int rank) noexcept { return static_cast<std::size_t>(rank); }
+
+  [[nodiscard]] SignalPad& pad(int r) const noexcept {
+    return *std::launder(reinterpret_cast<SignalPad*>(peers_[index(r)]));
+  }
+  [[nodiscard]] ChannelEnd& channel(int owner, int peer) const noexcept {
+    return *std::launder(reinterpret_cast<ChannelEnd*>(
+        peers_[index(owner)] + geometry_.channel_ends() + index(peer) * sizeof(ChannelEnd)));
+  }
+  [[nodiscard]] bool has_entered(const Ticket& ticket) const noexcept {
+    return ticket.epoch.load(std::memory_order_acquire) >= epoch_;
+  }
+
+  /// @param ready    Whether the wait is over.
+  /// @param arrived  rank -> whether that rank is not to blame; asked when the wait fails.
+  /// @param peer     Whom the wait is for.
+  template <class Ready, class Arrived>
+  void wait(const Ready& ready, const Arrived& arrived, int peer) {
+    for (int i = 0; i < spins_; ++i) {
+      if (ready()) {
+        return;
+      }
+      relax();
+    }
+    wait_long(ready, arrived, peer);
+  }
+
+  template <class Ready, class Arrived>
+  [[gnu::noinline]] void wait_long(const Ready& ready, const Arrived& arrived, int peer) {
+    const auto start = Clock::now();
+    while (true) {
+      for (int i = 0; i < kYieldsPerLook; ++i) {
+        if (ready()) {
+          return;
+        }
+        sched_yield();
+      }
+      const auto waited = Clock::now() - start;
+      const auto presence = pad(peer).presence.load(std::memory_order_acquire);
+      if (ready()) {  // after the look at the peer: it may have come, then left
+        return;
+      }
+      if (presence != Presence::here) {
+        fail_departed(peer, presence);
+      }
+      if (waited > limit_) {
+        fail_late(arrived);
+      }
+      if (waited > kYieldFor) {
+        std::this_thread::sleep_for(kNap);
+      }
+    }
+  }
+
+  template <class Arrived>
+  [[noreturn]] void fail_late(const Arrived& arrived) {
+    std::vector<int> missing;
+    for (int r = 0; r < size(); ++r) {
+      if (!arrived(r)) {
+        missing.push_back(r);
+      }
+    }
+    poison();
+    throw TimeoutError(
+        fmt::format("step {} of group {} ({} ranks): rank {} did not arrive within "
+                    "{} ms",
+                    epoch_, group_, size(), fmt::join(missing, ", "), limit_.count()),
+        missing);
+  }
+
+  [[noreturn]] void fail_departed(int peer, Presence presence) {
+    poison();
+    throw TransportError(
+        {.call = "wait", .rank = rank_, .group = group_},
+        fmt::format("rank {} {}", peer,
+                    presence == Presence::left ? "has destroyed its transport"
+                                               : "gave up after an error of its own"));
+  }
+
+  std::vector<std::shared_ptr<SharedMemory>> pads_;
+  PadGeometry geometry_;
+  int rank_;
+  std::string group_;
+  std::chrono::milliseconds limit_;
+  std::byte* own_;
+  std::vector<std::byte*> peers_;
+  int spins_ = kSpins;
+  std::uint64_t epoch_ = 0;
+  bool poisoned_ = false;
+};
+
+inline void Rendezvous::fail_unless_same() const {
+  const Ticket* majority = nullptr;
+  int votes = 0;
+  for (int r = 0; r < size(); ++r) {
+    int alike = 0;
+    for (int other = 0; other < size(); ++other) {
+      alike += ticket_of(other).call == ticket_of(r).call ? 1 : 0;
+    }
+    if (alike > votes) {
+      votes = alike;
+      majority = &ticket_of(r);
+    }
+  }
+  std::vector<int> differ;
+  std::string text;
+  for (int r = 0; r < size(); ++r) {
+    if (!(ticket_of(r).call == majority->call)) {
+      differ.push_back(r);
+      text += fmt::format("; rank {} calls {}", r, describe(ticket_of(r).call));
+    }
+  }
+  if (!differ.empty()) {
+    throw SymmetryError(fmt::format("step {} of group {}: the ranks make different calls: most "
+                                    "call {}{}",
+                                    epoch_, group_, describe(majority->call), text),
+                        differ);
+  }
+}
+
+}  // namespace cohort::host

@@ -1,0 +1,273 @@
+#pragma once
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <array>
+#include <cerrno>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+#include "cohort/error.hpp"
+#include "cohort/log.hpp"
+
+/// \file
+/// Memory that several processes of one user map: an anonymous memory file (memfd_create(2)), found
+/// by peers through /proc/<pid>/fd. It has no name in any file system, so nothing is left behind
+/// when its processes end, however they end.
+
+namespace cohort::host {
+
+/// Random bytes that tell one memory file from all others, and stand in its name in /proc.
+using Cookie = std::array<std::uint64_t, 2>;
+
+/// Where a peer finds a memory file. Sent over the control plane as it is.
+struct MemoryHandle {
+  std::array<char, 64> machine{};   ///< Boot id, zero-terminated.
+  std::uint64_t pid_namespace = 0;  ///< Inode of /proc/self/ns/pid: what `pid` is valid in.
+  std::int64_t pid = 0;
+  std::int64_t fd = -1;
+  std::uint64_t device = 0;
+  std::uint64_t inode = 0;
+  std::uint64_t bytes = 0;
+  Cookie cookie{};
+};
+static_assert(std::is_trivially_copyable_v<MemoryHandle>);
+
+/// The kernel's boot id: the same for all containers of a machine, different after each boot.
+[[nodiscard]] inline std::string boot_id() {
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string id;
+  std::getline(file, id);
+  return id;
+}
+
+[[nodiscard]] inline Cookie make_cookie() {
+  Cookie cookie{};
+  if (getrandom(cookie.data(), sizeof(cookie), 0) != static_cast<ssize_t>(sizeof(cookie))) {
+    throw TransportError({.call = "getrandom", .native_code = errno}, std::strerror(errno));
+  }
+  return cookie;
+}
+
+[[nodiscard]] inline std::uint64_t pid_namespace() {
+  struct stat status {};
+  return stat("/proc/self/ns/pid", &status) == 0 ? status.st_ino : 0;
+}
+
+/// A file descriptor, closed on destruction.
+class FileDescriptor {
+ public:
+  FileDescriptor() = default;
+  explicit FileDescriptor(int fd) noexcept : fd_(fd) {}
+  FileDescriptor(FileDescriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
+  FileDescriptor& operator=(FileDescriptor&& other) noexcept {
+    std::swap(fd_, other.fd_);
+    return *this;
+  }
+  FileDescriptor(const FileDescriptor&) = delete;
+  FileDescriptor& operator=(const FileDescriptor&) = delete;
+  ~FileDescriptor() { close(); }
+
+  [[nodiscard]] int get() const noexcept { return fd_; }
+
+  void close() noexcept {
+    if (fd_ >= 0 && ::close(std::exchange(fd_, -1)) != 0) {
+      log(LogLevel::warning, "close of a memory file failed: " + std::string(strerror(errno)));
+    }
+  }
+
+ private:
+  int fd_ = -1;
+};
+
+/// One mapping of a memory file, made or imported. Unmapped on destruction.
+class SharedMemory {
+ public:
+  SharedMemory(FileDescriptor fd, std::size_t bytes, const Cookie& cookie)
+      : fd_(std::move(fd)), bytes_(bytes), cookie_(cookie) {
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
+    if (memory == MAP_FAILED) {
+      throw TransportError(
+          {.call = "mmap", .native_code = errno},
+          fmt::format("mapping a memory file of {} bytes: {}", bytes, std::strerror(errno)));
+    }
+    data_ = static_cast<std::byte*>(memory);
+  }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+  ~SharedMemory() {
+    if (munmap(data_, bytes_) != 0) {
+      log(LogLevel::warning, "munmap of a memory file failed: " + std::string(strerror(errno)));
+    }
+  }
+
+  [[nodiscard]] std::byte* data() const noexcept { return data_; }
+  [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
+  [[nodiscard]] const Cookie& cookie() const noexcept { return cookie_; }
+
+  /// What peers need to import it, while this object lives and `close_file` was not called.
+  [[nodiscard]] MemoryHandle handle() const {
+    struct stat status {};
+    if (fstat(fd_.get(), &status) != 0) {
+      throw TransportError({.call = "fstat", .native_code = errno}, std::strerror(errno));
+    }
+    MemoryHandle handle{.machine = {},
+                        .pid_namespace = pid_namespace(),
+                        .pid = getpid(),
+                        .fd = fd_.get(),
+                        .device = status.st_dev,
+                        .inode = status.st_ino,
+                        .bytes = bytes_,
+                        .cookie = cookie_};
+    const std::string machine = boot_id();
+    std::copy_n(machine.begin(), std::min(machine.size(), handle.machine.size() - 1),
+                handle.machine.begin());
+    return handle;
+  }
+
+  /// Gives up the descriptor; mappings stay, imports are over.
+  void close_file() noexcept { fd_.close(); }
+
+ private:
+  FileDescriptor fd_;
+  std::size_t bytes_;
+  Cookie cookie_;
+  std::byte* data_ = nullptr;
+};
+
+namespace detail {
+
+[[nodiscard]] inline std::string memory_file_name(const Cookie& cookie) {
+  return fmt::format("cohort.{:016x}{:016x}", cookie[0], cookie[1]);
+}
+
+/// The memory files of this process, so that ranks that are threads share one mapping: it lives
+/// until the last of them is done, and each process maps a peer's file once.
+class MemoryRegistry {
+ public:
+  static MemoryRegistry& instance() {
+    static MemoryRegistry& registry = *new MemoryRegistry;
+    return registry;
+  }
+
+  void add(const std::shared_ptr<SharedMemory>& memory) {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(known_, [](const auto& entry) { return entry.second.expired(); });
+    known_[memory->cookie()] = memory;
+  }
+
+  [[nodiscard]] std::shared_ptr<SharedMemory> find(const Cookie& cookie) {
+    const std::lock_guard lock(mutex_);
+    const auto it = known_.find(cookie);
+    return it == known_.end() ? nullptr : it->second.lock();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Cookie, std::weak_ptr<SharedMemory>> known_;
+};
+
+}  // namespace detail
+
+/// Whether the pages are taken at once. Later, a machine without memory kills the process at the
+/// first access instead of failing the allocation.
+enum class Commit : std::uint8_t { at_once, at_first_access };
+
+/// Makes a memory file of `bytes` zeros. Local. Throws `TransportError` with errno.
+[[nodiscard]] inline std::shared_ptr<SharedMemory> make_shared_memory(std::size_t bytes,
+                                                                      Commit commit) {
+  const Cookie cookie = make_cookie();
+  const auto fail = [bytes](const char* call, int code) {
+    throw TransportError(
+        {.call = call, .native_code = code},
+        fmt::format("allocating a memory file of {} bytes: {}", bytes, std::strerror(code)));
+  };
+  FileDescriptor fd(
+      memfd_create(detail::memory_file_name(cookie).c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
+  if (fd.get() < 0) {
+    fail("memfd_create", errno);
+  }
+  const auto length = static_cast<off_t>(bytes);
+  if (length < 0) {
+    fail("ftruncate", EFBIG);
+  }
+  if (ftruncate(fd.get(), length) != 0) {
+    fail("ftruncate", errno);
+  }
+  // A file whose size cannot change spares peers a SIGBUS.
+  if (fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+    fail("fcntl(F_ADD_SEALS)", errno);
+  }
+  if (commit == Commit::at_once && bytes > 0) {
+    if (const int code = posix_fallocate(fd.get(), 0, length); code != 0) {
+      fail("posix_fallocate", code);
+    }
+  }
+  auto memory = std::make_shared<SharedMemory>(std::move(fd), bytes, cookie);
+  detail::MemoryRegistry::instance().add(memory);
+  return memory;
+}
+
+/// Maps a peer's memory file. Local. Throws `TransportError` that says what stood in the way.
+///
+/// Opening /proc/<pid>/fd/<fd> needs the right to trace the peer for reading (proc(5), ptrace(2)),
+/// so processes of other users are out of reach. The name, which holds a random cookie, the inode,
+/// the size and the owner are checked on the opened file: a number that names another process in
+/// another PID namespace, or one that was reused, is refused.
+[[nodiscard]] inline std::shared_ptr<SharedMemory> import_shared_memory(
+    const MemoryHandle& handle) {
+  if (auto own = detail::MemoryRegistry::instance().find(handle.cookie)) {
+    return own;
+  }
+  const auto refuse = [&handle](const char* call, int code, const std::string& why) {
+    throw TransportError(
+        {.call = call, .native_code = code},
+        fmt::format("importing descriptor {} of process {}: {}", handle.fd, handle.pid, why));
+  };
+  if (boot_id() != handle.machine.data()) {
+    refuse("import", EXDEV, "it runs on another machine");
+  }
+  if (handle.pid_namespace != pid_namespace()) {
+    refuse("import", EXDEV, "it lives in another PID namespace");
+  }
+  const std::string path = fmt::format("/proc/{}/fd/{}", handle.pid, handle.fd);
+  FileDescriptor fd(open(path.c_str(), O_RDWR | O_CLOEXEC));
+  if (fd.get() < 0) {
+    refuse("open", errno, std::strerror(errno));
+  }
+  std::array<char, 128> name{};
+  const std::string link = fmt::format("/proc/self/fd/{}", fd.get());
+  if (readlink(link.c_str(), name.data(), name.size() - 1) < 0) {
+    refuse("readlink", errno, std::strerror(errno));
+  }
+  struct stat status {};
+  if (fstat(fd.get(), &status) != 0) {
+    refuse("fstat", errno, std::strerror(errno));
+  }
+  const bool same =
+      name.data() == fmt::format("/memfd:{} (deleted)", detail::memory_file_name(handle.cookie)) &&
+      status.st_dev == handle.device && status.st_ino == handle.inode &&
+      static_cast<std::uint64_t>(status.st_size) == handle.bytes && status.st_uid == geteuid();
+  if (!same) {
+    refuse("import", EBADF, fmt::format("found {} there, not the memory file", name.data()));
+  }
+  auto memory = std::make_shared<SharedMemory>(std::move(fd), handle.bytes, handle.cookie);
+  memory->close_file();
+  detail::MemoryRegistry::instance().add(memory);
+  return memory;
+}
+
+}  // namespace cohort::host
