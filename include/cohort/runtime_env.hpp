@@ -180,7 +180,7 @@ struct RuntimeSettings {
   std::chrono::milliseconds timeout{60'000};  ///< COHORT_TIMEOUT_MS
   std::optional<MergePlan> merge_plan;        ///< COHORT_MERGE_PLAN
   std::optional<std::int64_t> own_max_bytes;  ///< COHORT_OWN_MAX_BYTES
-  bool debug_checks = false;                  ///< COHORT_DEBUG_CHECKS
+  std::optional<bool> debug_checks;           ///< COHORT_DEBUG_CHECKS
   LogLevel log_level = LogLevel::warning;     ///< COHORT_LOG
 
   friend bool operator==(const RuntimeSettings&, const RuntimeSettings&) = default;

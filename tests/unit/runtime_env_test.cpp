@@ -127,7 +127,7 @@ TEST_CASE("unset and empty variables give the defaults", "[runtime_env]") {
   CHECK(defaults.timeout == 60s);
   CHECK_FALSE(defaults.merge_plan.has_value());
   CHECK_FALSE(defaults.own_max_bytes.has_value());
-  CHECK_FALSE(defaults.debug_checks);
+  CHECK_FALSE(defaults.debug_checks.has_value());
   CHECK(defaults.log_level == LogLevel::warning);
   CHECK(read_settings(from({{"COHORT_TIMEOUT_MS", ""},
                             {"COHORT_MERGE_PLAN", ""},
@@ -145,7 +145,7 @@ TEST_CASE("values are understood", "[runtime_env]") {
   CHECK(settings.timeout == 250ms);
   CHECK(settings.merge_plan == MergePlan::one_kernel);
   CHECK(settings.own_max_bytes == 0);
-  CHECK(settings.debug_checks);
+  CHECK(settings.debug_checks == true);
   CHECK(settings.log_level == LogLevel::info);
   CHECK(read_settings(from({{"COHORT_OWN_MAX_BYTES", "9223372036854775807"}})).own_max_bytes ==
         std::numeric_limits<std::int64_t>::max());

@@ -7,9 +7,11 @@
 #include <array>
 #include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <list>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
@@ -272,38 +274,40 @@ class MpiMessenger : public Messenger {
   void reap() { sent_.remove_if(finished); }
 
   std::optional<Bytes> poll(int from) {
+    match_any();
     auto& arriving = arriving_[static_cast<std::size_t>(from)];
-    if (!arriving && !match(from, arriving)) {
+    if (arriving.empty() || !finished(arriving.front())) {
       return std::nullopt;
     }
-    if (!finished(*arriving)) {
-      return std::nullopt;
-    }
-    Bytes message = std::move(arriving->message);
-    arriving.reset();
+    Bytes message = std::move(arriving.front().message);
+    arriving.pop_front();
     return message;
   }
 
-  /// Starts to receive the next message. Not MPI_Mrecv: it would wait for the body of a long one.
-  bool match(int from, std::unique_ptr<Transfer>& arriving) {
+  /// Starts to receive the next message from whomever it comes: the body of a long message moves
+  /// only once it is asked for, and its sender is not late because this rank waits for another.
+  /// Not MPI_Mrecv, which would wait for the body.
+  void match_any() {
     int found = 0;
     MPI_Message handle = MPI_MESSAGE_NULL;
     MPI_Status status{};
-    detail::mpi_check(MPI_Improbe(from, kTag, comm_, &found, &handle, &status), "MPI_Improbe",
-                      rank_, fmt::format("from rank {}", from));
+    detail::mpi_check(MPI_Improbe(MPI_ANY_SOURCE, kTag, comm_, &found, &handle, &status),
+                      "MPI_Improbe", rank_);
     if (found == 0) {
-      return false;
+      return;
     }
     MPI_Count bytes = 0;
     detail::mpi_check(MPI_Get_elements_x(&status, MPI_BYTE, &bytes), "MPI_Get_elements_x", rank_);
-    auto transfer = std::make_unique<Transfer>();
-    transfer->message.resize(static_cast<std::size_t>(bytes));
-    const detail::MpiByteRun run(transfer->message.size());
-    detail::mpi_check(
-        MPI_Imrecv(transfer->message.data(), run.count(), run.type(), &handle, &transfer->request),
-        "MPI_Imrecv", rank_, fmt::format("from rank {}", from));
-    arriving = std::move(transfer);
-    return true;
+    auto& queue = arriving_[static_cast<std::size_t>(status.MPI_SOURCE)];
+    auto& transfer = queue.emplace_back();
+    transfer.message.resize(static_cast<std::size_t>(bytes));
+    const detail::MpiByteRun run(transfer.message.size());
+    const int code =
+        MPI_Imrecv(transfer.message.data(), run.count(), run.type(), &handle, &transfer.request);
+    if (code != MPI_SUCCESS) {
+      queue.pop_back();
+      detail::mpi_check(code, "MPI_Imrecv", rank_, fmt::format("from rank {}", status.MPI_SOURCE));
+    }
   }
 
   bool drain() noexcept {
@@ -319,7 +323,11 @@ class MpiMessenger : public Messenger {
         }
         pause();
       }
-      return std::all_of(arriving_.begin(), arriving_.end(), [](const auto& t) { return !t; });
+      for (auto& arriving : arriving_) {
+        arriving.remove_if(finished);  // what nobody asked for
+      }
+      return std::all_of(arriving_.begin(), arriving_.end(),
+                         [](const auto& arriving) { return arriving.empty(); });
     } catch (const std::exception& error) {
       log(LogLevel::error, error.what());
       return false;
@@ -328,19 +336,12 @@ class MpiMessenger : public Messenger {
 
   /// MPI may still write to the buffers of unfinished transfers.
   void keep_forever() noexcept {
-    try {
-      static auto& kept = *new std::list<std::unique_ptr<Transfer>>;
-      static auto& kept_sent = *new std::list<Transfer>;
-      kept_sent.splice(kept_sent.end(), sent_);
-      for (auto& arriving : arriving_) {
-        if (arriving) {
-          kept.push_back(std::move(arriving));
-        }
-      }
-    } catch (const std::bad_alloc&) {
-      for (auto& arriving : arriving_) {
-        static_cast<void>(arriving.release());
-      }
+    static auto& kept = *new std::list<Transfer>;
+    static std::mutex mutex;
+    const std::lock_guard lock(mutex);
+    kept.splice(kept.end(), sent_);
+    for (auto& arriving : arriving_) {
+      kept.splice(kept.end(), arriving);
     }
   }
 
@@ -351,7 +352,7 @@ class MpiMessenger : public Messenger {
   int exceptions_ = std::uncaught_exceptions();
   bool abandoned_ = false;
   std::list<Transfer> sent_;
-  std::vector<std::unique_ptr<Transfer>> arriving_;  // by sender
+  std::vector<std::list<Transfer>> arriving_;  // by sender, in order
 };
 
 /// A control plane over all ranks of a communicator, for engines that keep the start and end of MPI

@@ -1,0 +1,505 @@
+#pragma once
+
+#include <fmt/format.h>
+
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "cohort/agreement.hpp"
+#include "cohort/control_plane.hpp"
+#include "cohort/error.hpp"
+#include "cohort/symmetric_arena.hpp"
+#include "cohort/symmetric_policy.hpp"
+#include "cohort/symmetric_scope.hpp"
+#include "cohort/tensor.hpp"
+#include "cohort/topology.hpp"
+#include "cohort/transport.hpp"
+
+/// \file
+/// A group of ranks with its control plane, transport, symmetric memory and collectives.
+
+namespace cohort {
+
+/// What a group is made of. `ParallelState` fills it.
+struct GroupParts {
+  GroupKind kind = GroupKind::world;
+  std::string name;                       ///< Such as "dcp[1]".
+  std::vector<int> ranks;                 ///< World ranks, by rank in the group.
+  std::unique_ptr<ControlPlane> control;  ///< Of this group.
+  std::shared_ptr<Backend> backend;       ///< Shared by all groups.
+  std::unique_ptr<Transport> transport;   ///< Null in a group of one.
+  SymmetricDecision decision;             ///< Whether it has windows and peer mappings, and why.
+  bool debug_checks = false;              ///< Compare each call's arguments across the ranks.
+  ArenaOptions arena = {};
+};
+
+/// Collectives of one group. Every call but `send`, `recv` and the queries is collective: all ranks
+/// of the group make the same sequence of calls. Calls are enqueued on `stream` and return; one
+/// group's calls on different streams are ordered by the library. One thread at a time.
+///
+/// Tensors may have any strides and lie in any memory of the group's device; those in the group's
+/// windows take the fastest path. Returned tensors come from the group's arena. Dimensions may
+/// count from the end. A group of one returns its input.
+///
+/// Wrong arguments throw `UsageError` naming the argument before anything is enqueued, and the
+/// group works on. After `shutdown` every call throws `UsageError`. Failures below surface as
+/// `TransportError`, `SymmetryError` and `TimeoutError`, at the call or from `synchronize`.
+class GroupCoordinator {
+ public:
+  explicit GroupCoordinator(GroupParts parts)
+      : parts_(std::move(parts)),
+        rank_(parts_.control->rank()),
+        size_(parts_.control->size()),
+        equal_(static_cast<std::size_t>(size_)) {
+    std::vector<AudienceMember> audience;
+    if (parts_.decision.nccl_windows.on) {
+      audience.push_back(audience_member());
+    }
+    arena_ =
+        SymmetricArena::create(*parts_.backend, parts_.name, std::move(audience), parts_.arena);
+  }
+  GroupCoordinator(const GroupCoordinator&) = delete;
+  GroupCoordinator& operator=(const GroupCoordinator&) = delete;
+  virtual ~GroupCoordinator() { close(); }
+
+  [[nodiscard]] GroupKind kind() const noexcept { return parts_.kind; }
+  [[nodiscard]] const std::string& name() const noexcept { return parts_.name; }
+  [[nodiscard]] int rank() const noexcept { return rank_; }
+  [[nodiscard]] int size() const noexcept { return size_; }
+  /// World ranks, by rank in the group.
+  [[nodiscard]] const std::vector<int>& ranks() const noexcept { return parts_.ranks; }
+  [[nodiscard]] const SymmetricDecision& decision() const noexcept { return parts_.decision; }
+  [[nodiscard]] ControlPlane& control() noexcept { return *parts_.control; }
+  [[nodiscard]] Backend& backend() const noexcept { return *parts_.backend; }
+  /// Where returned tensors and temporaries come from; without windows where the policy says no.
+  [[nodiscard]] const std::shared_ptr<SymmetricArena>& arena() const noexcept { return arena_; }
+  /// How scopes see the group: its arena, or ordinary memory where it has no windows.
+  operator ScopeTarget() const noexcept {  // NOLINT(google-explicit-constructor)
+    return {parts_.decision.nccl_windows.on ? arena_.get() : nullptr, parts_.backend.get()};
+  }
+  /// What an audience of several groups registers its segments with.
+  [[nodiscard]] AudienceMember audience_member() const noexcept {
+    return {parts_.control.get(), parts_.transport.get()};
+  }
+
+  /// Collective. Makes room for a block of `bytes` in the group's arena.
+  void reserve(std::size_t bytes) {
+    throw_if_closed();
+    arena_->reserve(bytes);
+  }
+  /// Local, by every rank at the same point: the arena never grows again.
+  void freeze() {
+    throw_if_closed();
+    arena_->freeze();
+  }
+
+  /// Concatenates every rank's `x` along `dim`, in rank order.
+  [[nodiscard]] Tensor all_gather(const TensorView& x, int dim, StreamRef stream = {}) {
+    return gather(x, equal_extents("all_gather x", x, dim), dim, stream);
+  }
+  /// `out` has the shape of `x` with the extent of `dim` times the group's size.
+  void all_gather_into(const TensorView& out, const ConstTensorView& x, int dim,
+                       StreamRef stream = {}) {
+    gather_into(out, x, equal_extents("all_gather x", x, dim), dim, stream);
+  }
+  /// Like `all_gather` with `sizes[r]` extents from rank r; `x` has this rank's.
+  [[nodiscard]] Tensor all_gatherv(const TensorView& x, std::span<const std::int64_t> sizes,
+                                   int dim, StreamRef stream = {}) {
+    return gather(x, sizes, dim, stream);
+  }
+  void all_gatherv_into(const TensorView& out, const ConstTensorView& x,
+                        std::span<const std::int64_t> sizes, int dim, StreamRef stream = {}) {
+    gather_into(out, x, sizes, dim, stream);
+  }
+
+  /// Reduces over the ranks and gives this rank its part of dimension `dim`, whose extent the
+  /// group's size must divide.
+  [[nodiscard]] Tensor reduce_scatter_along_dim(const TensorView& x, int dim, StreamRef stream = {},
+                                                ReduceOp op = ReduceOp::sum) {
+    return scatter(x, divided_extents("reduce_scatter x", x, dim), dim, op, stream);
+  }
+  void reduce_scatter_into(const TensorView& out, const ConstTensorView& x, int dim,
+                           StreamRef stream = {}, ReduceOp op = ReduceOp::sum) {
+    scatter_into(out, x, divided_extents("reduce_scatter x", x, dim), dim, op, stream);
+  }
+  /// Like `reduce_scatter_along_dim` with `sizes[r]` extents for rank r.
+  [[nodiscard]] Tensor reduce_scatterv(const TensorView& x, std::span<const std::int64_t> sizes,
+                                       int dim, StreamRef stream = {},
+                                       ReduceOp op = ReduceOp::sum) {
+    return scatter(x, sizes, dim, op, stream);
+  }
+  void reduce_scatterv_into(const TensorView& out, const ConstTensorView& x,
+                            std::span<const std::int64_t> sizes, int dim, StreamRef stream = {},
+                            ReduceOp op = ReduceOp::sum) {
+    scatter_into(out, x, sizes, dim, op, stream);
+  }
+
+  /// Reduces `x` over the ranks, in place; the same bits on every rank.
+  void all_reduce(const TensorView& x, StreamRef stream = {}, ReduceOp op = ReduceOp::sum) {
+    all_reduce_into(x, x, stream, op);
+  }
+  /// `out` has the shape of `x` and may be `x`.
+  void all_reduce_into(const TensorView& out, const ConstTensorView& x, StreamRef stream = {},
+                       ReduceOp op = ReduceOp::sum) {
+    begin("all_reduce", x, stream);
+    check_reducible("all_reduce x", x);
+    check_like("all_reduce out", out, x, x.shape());
+    debug_compare("all_reduce", x, 0, {}, static_cast<int>(op), &out);
+    if (size_ == 1) {
+      copy_unless_same(x, out, stream);
+    } else {
+      parts_.transport->all_reduce(x, out, op, stream);
+    }
+  }
+
+  /// Overwrites `x` with the root's, in place.
+  void broadcast(const TensorView& x, int root, StreamRef stream = {}) {
+    begin("broadcast", x, stream);
+    check_rank("broadcast root", root);
+    debug_compare("broadcast", x, 0, {}, root, &x);
+    if (size_ > 1) {
+      parts_.transport->broadcast(x, root, stream);
+    }
+  }
+
+  /// Part r of dimension 0 of `x`, of equal extents, goes to rank r; part r of the result came from
+  /// rank r.
+  [[nodiscard]] Tensor all_to_all(const TensorView& x, StreamRef stream = {}) {
+    begin("all_to_all", x, stream);
+    divided_extents("all_to_all x", x, 0);
+    if (size_ == 1) {
+      return alias(x);
+    }
+    Tensor out = arena_->empty(x.shape(), x.dtype(), stream);
+    all_to_all_into(out, x, stream);
+    return out;
+  }
+  void all_to_all_into(const TensorView& out, const ConstTensorView& x, StreamRef stream = {}) {
+    begin("all_to_all", x, stream);
+    divided_extents("all_to_all x", x, 0);
+    check_like("all_to_all out", out, x, x.shape());
+    check_distinct("all_to_all out", out, x);
+    debug_compare("all_to_all", x, 0, {}, 0, &out);
+    if (size_ == 1) {
+      copy_unless_same(x, out, stream);
+    } else {
+      parts_.transport->all_to_all(x, out, stream);
+    }
+  }
+
+  /// Sends to a rank of the group, which makes one `recv` of the same shape and dtype. Not
+  /// collective; messages of a pair keep their order.
+  void send(const ConstTensorView& x, int to, StreamRef stream = {}) {
+    begin("send", x, stream);
+    check_peer("send to", to);
+    parts_.transport->send(x, to, stream);
+  }
+  void recv(const TensorView& x, int from, StreamRef stream = {}) {
+    begin("recv", x, stream);
+    check_peer("recv from", from);
+    parts_.transport->recv(x, from, stream);
+  }
+
+  /// Work that `stream` gets after this runs once every rank's stream has come here.
+  void barrier(StreamRef stream = {}) {
+    throw_if_closed();
+    order(stream);
+    if (size_ > 1) {
+      parts_.transport->barrier(stream);
+    }
+  }
+
+  /// Waits until the stream is idle, watching the peers as well. Throws `TimeoutError` naming the
+  /// missing ranks, `TransportError` where a peer failed.
+  void synchronize(StreamRef stream, std::chrono::milliseconds limit) {
+    throw_if_closed();
+    if (parts_.transport != nullptr) {
+      parts_.transport->synchronize(stream, limit);
+    } else if (stream.valid()) {
+      stream.synchronize(limit);
+    }
+  }
+
+  /// The path that a call with these arguments takes, such as "direct" or "nccl symmetric".
+  [[nodiscard]] std::string path(Collective collective, const ConstTensorView& x,
+                                 const TensorView& out, int dim = 0) const {
+    return size_ == 1 ? "single rank" : parts_.transport->path(collective, x, out, dim);
+  }
+
+  /// Collective. Deregisters the windows and disconnects; tensors of the group stay readable. Every
+  /// later call throws `UsageError`. Called by `ParallelState`.
+  void shutdown() {
+    if (!closed_) {
+      parts_.control->barrier();  // no rank may still be reading what goes away
+    }
+    close();
+  }
+
+ protected:
+  [[nodiscard]] Transport* transport() const noexcept { return parts_.transport.get(); }
+  [[nodiscard]] bool debug_checks() const noexcept { return parts_.debug_checks; }
+
+  void throw_if_closed() const {
+    if (closed_) {
+      throw UsageError(fmt::format("group {}: used after shutdown", parts_.name));
+    }
+  }
+
+  /// Opens a call: the group is up, `x` lies on its device, and the group's earlier calls on
+  /// another stream come first.
+  template <class Void>
+  void begin(std::string_view call, const BasicTensorView<Void>& x, StreamRef stream) {
+    throw_if_closed();
+    check_device(call, x);
+    order(stream);
+  }
+
+  template <class Void>
+  void check_device(std::string_view argument, const BasicTensorView<Void>& x) const {
+    if (x.device() != parts_.backend->device()) {
+      throw UsageError(fmt::format("{}: group {} works on {}, got a tensor on {}", argument,
+                                   parts_.name, to_string(parts_.backend->device()),
+                                   to_string(x.device())));
+    }
+  }
+
+  void check_rank(std::string_view argument, int rank) const {
+    if (rank < 0 || rank >= size_) {
+      throw UsageError(fmt::format("{}: expected a rank in [0, {}) of group {}, got {}", argument,
+                                   size_, parts_.name, rank));
+    }
+  }
+
+  /// Throws unless `x` has the dtype and device of `like` and the given shape.
+  template <class A, class B>
+  void check_like(std::string_view argument, const BasicTensorView<A>& x,
+                  const BasicTensorView<B>& like, const Dims& shape) const {
+    check_device(argument, x);
+    if (x.dtype() != like.dtype() || x.shape() != shape) {
+      throw UsageError(fmt::format("{}: expected {}{}, got {}{}", argument, to_string(like.dtype()),
+                                   to_string(shape), to_string(x.dtype()), to_string(x.shape())));
+    }
+  }
+
+  [[nodiscard]] static Tensor alias(const TensorView& x) { return {x, nullptr, 0}; }
+
+  void copy_unless_same(const ConstTensorView& from, const TensorView& to, StreamRef stream) {
+    if (from.data() != to.data() || from.strides() != to.strides()) {
+      parts_.backend->ops().copy(from, to, stream);
+    }
+  }
+
+  /// Orders this group's calls on different streams. A capture is left alone: its place among
+  /// eager calls is where its graph is launched.
+  void order(StreamRef stream) {
+    if (!stream.valid() || stream == last_stream_) {
+      return;
+    }
+    if (stream.capture_id() != 0) {
+      return;
+    }
+    if (last_stream_.valid() && last_stream_.capture_id() == 0) {
+      stream.wait_for(last_stream_);
+    }
+    last_stream_ = stream;
+  }
+
+ private:
+  void close() noexcept {
+    closed_ = true;
+    if (arena_ != nullptr) {
+      arena_->close();
+    }
+    parts_.transport.reset();
+  }
+
+  void check_peer(std::string_view argument, int peer) const {
+    check_rank(argument, peer);
+    if (peer == rank_) {
+      throw UsageError(fmt::format("{}: rank {} of group {} cannot be its own peer", argument, peer,
+                                   parts_.name));
+    }
+  }
+
+  template <class Void>
+  static void check_reducible(std::string_view argument, const BasicTensorView<Void>& x) {
+    if (!is_reducible(x.dtype())) {
+      throw UsageError(fmt::format("{}: {} cannot be reduced", argument, to_string(x.dtype())));
+    }
+  }
+
+  template <class A, class B>
+  static void check_distinct(std::string_view argument, const BasicTensorView<A>& out,
+                             const BasicTensorView<B>& x) {
+    if (out.data() == x.data() && x.numel() > 0) {
+      throw UsageError(fmt::format("{}: must not be the input itself", argument));
+    }
+  }
+
+  template <class Void>
+  std::span<const std::int64_t> equal_extents(std::string_view argument,
+                                              const BasicTensorView<Void>& x, int dim) {
+    const int d = normalize_dim(dim, x.ndim(), fmt::format("{} dim", argument));
+    std::fill(equal_.begin(), equal_.end(), x.shape()[d]);
+    return equal_;
+  }
+
+  template <class Void>
+  std::span<const std::int64_t> divided_extents(std::string_view argument,
+                                                const BasicTensorView<Void>& x, int dim) {
+    const int d = normalize_dim(dim, x.ndim(), fmt::format("{} dim", argument));
+    if (x.shape()[d] % size_ != 0) {
+      throw UsageError(
+          fmt::format("{}: expected an extent of dimension {} that {} ranks divide, got {}",
+                      argument, d, size_, to_string(x.shape())));
+    }
+    std::fill(equal_.begin(), equal_.end(), x.shape()[d] / size_);
+    return equal_;
+  }
+
+  /// The sum of `sizes`, which must name one extent for each rank.
+  [[nodiscard]] std::int64_t total(std::string_view argument,
+                                   std::span<const std::int64_t> sizes) const {
+    if (sizes.size() != static_cast<std::size_t>(size_)) {
+      throw UsageError(fmt::format("{}: expected {} sizes, one for each rank of group {}, got {}",
+                                   argument, size_, parts_.name, sizes.size()));
+    }
+    std::int64_t sum = 0;
+    for (const auto extent : sizes) {
+      if (extent < 0) {
+        throw UsageError(fmt::format("{}: expected sizes >= 0, got {}", argument, extent));
+      }
+      sum += extent;
+    }
+    return sum;
+  }
+
+  template <class Void>
+  [[nodiscard]] Dims gathered_shape(const BasicTensorView<Void>& x,
+                                    std::span<const std::int64_t> sizes, int dim) const {
+    const int d = normalize_dim(dim, x.ndim(), "all_gather dim");
+    Dims shape = x.shape();
+    shape[d] = total("all_gather sizes", sizes);
+    if (x.shape()[d] != sizes[static_cast<std::size_t>(rank_)]) {
+      throw UsageError(fmt::format("all_gather x: expected {} extents along dimension {}, got {}",
+                                   sizes[static_cast<std::size_t>(rank_)], d,
+                                   to_string(x.shape())));
+    }
+    return shape;
+  }
+
+  template <class Void>
+  [[nodiscard]] Dims scattered_shape(const BasicTensorView<Void>& x,
+                                     std::span<const std::int64_t> sizes, int dim) const {
+    const int d = normalize_dim(dim, x.ndim(), "reduce_scatter dim");
+    const std::int64_t sum = total("reduce_scatter sizes", sizes);
+    if (x.shape()[d] != sum) {
+      throw UsageError(
+          fmt::format("reduce_scatter x: expected the sizes' sum of {} extents along dimension {}, "
+                      "got {}",
+                      sum, d, to_string(x.shape())));
+    }
+    Dims shape = x.shape();
+    shape[d] = sizes[static_cast<std::size_t>(rank_)];
+    return shape;
+  }
+
+  Tensor gather(const TensorView& x, std::span<const std::int64_t> sizes, int dim,
+                StreamRef stream) {
+    begin("all_gather x", x, stream);
+    const Dims shape = gathered_shape(x, sizes, dim);
+    if (size_ == 1) {
+      return alias(x);
+    }
+    Tensor out = arena_->empty(shape, x.dtype(), stream);
+    gather_into(out, x, sizes, dim, stream);
+    return out;
+  }
+
+  void gather_into(const TensorView& out, const ConstTensorView& x,
+                   std::span<const std::int64_t> sizes, int dim, StreamRef stream) {
+    begin("all_gather x", x, stream);
+    check_like("all_gather out", out, x, gathered_shape(x, sizes, dim));
+    debug_compare("all_gather", x, dim, sizes, 0, &out);
+    if (size_ == 1) {
+      copy_unless_same(x, out, stream);
+    } else {
+      parts_.transport->all_gather(x, out, normalize_dim(dim, x.ndim(), "dim"), sizes, stream);
+    }
+  }
+
+  Tensor scatter(const TensorView& x, std::span<const std::int64_t> sizes, int dim, ReduceOp op,
+                 StreamRef stream) {
+    begin("reduce_scatter x", x, stream);
+    check_reducible("reduce_scatter x", x);
+    const Dims shape = scattered_shape(x, sizes, dim);
+    if (size_ == 1) {
+      return alias(x);
+    }
+    Tensor out = arena_->empty(shape, x.dtype(), stream);
+    scatter_into(out, x, sizes, dim, op, stream);
+    return out;
+  }
+
+  void scatter_into(const TensorView& out, const ConstTensorView& x,
+                    std::span<const std::int64_t> sizes, int dim, ReduceOp op, StreamRef stream) {
+    begin("reduce_scatter x", x, stream);
+    check_reducible("reduce_scatter x", x);
+    check_like("reduce_scatter out", out, x, scattered_shape(x, sizes, dim));
+    debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op), &out);
+    if (size_ == 1) {
+      copy_unless_same(x, out, stream);
+    } else {
+      parts_.transport->reduce_scatter(x, out, normalize_dim(dim, x.ndim(), "dim"), sizes, op,
+                                       stream);
+    }
+  }
+
+  /// The opt-in comparison of a call's arguments across the ranks. `extra` is the op or the root.
+  void debug_compare(std::string_view call, const ConstTensorView& x, int dim,
+                     std::span<const std::int64_t> sizes, int extra, const TensorView* out) {
+    if (!parts_.debug_checks || size_ == 1) {
+      return;
+    }
+    // Extents along `dim` differ between ranks in the v-variants; their list does not.
+    Dims shape = x.shape();
+    if (!sizes.empty()) {
+      shape[normalize_dim(dim, x.ndim(), "dim")] = 0;
+    }
+    std::string list;
+    for (const auto extent : sizes) {
+      list += fmt::format(" {}", extent);
+    }
+    ControlPlane* control = parts_.control.get();
+    agree(std::span(&control, 1),
+          {.place = fmt::format("{} of {}{} dim {} sizes{} op or root {} in group {}, input at {}, "
+                                "output at {}",
+                                call, to_string(x.dtype()), to_string(shape), dim, list, extra,
+                                parts_.name, window_offset(x.data()), window_offset(out->data())),
+           .sequence = debug_sequence_++,
+           .bytes = 0,
+           .history = arena_->history()});
+  }
+
+  [[nodiscard]] std::string window_offset(const void* address) const {
+    const auto offset = arena_->offset_of(address);
+    return offset ? fmt::format("offset {}", *offset) : "no offset";
+  }
+
+  GroupParts parts_;
+  int rank_;
+  int size_;
+  std::vector<std::int64_t> equal_;  // one extent for each rank, refilled by each call
+  std::shared_ptr<SymmetricArena> arena_;
+  StreamRef last_stream_;
+  std::uint64_t debug_sequence_ = 0;
+  bool closed_ = false;
+};
+
+}  // namespace cohort

@@ -1,0 +1,216 @@
+#pragma once
+
+#include <fmt/format.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cohort/control_plane.hpp"
+#include "cohort/decode_context_parallel.hpp"
+#include "cohort/graph_capture.hpp"
+#include "cohort/group_coordinator.hpp"
+#include "cohort/log.hpp"
+#include "cohort/pipeline_parallel.hpp"
+#include "cohort/runtime_env.hpp"
+#include "cohort/symmetric_policy.hpp"
+#include "cohort/tensor_parallel.hpp"
+#include "cohort/topology.hpp"
+
+/// \file
+/// All groups of one rank: what an engine creates once.
+
+namespace cohort {
+
+struct ParallelOptions {
+  ParallelLayout layout;
+  /// `host_backend()` or `cuda_backend()`; all groups share it.
+  std::shared_ptr<Backend> backend;
+  SymmetricOptions symmetric = {};
+  /// `COHORT_MERGE_PLAN` wins over `merge.plan` where it is set.
+  MergeOptions merge = {};
+  /// Compare op, dtype, count and window offsets across the ranks before each call: slow, for
+  /// debugging. `COHORT_DEBUG_CHECKS` wins where it is set.
+  bool debug_checks = false;
+  ArenaOptions arena = {};
+};
+
+/// A captured graph and the memory that it leases.
+class CapturedGraph {
+ public:
+  explicit CapturedGraph(std::unique_ptr<ExecutableGraph> graph) : graph_(std::move(graph)) {}
+
+  /// Enqueues the captured work. All ranks launch the same sequence of graphs and calls.
+  void launch(StreamRef stream) { graph_->launch(stream); }
+
+ private:
+  std::unique_ptr<ExecutableGraph> graph_;
+};
+
+/// The world, tensor-parallel, pipeline-parallel and decode-context-parallel group of this rank.
+class ParallelState {
+ public:
+  /// Collective over `world`, which outlives the state and whose size must be `tp * pp`. Forms the
+  /// groups, decides on symmetric memory for each, logs one line and at most one warning a group.
+  /// Throws `ConfigError` for a layout or plan that cannot work, before anything is created, and
+  /// what the backend throws.
+  [[nodiscard]] static ParallelState create(ControlPlane& world, ParallelOptions options) {
+    if (options.backend == nullptr) {
+      throw ConfigError("ParallelOptions.backend: expected a backend, got null");
+    }
+    validate(options.layout, world.size());
+    return ParallelState(world, std::move(options));
+  }
+
+  ParallelState(ParallelState&&) noexcept = default;
+  ParallelState& operator=(ParallelState&&) = delete;
+  ParallelState(const ParallelState&) = delete;
+  ParallelState& operator=(const ParallelState&) = delete;
+  ~ParallelState() { close_audiences(); }
+
+  [[nodiscard]] const ParallelLayout& layout() const noexcept { return options_.layout; }
+  [[nodiscard]] Backend& backend() const noexcept { return *options_.backend; }
+  [[nodiscard]] GroupCoordinator& world() noexcept { return *world_; }
+  [[nodiscard]] TensorParallelGroup& tp() noexcept { return *tp_; }
+  [[nodiscard]] PipelineParallelGroup& pp() noexcept { return *pp_; }
+  [[nodiscard]] DecodeContextParallelGroup& dcp() noexcept { return *dcp_; }
+  /// World, TP, PP, DCP: the order in which all ranks form and leave them.
+  [[nodiscard]] std::vector<GroupCoordinator*> groups() noexcept {
+    return {world_.get(), tp_.get(), pp_.get(), dcp_.get()};
+  }
+
+  /// One arena whose segments are registered with several groups of this state, so that a buffer
+  /// of it is symmetric in each. Groups without windows are left out; where none is left, scopes
+  /// of it are null. The same groups give the same arena. Local, by every rank alike.
+  [[nodiscard]] ScopeTarget audience(const std::vector<GroupCoordinator*>& groups) {
+    std::vector<AudienceMember> members;
+    std::string name;
+    for (GroupCoordinator* group : groups) {
+      if (group->decision().nccl_windows.on) {
+        members.push_back(group->audience_member());
+        name += (name.empty() ? "" : "+") + group->name();
+      }
+    }
+    if (members.empty()) {
+      return {nullptr, options_.backend.get()};
+    }
+    for (const auto& arena : audiences_) {
+      if (arena->name() == name) {
+        return {arena.get(), options_.backend.get()};
+      }
+    }
+    audiences_.push_back(
+        SymmetricArena::create(*options_.backend, name, std::move(members), options_.arena));
+    captures_->add(audiences_.back());
+    return {audiences_.back().get(), options_.backend.get()};
+  }
+
+  /// The arenas that a capture concerns; a `CaptureScope` takes it.
+  [[nodiscard]] const CaptureDomain& captures() const noexcept { return *captures_; }
+  operator const CaptureDomain&() const noexcept {  // NOLINT(google-explicit-constructor)
+    return *captures_;
+  }
+
+  /// Captures what `record` enqueues on `stream`, over all groups, inside a `CaptureScope`. Where
+  /// it throws, the capture is ended and dropped.
+  [[nodiscard]] CapturedGraph capture(StreamRef stream, const std::function<void()>& record,
+                                      GraphPool* pool = nullptr) {
+    auto& driver = stream.driver();
+    driver.begin_capture(stream.native());
+    try {
+      const CaptureScope scope(*captures_, stream, pool);
+      record();
+    } catch (...) {
+      drop_capture(stream);
+      throw;
+    }
+    return CapturedGraph(driver.end_capture(stream.native()));
+  }
+
+  /// Collective. Returns the memory of graphs that every rank has destroyed to the arenas, which
+  /// growth and `reserve` also do.
+  void reclaim_graphs() {
+    for (const auto& arena : captures_->arenas()) {
+      arena->reclaim();
+    }
+  }
+
+  /// Collective. Leaves all groups: windows, then segments, then transports. Tensors stay readable;
+  /// every later call of a group throws `UsageError`.
+  void shutdown() {
+    close_audiences();
+    const auto all = groups();
+    for (auto group = all.rbegin(); group != all.rend(); ++group) {
+      (*group)->shutdown();
+    }
+  }
+
+ private:
+  ParallelState(ControlPlane& world, ParallelOptions options)
+      : options_(std::move(options)), captures_(std::make_unique<CaptureDomain>()) {
+    const auto& settings = runtime_settings();
+    if (settings.merge_plan) {
+      options_.merge.plan = *settings.merge_plan;
+    }
+    options_.debug_checks = settings.debug_checks.value_or(options_.debug_checks);
+    world_ = std::make_unique<GroupCoordinator>(form(world, GroupKind::world));
+    tp_ = std::make_unique<TensorParallelGroup>(form(world, GroupKind::tensor_parallel));
+    pp_ = std::make_unique<PipelineParallelGroup>(form(world, GroupKind::pipeline_parallel));
+    dcp_ = std::make_unique<DecodeContextParallelGroup>(
+        form(world, GroupKind::decode_context_parallel), options_.merge);
+    for (GroupCoordinator* group : groups()) {
+      captures_->add(group->arena());
+    }
+  }
+
+  [[nodiscard]] GroupParts form(ControlPlane& world, GroupKind kind) {
+    const auto& layout = options_.layout;
+    GroupParts parts;
+    parts.kind = kind;
+    parts.name = group_name(kind, group_index(layout, kind, world.rank()));
+    parts.ranks = group_ranks(layout, kind, world.rank());
+    parts.control = world.subgroup(parts.ranks, static_cast<std::uint64_t>(kind), parts.name);
+    parts.backend = options_.backend;
+    SymmetricCapabilities found;
+    if (parts.ranks.size() > 1) {
+      parts.transport = options_.backend->connect(*parts.control);
+      found = parts.transport->capabilities();
+    }
+    parts.decision = decide(options_.symmetric, kind, layout, found);
+    parts.debug_checks = options_.debug_checks;
+    parts.arena = options_.arena;
+    if (parts.control->rank() == 0) {
+      log(LogLevel::info, fmt::format("{}: {}", parts.name, describe(parts.decision)));
+      if (warning_due(parts.decision)) {
+        log(LogLevel::warning, fmt::format("{}: {}", parts.name, describe(parts.decision)));
+      }
+    }
+    return parts;
+  }
+
+  static void drop_capture(StreamRef stream) noexcept {
+    try {
+      stream.driver().end_capture(stream.native()).reset();
+    } catch (const std::exception& error) {
+      log(LogLevel::info, fmt::format("a dropped capture had failed: {}", error.what()));
+    }
+  }
+
+  void close_audiences() noexcept {
+    for (const auto& arena : audiences_) {
+      arena->close();
+    }
+  }
+
+  ParallelOptions options_;
+  std::unique_ptr<CaptureDomain> captures_;  // keeps its address when the state is moved
+  std::vector<std::shared_ptr<SymmetricArena>> audiences_;
+  std::unique_ptr<GroupCoordinator> world_;
+  std::unique_ptr<TensorParallelGroup> tp_;
+  std::unique_ptr<PipelineParallelGroup> pp_;
+  std::unique_ptr<DecodeContextParallelGroup> dcp_;
+};
+
+}  // namespace cohort

@@ -1,0 +1,83 @@
+#pragma once
+
+#include <fmt/format.h>
+
+#include "cohort/error.hpp"
+#include "cohort/symmetric_arena.hpp"
+
+/// \file
+/// The RAII context in which `cohort::empty` allocates symmetric memory.
+
+namespace cohort {
+
+/// What a scope allocates from: an arena, or ordinary memory where the arena is null. Groups and
+/// audiences convert to it.
+struct ScopeTarget {
+  SymmetricArena* arena = nullptr;
+  Backend* backend = nullptr;
+};
+
+/// Whether a scope takes effect; `disabled` makes it a null scope.
+enum class ScopeMode : std::uint8_t { enabled, disabled };
+
+class SymmetricScope;
+
+namespace detail {
+inline constinit thread_local const SymmetricScope* current_scope = nullptr;
+}  // namespace detail
+
+/// While it lives, `cohort::empty` on this thread allocates from its arena, in the order of its
+/// stream. Scopes nest; the innermost counts. Entering and leaving touch nothing but thread-local
+/// memory. A scope of a group without symmetric memory is a null scope. It stays on its thread and
+/// in its block: it can be neither copied nor moved.
+///
+///     {
+///       SymmetricScope scope(dcp, stream);
+///       Tensor q = empty({batch, heads, dim}, DType::bf16);
+///     }
+class SymmetricScope {
+ public:
+  explicit SymmetricScope(const ScopeTarget& target, StreamRef stream = {},
+                          ScopeMode mode = ScopeMode::enabled) noexcept
+      : arena_(mode == ScopeMode::enabled ? target.arena : nullptr),
+        backend_(target.backend),
+        stream_(stream),
+        outer_(detail::current_scope) {
+    detail::current_scope = this;
+  }
+  SymmetricScope(const SymmetricScope&) = delete;
+  SymmetricScope& operator=(const SymmetricScope&) = delete;
+  ~SymmetricScope() { detail::current_scope = outer_; }
+
+  /// The innermost scope of this thread, or null.
+  [[nodiscard]] static const SymmetricScope* current() noexcept { return detail::current_scope; }
+
+  /// Whether allocations are ordinary memory.
+  [[nodiscard]] bool is_null() const noexcept { return arena_ == nullptr; }
+  [[nodiscard]] StreamRef stream() const noexcept { return stream_; }
+
+  /// Allocates as `cohort::empty` does. Throws as `SymmetricArena::empty` and `Backend::allocate`.
+  [[nodiscard]] Tensor empty(const Dims& shape, DType dtype) const {
+    return arena_ != nullptr ? arena_->empty(shape, dtype, stream_)
+                             : backend_->allocate(shape, dtype, stream_);
+  }
+
+ private:
+  SymmetricArena* arena_;
+  Backend* backend_;
+  StreamRef stream_;
+  const SymmetricScope* outer_;
+};
+
+/// An uninitialised contiguous tensor from the innermost scope of this thread: symmetric memory, or
+/// ordinary memory under a null scope. Collective over the scope's audience.
+/// Throws `UsageError` where no scope is open, and as `SymmetricArena::empty`.
+[[nodiscard]] inline Tensor empty(const Dims& shape, DType dtype) {
+  const SymmetricScope* scope = SymmetricScope::current();
+  if (scope == nullptr) {
+    throw UsageError("cohort::empty: no SymmetricScope is open on this thread");
+  }
+  return scope->empty(shape, dtype);
+}
+
+}  // namespace cohort
