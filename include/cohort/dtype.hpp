@@ -94,17 +94,25 @@ enum class DType : std::uint8_t {
   return static_cast<std::uint16_t>(is_nan ? quiet_nan : rounded);
 }
 
+namespace detail {
+/// `condition ? yes : no` in arithmetic, so that loops over conversions vectorise.
+[[nodiscard]] constexpr std::uint32_t select(bool condition, std::uint32_t yes,
+                                             std::uint32_t no) noexcept {
+  const std::uint32_t mask = 0U - static_cast<std::uint32_t>(condition);
+  return (yes & mask) | (no & ~mask);
+}
+}  // namespace detail
+
 /// IEEE 754 binary16 to float: exact.
 [[nodiscard]] constexpr float f16_to_float(std::uint16_t bits) noexcept {
   const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000U) << 16;
   const std::uint32_t magnitude = bits & 0x7fffU;
   // Moving the fields in place leaves the exponent 112 too small; one multiplication by 2^112
-  // corrects it for normal and subnormal values alike.
+  // corrects it for normal and subnormal values alike. Infinity and NaN get all exponent bits.
   const float scaled =
       std::bit_cast<float>(magnitude << 13) * std::bit_cast<float>((112U + 127U) << 23);
-  const std::uint32_t finite = std::bit_cast<std::uint32_t>(scaled);
-  const std::uint32_t special = 0x7f800000U | ((magnitude & 0x3ffU) << 13);
-  return std::bit_cast<float>(sign | (magnitude >= 0x7c00U ? special : finite));
+  const std::uint32_t special = detail::select(magnitude >= 0x7c00U, 0x7f800000U, 0U);
+  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(scaled) | special);
 }
 
 /// float to IEEE 754 binary16, to nearest even; overflow gives infinity, NaN stays a quiet NaN.
@@ -112,18 +120,15 @@ enum class DType : std::uint8_t {
   const auto bits = std::bit_cast<std::uint32_t>(value);
   const std::uint32_t sign = (bits >> 16) & 0x8000U;
   const std::uint32_t magnitude = bits & 0x7fffffffU;
-  if (magnitude > 0x7f800000U) {
-    return static_cast<std::uint16_t>(sign | 0x7e00U | ((magnitude >> 13) & 0x3ffU));
-  }
-  if (magnitude >= 0x477ff000U) {  // 65520 and above round to infinity
-    return static_cast<std::uint16_t>(sign | 0x7c00U);
-  }
-  if (magnitude < 0x38800000U) {  // below 2^-14: subnormal; adding 0.5 rounds at 2^-24
-    const float shifted = std::bit_cast<float>(magnitude) + 0.5F;
-    return static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000U));
-  }
+  const std::uint32_t nan = 0x7e00U | ((magnitude >> 13) & 0x3ffU);
+  // Below 2^-14 the result is subnormal: adding 0.5 rounds at 2^-24.
+  const std::uint32_t subnormal =
+      std::bit_cast<std::uint32_t>(std::bit_cast<float>(magnitude) + 0.5F) - 0x3f000000U;
   const std::uint32_t rebased = magnitude - (112U << 23);
-  const std::uint32_t rounded = (rebased + 0xfffU + ((rebased >> 13) & 1U)) >> 13;
+  const std::uint32_t normal = (rebased + 0xfffU + ((rebased >> 13) & 1U)) >> 13;
+  std::uint32_t rounded = detail::select(magnitude < 0x38800000U, subnormal, normal);
+  rounded = detail::select(magnitude >= 0x477ff000U, 0x7c00U, rounded);  // from 65520 on: infinity
+  rounded = detail::select(magnitude > 0x7f800000U, nan, rounded);
   return static_cast<std::uint16_t>(sign | rounded);
 }
 
