@@ -33,12 +33,12 @@ namespace detail {
 
 struct LogState {
   std::mutex mutex;
-  LogSink sink = [](LogLevel level, std::string_view text) {
-    if (level == LogLevel::info) {
-      return;  // quiet by default: an engine that wants the lines installs a sink
+  LogLevel default_threshold = LogLevel::warning;
+  LogSink sink = [this](LogLevel level, std::string_view text) {
+    if (level >= default_threshold) {
+      std::fprintf(stderr, "cohort: %s: %.*s\n", to_string(level).data(),
+                   static_cast<int>(text.size()), text.data());
     }
-    std::fprintf(stderr, "cohort: %s: %.*s\n", to_string(level).data(),
-                 static_cast<int>(text.size()), text.data());
   };
 };
 
@@ -50,8 +50,16 @@ inline LogState& log_state() {
 
 }  // namespace detail
 
-/// Replaces the sink and returns the one before. The default prints warnings and errors to stderr
-/// and drops information lines. Thread-safe.
+/// Least level that the default sink prints; at first `warning`. An installed sink gets all
+/// messages. `ParallelState::create` sets it from `COHORT_LOG`. Thread-safe.
+inline void set_default_log_level(LogLevel level) {
+  auto& state = detail::log_state();
+  const std::lock_guard lock(state.mutex);
+  state.default_threshold = level;
+}
+
+/// Replaces the sink and returns the one before. The default prints to stderr what
+/// `set_default_log_level` lets through. Thread-safe.
 inline LogSink set_log_sink(LogSink sink) {
   auto& state = detail::log_state();
   const std::lock_guard lock(state.mutex);

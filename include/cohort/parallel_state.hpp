@@ -151,6 +151,7 @@ class ParallelState {
   ParallelState(ControlPlane& world, ParallelOptions options)
       : options_(std::move(options)), captures_(std::make_unique<CaptureDomain>()) {
     const auto& settings = runtime_settings();
+    set_default_log_level(settings.log_level);
     if (settings.merge_plan) {
       options_.merge.plan = *settings.merge_plan;
     }
