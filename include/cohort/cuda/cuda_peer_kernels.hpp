@@ -1,0 +1,283 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cohort/agreement.hpp"
+#include "cohort/control_plane.hpp"
+#include "cohort/cuda/cuda_ops.hpp"
+#include "cohort/cuda/handles.hpp"
+#include "cohort/cuda/inbox.hpp"
+#include "cohort/cuda/kernels.hpp"
+#include "cohort/cuda/peer_mapping.hpp"
+#include "cohort/error.hpp"
+#include "cohort/tensor.hpp"
+#include "cohort/transport.hpp"
+
+/// \file
+/// The library's own collective kernels for one group: its inboxes, mapped on every rank, and the
+/// calls that go through them.
+
+namespace cohort {
+
+namespace detail {
+
+/// A collective along a dimension as the kernels want it, or nothing where the views' layout does
+/// not allow it: within one share everything is one run of bytes, and the dimensions before can be
+/// walked with one stride.
+[[nodiscard]] inline std::optional<cuda::AlongDim> along_dim(const ConstTensorView& share,
+                                                             const ConstTensorView& full, int dim) {
+  JoinedDims outer;
+  JoinedDims inner;
+  for (int d = 0; d < share.ndim(); ++d) {
+    (d < dim ? outer : inner).push(share.shape()[d], share.strides()[d], full.strides()[d]);
+  }
+  const bool one_run = inner.size == 0 || (inner.size == 1 && inner.a[0] == 1 && inner.b[0] == 1);
+  if (!one_run || outer.size > 1) {
+    return std::nullopt;
+  }
+  const auto bytes = static_cast<std::int64_t>(size_of(share.dtype()));
+  return cuda::AlongDim{.outer = outer.size == 0 ? 1 : outer.shape[0],
+                        .inner_bytes = (inner.size == 0 ? 1 : inner.shape[0]) * bytes,
+                        .share_outer_stride = outer.size == 0 ? 0 : outer.a[0] * bytes,
+                        .full_outer_stride = outer.size == 0 ? 0 : outer.b[0] * bytes,
+                        .full_rank_stride = share.shape()[dim] * full.strides()[dim] * bytes};
+}
+
+[[nodiscard]] constexpr bool is_kernel_sum(DType dtype, ReduceOp op) noexcept {
+  return op == ReduceOp::sum && is_attention_dtype(dtype);
+}
+
+}  // namespace detail
+
+/// The peer kernels of one group on CUDA devices of one machine.
+class CudaPeerKernels final : public PeerKernels {
+ public:
+  struct Options {
+    int max_blocks = 1;                       ///< Equal on all ranks.
+    std::chrono::milliseconds limit{60'000};  ///< Of a wait in a kernel.
+    std::uint64_t after_epoch = 0;            ///< For tests; equal on all ranks.
+    DescriptorRoute route = DescriptorRoute::automatic;
+  };
+
+  /// The kernels, or why the ranks' memory cannot be mapped; equal on all ranks.
+  struct Outcome {
+    std::unique_ptr<CudaPeerKernels> kernels;
+    std::string refusal;
+  };
+
+  /// Collective. Throws what the control plane throws, and `TransportError`.
+  [[nodiscard]] static Outcome create(ControlPlane& group, int device, const Options& options) {
+    if (group.size() > cuda::kMaxPeers) {
+      return {nullptr, fmt::format("{} ranks are more than the {} that an inbox has room for",
+                                   group.size(), cuda::kMaxPeers)};
+    }
+    std::unique_ptr<CudaPeerKernels> kernels(new CudaPeerKernels(group, device, options));
+    if (auto refusal = kernels->build(0); !refusal.empty()) {
+      return {nullptr, std::move(refusal)};
+    }
+    return {std::move(kernels), {}};
+  }
+
+  CudaPeerKernels(const CudaPeerKernels&) = delete;
+  CudaPeerKernels& operator=(const CudaPeerKernels&) = delete;
+
+  /// Inboxes only grow. Those that a larger one replaces stay until the end, because graphs that
+  /// captured calls go on using them; each at least doubles the one before. A slot holds one
+  /// lane for every rank.
+  void reserve(std::size_t slot_bytes) override {
+    const auto ranks = static_cast<std::int64_t>(group_.size());
+    const std::int64_t lane =
+        (static_cast<std::int64_t>(slot_bytes) + ranks - 1) / ranks + kLaneSlack;
+    Intent intent{.place = fmt::format("growth of the inboxes of {}", group_.name()),
+                  .sequence = inboxes_.size(),
+                  .bytes = slot_bytes};
+    ControlPlane* const groups[] = {&group_};
+    agree(groups, std::move(intent));
+    const std::int64_t there = table().layout.bulk_lane_bytes;
+    if (slot_bytes == 0 || lane <= there) {
+      return;
+    }
+    if (const auto refusal = build(std::max(lane, 2 * there)); !refusal.empty()) {
+      throw TransportError(
+          {.call = "PeerMapping::create", .rank = group_.rank(), .group = group_.name()}, refusal);
+    }
+  }
+
+  [[nodiscard]] std::string merge_obstacle(const MergeArguments& arguments) const override {
+    const auto shape = detail::merge_shape_of(arguments.out, arguments.base);
+    if (shape.dim % 8 != 0 || shape.dim > 1024) {
+      return fmt::format("D: expected a multiple of 8, at most 1024, got {}", shape.dim);
+    }
+    if (shape.heads % group_.size() != 0) {
+      return fmt::format("H: expected a multiple of {}, got {}", group_.size(), shape.heads);
+    }
+    if (!is_attention_dtype(shape.dtype)) {
+      return fmt::format("out: expected f32, f16 or bf16, got {}", to_string(shape.dtype));
+    }
+    return obstacle([&] { static_cast<void>(cuda::choose_merge_path(table().layout, shape)); });
+  }
+
+  void merge_attention(const MergeArguments& arguments, StreamRef stream) override {
+    const DeviceGuard guard(device_);
+    if (arguments.out.numel() == 0) {
+      return;  // on every rank
+    }
+    cuda::peer_merge(table(), detail::merge_shape_of(arguments.out, arguments.base),
+                     detail::partial_of(arguments.out, arguments.lse),
+                     detail::merged_of(arguments.merged, arguments.merged_lse),
+                     detail::native(stream));
+    used_ = true;
+  }
+
+  [[nodiscard]] std::string gather_obstacle(const ConstTensorView& q_nope,
+                                            const ConstTensorView& q_pe) const override {
+    if (q_nope.size(2) % 8 != 0 || q_pe.size(2) % 8 != 0) {
+      return fmt::format(
+          "q_nope and q_pe: expected last dimensions that are multiples of 8, got "
+          "{} and {}",
+          q_nope.size(2), q_pe.size(2));
+    }
+    if (size_of(q_nope.dtype()) > 4) {
+      return fmt::format("q_nope: expected elements of 1, 2 or 4 bytes, got {}",
+                         to_string(q_nope.dtype()));
+    }
+    return obstacle([&] {
+      static_cast<void>(cuda::choose_query_path(table().layout, detail::query_of(q_nope, q_pe)));
+    });
+  }
+
+  void gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe, const TensorView& q,
+                    StreamRef stream) override {
+    const DeviceGuard guard(device_);
+    if (q.numel() == 0) {
+      return;
+    }
+    cuda::peer_gather_query(table(), detail::query_of(q_nope, q_pe), q.data(), q.strides()[0],
+                            q.strides()[1], detail::native(stream));
+    used_ = true;
+  }
+
+  // The small collectives, for the group's transport. Whether they take a call depends on sizes and
+  // types alone, which are equal on all ranks, and never on a rank's strides.
+
+  [[nodiscard]] bool can_all_gather(std::size_t share_bytes) const {
+    return static_cast<std::int64_t>(share_bytes) <= cuda::max_all_gather_bytes(table().layout);
+  }
+  void all_gather(const cuda::AlongDim& dims, const void* in, void* out, cudaStream_t stream) {
+    cuda::peer_all_gather(table(), dims, in, out, stream);
+    used_ = true;
+  }
+
+  [[nodiscard]] bool can_reduce_scatter(std::size_t share_bytes, DType dtype, ReduceOp op) const {
+    return detail::is_kernel_sum(dtype, op) &&
+           static_cast<std::int64_t>(share_bytes) <= cuda::max_reduce_scatter_bytes(table().layout);
+  }
+  void reduce_scatter(const cuda::AlongDim& dims, DType dtype, const void* in, void* out,
+                      cudaStream_t stream) {
+    cuda::peer_reduce_scatter(table(), dims, dtype, in, out, stream);
+    used_ = true;
+  }
+
+  [[nodiscard]] bool can_all_reduce(std::size_t bytes, DType dtype, ReduceOp op) const {
+    return detail::is_kernel_sum(dtype, op) &&
+           static_cast<std::int64_t>(bytes) <= cuda::max_all_reduce_bytes(table().layout);
+  }
+  void all_reduce(std::int64_t count, DType dtype, const void* in, void* out, cudaStream_t stream) {
+    cuda::peer_all_reduce(table(), count, dtype, in, out, stream);
+    used_ = true;
+  }
+
+  void barrier(cudaStream_t stream) {
+    cuda::peer_barrier(table(), stream);
+    used_ = true;
+  }
+
+  /// The first wait in a kernel that reached its limit, of any inbox. Reads on a stream of its own,
+  /// so it also answers while kernels run.
+  [[nodiscard]] cuda::InboxError error() const {
+    if (!used_) {
+      return {};
+    }
+    const DeviceGuard guard(device_);
+    for (const auto& inbox : inboxes_) {
+      if (const auto error = cuda::read_inbox_error(inbox.table, stream_.get())) {
+        return error;
+      }
+    }
+    return {};
+  }
+
+  /// What the kernels get.
+  [[nodiscard]] const cuda::PeerTable& table() const noexcept { return inboxes_.back().table; }
+
+ private:
+  struct Inbox {
+    std::unique_ptr<PeerMapping> mapping;
+    cuda::PeerTable table;
+  };
+
+  // Kernels round what they put into a lane up to whole chunks.
+  static constexpr std::int64_t kLaneSlack = 64 << 10;
+
+  CudaPeerKernels(ControlPlane& group, int device, const Options& options)
+      : group_(group), device_(device), options_(options), stream_(make_stream(device)) {}
+
+  /// A further inbox; why there cannot be one, or "". Collective.
+  [[nodiscard]] std::string build(std::int64_t bulk_bytes) {
+    Inbox inbox;
+    auto& table = inbox.table;
+    table.layout = cuda::InboxLayout::make(
+        {.ranks = group_.size(), .bulk_bytes = bulk_bytes, .max_blocks = options_.max_blocks});
+    auto outcome = PeerMapping::create(
+        group_, device_, static_cast<std::size_t>(table.layout.bytes), options_.route);
+    if (!outcome.mapping) {
+      return outcome.refusal;
+    }
+    inbox.mapping = std::move(outcome.mapping);
+    for (int r = 0; r < group_.size(); ++r) {
+      table.peers[r] = static_cast<std::byte*>(inbox.mapping->peers()[static_cast<std::size_t>(r)]);
+    }
+    table.rank = group_.rank();
+    table.size = group_.size();
+    table.max_blocks = options_.max_blocks;
+    {
+      const DeviceGuard guard(device_);
+      const RelaxedCapture relaxed;
+      cuda::initialize_inbox(table, stream_.get(), options_.limit, options_.after_epoch);
+      cuda_check(cudaStreamSynchronize(stream_.get()), "cudaStreamSynchronize");
+    }
+    group_.barrier();  // no rank stores into an inbox that is not ready
+    inboxes_.push_back(std::move(inbox));
+    return {};
+  }
+
+  template <class Check>
+  [[nodiscard]] static std::string obstacle(const Check& check) {
+    try {
+      check();
+      return {};
+    } catch (const UsageError& error) {
+      return error.what();
+    }
+  }
+
+  ControlPlane& group_;
+  int device_;
+  Options options_;
+  UniqueStream stream_;
+  std::vector<Inbox> inboxes_;
+  bool used_ = false;
+};
+
+}  // namespace cohort

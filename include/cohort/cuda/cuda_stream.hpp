@@ -1,0 +1,323 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include <chrono>
+#include <cstdint>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cohort/cuda/handles.hpp"
+#include "cohort/error.hpp"
+#include "cohort/log.hpp"
+#include "cohort/stream.hpp"
+
+/// \file
+/// CUDA streams behind the library's `StreamDriver`, captures and graphs included.
+
+namespace cohort {
+
+namespace detail {
+
+/// How a loop that polls a device waits: busy for the first moments, which is where short work
+/// ends, then yielding, then asleep in short naps so that other ranks get the core.
+class PollPause {
+ public:
+  void operator()() {
+    ++rounds_;
+    if (rounds_ < kBusyRounds) {
+      return;
+    }
+    if (rounds_ < kYieldRounds) {
+      std::this_thread::yield();
+      return;
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+
+ private:
+  static constexpr int kBusyRounds = 64;
+  static constexpr int kYieldRounds = 512;
+  int rounds_ = 0;
+};
+
+/// What graphs held and hold no longer. CUDA calls a user object's destructor on a thread of its
+/// own from which no CUDA function may be called, so what the graph held ends up here, and goes
+/// when a thread of the program next passes.
+class Releases {
+ public:
+  void push(std::shared_ptr<void> object) {
+    const std::lock_guard lock(mutex_);
+    objects_.push_back(std::move(object));
+  }
+
+  /// Destroys what has gathered, outside of the lock.
+  void collect() {
+    std::vector<std::shared_ptr<void>> objects;
+    {
+      const std::lock_guard lock(mutex_);
+      objects.swap(objects_);
+    }
+    if (!objects.empty()) {
+      const RelaxedCapture relaxed;  // what is destroyed may free device memory
+      objects.clear();
+    }
+  }
+
+ private:
+  std::mutex mutex_;
+  std::vector<std::shared_ptr<void>> objects_;
+};
+
+/// What one CUDA user object keeps.
+struct Retained {
+  std::shared_ptr<void> object;
+  std::shared_ptr<Releases> releases;
+
+  static void CUDART_CB release(void* self) noexcept {
+    const std::unique_ptr<Retained> mine(static_cast<Retained*>(self));
+    try {
+      mine->releases->push(std::move(mine->object));
+    } catch (const std::exception& error) {
+      log(LogLevel::error, error.what());
+    }
+  }
+};
+
+/// Host work of a stream. An exception has nowhere to go on CUDA's thread.
+inline void run_host_work(const std::function<void()>& work) noexcept {
+  try {
+    work();
+  } catch (const std::exception& error) {
+    log(LogLevel::error, error.what());
+  } catch (...) {
+    log(LogLevel::error, "host work of a stream threw something that is no std::exception");
+  }
+}
+
+inline void CUDART_CB run_once(void* data) noexcept {
+  const std::unique_ptr<std::function<void()>> work(static_cast<std::function<void()>*>(data));
+  run_host_work(*work);
+}
+
+inline void CUDART_CB run_again(void* data) noexcept {
+  run_host_work(*static_cast<std::function<void()>*>(data));
+}
+
+/// State of a stream's capture.
+struct CaptureInfo {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  unsigned long long id = 0;
+  cudaGraph_t graph = nullptr;
+};
+
+/// Throws `UsageError` for the legacy default stream while another capture forbids its use,
+/// `TransportError` otherwise.
+[[nodiscard]] inline CaptureInfo capture_info(cudaStream_t stream) {
+  CaptureInfo info;
+#if CUDART_VERSION >= 13000
+  const cudaError_t code = cudaStreamGetCaptureInfo(stream, &info.status, &info.id, &info.graph,
+                                                    nullptr, nullptr, nullptr);
+#else
+  const cudaError_t code =
+      cudaStreamGetCaptureInfo_v2(stream, &info.status, &info.id, &info.graph, nullptr, nullptr);
+#endif
+  if (code == cudaErrorStreamCaptureImplicit) {
+    static_cast<void>(cudaGetLastError());
+    throw UsageError(
+        "stream: the legacy default stream cannot be used while a capture is under way that it "
+        "would have to join; pass a stream of your own");
+  }
+  cuda_check(code, "cudaStreamGetCaptureInfo");
+  return info;
+}
+
+}  // namespace detail
+
+/// A captured graph, instantiated.
+class CudaExecutableGraph final : public ExecutableGraph {
+ public:
+  CudaExecutableGraph(int device, UniqueGraph graph, std::shared_ptr<detail::Releases> releases)
+      : device_(device), graph_(std::move(graph)), releases_(std::move(releases)) {
+    const DeviceGuard guard(device_);
+    cudaGraphExec_t exec = nullptr;
+    cuda_check(cudaGraphInstantiate(&exec, graph_.get(), 0), "cudaGraphInstantiate");
+    exec_ = UniqueGraphExec(exec);
+  }
+  CudaExecutableGraph(const CudaExecutableGraph&) = delete;
+  CudaExecutableGraph& operator=(const CudaExecutableGraph&) = delete;
+  ~CudaExecutableGraph() override {
+    exec_.reset();
+    graph_.reset();
+    try {
+      releases_->collect();
+    } catch (const std::exception& error) {
+      log(LogLevel::error, error.what());
+    }
+  }
+
+  void launch(StreamRef stream) override {
+    const DeviceGuard guard(device_);
+    cuda_check(cudaGraphLaunch(exec_.get(), static_cast<cudaStream_t>(stream.native())),
+               "cudaGraphLaunch");
+  }
+
+  /// The captured graph, for looking at its nodes.
+  [[nodiscard]] cudaGraph_t graph() const noexcept { return graph_.get(); }
+
+ private:
+  int device_;
+  UniqueGraph graph_;
+  UniqueGraphExec exec_;
+  std::shared_ptr<detail::Releases> releases_;
+};
+
+/// The streams of one device. Thread-safe.
+class CudaStreamDriver final : public StreamDriver {
+ public:
+  explicit CudaStreamDriver(int device) : device_(device), event_(make_event(device)) {}
+  CudaStreamDriver(const CudaStreamDriver&) = delete;
+  CudaStreamDriver& operator=(const CudaStreamDriver&) = delete;
+  ~CudaStreamDriver() override {
+    try {
+      releases_->collect();
+    } catch (const std::exception& error) {
+      log(LogLevel::error, error.what());
+    }
+  }
+
+  [[nodiscard]] StreamRef ref(cudaStream_t stream) noexcept { return {*this, stream}; }
+
+  /// `work` must make no CUDA call.
+  void submit(void* native, std::function<void()> work) override {
+    const DeviceGuard guard(device_);
+    const auto stream = static_cast<cudaStream_t>(native);
+    if (capture_id(native) != 0) {
+      const auto kept = std::make_shared<std::function<void()>>(std::move(work));
+      retain_in_capture(native, kept);
+      cuda_check(cudaLaunchHostFunc(stream, &detail::run_again, kept.get()), "cudaLaunchHostFunc");
+      return;
+    }
+    auto once = std::make_unique<std::function<void()>>(std::move(work));
+    cuda_check(cudaLaunchHostFunc(stream, &detail::run_once, once.get()), "cudaLaunchHostFunc");
+    static_cast<void>(once.release());  // run_once owns it
+  }
+
+  void wait_for(void* waiter, void* signaller) override {
+    if (waiter == signaller) {
+      return;
+    }
+    const DeviceGuard guard(device_);
+    // A wait takes the event's record as it is at the call, so one event serves all pairs.
+    const std::lock_guard lock(event_mutex_);
+    cuda_check(cudaEventRecord(event_.get(), static_cast<cudaStream_t>(signaller)),
+               "cudaEventRecord");
+    cuda_check(cudaStreamWaitEvent(static_cast<cudaStream_t>(waiter), event_.get(), 0),
+               "cudaStreamWaitEvent");
+  }
+
+  [[nodiscard]] CaptureId capture_id(void* native) const override {
+    const DeviceGuard guard(device_);
+    const auto info = detail::capture_info(static_cast<cudaStream_t>(native));
+    switch (info.status) {
+      case cudaStreamCaptureStatusNone:
+        return 0;
+      case cudaStreamCaptureStatusInvalidated:
+        return ~CaptureId{0};  // CUDA gives no number then; whatever is enqueued will fail
+      case cudaStreamCaptureStatusActive:
+        break;
+    }
+    // The runtime numbers captures over the life of the process; 0 is ours for "none".
+    return info.id + 1;
+  }
+
+  void retain_in_capture(void* native, std::shared_ptr<void> object) override {
+    const DeviceGuard guard(device_);
+    const auto info = detail::capture_info(static_cast<cudaStream_t>(native));
+    if (info.status != cudaStreamCaptureStatusActive) {
+      throw UsageError("retain_in_capture: expected a stream that is being captured");
+    }
+    auto kept = std::make_unique<detail::Retained>(detail::Retained{std::move(object), releases_});
+    cudaUserObject_t user_object = nullptr;
+    cuda_check(cudaUserObjectCreate(&user_object, kept.get(), &detail::Retained::release, 1,
+                                    cudaUserObjectNoDestructorSync),
+               "cudaUserObjectCreate");
+    static_cast<void>(kept.release());  // the user object owns it
+    const cudaError_t code =
+        cudaGraphRetainUserObject(info.graph, user_object, 1, cudaGraphUserObjectMove);
+    if (code != cudaSuccess) {
+      cuda_report(cudaUserObjectRelease(user_object, 1), "cudaUserObjectRelease");
+    }
+    cuda_check(code, "cudaGraphRetainUserObject");
+  }
+
+  /// Thread-local mode: other threads of the process, such as NCCL's, may go on calling CUDA.
+  void begin_capture(void* native) override {
+    const DeviceGuard guard(device_);
+    releases_->collect();
+    cuda_check(
+        cudaStreamBeginCapture(static_cast<cudaStream_t>(native), cudaStreamCaptureModeThreadLocal),
+        "cudaStreamBeginCapture");
+  }
+
+  [[nodiscard]] std::unique_ptr<ExecutableGraph> end_capture(void* native) override {
+    const DeviceGuard guard(device_);
+    if (capture_id(native) == 0) {
+      throw UsageError("end_capture: the stream is not being captured");
+    }
+    cudaGraph_t captured = nullptr;
+    const cudaError_t code = cudaStreamEndCapture(static_cast<cudaStream_t>(native), &captured);
+    UniqueGraph graph(captured);
+    cuda_check(code, "cudaStreamEndCapture");
+    return std::make_unique<CudaExecutableGraph>(device_, std::move(graph), releases_);
+  }
+
+  void synchronize(void* native, std::chrono::milliseconds limit) override {
+    const auto deadline = std::chrono::steady_clock::now() + limit;
+    detail::PollPause pause;
+    while (!idle(native)) {
+      if (std::chrono::steady_clock::now() >= deadline) {
+        throw TimeoutError(
+            fmt::format("synchronize: a stream of cuda:{} was still busy after {} ms", device_,
+                        limit.count()),
+            {});
+      }
+      pause();
+    }
+    collect();
+  }
+
+  /// Whether all work of the stream is done. Throws `UsageError` on a capturing stream, whose
+  /// capture the question would invalidate, and `TransportError` where the device failed.
+  [[nodiscard]] bool idle(void* native) const {
+    const DeviceGuard guard(device_);
+    const auto stream = static_cast<cudaStream_t>(native);
+    if (detail::capture_info(stream).status != cudaStreamCaptureStatusNone) {
+      throw UsageError("synchronize: the stream is being captured");
+    }
+    const cudaError_t code = cudaStreamQuery(stream);
+    if (code == cudaErrorNotReady) {
+      static_cast<void>(cudaGetLastError());
+      return false;
+    }
+    cuda_check(code, "cudaStreamQuery");
+    return true;
+  }
+
+  /// Destroys what destroyed graphs had kept alive. `synchronize` and captures do it as well.
+  void collect() const { releases_->collect(); }
+
+ private:
+  int device_;
+  std::mutex event_mutex_;
+  UniqueEvent event_;
+  std::shared_ptr<detail::Releases> releases_ = std::make_shared<detail::Releases>();
+};
+
+}  // namespace cohort

@@ -1,0 +1,420 @@
+#pragma once
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <string>
+#include <system_error>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cohort/control_plane.hpp"
+#include "cohort/cuda/process_identity.hpp"
+#include "cohort/error.hpp"
+
+/// \file
+/// File descriptors between the ranks of a group on one machine: taken over by `pidfd_getfd` where
+/// the kernel permits it, otherwise passed over Unix sockets. They go only to and come only from
+/// processes of the same user that the control plane named. Needs no CUDA.
+
+namespace cohort {
+
+/// Owns a file descriptor.
+class UniqueFd {
+ public:
+  UniqueFd() = default;
+  explicit UniqueFd(int descriptor) noexcept : descriptor_(descriptor) {}
+  UniqueFd(UniqueFd&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}
+  UniqueFd& operator=(UniqueFd&& other) noexcept {
+    if (this != &other) {
+      reset();
+      descriptor_ = std::exchange(other.descriptor_, -1);
+    }
+    return *this;
+  }
+  UniqueFd(const UniqueFd&) = delete;
+  UniqueFd& operator=(const UniqueFd&) = delete;
+  ~UniqueFd() { reset(); }
+
+  [[nodiscard]] int get() const noexcept { return descriptor_; }
+  [[nodiscard]] explicit operator bool() const noexcept { return descriptor_ >= 0; }
+  void reset() noexcept {
+    if (descriptor_ >= 0) {
+      ::close(std::exchange(descriptor_, -1));
+    }
+  }
+
+ private:
+  int descriptor_ = -1;
+};
+
+/// How descriptors may travel. `automatic` tries pidfd_getfd first; `socket` is for tests and for
+/// machines where taking descriptors over is audited.
+enum class DescriptorRoute : std::uint8_t { automatic, socket };
+
+/// Outcome of an exchange on this rank.
+struct ReceivedDescriptors {
+  std::vector<UniqueFd> descriptors;  ///< By rank; the own entry is empty.
+  std::string refusal;                ///< Why some are missing; empty where all are there.
+};
+
+namespace detail {
+
+/// A plain value from every rank. Collective.
+template <class T>
+[[nodiscard]] std::vector<T> gather_values(ControlPlane& group, const T& mine) {
+  static_assert(std::is_trivially_copyable_v<T>);
+  const auto all = group.all_gather(std::as_bytes(std::span(&mine, 1)));
+  std::vector<T> values(all.size());
+  for (std::size_t r = 0; r < all.size(); ++r) {
+    if (all[r].size() != sizeof(T)) {
+      throw SymmetryError(fmt::format("group {}: rank {} sent {} bytes where {} were expected",
+                                      group.name(), r, all[r].size(), sizeof(T)),
+                          {static_cast<int>(r)});
+    }
+    std::memcpy(&values[r], all[r].data(), sizeof(T));
+  }
+  return values;
+}
+
+/// A text from every rank. Collective.
+[[nodiscard]] inline std::vector<std::string> gather_texts(ControlPlane& group,
+                                                           const std::string& mine) {
+  std::vector<std::string> texts;
+  for (const auto& bytes : group.all_gather(std::as_bytes(std::span(mine)))) {
+    texts.emplace_back(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  }
+  return texts;
+}
+
+[[nodiscard]] inline std::string errno_text(const char* call, int code) {
+  return fmt::format("{}: {}", call, std::generic_category().message(code));
+}
+
+/// Takes a descriptor over from the process that `owner` names. Sets `problem` where it cannot.
+[[nodiscard]] inline UniqueFd take_descriptor(const ProcessIdentity& owner, int descriptor,
+                                              const ProcessIdentity& me, std::string& problem) {
+#if defined(SYS_pidfd_open) && defined(SYS_pidfd_getfd)
+  if (owner.pid_namespace != me.pid_namespace) {
+    problem = "the processes have different process namespaces";
+    return {};
+  }
+  const UniqueFd process(static_cast<int>(::syscall(SYS_pidfd_open, owner.pid, 0U)));
+  if (!process) {
+    problem = errno_text("pidfd_open", errno);
+    return {};
+  }
+  // The descriptor of the process pins it, so what /proc says of the number is about the process.
+  const std::string pid = std::to_string(owner.pid);
+  struct stat entry {};
+  if (::stat(("/proc/" + pid).c_str(), &entry) != 0 || entry.st_uid != ::geteuid() ||
+      process_start_time(pid) != owner.start_time) {
+    problem = fmt::format("process {} is not the one that the group named, or another user's", pid);
+    return {};
+  }
+  UniqueFd taken(static_cast<int>(::syscall(SYS_pidfd_getfd, process.get(), descriptor, 0U)));
+  if (!taken) {
+    problem = errno_text("pidfd_getfd", errno);
+  }
+  return taken;
+#else
+  static_cast<void>(owner);
+  static_cast<void>(descriptor);
+  static_cast<void>(me);
+  problem = "pidfd_getfd is not known on this system";
+  return {};
+#endif
+}
+
+/// Waits until the socket can be read, but not beyond the deadline.
+[[nodiscard]] inline bool readable(int socket, Deadline deadline) {
+  while (true) {
+    const auto left =
+        std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
+    pollfd entry{.fd = socket, .events = POLLIN, .revents = 0};
+    const int ready = ::poll(&entry, 1, static_cast<int>(std::clamp<long long>(left, 0, 1000)));
+    if (ready > 0) {
+      return true;
+    }
+    if ((ready < 0 && errno != EINTR) || left <= 0) {
+      return false;
+    }
+  }
+}
+
+/// Whether the process at the other end of a connected Unix socket is the one that was named. Its
+/// number compares only where both processes count in the same namespace.
+[[nodiscard]] inline bool is_peer(int socket, const ProcessIdentity& named,
+                                  const ProcessIdentity& me) {
+  ucred credentials{};
+  socklen_t size = sizeof(credentials);
+  if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &size) != 0) {
+    return false;
+  }
+  return credentials.uid == me.uid && named.uid == me.uid &&
+         (named.pid_namespace != me.pid_namespace || credentials.pid == named.pid);
+}
+
+/// What an importer says first on its connection.
+struct DescriptorRequest {
+  std::array<std::uint64_t, 2> secret{};  ///< The exporter's, as the control plane carried it.
+  std::int32_t rank = -1;
+};
+
+/// The address of a rank's socket: in the abstract namespace, so nothing is left in the file
+/// system, and under a name that cannot be guessed.
+[[nodiscard]] inline sockaddr_un socket_address(std::uint64_t name, socklen_t& size) {
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  const std::string text = fmt::format("cohort-{:016x}", name);
+  std::memcpy(address.sun_path + 1, text.data(), text.size());
+  size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + text.size());
+  return address;
+}
+
+/// Listens under `name`; empty with `problem` where it cannot.
+[[nodiscard]] inline UniqueFd listen_for_requests(std::uint64_t name, int backlog,
+                                                  std::string& problem) {
+  UniqueFd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  socklen_t size = 0;
+  const sockaddr_un address = socket_address(name, size);
+  if (!listener || ::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), size) != 0 ||
+      ::listen(listener.get(), backlog) != 0) {
+    problem = errno_text("listening on a Unix socket", errno);
+    return {};
+  }
+  return listener;
+}
+
+/// Sends one byte that carries the descriptor.
+[[nodiscard]] inline bool send_descriptor(int socket, int descriptor) {
+  char byte = 0;
+  iovec payload{.iov_base = &byte, .iov_len = 1};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
+  msghdr message{};
+  message.msg_iov = &payload;
+  message.msg_iovlen = 1;
+  message.msg_control = control.data();
+  message.msg_controllen = control.size();
+  cmsghdr* header = CMSG_FIRSTHDR(&message);
+  header->cmsg_level = SOL_SOCKET;
+  header->cmsg_type = SCM_RIGHTS;
+  header->cmsg_len = CMSG_LEN(sizeof(int));
+  std::memcpy(CMSG_DATA(header), &descriptor, sizeof(int));
+  return ::sendmsg(socket, &message, MSG_NOSIGNAL) == 1;
+}
+
+[[nodiscard]] inline UniqueFd receive_descriptor(int socket, Deadline deadline) {
+  if (!readable(socket, deadline)) {
+    return {};
+  }
+  char byte = 0;
+  iovec payload{.iov_base = &byte, .iov_len = 1};
+  alignas(cmsghdr) std::array<char, CMSG_SPACE(sizeof(int))> control{};
+  msghdr message{};
+  message.msg_iov = &payload;
+  message.msg_iovlen = 1;
+  message.msg_control = control.data();
+  message.msg_controllen = control.size();
+  if (::recvmsg(socket, &message, MSG_CMSG_CLOEXEC) != 1) {
+    return {};
+  }
+  const cmsghdr* header = CMSG_FIRSTHDR(&message);
+  if (header == nullptr || header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS ||
+      header->cmsg_len != CMSG_LEN(sizeof(int))) {
+    return {};
+  }
+  int descriptor = -1;
+  std::memcpy(&descriptor, CMSG_DATA(header), sizeof(int));
+  return UniqueFd(descriptor);
+}
+
+/// One rank's part in passing descriptors over sockets. All ranks first connect, then serve, then
+/// receive; no step waits for a later one of another rank, so the order cannot deadlock.
+class SocketExchange {
+ public:
+  SocketExchange(std::span<const ProcessIdentity> ranks, int rank, Deadline deadline)
+      : ranks_(ranks), rank_(rank), deadline_(deadline), connections_(ranks.size()) {}
+
+  /// Asks rank `from`, which listens under `name`.
+  void request(int from, std::uint64_t name) {
+    const auto index = static_cast<std::size_t>(from);
+    UniqueFd connection(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    socklen_t size = 0;
+    const sockaddr_un address = socket_address(name, size);
+    const DescriptorRequest request{.secret = ranks_[index].secret, .rank = rank_};
+    if (!connection ||
+        ::connect(connection.get(), reinterpret_cast<const sockaddr*>(&address), size) != 0) {
+      fail(errno_text("connecting a Unix socket", errno), from);
+    } else if (!is_peer(connection.get(), ranks_[index], me())) {
+      fail("the socket belongs to a process that the group did not name", from);
+    } else if (::send(connection.get(), &request, sizeof(request), MSG_NOSIGNAL) !=
+               static_cast<ssize_t>(sizeof(request))) {
+      fail(errno_text("send", errno), from);
+    } else {
+      connections_[index] = std::move(connection);
+    }
+  }
+
+  /// Answers the requests of `expected` ranks, and nobody else's.
+  void serve(int listener, int descriptor, std::vector<int> expected) {
+    while (!expected.empty()) {
+      if (!readable(listener, deadline_)) {
+        fail("no request came within the time limit", expected.front());
+        return;
+      }
+      const UniqueFd connection(::accept4(listener, nullptr, nullptr, SOCK_CLOEXEC));
+      DescriptorRequest request;
+      // A stranger that connects and says nothing must not use up the group's time.
+      const Deadline patience = std::min(deadline_, Clock::now() + std::chrono::seconds(2));
+      if (!connection || !readable(connection.get(), patience) ||
+          ::recv(connection.get(), &request, sizeof(request), MSG_WAITALL) !=
+              static_cast<ssize_t>(sizeof(request))) {
+        continue;
+      }
+      const auto from = std::find(expected.begin(), expected.end(), request.rank);
+      if (from == expected.end() || request.secret != me().secret ||
+          !is_peer(connection.get(), ranks_[static_cast<std::size_t>(*from)], me())) {
+        continue;  // a stranger: it gets nothing
+      }
+      if (!send_descriptor(connection.get(), descriptor)) {
+        fail(errno_text("sendmsg", errno), *from);
+      }
+      expected.erase(from);
+    }
+  }
+
+  /// What was asked for.
+  void receive(std::vector<UniqueFd>& descriptors) {
+    for (std::size_t r = 0; r < connections_.size(); ++r) {
+      if (connections_[r]) {
+        descriptors[r] = receive_descriptor(connections_[r].get(), deadline_);
+        if (!descriptors[r]) {
+          fail("no descriptor came over the socket", static_cast<int>(r));
+        }
+      }
+    }
+  }
+
+  [[nodiscard]] const std::string& problem() const noexcept { return problem_; }
+
+ private:
+  [[nodiscard]] const ProcessIdentity& me() const {
+    return ranks_[static_cast<std::size_t>(rank_)];
+  }
+  void fail(const std::string& text, int peer) {
+    if (problem_.empty()) {
+      problem_ = fmt::format("rank {} with rank {}: {}", rank_, peer, text);
+    }
+  }
+
+  std::span<const ProcessIdentity> ranks_;
+  int rank_;
+  Deadline deadline_;
+  std::vector<UniqueFd> connections_;
+  std::string problem_;
+};
+
+}  // namespace detail
+
+/// Gives every rank its own copy of every other rank's descriptor. Collective; `descriptor` must
+/// stay open until all ranks are done, which is for the caller to find out. All waits end at the
+/// group's time limit. A descriptor that cannot be had is a refusal, not an exception.
+/// Throws what the control plane throws.
+[[nodiscard]] inline ReceivedDescriptors exchange_descriptors(
+    ControlPlane& group, int descriptor, DescriptorRoute route = DescriptorRoute::automatic) {
+  struct Offer {
+    ProcessIdentity identity;
+    std::int32_t descriptor = -1;
+    std::int32_t unused = 0;
+  };
+  const auto size = static_cast<std::size_t>(group.size());
+  const auto self = static_cast<std::size_t>(group.rank());
+  const auto offers = detail::gather_values(group, Offer{this_process(), descriptor, 0});
+  std::vector<ProcessIdentity> identities;
+  for (const auto& offer : offers) {
+    identities.push_back(offer.identity);
+  }
+
+  ReceivedDescriptors received;
+  received.descriptors.resize(size);
+  for (std::size_t r = 0; r < size; ++r) {
+    if (!identities[r].same_machine(identities[self]) || offers[r].descriptor < 0) {
+      received.refusal = fmt::format("rank {} {}", r,
+                                     offers[r].descriptor < 0 ? "has no memory that can be exported"
+                                                              : "runs on another machine");
+    }
+  }
+  // Every rank saw the same offers, but who is on whose machine may look different to each.
+  std::string wanted(size, '0');  // '1' where this rank needs a rank's descriptor over a socket
+  std::string problem;
+  for (std::size_t r = 0; r < size && received.refusal.empty(); ++r) {
+    if (r == self) {
+      continue;
+    }
+    if (identities[r].same_process(identities[self])) {
+      received.descriptors[r] = UniqueFd(::fcntl(offers[r].descriptor, F_DUPFD_CLOEXEC, 0));
+    } else if (route == DescriptorRoute::automatic) {
+      received.descriptors[r] =
+          detail::take_descriptor(identities[r], offers[r].descriptor, identities[self], problem);
+    }
+    wanted[r] = received.descriptors[r] ? '0' : '1';
+  }
+
+  const auto needs = detail::gather_texts(group, received.refusal.empty() ? wanted : "");
+  std::vector<int> mine;  // ranks that want this rank's descriptor
+  bool sockets = false;
+  for (std::size_t r = 0; r < size; ++r) {
+    sockets = sockets || needs[r].find('1') != std::string::npos;
+    if (needs[r].size() == size && needs[r][self] == '1') {
+      mine.push_back(static_cast<int>(r));
+    }
+  }
+  if (!sockets) {
+    return received;
+  }
+
+  const std::uint64_t name = detail::random_word();
+  UniqueFd listener;
+  if (!mine.empty()) {
+    listener = detail::listen_for_requests(name, static_cast<int>(size), problem);
+  }
+  // A rank that cannot listen announces no name, and its peers do not wait for it.
+  const auto names = detail::gather_values(group, mine.empty() || !listener ? 0 : name);
+  detail::SocketExchange exchange(identities, group.rank(), Clock::now() + group.limit());
+  for (std::size_t r = 0; r < size; ++r) {
+    if (wanted[r] == '1' && received.refusal.empty() && names[r] != 0) {
+      exchange.request(static_cast<int>(r), names[r]);
+    }
+  }
+  if (listener) {
+    exchange.serve(listener.get(), descriptor, mine);
+  }
+  exchange.receive(received.descriptors);
+  for (std::size_t r = 0; r < size && received.refusal.empty(); ++r) {
+    if (wanted[r] == '1' && !received.descriptors[r]) {
+      received.refusal = fmt::format(
+          "rank {} got no descriptor of rank {}: {}{}{}", self, r, problem,
+          problem.empty() || exchange.problem().empty() ? "" : "; ", exchange.problem());
+    }
+  }
+  return received;
+}
+
+}  // namespace cohort

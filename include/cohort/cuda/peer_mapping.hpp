@@ -1,0 +1,139 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cohort/control_plane.hpp"
+#include "cohort/cuda/descriptor_exchange.hpp"
+#include "cohort/cuda/exportable_memory.hpp"
+#include "cohort/cuda/handles.hpp"
+#include "cohort/cuda/process_identity.hpp"
+#include "cohort/error.hpp"
+
+/// \file
+/// A table of pointers to every rank's copy of one allocation, for kernels that load from and
+/// store to peers' memory themselves. Works between cards that reach each other and between
+/// processes, or threads, that share one card. NCCL has no part in it.
+
+namespace cohort {
+
+/// Every rank's copy, mapped here. The own memory belongs to the mapping. Teardown is local; the
+/// peers' mappings of this rank's memory stay valid until they let go of them.
+class PeerMapping {
+ public:
+  /// A mapping, or why there is none; equal on all ranks.
+  struct Outcome {
+    std::unique_ptr<PeerMapping> mapping;
+    std::string refusal;
+  };
+
+  /// Allocates `bytes` on `device` on every rank and maps them everywhere. Collective; bounded by
+  /// the group's time limit. What the machine does not permit is a refusal. Each mapping is proved:
+  /// every rank reads through it a word that only the owner could have written.
+  /// Throws what the control plane throws.
+  [[nodiscard]] static Outcome create(ControlPlane& group, int device, std::size_t bytes,
+                                      DescriptorRoute route = DescriptorRoute::automatic) {
+    std::unique_ptr<PeerMapping> mapping(new PeerMapping);
+    UniqueFd descriptor;
+    Offer offer;
+    std::string problem;
+    try {
+      mapping->mine_ = DeviceMapping::allocate(device, bytes);
+      descriptor = DeviceMapping::export_descriptor(mapping->mine_.data());
+      offer = {this_process().process_key,
+               reinterpret_cast<std::uintptr_t>(mapping->mine_.data()),
+               mapping->mine_.bytes(),
+               detail::random_word(),
+               device,
+               0};
+      write_word(device, mapping->mine_.data(), offer.proof);
+    } catch (const Error& error) {
+      problem = error.what();
+      descriptor.reset();
+    }
+
+    const auto offers = detail::gather_values(group, offer);
+    const auto received = exchange_descriptors(group, descriptor.get(), route);
+    if (problem.empty()) {
+      problem = received.refusal.empty() ? mapping->import(group.rank(), offers, received)
+                                         : received.refusal;
+    }
+    // Also keeps every descriptor and every proof in place until all ranks have looked.
+    const auto problems = detail::gather_texts(group, problem);
+    for (std::size_t r = 0; r < problems.size(); ++r) {
+      if (!problems[r].empty()) {
+        return {nullptr, fmt::format("rank {}: {}", r, problems[r])};
+      }
+    }
+    return {std::move(mapping), {}};
+  }
+
+  PeerMapping(const PeerMapping&) = delete;
+  PeerMapping& operator=(const PeerMapping&) = delete;
+
+  /// By rank, the own copy included.
+  [[nodiscard]] std::span<void* const> peers() const noexcept { return peers_; }
+  [[nodiscard]] void* data() const noexcept { return mine_.data(); }
+  [[nodiscard]] std::size_t bytes() const noexcept { return mine_.bytes(); }
+
+ private:
+  struct Offer {
+    std::uint64_t process_key = 0;
+    std::uint64_t address = 0;
+    std::uint64_t bytes = 0;
+    std::uint64_t proof = 0;
+    std::int32_t device = -1;
+    std::int32_t unused = 0;
+  };
+
+  PeerMapping() = default;
+
+  static void write_word(int device, void* to, std::uint64_t word) {
+    const DeviceGuard guard(device);
+    cuda_check(cudaMemcpy(to, &word, sizeof(word), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  [[nodiscard]] static std::uint64_t read_word(int device, const void* from) {
+    const DeviceGuard guard(device);
+    std::uint64_t word = 0;
+    cuda_check(cudaMemcpy(&word, from, sizeof(word), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return word;
+  }
+
+  /// Maps every rank's memory; what went wrong, or "".
+  [[nodiscard]] std::string import(int rank, std::span<const Offer> offers,
+                                   const ReceivedDescriptors& received) {
+    const auto& me = offers[static_cast<std::size_t>(rank)];
+    try {
+      for (std::size_t r = 0; r < offers.size(); ++r) {
+        const auto& theirs = offers[r];
+        const bool here = theirs.process_key == me.process_key && theirs.device == me.device;
+        if (here) {  // ranks that are threads, on one card: the owner's address is good
+          peers_.push_back(reinterpret_cast<void*>(static_cast<std::uintptr_t>(theirs.address)));
+        } else {
+          imported_.push_back(DeviceMapping::import(
+              me.device, static_cast<std::size_t>(theirs.bytes), received.descriptors[r].get()));
+          peers_.push_back(imported_.back().data());
+        }
+        if (read_word(me.device, peers_.back()) != theirs.proof) {
+          return fmt::format("the memory mapped for rank {} is not rank {}'s", r, r);
+        }
+      }
+    } catch (const Error& error) {
+      return error.what();
+    }
+    return {};
+  }
+
+  DeviceMapping mine_;
+  std::vector<DeviceMapping> imported_;
+  std::vector<void*> peers_;
+};
+
+}  // namespace cohort

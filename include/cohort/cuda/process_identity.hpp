@@ -1,0 +1,105 @@
+#pragma once
+
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <fstream>
+#include <random>
+#include <sstream>
+#include <string>
+
+/// \file
+/// Who a rank is on its machine, as a plain value that ranks send each other. Needs no CUDA.
+
+namespace cohort {
+
+/// Identity of a process. Two ranks with equal `process_key` are threads of one process.
+struct ProcessIdentity {
+  std::array<char, 40> boot_id{};         ///< The kernel's, new at each start of the machine.
+  std::array<std::uint64_t, 2> secret{};  ///< Proves a connection; known to the group alone.
+  std::uint64_t process_key = 0;          ///< Random, once per process.
+  std::uint64_t pid_namespace = 0;        ///< Process numbers compare within one only.
+  std::uint64_t start_time = 0;           ///< Of the process, in ticks since the boot.
+  std::int64_t pid = 0;
+  std::uint64_t uid = 0;  ///< Effective.
+
+  [[nodiscard]] bool same_machine(const ProcessIdentity& other) const noexcept {
+    return boot_id == other.boot_id && boot_id[0] != '\0';
+  }
+  [[nodiscard]] bool same_process(const ProcessIdentity& other) const noexcept {
+    return same_machine(other) && process_key == other.process_key;
+  }
+};
+
+namespace detail {
+
+/// First word of a file, or "" where it cannot be read.
+[[nodiscard]] inline std::string first_word(const char* path) {
+  std::ifstream file(path);
+  std::string word;
+  file >> word;
+  return word;
+}
+
+/// Start of a process in clock ticks since the boot, or 0 where it cannot be read. Together with
+/// the number it names one process for good: field 22 of proc(5)'s stat, counted behind the name,
+/// which may hold spaces and parentheses.
+[[nodiscard]] inline std::uint64_t process_start_time(const std::string& pid) {
+  std::ifstream file("/proc/" + pid + "/stat");
+  std::string line;
+  std::getline(file, line);
+  const auto name_end = line.rfind(')');
+  if (name_end == std::string::npos) {
+    return 0;
+  }
+  std::istringstream fields(line.substr(name_end + 1));
+  std::string skipped;
+  for (int field = 3; field < 22; ++field) {
+    fields >> skipped;
+  }
+  std::uint64_t ticks = 0;
+  fields >> ticks;
+  return ticks;
+}
+
+[[nodiscard]] inline std::uint64_t random_word() {
+  std::random_device device;
+  return (std::uint64_t{device()} << 32) | device();
+}
+
+}  // namespace detail
+
+/// This rank's identity, with a fresh secret.
+[[nodiscard]] inline ProcessIdentity this_process() {
+  static const std::uint64_t key = detail::random_word();
+  ProcessIdentity me;
+  const std::string boot = detail::first_word("/proc/sys/kernel/random/boot_id");
+  std::memcpy(me.boot_id.data(), boot.data(), std::min(boot.size(), me.boot_id.size() - 1));
+  me.secret = {detail::random_word(), detail::random_word()};
+  me.process_key = key;
+  struct stat name_space {};
+  if (::stat("/proc/self/ns/pid", &name_space) == 0) {
+    me.pid_namespace = static_cast<std::uint64_t>(name_space.st_ino);
+  }
+  me.start_time = detail::process_start_time("self");
+  me.pid = static_cast<std::int64_t>(::getpid());
+  me.uid = static_cast<std::uint64_t>(::geteuid());
+  return me;
+}
+
+/// What NCCL tells hosts apart by: NCCL_HOSTID where it is set, otherwise host name and boot id
+/// (NCCL's src/misc/utils.cc, getHostHash). `host_id` is that variable's value or null.
+[[nodiscard]] inline std::string nccl_host_identity(const char* host_id) {
+  if (host_id != nullptr) {
+    return host_id;
+  }
+  std::array<char, 256> name{};
+  static_cast<void>(::gethostname(name.data(), name.size() - 1));
+  return std::string(name.data()) + detail::first_word("/proc/sys/kernel/random/boot_id");
+}
+
+}  // namespace cohort

@@ -1,0 +1,188 @@
+#pragma once
+
+#include <fmt/format.h>
+#include <nccl.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cohort/agreement.hpp"
+#include "cohort/control_plane.hpp"
+#include "cohort/cuda/handles.hpp"
+#include "cohort/error.hpp"
+#include "cohort/log.hpp"
+#include "cohort/nccl/bounded_call.hpp"
+#include "cohort/nccl/nccl_check.hpp"
+
+/// \file
+/// An NCCL communicator of one group: made after the ranks agreed, bounded in time, watched for
+/// asynchronous errors.
+///
+/// The communicator is a blocking one. A non-blocking one could be polled and aborted, but each of
+/// its calls starts a thread and leaves its handles unwritten until that is done. So calls that
+/// wait for peers run on a helper thread; one that does not come back cannot be ended, and the
+/// error says that the process must leave.
+
+namespace cohort {
+
+class Communicator {
+ public:
+  /// Collective over `group`, bounded by its time limit. The communicator outlives `group`.
+  /// Throws `SymmetryError`, `TimeoutError` and `TransportError`.
+  [[nodiscard]] static std::shared_ptr<Communicator> create(ControlPlane& group, int device) {
+    ncclUniqueId id{};
+    Intent intent{.place = fmt::format("creation of the NCCL communicator of {}", group.name())};
+    if (group.rank() == 0) {
+      if (const ncclResult_t code = ncclGetUniqueId(&id); code != ncclSuccess) {
+        intent.failure = "ncclGetUniqueId: " + nccl_error_text(code);
+      }
+    }
+    ControlPlane* const groups[] = {&group};
+    agree(groups, std::move(intent));
+    const Bytes received = group.broadcast(std::as_bytes(std::span(&id, 1)), 0);
+    if (received.size() != sizeof(id)) {
+      throw SymmetryError("the unique id of rank 0 has another size than here", {0});
+    }
+    std::memcpy(&id, received.data(), sizeof(id));
+
+    // Shared with the helper thread, which may outlive this call.
+    const auto made = std::make_shared<Communicator>(Private{}, group, device);
+    made->run("ncclCommInitRankConfig", group.limit(), [made, id] {
+      const DeviceGuard guard(made->device_);
+      ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+      config.blocking = 1;
+      ncclComm_t comm = nullptr;
+      made->check(ncclCommInitRankConfig(&comm, made->size_, id, made->rank_, &config),
+                  "ncclCommInitRankConfig");
+      made->comm_ = comm;  // only a whole one is ever torn down
+    });
+    return made;
+  }
+
+ private:
+  struct Private {};
+
+ public:
+  /// For `create`.
+  Communicator(Private, const ControlPlane& group, int device)
+      : group_(group.name()),
+        rank_(group.rank()),
+        size_(group.size()),
+        device_(device),
+        limit_(group.limit()) {}
+  Communicator(const Communicator&) = delete;
+  Communicator& operator=(const Communicator&) = delete;
+
+  /// Graphs that captured calls of the communicator must be destroyed before: NCCL waits for them.
+  ~Communicator() {
+    if (comm_ == nullptr) {
+      return;
+    }
+    const bool abort = broken_;
+    const char* const call = abort ? "ncclCommAbort" : "ncclCommDestroy";
+    try {
+      const auto code = std::make_shared<ncclResult_t>(ncclSuccess);
+      const bool done = detail::call_within(
+          std::min(limit_, kTeardownLimit), [code, abort, comm = comm_, device = device_] {
+            const DeviceGuard guard(device);
+            *code = abort ? ncclCommAbort(comm) : ncclCommDestroy(comm);
+          });
+      if (!done) {
+        log(LogLevel::error,
+            fmt::format("{} in group {} on rank {} did not return: a graph with its calls is still "
+                        "alive, or a peer is gone and the process must leave",
+                        call, group_, rank_));
+      } else if (*code != ncclSuccess) {
+        log(LogLevel::error, fmt::format("{} in group {} on rank {}: {}", call, group_, rank_,
+                                         nccl_error_text(*code)));
+      }
+    } catch (const std::exception& error) {
+      log(LogLevel::error, fmt::format("{} in group {}: {}", call, group_, error.what()));
+    }
+  }
+
+  [[nodiscard]] ncclComm_t get() const noexcept { return comm_; }
+  [[nodiscard]] int device() const noexcept { return device_; }
+  [[nodiscard]] bool broken() const noexcept { return broken_; }
+
+  /// From here on teardown aborts instead of waiting for peers.
+  void mark_broken() noexcept { broken_ = true; }
+
+  /// Throws `TransportError` naming call, rank and group unless `code` is success.
+  void check(ncclResult_t code, const char* call) {
+    if (code != ncclSuccess) {
+      mark_broken();
+    }
+    nccl_check(code, call, rank_, group_);
+  }
+
+  /// Throws `TransportError` where NCCL noticed a failure since the last call, such as a peer that
+  /// is gone.
+  void check_asynchronous() {
+    ncclResult_t state = ncclSuccess;
+    check(ncclCommGetAsyncError(comm_, &state), "ncclCommGetAsyncError");
+    if (state != ncclSuccess && state != ncclInProgress) {
+      check(state, "ncclCommGetAsyncError");
+    }
+  }
+
+  /// Runs a call that waits for peers, within the limit.
+  void run(const char* call, std::chrono::milliseconds limit, std::function<void()> work) {
+    if (!detail::call_within(limit, std::move(work))) {
+      mark_broken();
+      throw TimeoutError(
+          fmt::format(
+              "{} in group {} on rank {} did not return within {} ms although all ranks had "
+              "agreed to call it; it cannot be ended, so the process must leave",
+              call, group_, rank_, limit.count()),
+          {});
+    }
+  }
+
+  /// Memory whose window belongs to this communicator.
+  void add_window(const void* base, std::size_t bytes) {
+    windows_.push_back({static_cast<const std::byte*>(base), bytes});
+  }
+  void remove_window(const void* base) noexcept {
+    const auto same = [base](const Range& range) { return range.base == base; };
+    windows_.erase(std::remove_if(windows_.begin(), windows_.end(), same), windows_.end());
+  }
+  /// Whether the bytes lie in one window of this communicator.
+  [[nodiscard]] bool in_window(const void* data, std::size_t bytes) const noexcept {
+    const auto* begin = static_cast<const std::byte*>(data);
+    return std::any_of(windows_.begin(), windows_.end(), [&](const Range& range) {
+      return begin >= range.base && bytes <= range.bytes &&
+             static_cast<std::size_t>(begin - range.base) <= range.bytes - bytes;
+    });
+  }
+
+ private:
+  // Teardown waits for local work and, at most, for peers that tear down as well.
+  static constexpr std::chrono::milliseconds kTeardownLimit{20'000};
+
+  struct Range {
+    const std::byte* base = nullptr;
+    std::size_t bytes = 0;
+  };
+
+  std::string group_;
+  int rank_;
+  int size_;
+  int device_;
+  std::chrono::milliseconds limit_;
+  ncclComm_t comm_ = nullptr;
+  std::atomic<bool> broken_ = false;
+  std::vector<Range> windows_;
+};
+
+}  // namespace cohort

@@ -1,0 +1,120 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "cohort/cuda/cuda_memory.hpp"
+#include "cohort/cuda/cuda_ops.hpp"
+#include "cohort/cuda/cuda_stream.hpp"
+#include "cohort/cuda/device_choice.hpp"
+#include "cohort/cuda/handles.hpp"
+#include "cohort/log.hpp"
+#include "cohort/nccl/nccl_transport.hpp"
+#include "cohort/nccl/nccl_window.hpp"
+#include "cohort/runtime_env.hpp"
+#include "cohort/transport.hpp"
+
+/// \file
+/// The backend for NVIDIA cards: one device, its streams and memory, and transports over NCCL.
+
+namespace cohort {
+
+struct CudaOptions {
+  /// Ordinal of the device. By default the process's local rank picks it, round robin.
+  std::optional<int> device = {};
+  /// Variables that CUDA and NCCL read. `cuda_backend` sets what is unset before it starts CUDA; a
+  /// value that is already set wins.
+  RuntimeEnvOptions environment = {};
+  /// `false` keeps the library from mapping peers' memory: no inboxes, no peer kernels. Equal on
+  /// all ranks.
+  bool peer_mapping = true;
+  /// Time limit of a wait in one of the library's kernels.
+  std::chrono::milliseconds kernel_limit{60'000};
+  /// Total bytes up to which the library's kernels take small collectives; 0 turns them off. Equal
+  /// on all ranks. COHORT_OWN_MAX_BYTES replaces it; without both, `default_own_max_bytes` holds.
+  std::optional<std::int64_t> own_max_bytes = {};
+  /// For the guard's own test; see nccl/visibility_guard.hpp.
+  bool visibility_guard = true;
+};
+
+/// One device. Restores the caller's current device after every call.
+class CudaBackend final : public Backend {
+ public:
+  /// Throws `ConfigError` where the device does not exist, `TransportError`.
+  explicit CudaBackend(const CudaOptions& options)
+      : options_(options),
+        device_(start(options)),
+        streams_(device_),
+        ops_(device_),
+        memory_(std::make_shared<CudaMemory>(device_)) {
+    if (runtime_settings().own_max_bytes) {
+      options_.own_max_bytes = runtime_settings().own_max_bytes;
+    }
+  }
+
+  [[nodiscard]] BackendKind kind() const noexcept override { return BackendKind::cuda; }
+  [[nodiscard]] Device device() const noexcept override { return {DeviceKind::cuda, device_}; }
+  [[nodiscard]] CudaStreamDriver& streams() noexcept override { return streams_; }
+  [[nodiscard]] TensorOps& ops() noexcept override { return ops_; }
+
+  /// A reference to the engine's stream, which must be one of this device.
+  [[nodiscard]] StreamRef stream(cudaStream_t stream) noexcept { return streams_.ref(stream); }
+
+  [[nodiscard]] std::unique_ptr<Segment> allocate_segment(std::size_t bytes) override {
+    return std::make_unique<NcclSegment>(device_, bytes);
+  }
+  /// 2 MiB: what the driver maps at once on all cards that have virtual memory functions.
+  [[nodiscard]] std::size_t segment_granularity() const noexcept override {
+    return std::size_t{2} << 20;
+  }
+  [[nodiscard]] Tensor allocate(const Dims& shape, DType dtype, StreamRef stream) override {
+    return memory_->allocate(shape, dtype, stream);
+  }
+
+  [[nodiscard]] std::unique_ptr<Transport> connect(ControlPlane& group) override {
+    return std::make_unique<NcclTransport>(
+        group, streams_, device_,
+        NcclTransportOptions{.peer_mapping = options_.peer_mapping,
+                             .kernel_limit = options_.kernel_limit,
+                             .own_max_bytes = options_.own_max_bytes,
+                             .visibility_guard = options_.visibility_guard});
+  }
+
+ private:
+  /// Sets the environment, then starts CUDA on the device.
+  [[nodiscard]] static int start(const CudaOptions& options) {
+    for (const EnvSetting& setting : apply(options.environment)) {
+      log(LogLevel::info, describe(setting));
+    }
+    int devices = 0;
+    const cudaError_t code = cudaGetDeviceCount(&devices);
+    if (code != cudaErrorNoDevice) {
+      cuda_check(code, "cudaGetDeviceCount");
+    }
+    const int device = choose_device(options.device, local_rank(), devices);
+    const DeviceGuard guard(device);
+    cuda_check(cudaFree(nullptr), "cudaFree");  // creates the device's context
+    return device;
+  }
+
+  CudaOptions options_;
+  int device_;
+  CudaStreamDriver streams_;
+  CudaOps ops_;
+  std::shared_ptr<CudaMemory> memory_;
+};
+
+/// The backend for the device that the options, or the process's local rank, pick. Call it before
+/// anything else starts CUDA or NCCL. Throws `ConfigError` and `TransportError`.
+[[nodiscard]] inline std::shared_ptr<CudaBackend> cuda_backend(const CudaOptions& options = {}) {
+  return std::make_shared<CudaBackend>(options);
+}
+
+}  // namespace cohort

@@ -1,0 +1,760 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+#include <nccl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "cohort/agreement.hpp"
+#include "cohort/control_plane.hpp"
+#include "cohort/cuda/cuda_ops.hpp"
+#include "cohort/cuda/cuda_peer_kernels.hpp"
+#include "cohort/cuda/cuda_stream.hpp"
+#include "cohort/cuda/handles.hpp"
+#include "cohort/cuda/support_kernels.hpp"
+#include "cohort/cuda/workspace.hpp"
+#include "cohort/error.hpp"
+#include "cohort/log.hpp"
+#include "cohort/nccl/communicator.hpp"
+#include "cohort/nccl/machine_probe.hpp"
+#include "cohort/nccl/nccl_check.hpp"
+#include "cohort/nccl/nccl_window.hpp"
+#include "cohort/nccl/visibility_guard.hpp"
+#include "cohort/tensor.hpp"
+#include "cohort/transport.hpp"
+
+/// \file
+/// The transport of one group over NCCL, with the library's own kernels for small collectives where
+/// the ranks can map each other's memory.
+///
+/// **Which path a call takes** follows from sizes, types and the group alone, so all ranks take the
+/// same. How a rank's tensors lie decides only whether that rank packs them into scratch memory
+/// first. `path` tells both.
+
+namespace cohort {
+
+/// Total bytes up to which the own kernels take a collective, where no option says otherwise. They
+/// beat NCCL's symmetric path at every size measured up to here: see "Floors and figures" in the
+/// documentation, all-gather and reduce-scatter of 2 to 256 KiB on two H200s over NVLink.
+[[nodiscard]] constexpr std::size_t default_own_max_bytes(Collective collective) noexcept {
+  switch (collective) {
+    case Collective::all_gather:
+    case Collective::reduce_scatter:
+    case Collective::all_reduce:
+      return std::size_t{256} << 10;
+    case Collective::all_to_all:
+    case Collective::broadcast:
+      return 0;
+  }
+  return 0;
+}
+
+/// How a transport is set up. Equal on all ranks.
+struct NcclTransportOptions {
+  bool peer_mapping = true;                        ///< Whether to map peers' memory at all.
+  std::chrono::milliseconds kernel_limit{60'000};  ///< Of a wait in an own kernel.
+  std::optional<std::int64_t> own_max_bytes;       ///< Instead of `default_own_max_bytes`; 0: none.
+  bool visibility_guard = true;                    ///< `false` is for the guard's own test.
+};
+
+class NcclTransport final : public Transport {
+ public:
+  /// Collective over `group`, which outlives the transport. Throws `ConfigError` on every rank
+  /// where NCCL would refuse the group, `SymmetryError`, `TimeoutError` and `TransportError`.
+  NcclTransport(ControlPlane& group, CudaStreamDriver& streams, int device,
+                const NcclTransportOptions& options)
+      : group_(group),
+        streams_(streams),
+        device_(device),
+        options_(options),
+        rank_(group.rank()),
+        size_(group.size()),
+        workspace_(device) {
+    agree_on_options();
+    GroupProbe probe = probe_group(group_, device_);
+    capabilities_ = probe.capabilities;
+    nccl_version_ = capabilities_.nccl_runtime_version;
+    if (size_ == 1) {
+      capabilities_.peer_import = true;
+      return;
+    }
+    communicator_ = Communicator::create(group_, device_);
+    barrier_word_ = make_memory(device_, sizeof(float));
+    if (options_.peer_mapping && capabilities_.machines == 1 && capabilities_.peer_access) {
+      connect_peers(probe);
+    }
+  }
+
+  // The members' order is the order of teardown in reverse: inboxes and scratch memory go before
+  // the communicator. Windows hold the communicator themselves.
+  ~NcclTransport() override {
+    if (communicator_ != nullptr && communicator_->broken()) {
+      // A kernel that waits for a missing peer may still run, and freeing memory would wait for it.
+      workspace_.abandon();
+      static_cast<void>(barrier_word_.release());
+    }
+  }
+  NcclTransport(const NcclTransport&) = delete;
+  NcclTransport& operator=(const NcclTransport&) = delete;
+
+  [[nodiscard]] std::string_view name() const noexcept override { return "nccl"; }
+  [[nodiscard]] const SymmetricCapabilities& capabilities() const noexcept override {
+    return capabilities_;
+  }
+  [[nodiscard]] PeerKernels* peer_kernels() noexcept override { return peers_.get(); }
+  /// Null in a group of one.
+  [[nodiscard]] Communicator* communicator() noexcept { return communicator_.get(); }
+
+  /// Makes room for collectives whose tensors have to be packed, so that they can be captured
+  /// without having run before: the bytes of input and output together suffice. Local.
+  void reserve_scratch(std::size_t bytes) { workspace_.reserve(bytes + 2 * kAlignment); }
+
+  [[nodiscard]] std::unique_ptr<Window> register_segment(Segment& segment) override {
+    if (size_ == 1) {
+      return std::make_unique<LocalWindow>(segment);
+    }
+    return NcclWindow::create(communicator_, segment, group_.limit());
+  }
+
+  void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
+                  std::span<const std::int64_t> sizes, StreamRef stream) override {
+    if (out.numel() == 0) {
+      return;
+    }
+    const Call call(*this, stream);
+    if (size_ == 1) {
+      detail::copy_view(in, out, call.stream);
+    } else if (!all_equal(sizes)) {
+      gather_unequal(call, in, out, dim, sizes);
+    } else if (own(Collective::all_gather, in, out, ReduceOp::sum)) {
+      const auto dims = detail::along_dim(in, out, dim);
+      if (dims) {
+        peers_->all_gather(*dims, in.data(), out.data(), call.stream);
+      } else {
+        gather_packed(call, in, out, dim);
+      }
+    } else if (fits(in, out, dim)) {
+      guard(Collective::all_gather, in, out, ReduceOp::sum, call.stream);
+      nccl(ncclAllGather(in.data(), out.data(), count(in), nccl_type(in.dtype()),
+                         communicator_->get(), call.stream),
+           "ncclAllGather");
+    } else {
+      gather_packed(call, in, out, dim);
+    }
+  }
+
+  void reduce_scatter(const ConstTensorView& in, const TensorView& out, int dim,
+                      std::span<const std::int64_t> sizes, ReduceOp op, StreamRef stream) override {
+    if (in.numel() == 0) {
+      return;
+    }
+    const Call call(*this, stream);
+    if (size_ == 1) {
+      detail::copy_view(in, out, call.stream);
+    } else if (!all_equal(sizes)) {
+      scatter_unequal(call, in, out, dim, sizes, op);
+    } else if (own(Collective::reduce_scatter, in, out, op)) {
+      const auto dims = detail::along_dim(out, in, dim);
+      if (dims) {
+        peers_->reduce_scatter(*dims, in.dtype(), in.data(), out.data(), call.stream);
+      } else {
+        scatter_packed(call, in, out, dim, op);
+      }
+    } else if (fits(out, in, dim)) {
+      guard(Collective::reduce_scatter, in, out, op, call.stream);
+      nccl(ncclReduceScatter(in.data(), out.data(), count(out), nccl_type(in.dtype()), nccl_op(op),
+                             communicator_->get(), call.stream),
+           "ncclReduceScatter");
+    } else {
+      scatter_packed(call, in, out, dim, op);
+    }
+  }
+
+  void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
+                  StreamRef stream) override {
+    if (in.numel() == 0) {
+      return;
+    }
+    const Call call(*this, stream);
+    if (size_ == 1) {
+      copy_unless_same(in, out, call.stream);
+      return;
+    }
+    const Packed packed(*this, call, in, out);
+    if (own(Collective::all_reduce, in, out, op)) {
+      peers_->all_reduce(in.numel(), in.dtype(), packed.in, packed.out, call.stream);
+    } else {
+      guard_pointers(Collective::all_reduce, packed.in, in.bytes(), packed.out, out.bytes(),
+                     in.dtype(), op, call.stream);
+      nccl(ncclAllReduce(packed.in, packed.out, count(in), nccl_type(in.dtype()), nccl_op(op),
+                         communicator_->get(), call.stream),
+           "ncclAllReduce");
+    }
+    packed.unpack(out, call.stream);
+  }
+
+  void broadcast(const TensorView& tensor, int root, StreamRef stream) override {
+    if (tensor.numel() == 0 || size_ == 1) {
+      return;
+    }
+    const Call call(*this, stream);
+    if (tensor.is_contiguous()) {
+      nccl(ncclBroadcast(tensor.data(), tensor.data(), count(tensor), nccl_type(tensor.dtype()),
+                         root, communicator_->get(), call.stream),
+           "ncclBroadcast");
+      return;
+    }
+    const TensorView scratch = scratch_like(call, tensor, 0);
+    if (rank_ == root) {
+      detail::copy_view(tensor, scratch, call.stream);
+    }
+    nccl(ncclBroadcast(scratch.data(), scratch.data(), count(tensor), nccl_type(tensor.dtype()),
+                       root, communicator_->get(), call.stream),
+         "ncclBroadcast");
+    if (rank_ != root) {
+      detail::copy_view(scratch, tensor, call.stream);
+    }
+  }
+
+  void all_to_all(const ConstTensorView& in, const TensorView& out, StreamRef stream) override {
+    if (in.numel() == 0) {
+      return;
+    }
+    const Call call(*this, stream);
+    if (size_ == 1) {
+      copy_unless_same(in, out, call.stream);
+      return;
+    }
+    const Packed packed(*this, call, in, out);
+    const std::size_t part = count(in) / static_cast<std::size_t>(size_);
+    const std::size_t part_bytes = part * size_of(in.dtype());
+    const auto* const from = static_cast<const std::byte*>(packed.in);
+    auto* const to = static_cast<std::byte*>(packed.out);
+    const auto offset = [&](int r) { return static_cast<std::size_t>(r) * part_bytes; };
+    cuda_check(cudaMemcpyAsync(to + offset(rank_), from + offset(rank_), part_bytes,
+                               cudaMemcpyDeviceToDevice, call.stream),
+               "cudaMemcpyAsync");
+    const ncclDataType_t type = nccl_type(in.dtype());
+    in_nccl_group([&] {
+      for (int step = 1; step < size_; ++step) {
+        const int to_rank = (rank_ + step) % size_;
+        const int from_rank = (rank_ - step + size_) % size_;
+        nccl(ncclSend(from + offset(to_rank), part, type, to_rank, communicator_->get(),
+                      call.stream),
+             "ncclSend");
+        nccl(ncclRecv(to + offset(from_rank), part, type, from_rank, communicator_->get(),
+                      call.stream),
+             "ncclRecv");
+      }
+    });
+    packed.unpack(out, call.stream);
+  }
+
+  void send(const ConstTensorView& tensor, int to, StreamRef stream) override {
+    require_peer("send to", to);
+    if (tensor.numel() == 0) {
+      return;
+    }
+    const Call call(*this, stream);
+    const void* data = tensor.data();
+    if (!tensor.is_contiguous()) {
+      const TensorView scratch = scratch_like(call, tensor, 0);
+      detail::copy_view(tensor, scratch, call.stream);
+      data = scratch.data();
+    }
+    nccl(ncclSend(data, count(tensor), nccl_type(tensor.dtype()), to, communicator_->get(),
+                  call.stream),
+         "ncclSend");
+  }
+
+  void recv(const TensorView& tensor, int from, StreamRef stream) override {
+    require_peer("recv from", from);
+    if (tensor.numel() == 0) {
+      return;
+    }
+    const Call call(*this, stream);
+    const bool direct = tensor.is_contiguous();
+    const TensorView target = direct ? tensor : scratch_like(call, tensor, 0);
+    nccl(ncclRecv(target.data(), count(tensor), nccl_type(tensor.dtype()), from,
+                  communicator_->get(), call.stream),
+         "ncclRecv");
+    if (!direct) {
+      detail::copy_view(target, tensor, call.stream);
+    }
+  }
+
+  void barrier(StreamRef stream) override {
+    if (size_ == 1) {
+      return;
+    }
+    const Call call(*this, stream);
+    if (peers_ != nullptr) {
+      peers_->barrier(call.stream);
+      return;
+    }
+    nccl(ncclAllReduce(barrier_word_.get(), barrier_word_.get(), 1, ncclFloat32, ncclMax,
+                       communicator_->get(), call.stream),
+         "ncclAllReduce");
+  }
+
+  /// "own", "nccl symmetric" or "nccl", with ", packed" where this rank's tensors do not lie as the
+  /// path needs them; "copy" in a group of one, "none" where there is nothing to move. Reductions
+  /// are taken to be sums.
+  [[nodiscard]] std::string path(Collective collective, const ConstTensorView& in,
+                                 const TensorView& out, int dim) const override {
+    if (in.numel() == 0 && out.numel() == 0) {
+      return "none";
+    }
+    if (size_ == 1) {
+      return "copy";
+    }
+    const bool gather = collective == Collective::all_gather;
+    const bool along = gather || collective == Collective::reduce_scatter;
+    const ConstTensorView full = gather ? ConstTensorView(out) : in;
+    const ConstTensorView share = gather ? in : ConstTensorView(out);
+    const bool equal = !along || share.size(dim) * size_ == full.size(dim);
+    const bool is_own = equal && own(collective, in, out, ReduceOp::sum);
+    const bool direct = !along   ? in.is_contiguous() && out.is_contiguous()
+                        : is_own ? detail::along_dim(share, full, dim).has_value()
+                                 : fits(share, full, dim);
+    const bool symmetric = equal && direct && is_symmetric(collective, in, out, ReduceOp::sum);
+    return std::string(is_own      ? "own"
+                       : symmetric ? "nccl symmetric"
+                                   : "nccl") +
+           (direct ? "" : ", packed");
+  }
+
+  void synchronize(StreamRef stream, std::chrono::milliseconds limit) override {
+    const auto deadline = std::chrono::steady_clock::now() + limit;
+    detail::PollPause pause;
+    while (!streams_.idle(stream.native())) {
+      check_asynchronous();
+      if (std::chrono::steady_clock::now() >= deadline) {
+        throw_if_rank_missing();
+        give_up();
+        throw TimeoutError(
+            fmt::format("synchronize in group {} on rank {}: the stream was still busy after {} "
+                        "ms. A kernel of NCCL whose peer is missing may not be abortable, so the "
+                        "process must leave",
+                        group_.name(), rank_, limit.count()),
+            {});
+      }
+      pause();
+    }
+    check_asynchronous();
+    throw_if_rank_missing();
+    streams_.collect();
+  }
+
+ private:
+  static constexpr std::size_t kAlignment = 256;
+
+  /// What every call begins with: the device made current, and the stream ordered behind the
+  /// group's last call where that was on another stream. Inboxes, scratch memory and the
+  /// communicator are shared by all calls of the group.
+  struct Call {
+    Call(NcclTransport& transport, StreamRef reference)
+        : guard(transport.device_), stream(detail::native(reference)) {
+      const CaptureId capture = transport.streams_.capture_id(stream);
+      capturing = capture != 0;
+      // Between eager work and a capture, or two captures, the launches' order decides, which the
+      // engine gives; CUDA would refuse an event across them.
+      if (transport.last_stream_ && *transport.last_stream_ != stream &&
+          transport.last_capture_ == capture) {
+        transport.streams_.wait_for(stream, *transport.last_stream_);
+      }
+      transport.last_stream_ = stream;
+      transport.last_capture_ = capture;
+    }
+
+    DeviceGuard guard;
+    cudaStream_t stream;
+    bool capturing = false;
+  };
+
+  /// Input and output of an elementwise call without gaps: the caller's own where they are so.
+  struct Packed {
+    Packed(NcclTransport& transport, const Call& call, const ConstTensorView& from,
+           const TensorView& to)
+        : in(from.data()), out(to.data()) {
+      const std::size_t in_bytes = from.is_contiguous() ? 0 : align(from.bytes());
+      const std::size_t out_bytes = to.is_contiguous() ? 0 : align(to.bytes());
+      if (in_bytes + out_bytes == 0) {
+        return;
+      }
+      std::byte* const scratch = transport.workspace_.get(in_bytes + out_bytes, call.capturing);
+      if (in_bytes > 0) {
+        const TensorView packed(scratch, from.dtype(), from.shape(), from.device());
+        detail::copy_view(from, packed, call.stream);
+        in = packed.data();
+      }
+      if (out_bytes > 0) {
+        out = scratch + in_bytes;
+        unpack_ = true;
+      }
+    }
+
+    void unpack(const TensorView& to, cudaStream_t stream) const {
+      if (unpack_) {
+        detail::copy_view(TensorView(out, to.dtype(), to.shape(), to.device()), to, stream);
+      }
+    }
+
+    const void* in;
+    void* out;
+
+   private:
+    bool unpack_ = false;
+  };
+
+  static constexpr std::size_t align(std::size_t bytes) noexcept {
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  template <class Void>
+  static std::size_t count(const BasicTensorView<Void>& view) noexcept {
+    return static_cast<std::size_t>(view.numel());
+  }
+  static bool all_equal(std::span<const std::int64_t> sizes) {
+    return std::adjacent_find(sizes.begin(), sizes.end(), std::not_equal_to<>()) == sizes.end();
+  }
+  /// Whether the shares lie one behind the other without gaps: nothing but extents of 1 before the
+  /// dimension.
+  static bool fits(const ConstTensorView& share, const ConstTensorView& full, int dim) {
+    std::int64_t outer = 1;
+    for (int d = 0; d < dim; ++d) {
+      outer *= full.shape()[d];
+    }
+    return outer == 1 && share.is_contiguous() && full.is_contiguous();
+  }
+  static void copy_unless_same(const ConstTensorView& in, const TensorView& out,
+                               cudaStream_t stream) {
+    if (in.data() != out.data() || !(in.strides() == out.strides())) {
+      detail::copy_view(in, out, stream);
+    }
+  }
+
+  void agree_on_options() {
+    std::uint64_t history = detail::kHashSeed;
+    for (const std::int64_t word :
+         {options_.own_max_bytes.value_or(-1), std::int64_t{options_.peer_mapping},
+          std::int64_t{options_.visibility_guard}}) {
+      history = detail::mix(history, static_cast<std::uint64_t>(word));
+    }
+    ControlPlane* const groups[] = {&group_};
+    agree(groups, {.place = fmt::format("connection of group {} over NCCL", group_.name()),
+                   .history = history});
+  }
+
+  void connect_peers(const GroupProbe& probe) {
+    // One block for each multiprocessor is resident whatever the kernel; ranks on one card share.
+    const int blocks = std::clamp(probe.multiprocessors / probe.ranks_per_device, 1,
+                                  std::min(cuda::kMaxPeerBlocks, 128));
+    auto outcome = CudaPeerKernels::create(group_, device_,
+                                           {.max_blocks = blocks, .limit = options_.kernel_limit});
+    peers_ = std::move(outcome.kernels);
+    capabilities_.peer_import = peers_ != nullptr;
+    if (!peers_ && rank_ == 0) {
+      log(LogLevel::info,
+          fmt::format("group {}: no peer mapping: {}", group_.name(), outcome.refusal));
+    }
+  }
+
+  void nccl(ncclResult_t code, const char* call) { communicator_->check(code, call); }
+
+  /// Calls within start at its end. An exception inside must still close NCCL's group.
+  template <class Body>
+  void in_nccl_group(const Body& body) {
+    nccl(ncclGroupStart(), "ncclGroupStart");
+    try {
+      body();
+    } catch (...) {
+      static_cast<void>(ncclGroupEnd());
+      throw;
+    }
+    nccl(ncclGroupEnd(), "ncclGroupEnd");
+  }
+
+  [[nodiscard]] bool own(Collective collective, const ConstTensorView& in, const TensorView& out,
+                         ReduceOp op) const {
+    if (peers_ == nullptr) {
+      return false;
+    }
+    const std::size_t total = std::max(in.bytes(), out.bytes());
+    const std::size_t limit = options_.own_max_bytes
+                                  ? static_cast<std::size_t>(*options_.own_max_bytes)
+                                  : default_own_max_bytes(collective);
+    if (total > limit) {
+      return false;
+    }
+    switch (collective) {
+      case Collective::all_gather:
+        return peers_->can_all_gather(in.bytes());
+      case Collective::reduce_scatter:
+        return peers_->can_reduce_scatter(out.bytes(), in.dtype(), op);
+      case Collective::all_reduce:
+        return peers_->can_all_reduce(in.bytes(), in.dtype(), op);
+      case Collective::all_to_all:
+      case Collective::broadcast:
+        return false;
+    }
+    return false;
+  }
+
+  [[nodiscard]] bool is_symmetric(Collective collective, const ConstTensorView& in,
+                                  const TensorView& out, ReduceOp op) const {
+    return has_symmetric_kernel(collective, in.dtype(), op) &&
+           communicator_->in_window(in.data(), in.bytes()) &&
+           communicator_->in_window(out.data(), out.bytes());
+  }
+
+  void guard(Collective collective, const ConstTensorView& in, const TensorView& out, ReduceOp op,
+             cudaStream_t stream) const {
+    guard_pointers(collective, in.data(), in.bytes(), out.data(), out.bytes(), in.dtype(), op,
+                   stream);
+  }
+  void guard_pointers(Collective collective, const void* in, std::size_t in_bytes, const void* out,
+                      std::size_t out_bytes, DType dtype, ReduceOp op, cudaStream_t stream) const {
+    if (options_.visibility_guard && has_symmetric_kernel(collective, dtype, op) &&
+        needs_visibility_guard(nccl_version_, communicator_->in_window(in, in_bytes),
+                               communicator_->in_window(out, out_bytes))) {
+      cuda::launch_visibility_guard(stream);
+    }
+  }
+
+  [[nodiscard]] TensorView scratch_like(const Call& call, const ConstTensorView& view,
+                                        std::size_t offset) {
+    std::byte* const scratch =
+        workspace_.get(offset + align(view.bytes()), call.capturing) + offset;
+    return {scratch, view.dtype(), view.shape(), view.device()};
+  }
+
+  /// All-gather of equal shares through scratch memory.
+  void gather_packed(const Call& call, const ConstTensorView& in, const TensorView& out, int dim) {
+    const std::size_t in_bytes = in.is_contiguous() ? 0 : align(in.bytes());
+    std::byte* const scratch = workspace_.get(in_bytes + align(out.bytes()), call.capturing);
+    const void* share = in.data();
+    if (in_bytes > 0) {
+      detail::copy_view(in, {scratch, in.dtype(), in.shape(), in.device()}, call.stream);
+      share = scratch;
+    }
+    void* const gathered = scratch + in_bytes;
+    if (own(Collective::all_gather, in, out, ReduceOp::sum)) {
+      peers_->all_gather(
+          cuda::AlongDim::contiguous(1, static_cast<std::int64_t>(in.bytes()), size_), share,
+          gathered, call.stream);
+    } else {
+      nccl(ncclAllGather(share, gathered, count(in), nccl_type(in.dtype()), communicator_->get(),
+                         call.stream),
+           "ncclAllGather");
+    }
+    const auto dims = shares_of(in.shape(), in.numel(), out, dim);
+    detail::copy_joined(gathered, in.dtype(), out.data(), out.dtype(), dims, call.stream);
+  }
+
+  /// Reduce-scatter of equal shares through scratch memory.
+  void scatter_packed(const Call& call, const ConstTensorView& in, const TensorView& out, int dim,
+                      ReduceOp op) {
+    const std::size_t in_bytes = align(in.bytes());
+    const bool direct = out.is_contiguous();
+    std::byte* const scratch =
+        workspace_.get(in_bytes + (direct ? 0 : align(out.bytes())), call.capturing);
+    auto dims = shares_of(out.shape(), out.numel(), in, dim);
+    std::swap(dims.a, dims.b);
+    detail::copy_joined(in.data(), in.dtype(), scratch, in.dtype(), dims, call.stream);
+    void* const share = direct ? out.data() : scratch + in_bytes;
+    if (own(Collective::reduce_scatter, in, out, op)) {
+      peers_->reduce_scatter(
+          cuda::AlongDim::contiguous(1, static_cast<std::int64_t>(out.bytes()), size_), in.dtype(),
+          scratch, share, call.stream);
+    } else {
+      nccl(ncclReduceScatter(scratch, share, count(out), nccl_type(in.dtype()), nccl_op(op),
+                             communicator_->get(), call.stream),
+           "ncclReduceScatter");
+    }
+    if (!direct) {
+      detail::copy_view(TensorView(share, out.dtype(), out.shape(), out.device()), out,
+                        call.stream);
+    }
+  }
+
+  /// [n][share] without gaps against the ranks' shares within `full`: strides `a` and `b`.
+  [[nodiscard]] detail::JoinedDims shares_of(const Dims& share, std::int64_t share_numel,
+                                             const ConstTensorView& full, int dim) const {
+    detail::JoinedDims dims;
+    const Dims packed = contiguous_strides(share);
+    dims.push(size_, share_numel, share[dim] * full.strides()[dim]);
+    for (int d = 0; d < share.size(); ++d) {
+      dims.push(share[d], packed[d], full.strides()[d]);
+    }
+    return dims;
+  }
+
+  /// One rank's extents of a tensor, and where its elements lie without gaps among the others'.
+  struct Share {
+    std::int64_t begin = 0;
+    std::int64_t extent = 0;
+    std::size_t offset = 0;  ///< Bytes.
+    std::size_t elements = 0;
+  };
+  [[nodiscard]] static std::vector<Share> shares(const ConstTensorView& full, int dim,
+                                                 std::span<const std::int64_t> sizes) {
+    const std::int64_t extent = full.size(dim);
+    std::vector<Share> all;
+    Share next;
+    for (const std::int64_t size : sizes) {
+      next.extent = size;
+      next.elements = static_cast<std::size_t>(full.numel() / extent * size);
+      all.push_back(next);
+      next.begin += size;
+      next.offset += next.elements * size_of(full.dtype());
+    }
+    return all;
+  }
+
+  /// Every rank sends its share to every other.
+  void gather_unequal(const Call& call, const ConstTensorView& in, const TensorView& out, int dim,
+                      std::span<const std::int64_t> sizes) {
+    const auto all = shares(out, dim, sizes);
+    const Share& mine = all[static_cast<std::size_t>(rank_)];
+    const bool direct = fits(out, out, dim);
+    const std::size_t in_bytes = in.is_contiguous() ? 0 : align(in.bytes());
+    std::byte* scratch = nullptr;
+    if (in_bytes > 0 || !direct) {
+      scratch = workspace_.get(in_bytes + (direct ? 0 : align(out.bytes())), call.capturing);
+    }
+    const void* share = in.data();
+    if (in_bytes > 0) {
+      detail::copy_view(in, {scratch, in.dtype(), in.shape(), in.device()}, call.stream);
+      share = scratch;
+    }
+    auto* const to = direct ? static_cast<std::byte*>(out.data()) : scratch + in_bytes;
+    const ncclDataType_t type = nccl_type(in.dtype());
+    in_nccl_group([&] {
+      for (int step = 1; step < size_; ++step) {
+        const int to_rank = (rank_ + step) % size_;
+        const int from_rank = (rank_ - step + size_) % size_;
+        const Share& theirs = all[static_cast<std::size_t>(from_rank)];
+        if (mine.elements > 0) {
+          nccl(ncclSend(share, mine.elements, type, to_rank, communicator_->get(), call.stream),
+               "ncclSend");
+        }
+        if (theirs.elements > 0) {
+          nccl(ncclRecv(to + theirs.offset, theirs.elements, type, from_rank, communicator_->get(),
+                        call.stream),
+               "ncclRecv");
+        }
+      }
+    });
+    for (int r = 0; r < size_; ++r) {
+      const Share& piece = all[static_cast<std::size_t>(r)];
+      const TensorView slice = out.slice(dim, piece.begin, piece.extent);
+      if (r == rank_) {
+        copy_unless_same(in, slice, call.stream);
+      } else if (!direct && piece.elements > 0) {
+        detail::copy_view({to + piece.offset, out.dtype(), slice.shape(), out.device()}, slice,
+                          call.stream);
+      }
+    }
+  }
+
+  /// One reduction for each rank's share.
+  void scatter_unequal(const Call& call, const ConstTensorView& in, const TensorView& out, int dim,
+                       std::span<const std::int64_t> sizes, ReduceOp op) {
+    const auto all = shares(in, dim, sizes);
+    const bool in_direct = fits(in, in, dim);
+    const bool out_direct = out.is_contiguous();
+    const std::size_t in_bytes = in_direct ? 0 : align(in.bytes());
+    std::byte* scratch = nullptr;
+    if (!in_direct || !out_direct) {
+      scratch = workspace_.get(in_bytes + (out_direct ? 0 : align(out.bytes())), call.capturing);
+    }
+    const auto* from = static_cast<const std::byte*>(in.data());
+    if (!in_direct) {
+      from = scratch;
+      for (const Share& piece : all) {
+        const ConstTensorView slice = in.slice(dim, piece.begin, piece.extent);
+        detail::copy_view(slice, {scratch + piece.offset, in.dtype(), slice.shape(), in.device()},
+                          call.stream);
+      }
+    }
+    void* const share = out_direct ? out.data() : scratch + in_bytes;
+    in_nccl_group([&] {
+      for (int r = 0; r < size_; ++r) {
+        const Share& piece = all[static_cast<std::size_t>(r)];
+        if (piece.elements > 0) {
+          nccl(ncclReduce(from + piece.offset, share, piece.elements, nccl_type(in.dtype()),
+                          nccl_op(op), r, communicator_->get(), call.stream),
+               "ncclReduce");
+        }
+      }
+    });
+    if (!out_direct) {
+      detail::copy_view(TensorView(share, out.dtype(), out.shape(), out.device()), out,
+                        call.stream);
+    }
+  }
+
+  void require_peer(const char* what, int peer) const {
+    if (peer == rank_ || peer < 0 || peer >= size_) {
+      throw UsageError(
+          fmt::format("{}: expected another rank of 0 to {}, got {}", what, size_ - 1, peer));
+    }
+  }
+
+  void check_asynchronous() {
+    if (communicator_ != nullptr) {
+      communicator_->check_asynchronous();
+    }
+  }
+
+  /// Teardown must not wait for peers from here on.
+  void give_up() noexcept {
+    if (communicator_ != nullptr) {
+      communicator_->mark_broken();
+    }
+  }
+
+  void throw_if_rank_missing() {
+    if (peers_ == nullptr) {
+      return;
+    }
+    if (const cuda::InboxError error = peers_->error()) {
+      give_up();
+      throw TimeoutError(
+          fmt::format("group {}: rank {} did not come to call {} of the group's own kernels within "
+                      "{} ms; outputs since then are undefined, and the group must be formed anew",
+                      group_.name(), error.missing_rank, error.epoch,
+                      options_.kernel_limit.count()),
+          {error.missing_rank});
+    }
+  }
+
+  ControlPlane& group_;
+  CudaStreamDriver& streams_;
+  int device_;
+  NcclTransportOptions options_;
+  int rank_;
+  int size_;
+  int nccl_version_ = 0;
+  SymmetricCapabilities capabilities_;
+  std::optional<cudaStream_t> last_stream_;
+  CaptureId last_capture_ = 0;
+  std::shared_ptr<Communicator> communicator_;
+  UniqueMemory barrier_word_;
+  Workspace workspace_;
+  std::unique_ptr<CudaPeerKernels> peers_;
+};
+
+}  // namespace cohort

@@ -1,0 +1,163 @@
+#pragma once
+
+#include <fmt/format.h>
+#include <nccl.h>
+
+#include <cstddef>
+#include <memory>
+#include <span>
+#include <utility>
+
+#include "cohort/cuda/exportable_memory.hpp"
+#include "cohort/cuda/handles.hpp"
+#include "cohort/error.hpp"
+#include "cohort/log.hpp"
+#include "cohort/nccl/communicator.hpp"
+#include "cohort/nccl/nccl_check.hpp"
+#include "cohort/transport.hpp"
+
+/// \file
+/// Segments of ncclMemAlloc and their registration as symmetric windows. NCCL has windows from
+/// 2.27 on. The two functions are referenced weakly, so that a program that was built with them
+/// also starts with an older library, and the policy then says why there are none.
+
+#if NCCL_VERSION_CODE >= 22700
+extern "C" {
+__attribute__((weak)) ncclResult_t ncclCommWindowRegister(ncclComm_t comm, void* buff, size_t size,
+                                                          ncclWindow_t* win, int winFlags);
+__attribute__((weak)) ncclResult_t ncclCommWindowDeregister(ncclComm_t comm, ncclWindow_t win);
+}
+#endif
+
+namespace cohort {
+
+/// Whether windows were compiled in and the library that was loaded exports them.
+[[nodiscard]] inline bool nccl_has_windows() noexcept {
+#if NCCL_VERSION_CODE >= 22700
+  return &ncclCommWindowRegister != nullptr && &ncclCommWindowDeregister != nullptr;
+#else
+  return false;
+#endif
+}
+
+/// Memory of ncclMemAlloc.
+class NcclSegment final : public Segment {
+ public:
+  /// Throws `TransportError`.
+  NcclSegment(int device, std::size_t bytes) : device_(device), bytes_(bytes) {
+    const DeviceGuard guard(device_);
+    nccl_check(ncclMemAlloc(&data_, bytes), "ncclMemAlloc");
+  }
+  NcclSegment(const NcclSegment&) = delete;
+  NcclSegment& operator=(const NcclSegment&) = delete;
+  ~NcclSegment() override {
+    try {
+      const DeviceGuard guard(device_);
+      nccl_check(ncclMemFree(data_), "ncclMemFree");
+    } catch (const std::exception& error) {
+      log(LogLevel::error, error.what());
+    }
+  }
+
+  [[nodiscard]] void* data() const noexcept override { return data_; }
+  [[nodiscard]] std::size_t bytes() const noexcept override { return bytes_; }
+
+  /// Whether other processes could map it. ncclMemAlloc falls back to cudaMalloc without cuMem, and
+  /// says nothing.
+  [[nodiscard]] bool exportable() const noexcept {
+    try {
+      return static_cast<bool>(DeviceMapping::export_descriptor(data_));
+    } catch (const std::exception&) {
+      return false;
+    }
+  }
+
+ private:
+  int device_;
+  std::size_t bytes_;
+  void* data_ = nullptr;
+};
+
+/// A segment's window with one communicator.
+class NcclWindow final : public Window {
+ public:
+  /// Collective; the ranks have agreed on sequence and size: NCCL itself does not notice different
+  /// sizes, and waits without limit for a rank that never comes. Never during a capture.
+  /// Throws `TransportError` and `TimeoutError`.
+  [[nodiscard]] static std::unique_ptr<NcclWindow> create(
+      const std::shared_ptr<Communicator>& communicator, const Segment& segment,
+      std::chrono::milliseconds limit) {
+#if NCCL_VERSION_CODE >= 22700
+    const auto window = std::make_shared<ncclWindow_t>(nullptr);
+    communicator->run("ncclCommWindowRegister", limit,
+                      [communicator, window, data = segment.data(), bytes = segment.bytes()] {
+                        const DeviceGuard guard(communicator->device());
+                        communicator->check(
+                            ncclCommWindowRegister(communicator->get(), data, bytes, window.get(),
+                                                   NCCL_WIN_COLL_SYMMETRIC),
+                            "ncclCommWindowRegister");
+                      });
+    if (*window == nullptr) {
+      throw TransportError({.call = "ncclCommWindowRegister"},
+                           "it succeeded without a window: NCCL cannot register here, which the "
+                           "policy should have found out");
+    }
+    return std::unique_ptr<NcclWindow>(
+        new NcclWindow(communicator, *window, segment.data(), segment.bytes()));
+#else
+    static_cast<void>(communicator);
+    static_cast<void>(segment);
+    static_cast<void>(limit);
+    throw TransportError({.call = "ncclCommWindowRegister"},
+                         "the library was built with an NCCL that has no windows");
+#endif
+  }
+  NcclWindow(const NcclWindow&) = delete;
+  NcclWindow& operator=(const NcclWindow&) = delete;
+
+  ~NcclWindow() override {
+    communicator_->remove_window(base_);
+#if NCCL_VERSION_CODE >= 22700
+    if (communicator_->broken()) {
+      return;  // aborting the communicator takes its windows along
+    }
+    try {
+      const DeviceGuard guard(communicator_->device());
+      communicator_->check(ncclCommWindowDeregister(communicator_->get(), window_),
+                           "ncclCommWindowDeregister");
+    } catch (const std::exception& error) {
+      log(LogLevel::error, error.what());
+    }
+#endif
+  }
+
+  /// None: NCCL's kernels address the peers, and the library's own kernels touch inboxes alone.
+  [[nodiscard]] std::span<void* const> peers() const noexcept override { return {}; }
+
+ private:
+#if NCCL_VERSION_CODE >= 22700
+  NcclWindow(std::shared_ptr<Communicator> communicator, ncclWindow_t window, const void* base,
+             std::size_t bytes)
+      : communicator_(std::move(communicator)), window_(window), base_(base) {
+    communicator_->add_window(base_, bytes);
+  }
+#endif
+
+  std::shared_ptr<Communicator> communicator_;
+#if NCCL_VERSION_CODE >= 22700
+  ncclWindow_t window_ = nullptr;
+#endif
+  const void* base_ = nullptr;
+};
+
+/// The window of a group of one: its only copy.
+class LocalWindow final : public Window {
+ public:
+  explicit LocalWindow(const Segment& segment) : peer_(segment.data()) {}
+  [[nodiscard]] std::span<void* const> peers() const noexcept override { return {&peer_, 1}; }
+
+ private:
+  void* peer_;
+};
+
+}  // namespace cohort

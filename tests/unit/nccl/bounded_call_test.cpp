@@ -1,0 +1,40 @@
+#include "cohort/nccl/bounded_call.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <stdexcept>
+#include <thread>
+
+#include "support/catch.hpp"
+
+using cohort::detail::call_within;
+using namespace std::chrono_literals;
+
+TEST_CASE("work that ends in time is done when the call returns", "[bounded_call]") {
+  int answer = 0;
+  CHECK(call_within(10s, [&] { answer = 42; }));
+  CHECK(answer == 42);
+}
+
+TEST_CASE("what the work throws comes out of the call", "[bounded_call]") {
+  CHECK_THROWS_WITH(static_cast<void>(call_within(10s, [] { throw std::runtime_error("no"); })),
+                    "no");
+}
+
+TEST_CASE("work that does not end is left behind at the limit", "[bounded_call]") {
+  const auto release = std::make_shared<std::atomic<bool>>(false);
+  const auto done = std::make_shared<std::atomic<bool>>(false);
+  const auto begin = std::chrono::steady_clock::now();
+  CHECK_FALSE(call_within(50ms, [release, done] {
+    while (!*release) {
+      std::this_thread::sleep_for(1ms);
+    }
+    *done = true;
+  }));
+  CHECK(std::chrono::steady_clock::now() - begin < 5s);
+  *release = true;  // so that the test leaves no thread behind
+  while (!*done) {
+    std::this_thread::sleep_for(1ms);
+  }
+}
