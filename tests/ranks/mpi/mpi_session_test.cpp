@@ -1,0 +1,196 @@
+// How a session begins and ends. Each mode is a program of its own, because MPI starts only once;
+// the name of the mode is the first argument. The last line of a rank that went right is
+// "session <mode>: rank <r> ok".
+
+#include "cohort/mpi/mpi_session.hpp"
+
+#include <mpi.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+using namespace cohort;
+using namespace std::chrono_literals;
+
+namespace {
+
+void check(bool condition, const std::string& text) {
+  if (!condition) {
+    throw std::logic_error("check failed: " + text);
+  }
+}
+
+bool finalized() {
+  int value = 0;
+  MPI_Finalized(&value);
+  return value != 0;
+}
+
+void ok(std::string_view mode, int rank) {
+  std::printf("session %.*s: rank %d ok\n", static_cast<int>(mode.size()), mode.data(), rank);
+}
+
+int own(int argc, char** argv) {
+  int rank = -1;
+  std::unique_ptr<ControlPlane> outlives;
+  {
+    MpiSession session(argc, argv);
+    check(argc == 2 && std::string_view(argv[1]) == "own", "the program's arguments are kept");
+    check(session.owns_mpi(), "owns MPI");
+    auto& world = session.world();
+    rank = world.rank();
+    world.barrier();
+    // All ranks of this test share a machine.
+    check(session.local_rank() == rank, "local rank");
+    check(session.local_size() == world.size(), "local size");
+    const std::vector<int> alone{rank};
+    outlives = world.subgroup(alone, 0, "alone");
+    check(!session.must_abort(), "nothing went wrong");
+  }
+  check(finalized(), "the session finalises MPI");
+  outlives->barrier();  // a group of one sends nothing
+  outlives.reset();
+  try {
+    MpiSession again;
+    check(false, "MPI starts only once");
+  } catch (const UsageError& error) {
+    check(std::string(error.what()).find("MPI_Finalize was called") != std::string::npos, "why");
+  }
+  ok("own", rank);
+  return 0;
+}
+
+int engine(int argc, char** argv) {
+  int provided = 0;
+  MPI_Init_thread(&argc, &argv, MPI_THREAD_MULTIPLE, &provided);
+  int rank = -1;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  MPI_Comm mine = MPI_COMM_NULL;
+  MPI_Comm_split(MPI_COMM_WORLD, 0, -rank, &mine);  // the engine's own order of ranks
+  for (int round = 0; round < 3; ++round) {
+    MpiSession session({.ranks = mine});
+    check(!session.owns_mpi(), "the engine owns MPI");
+    check(session.world().rank() == session.world().size() - 1 - rank, "the engine's order");
+    session.world().barrier();
+  }
+  check(!finalized(), "MPI runs on");
+  int sum = 0;
+  MPI_Allreduce(&rank, &sum, 1, MPI_INT, MPI_SUM, mine);
+  MPI_Comm_free(&mine);
+  MPI_Finalize();
+  ok("engine", rank);
+  return 0;
+}
+
+int thread_level(int argc, char** argv) {
+  int provided = 0;
+  MPI_Init_thread(&argc, &argv, MPI_THREAD_SINGLE, &provided);
+  int rank = -1;
+  MPI_Comm_rank(MPI_COMM_WORLD, &rank);
+  try {
+    MpiSession session({.thread_level = MPI_THREAD_MULTIPLE});
+    check(provided >= MPI_THREAD_MULTIPLE, "a level that MPI does not provide is refused");
+  } catch (const ConfigError& error) {
+    const std::string what = error.what();
+    check(what.find("MPI_THREAD_MULTIPLE") != std::string::npos, "names the level asked for");
+    check(what.find("engine's MPI_Init") != std::string::npos, "names who chose");
+  }
+  {
+    MpiSession session({.thread_level = provided});
+    session.world().barrier();
+  }
+  MPI_Finalize();
+  ok("thread_level", rank);
+  return 0;
+}
+
+// The last rank comes later than the others wait: they name it, and the job ends.
+int late(int argc, char** argv) {
+  MpiSession session(argc, argv, {.limit = 500ms});
+  auto& world = session.world();
+  const int last = world.size() - 1;
+  if (world.rank() == last) {
+    std::this_thread::sleep_for(30s);
+    std::puts("the job went on for 30 s");
+    return 0;
+  }
+  try {
+    world.barrier();
+    std::puts("the barrier returned without a rank");
+  } catch (const TimeoutError& error) {
+    check(error.missing() == std::vector{last}, "who is missing");
+    check(session.must_abort(), "the session knows");
+    ok("late", world.rank());
+  }
+  std::this_thread::sleep_for(200ms);  // so that every rank's line is out before the first abort
+  return 0;                            // leaves by MPI_Abort all the same
+}
+
+// An exception leaves the session: its handler outside still reports it, then the job ends.
+int unwinding(int argc, char** argv) {
+  try {
+    MpiSession session(argc, argv);
+    session.world().barrier();
+    if (session.world().rank() == 0) {
+      throw std::runtime_error("the engine's own exception");
+    }
+    session.world().barrier();  // would wait for a minute
+    std::puts("the barrier returned without a rank");
+  } catch (const std::runtime_error& error) {
+    std::printf("session unwinding: handler saw: %s\n", error.what());
+    return 0;
+  }
+  return 0;
+}
+
+// A rank ends early and silently: the others' goodbye names it within the limit.
+int goodbye(int argc, char** argv) {
+  auto session = std::make_unique<MpiSession>(argc, argv, MpiSessionOptions{.limit = 500ms});
+  const int rank = session->world().rank();
+  const int last = session->world().size() - 1;
+  if (rank == last) {
+    std::this_thread::sleep_for(30s);
+    std::puts("the job went on for 30 s");
+  } else {
+    set_log_sink([](LogLevel, std::string_view text) {
+      std::printf("session goodbye: %.*s\n", static_cast<int>(text.size()), text.data());
+    });
+  }
+  session.reset();
+  std::this_thread::sleep_for(200ms);  // so that every rank's line is out before the first abort
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::string_view mode = argc > 1 ? argv[1] : "";
+  if (mode == "own") {
+    return own(argc, argv);
+  }
+  if (mode == "engine") {
+    return engine(argc, argv);
+  }
+  if (mode == "thread_level") {
+    return thread_level(argc, argv);
+  }
+  if (mode == "late") {
+    return late(argc, argv);
+  }
+  if (mode == "unwinding") {
+    return unwinding(argc, argv);
+  }
+  if (mode == "goodbye") {
+    return goodbye(argc, argv);
+  }
+  std::puts("usage: mpi_session own|engine|thread_level|late|unwinding|goodbye");
+  return 2;
+}
