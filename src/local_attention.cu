@@ -1,4 +1,5 @@
 #include "attention.cuh"
+#include "cohort/dcp/packed_piece.hpp"
 
 // The staged and the packed plan's local steps, and the packing of the query.
 
@@ -52,11 +53,12 @@ __global__ void __launch_bounds__(kThreads)
     if (merged_lse != nullptr && v == 0) {
       merged_lse[row] = merged;
     }
-    float scale = 0.0F;
+    unsigned bits = 0;  // picked by masks: an index would move the array out of registers
 #pragma unroll
     for (int r = 0; r < n; ++r) {
-      scale = r == rank ? scales[r] : scale;  // not scales[rank]: the array stays in registers
+      bits |= r == rank ? __float_as_uint(scales[r]) : 0U;
     }
+    const float scale = __uint_as_float(bits);
     const uint4 in = load_as<uint4>(partial.row(b, h) + 16 * v, partial.aligned);
     WeightedSum<T> sums[2];
     sums[0].add(scale, low(in));
@@ -182,9 +184,7 @@ using namespace detail;
 
 std::size_t packed_piece_bytes(const MergeShape& shape, int n) {
   check_merge_shape(shape, n);
-  const std::int64_t rows = shape.batch * (shape.heads / n);
-  const std::int64_t payload = rows * shape.dim * static_cast<std::int64_t>(size_of(shape.dtype));
-  return static_cast<std::size_t>(ceil_div(payload + rows * 4, 256) * 256);
+  return dcp::packed_piece(shape.batch, shape.heads / n, shape.dim, size_of(shape.dtype)).bytes;
 }
 
 void correct_partial(const MergeShape& shape, int n, int rank, const Partial& partial,

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "elements.cuh"
@@ -65,6 +66,9 @@ __device__ __forceinline__ void delay_point(const PeerTable& t, const Call& c,
   }
 }
 
+static_assert(offsetof(InboxControl, epoch) == 0 && offsetof(InboxControl, error) == 8,
+              "enter() reads both in one load");
+
 /// First statement of every peer kernel, in all threads. False if the group has failed.
 __device__ __forceinline__ bool enter(const PeerTable& t, Call& c) {
   // Before the first load that depends on earlier work and before the first remote store. Reached
@@ -115,9 +119,12 @@ __device__ __forceinline__ std::uint64_t* block_flag(const PeerTable& t, int at,
 ///
 /// @param ll_used  Words of each lane that this call uses; the same on all ranks.
 ///
-/// The epoch: every thread of a block has read it before __syncthreads(), thread 0's arrival comes
-/// after, and acquire-release makes the last arrival see all others; so the store cannot be
-/// observed by a block of this launch. One word serves launches of every grid size.
+/// The epoch: every thread has used the value that it read (in its first stores, or in the branch
+/// on the error word) before __syncthreads(), thread 0's arrival comes after, and the store depends
+/// on the last arrival. So a read that returned the new epoch would have to depend on itself, which
+/// PTX excludes ("No-Thin-Air"), and no block of this launch observes it. The arrival is relaxed on
+/// purpose: acquire-release would first wait for the sends to be acknowledged by the peers. One
+/// word serves launches of every grid size.
 ///
 /// Wiping: a flag word could match by accident if it was last written 2^32 epochs ago. Call e
 /// clears word (e/2 mod ll_words) of every lane of its own slot unless the call uses that word, in
@@ -131,7 +138,7 @@ __device__ __forceinline__ void advance_epoch(const PeerTable& t, const Call& c,
     bool last = true;
     if (gridDim.x > 1) {
       std::uint32_t before;
-      asm volatile("atom.acq_rel.gpu.global.inc.u32 %0,[%1],%2;"
+      asm volatile("atom.relaxed.gpu.global.inc.u32 %0,[%1],%2;"
                    : "=r"(before)
                    : "l"(&own->arrived), "r"(gridDim.x - 1)
                    : "memory");
@@ -346,8 +353,8 @@ inline void check_ll_words(const PeerTable& table, std::int64_t words, const cha
                       table.layout.ll_words * 8));
 }
 
-/// Grid of a flag-word kernel: a word a thread while the blocks last. Blocks have a warp at least
-/// twice, because lanes 1 to n of the first block wipe.
+/// Grid of a flag-word kernel: a word a thread while the blocks last. At least 64 threads, because
+/// threads 1 to n of the first block wipe.
 struct Grid {
   int blocks;
   int threads;

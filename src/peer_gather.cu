@@ -244,8 +244,7 @@ __global__ void __launch_bounds__(kBulkThreads, kBulkBlocksPerSm)
   }
 }
 
-// Until a measurement on two cards decides, the merge's figures are taken: flag words win while a
-// rank sends up to some 256 KiB (shared design figures: two H200, NVLink, B=1..4).
+// Not measured between two cards; the merge's boundary (peer_merge.cu) is taken over.
 constexpr PathRow kQueryPaths[] = {{320 << 10, PeerPath::flag_word}, {INT64_MAX, PeerPath::push}};
 
 void check_query(const Query& q) {

@@ -99,7 +99,7 @@ void correct_partial(const MergeShape& shape, int n, int rank, const Partial& pa
                      cudaStream_t stream);
 
 /// Bytes from one rank's piece to the next in the packed plan's buffers. A piece holds out
-/// [B,H/n,D], then lse [B,H/n] on the next 16-byte boundary, padded to 256 bytes.
+/// [B,H/n,D], then lse [B,H/n]: the layout of dcp/packed_piece.hpp.
 [[nodiscard]] std::size_t packed_piece_bytes(const MergeShape& shape, int n);
 
 /// Packed plan, before the all-to-all: piece p of `pieces` receives the heads that rank p merges.

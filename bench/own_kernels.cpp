@@ -1,0 +1,405 @@
+#include <cohort/cuda/kernels.hpp>
+
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+// own_kernels [--ranks N] [--json FILE]
+//
+// The library's own kernels on one card, N ranks as N streams of this process, every inbox local:
+// what the kernels themselves cost, without a link. Graph replays of 50 calls; medians of 15, each
+// the maximum over the ranks. And the local kernels' bandwidth against cudaMemcpyAsync on 64 MiB.
+
+namespace {
+
+namespace cuda = cohort::cuda;
+using cohort::DType;
+
+constexpr int kCalls = 50;
+constexpr int kReplays = 15;
+
+void check(cudaError_t code, const char* what) {
+  if (code != cudaSuccess) {
+    fmt::print(stderr, "{}: {}\n", what, cudaGetErrorString(code));
+    std::exit(3);
+  }
+}
+
+std::byte* device_memory(std::int64_t bytes) {
+  void* memory = nullptr;
+  check(cudaMalloc(&memory, static_cast<std::size_t>(bytes)), "cudaMalloc");
+  return static_cast<std::byte*>(memory);
+}
+
+/// Random bf16 values in (-2, 2): zeros would flatter the timings.
+void randomize(std::byte* to, std::int64_t bytes) {
+  std::mt19937 random(1);
+  std::vector<std::uint32_t> words(1 << 18);
+  for (auto& word : words) {
+    word = static_cast<std::uint32_t>(random()) & 0xbfffbfffU;
+  }
+  for (std::int64_t at = 0; at < bytes; at += static_cast<std::int64_t>(words.size() * 4)) {
+    const auto length =
+        std::min<std::int64_t>(bytes - at, static_cast<std::int64_t>(words.size()) * 4);
+    check(
+        cudaMemcpy(to + at, words.data(), static_cast<std::size_t>(length), cudaMemcpyHostToDevice),
+        "cudaMemcpy");
+  }
+}
+
+struct Rank {
+  cuda::PeerTable table;
+  cudaStream_t stream = nullptr;
+  cudaEvent_t begin = nullptr;
+  cudaEvent_t end = nullptr;
+  std::byte* in = nullptr;
+  std::byte* out = nullptr;
+  float* lse = nullptr;
+};
+
+constexpr std::int64_t kBuffer = std::int64_t{40} << 20;
+
+std::vector<Rank> make_ranks(int n) {
+  const auto layout = cuda::InboxLayout::make(
+      {.ranks = n, .flag_word_bytes = 2 << 20, .bulk_bytes = 12 << 20, .max_blocks = 132 / n});
+  std::vector<Rank> ranks(static_cast<std::size_t>(n));
+  std::vector<std::byte*> inboxes;
+  for (auto& rank : ranks) {
+    inboxes.push_back(device_memory(layout.bytes));
+    rank.in = device_memory(kBuffer);
+    rank.out = device_memory(kBuffer);
+    rank.lse = reinterpret_cast<float*>(device_memory(1 << 20));
+    randomize(rank.in, kBuffer);
+    randomize(reinterpret_cast<std::byte*>(rank.lse), 1 << 20);
+    check(cudaStreamCreateWithFlags(&rank.stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    check(cudaEventCreate(&rank.begin), "cudaEventCreate");
+    check(cudaEventCreate(&rank.end), "cudaEventCreate");
+  }
+  for (std::size_t r = 0; r < ranks.size(); ++r) {
+    auto& table = ranks[r].table;
+    std::copy(inboxes.begin(), inboxes.end(), table.peers);
+    table.layout = layout;
+    table.rank = static_cast<int>(r);
+    table.size = n;
+    table.max_blocks = layout.max_blocks;
+    cuda::initialize_inbox(table, ranks[r].stream, std::chrono::seconds(20));
+  }
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  return ranks;
+}
+
+void free_ranks(std::vector<Rank>& ranks) {
+  for (auto& rank : ranks) {
+    cudaFree(rank.table.peers[rank.table.rank]);
+    cudaFree(rank.in);
+    cudaFree(rank.out);
+    cudaFree(rank.lse);
+    cudaEventDestroy(rank.begin);
+    cudaEventDestroy(rank.end);
+    cudaStreamDestroy(rank.stream);
+  }
+}
+
+using Call = std::function<void(const Rank&)>;
+
+cudaGraphExec_t capture(const Rank& rank, const Call& call) {
+  check(cudaStreamBeginCapture(rank.stream, cudaStreamCaptureModeThreadLocal), "begin capture");
+  for (int i = 0; i < kCalls; ++i) {
+    call(rank);
+  }
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  check(cudaStreamEndCapture(rank.stream, &graph), "end capture");
+  check(cudaGraphInstantiate(&exec, graph, 0), "cudaGraphInstantiate");
+  check(cudaGraphUpload(exec, rank.stream), "cudaGraphUpload");
+  check(cudaGraphDestroy(graph), "cudaGraphDestroy");
+  return exec;
+}
+
+/// Microseconds per call.
+double time_of(std::vector<Rank>& ranks, const Call& call) {
+  std::vector<cudaGraphExec_t> graphs;
+  for (const auto& rank : ranks) {
+    graphs.push_back(capture(rank, call));
+  }
+  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  std::vector<double> times;
+  for (int i = 0; i < kReplays + 3; ++i) {
+    for (std::size_t r = 0; r < ranks.size(); ++r) {
+      check(cudaEventRecord(ranks[r].begin, ranks[r].stream), "cudaEventRecord");
+      check(cudaGraphLaunch(graphs[r], ranks[r].stream), "cudaGraphLaunch");
+      check(cudaEventRecord(ranks[r].end, ranks[r].stream), "cudaEventRecord");
+    }
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    // The last rank to be launched has waited for nobody: the launches of the others are not in it.
+    float ms = 0;
+    check(cudaEventElapsedTime(&ms, ranks.back().begin, ranks.back().end), "cudaEventElapsedTime");
+    if (i >= 3) {
+      times.push_back(ms * 1e3 / kCalls);
+    }
+  }
+  for (cudaGraphExec_t graph : graphs) {
+    cudaGraphExecDestroy(graph);
+  }
+  if (cuda::read_inbox_error(ranks[0].table, ranks[0].stream)) {
+    fmt::print(stderr, "a kernel timed out\n");
+    std::exit(2);
+  }
+  std::sort(times.begin(), times.end());
+  return times[times.size() / 2];
+}
+
+/// Results as JSON lines of one array.
+class Report {
+ public:
+  void add(const std::string& fields) {
+    rows_.push_back("    {" + fields + "}");
+    fmt::print("{}\n", fields);
+    std::fflush(stdout);
+  }
+  [[nodiscard]] std::string text(const std::string& head) const {
+    std::string all = "{\n" + head + "  \"rows\": [\n";
+    for (std::size_t i = 0; i < rows_.size(); ++i) {
+      all += rows_[i] + (i + 1 < rows_.size() ? ",\n" : "\n");
+    }
+    return all + "  ]\n}\n";
+  }
+
+ private:
+  std::vector<std::string> rows_;
+};
+
+void time_collectives(Report& report, std::vector<Rank>& ranks) {
+  const int n = static_cast<int>(ranks.size());
+  const auto row = [&](const char* op, std::int64_t total, double us) {
+    report.add(fmt::format(R"("op": "{}", "ranks": {}, "total_bytes": {}, "us": {:.3f})", op, n,
+                           total, us));
+  };
+  row("barrier", 0, time_of(ranks, [](const Rank& r) { cuda::peer_barrier(r.table, r.stream); }));
+  for (const std::int64_t total : {2 << 10, 8 << 10, 32 << 10, 64 << 10, 256 << 10}) {
+    const auto dims = cuda::AlongDim::contiguous(1, total / n, n);
+    row("all_gather", total, time_of(ranks, [&](const Rank& r) {
+          cuda::peer_all_gather(r.table, dims, r.in, r.out, r.stream);
+        }));
+    row("reduce_scatter", total, time_of(ranks, [&](const Rank& r) {
+          cuda::peer_reduce_scatter(r.table, dims, DType::bf16, r.in, r.out, r.stream);
+        }));
+    row("all_reduce", total, time_of(ranks, [&](const Rank& r) {
+          cuda::peer_all_reduce(r.table, total / 2, DType::bf16, r.in, r.out, r.stream);
+        }));
+  }
+}
+
+void time_attention(Report& report, std::vector<Rank>& ranks) {
+  const int n = static_cast<int>(ranks.size());
+  constexpr std::int64_t kHeads = 128;
+  constexpr std::int64_t kDim = 512;
+  constexpr std::int64_t kRope = 64;
+  for (const std::int64_t batch : {1, 2, 4, 8, 16, 32, 64, 128}) {
+    const cuda::MergeShape shape{batch, kHeads, kDim, DType::bf16};
+    const cuda::Query shape_of_query{
+        .batch = batch, .heads = kHeads / n, .nope_dim = kDim, .pe_dim = kRope};
+    for (const auto path :
+         {cuda::PeerPath::flag_word, cuda::PeerPath::push, cuda::PeerPath::pull}) {
+      const bool words = path == cuda::PeerPath::flag_word;
+      const auto fits = [&](std::int64_t lane) {
+        return lane <=
+               (words ? ranks[0].table.layout.ll_words * 8 : ranks[0].table.layout.bulk_lane_bytes);
+      };
+      const std::int64_t merge_lane = cuda::merge_lane_bytes(shape, n, path);
+      const std::int64_t query_lane = cuda::query_lane_bytes(shape_of_query, path);
+      const auto row = [&](const char* op, std::int64_t lane, double us) {
+        const std::int64_t needed = lane * (n - 1);
+        report.add(
+            fmt::format(R"("op": "{}", "ranks": {}, "batch": {}, "path": "{}", "us": {:.3f}, )"
+                        R"("bytes_needed": {}, "bytes_moved": {}, "needed_gb_s": {:.1f})",
+                        op, n, batch, cuda::to_string(path), us, needed, needed * (words ? 2 : 1),
+                        static_cast<double>(needed) / us / 1e3));
+      };
+      if (fits(merge_lane)) {
+        row("merge", merge_lane, time_of(ranks, [&](const Rank& r) {
+              cuda::peer_merge(r.table, shape, {r.in, kHeads * kDim, kDim, r.lse, kHeads, 1},
+                               {r.out, kHeads / n * kDim, kDim}, r.stream, path);
+            }));
+      }
+      if (fits(query_lane)) {
+        row("gather_query", query_lane, time_of(ranks, [&](const Rank& r) {
+              cuda::Query query = shape_of_query;
+              query.nope = r.in;
+              query.nope_batch_stride = query.heads * kDim;
+              query.nope_head_stride = kDim;
+              query.pe = r.in + batch * query.heads * kDim * 2;
+              query.pe_batch_stride = query.heads * kRope;
+              query.pe_head_stride = kRope;
+              cuda::peer_gather_query(r.table, query, r.out, kHeads * (kDim + kRope), kDim + kRope,
+                                      r.stream, path);
+            }));
+      }
+    }
+  }
+}
+
+/// Local kernels on 64 MiB, rotating among buffers that together exceed the second-level cache.
+void time_local(Report& report) {
+  constexpr std::int64_t kBytes = std::int64_t{64} << 20;
+  constexpr int kSets = 4;
+  std::vector<Rank> one(1);
+  check(cudaStreamCreateWithFlags(&one[0].stream, cudaStreamNonBlocking), "cudaStreamCreate");
+  check(cudaEventCreate(&one[0].begin), "cudaEventCreate");
+  check(cudaEventCreate(&one[0].end), "cudaEventCreate");
+  const auto layout = cuda::InboxLayout::make({.ranks = 1});
+  one[0].table.peers[0] = device_memory(layout.bytes);
+  one[0].table.layout = layout;
+  one[0].table.size = 1;
+  one[0].table.max_blocks = 1;
+  cuda::initialize_inbox(one[0].table, one[0].stream);
+  std::vector<std::byte*> in;
+  std::vector<std::byte*> out;
+  for (int i = 0; i < kSets; ++i) {
+    in.push_back(device_memory(kBytes + (1 << 20)));
+    out.push_back(device_memory(kBytes + (1 << 20)));
+    randomize(in.back(), kBytes);
+  }
+  std::size_t turn = 0;
+  const auto next = [&] { return turn++ % kSets; };
+  double copy_gb_s = 0;
+  const auto row = [&](const std::string& op, double moved_bytes, double us) {
+    const double gb_s = moved_bytes / us / 1e3;
+    copy_gb_s = copy_gb_s == 0 ? gb_s : copy_gb_s;
+    report.add(fmt::format(R"("op": "{}", "us": {:.2f}, "gb_s": {:.0f}, "of_copy": {:.3f})", op, us,
+                           gb_s, gb_s / copy_gb_s));
+  };
+  row("cudaMemcpyAsync 64 MiB", 2.0 * kBytes, time_of(one, [&](const Rank& r) {
+        const std::size_t i = next();
+        check(cudaMemcpyAsync(out[i], in[i], kBytes, cudaMemcpyDeviceToDevice, r.stream), "copy");
+      }));
+  // [8][outer][inner] to [outer][8][inner]: unpacking an all-gather along a dimension.
+  for (const std::int64_t inner : {8, 64, 512, 4096, 65536}) {
+    const std::int64_t outer = kBytes / 2 / 8 / inner;
+    const std::array<std::int64_t, 3> shape = {8, outer, inner};
+    const std::array<std::int64_t, 3> from = {outer * inner, inner, 1};
+    const std::array<std::int64_t, 3> to = {inner, 8 * inner, 1};
+    row(fmt::format("strided_copy unpack, runs of {} bf16", inner), 2.0 * kBytes,
+        time_of(one, [&](const Rank& r) {
+          const std::size_t i = next();
+          cuda::strided_copy(in[i], from, out[i], to, shape, DType::bf16, r.stream);
+        }));
+    row(fmt::format("strided_copy pack, runs of {} bf16", inner), 2.0 * kBytes,
+        time_of(one, [&](const Rank& r) {
+          const std::size_t i = next();
+          cuda::strided_copy(in[i], to, out[i], from, shape, DType::bf16, r.stream);
+        }));
+  }
+  // B=512, H=128, D=512 bf16: 64 MiB of partials. The LSEs are what follows, finite or not.
+  const cuda::MergeShape shape{512, 128, 512, DType::bf16};
+  for (const int n : {2, 8}) {
+    const double piece = static_cast<double>(cuda::packed_piece_bytes(shape, n));
+    row(fmt::format("pack_partial n={}", n), 2.0 * kBytes, time_of(one, [&](const Rank& r) {
+          const std::size_t i = next();
+          cuda::pack_partial(shape, n,
+                             {in[i], 128 * 512, 512, reinterpret_cast<float*>(in[i]), 128, 1},
+                             out[i], r.stream);
+        }));
+    row(fmt::format("merge_pieces n={}", n), piece * (n + 1), time_of(one, [&](const Rank& r) {
+          const std::size_t i = next();
+          cuda::merge_pieces(shape, n, in[i], {out[i], 128 / n * 512, 512}, r.stream);
+        }));
+    row(fmt::format("correct_partial n={} bf16", n), 2.0 * kBytes, time_of(one, [&](const Rank& r) {
+          const std::size_t i = next();
+          cuda::correct_partial(shape, n, 1, {in[i], 128 * 512, 512},
+                                reinterpret_cast<float*>(in[i]), out[i], 512, 512 * 512,
+                                DType::bf16, nullptr, r.stream);
+        }));
+    row(fmt::format("reduce_pieces n={} bf16", n), static_cast<double>(kBytes) * (n + 1) / n,
+        time_of(one, [&](const Rank& r) {
+          const std::size_t i = next();
+          cuda::reduce_pieces(in[i], n, kBytes / 2 / n, out[i], kBytes / 2 / n, DType::bf16,
+                              r.stream);
+        }));
+  }
+  for (int i = 0; i < kSets; ++i) {
+    cudaFree(in[static_cast<std::size_t>(i)]);
+    cudaFree(out[static_cast<std::size_t>(i)]);
+  }
+  free_ranks(one);
+}
+
+std::string head_of(int argc, char** argv) {
+  cudaDeviceProp device{};
+  int driver = 0;
+  int runtime = 0;
+  check(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
+  check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+  std::string command;
+  for (int i = 0; i < argc; ++i) {
+    command += (i == 0 ? "" : " ") + std::string(argv[i]);
+  }
+  std::string kernels;
+  for (const int n : {2, 8}) {
+    for (const auto& k : cuda::kernel_report(n)) {
+      kernels +=
+          fmt::format(R"({}    {{"ranks": {}, "kernel": "{}", "registers": {}, "local_bytes": {}, )"
+                      R"("shared_bytes": {}, "threads": {}, "blocks_per_sm": {}}})",
+                      kernels.empty() ? "" : ",\n", n, k.name, k.registers, k.local_bytes,
+                      k.shared_bytes, k.threads, k.blocks_per_sm);
+    }
+  }
+  fmt::print("{}\n", kernels);
+  return fmt::format(
+      "  \"gpu\": \"{}\", \"multiprocessors\": {}, \"driver_api\": {}, \"cuda_runtime\": {},\n"
+      "  \"command\": \"{}\",\n  \"setting\": \"one card, all inboxes local, graph replay of {} "
+      "calls, median of {}\",\n  \"kernels\": [\n{}\n  ],\n",
+      device.name, device.multiProcessorCount, driver, runtime, command, kCalls, kReplays, kernels);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  // One hardware queue per rank's stream, and all code loaded before any kernel waits.
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
+  setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+  std::vector<int> counts = {2, 4, 8};
+  std::string json;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    if (std::string(argv[i]) == "--ranks") {
+      counts = {std::atoi(argv[i + 1])};
+    } else if (std::string(argv[i]) == "--json") {
+      json = argv[i + 1];
+    }
+  }
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    fmt::print("skipped: no CUDA device\n");
+    return 77;
+  }
+  const std::string head = head_of(argc, argv);
+  Report report;
+  for (const int n : counts) {
+    auto ranks = make_ranks(n);
+    time_collectives(report, ranks);
+    time_attention(report, ranks);
+    free_ranks(ranks);
+  }
+  time_local(report);
+  if (!json.empty()) {
+    std::FILE* file = std::fopen(json.c_str(), "w");
+    if (file == nullptr) {
+      fmt::print(stderr, "cannot write {}\n", json);
+      return 1;
+    }
+    const std::string text = report.text(head);
+    std::fwrite(text.data(), 1, text.size(), file);
+    std::fclose(file);
+  }
+  return 0;
+}

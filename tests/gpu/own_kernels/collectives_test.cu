@@ -1,0 +1,245 @@
+#include <numeric>
+
+#include "world.cuh"
+
+// All-gather, reduce-scatter, all-reduce and the barrier: sizes around every vector and block
+// boundary, along dimensions, aligned or not, exact and random inputs, epochs across 2^32.
+
+namespace cohort::test {
+namespace {
+
+/// One side of `AlongDim` with `gap` bytes after each outer index, at `shift` bytes of a buffer.
+struct Case {
+  std::int64_t outer;
+  std::int64_t inner;  ///< elements
+  std::int64_t gap;    ///< elements
+  std::int64_t shift;  ///< elements
+  DType dtype;
+};
+
+cuda::AlongDim dims_of(const Case& c, int n) {
+  const auto element = static_cast<std::int64_t>(size_of(c.dtype));
+  const std::int64_t inner = c.inner * element;
+  const std::int64_t gap = c.gap * element;
+  return {c.outer, inner, inner + gap, n * (inner + gap), inner + gap};
+}
+
+std::string name(const char* op, const Case& c, int n) {
+  return fmt::format("{} n={} outer={} inner={} gap={} shift={} {}", op, n, c.outer, c.inner, c.gap,
+                     c.shift, to_string(c.dtype));
+}
+
+struct Sides {
+  std::size_t element;
+  std::size_t shift;       ///< bytes
+  std::size_t share_span;  ///< elements in memory
+  std::size_t full_span;
+};
+
+Sides sides_of(const Case& c, int n) {
+  const std::size_t element = size_of(c.dtype);
+  return {element, to_size(c.shift) * element, to_size(c.outer * (c.inner + c.gap)),
+          to_size(c.outer * (c.inner + c.gap) * n)};
+}
+
+std::vector<Buffer> make_buffers(int n, std::size_t bytes) {
+  std::vector<Buffer> buffers;
+  for (int r = 0; r < n; ++r) {
+    buffers.emplace_back(bytes + 64);
+  }
+  return buffers;
+}
+
+bool all_gather_right(World& world, const Case& c, Random& random) {
+  const int n = world.size();
+  const Sides s = sides_of(c, n);
+  std::vector<std::vector<std::byte>> in;
+  auto from = make_buffers(n, s.shift + s.share_span * s.element);
+  auto to = make_buffers(n, s.shift + s.full_span * s.element);
+  for (int r = 0; r < n; ++r) {
+    in.push_back(random_elements(random, c.dtype, static_cast<std::int64_t>(s.share_span), false));
+    COHORT_CHECK(cudaMemcpy(from[to_size(r)].at(s.shift), in.back().data(), in.back().size(),
+                            cudaMemcpyHostToDevice));
+  }
+  world.run([&](int r, const cuda::PeerTable& t, cudaStream_t stream) {
+    cuda::peer_all_gather(t, dims_of(c, n), from[to_size(r)].at(s.shift),
+                          to[to_size(r)].at(s.shift), stream);
+  });
+  const std::size_t row = to_size(c.inner + c.gap) * s.element;
+  std::vector<std::byte> want(s.full_span * s.element, std::byte{0xff});
+  for (std::int64_t o = 0; o < c.outer; ++o) {
+    for (int r = 0; r < n; ++r) {
+      std::memcpy(want.data() + (to_size(o * n + r)) * row,
+                  in[to_size(r)].data() + to_size(o) * row, to_size(c.inner) * s.element);
+    }
+  }
+  bool good = true;
+  for (int r = 0; r < n; ++r) {
+    const auto all = to[to_size(r)].download<std::byte>(s.shift + want.size());
+    good = good && std::equal(want.begin(), want.end(), all.begin() + static_cast<long>(s.shift));
+  }
+  return good;
+}
+
+/// Compares one element with a sum in fp64.
+bool is_sum(DType dtype, double got, const std::vector<double>& terms) {
+  double sum = 0;
+  double magnitude = 0;
+  for (const double term : terms) {
+    sum += term;
+    magnitude += std::abs(term);
+  }
+  return std::abs(got - sum) <=
+         roundoff(dtype) * std::abs(sum) + static_cast<double>(terms.size()) * 0x1p-23 * magnitude;
+}
+
+bool reduce_scatter_right(World& world, const Case& c, Random& random, bool exact) {
+  const int n = world.size();
+  const Sides s = sides_of(c, n);
+  std::vector<std::vector<std::byte>> in;
+  auto from = make_buffers(n, s.shift + s.full_span * s.element);
+  auto to = make_buffers(n, s.shift + s.share_span * s.element);
+  for (int r = 0; r < n; ++r) {
+    in.push_back(random_elements(random, c.dtype, static_cast<std::int64_t>(s.full_span), exact));
+    COHORT_CHECK(cudaMemcpy(from[to_size(r)].at(s.shift), in.back().data(), in.back().size(),
+                            cudaMemcpyHostToDevice));
+  }
+  world.run([&](int r, const cuda::PeerTable& t, cudaStream_t stream) {
+    cuda::peer_reduce_scatter(t, dims_of(c, n), c.dtype, from[to_size(r)].at(s.shift),
+                              to[to_size(r)].at(s.shift), stream);
+  });
+  bool good = true;
+  for (int r = 0; r < n; ++r) {
+    const auto all = to[to_size(r)].download<std::byte>(s.shift + s.share_span * s.element);
+    for (std::int64_t o = 0; o < c.outer; ++o) {
+      for (std::int64_t k = 0; k < c.inner; ++k) {
+        const std::size_t row = to_size(c.inner + c.gap);
+        std::vector<double> terms;
+        for (const auto& input : in) {
+          terms.push_back(
+              decode(c.dtype, input.data() + (to_size(o * n + r) * row + to_size(k)) * s.element));
+        }
+        const double got =
+            decode(c.dtype, all.data() + s.shift + (to_size(o) * row + to_size(k)) * s.element);
+        good = good && (exact ? got == std::accumulate(terms.begin(), terms.end(), 0.0)
+                              : is_sum(c.dtype, got, terms));
+      }
+    }
+  }
+  return good;
+}
+
+bool all_reduce_right(World& world, std::int64_t count, DType dtype, bool in_place, Random& random,
+                      bool exact) {
+  const int n = world.size();
+  const std::size_t element = size_of(dtype);
+  std::vector<std::vector<std::byte>> in;
+  auto from = make_buffers(n, to_size(count) * element);
+  auto to = make_buffers(n, to_size(count) * element);
+  for (int r = 0; r < n; ++r) {
+    in.push_back(random_elements(random, dtype, count, exact));
+    from[to_size(r)].upload(in.back().data(), in.back().size());
+  }
+  auto& result = in_place ? from : to;
+  world.run([&](int r, const cuda::PeerTable& t, cudaStream_t stream) {
+    cuda::peer_all_reduce(t, count, dtype, from[to_size(r)].at(), result[to_size(r)].at(), stream);
+  });
+  const auto first = result[0].download<std::byte>(to_size(count) * element);
+  bool good = true;
+  for (int r = 1; r < n; ++r) {
+    good = good && first == result[to_size(r)].download<std::byte>(first.size());
+  }
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::vector<double> terms;
+    for (const auto& input : in) {
+      terms.push_back(decode(dtype, input.data() + to_size(i) * element));
+    }
+    const double got = decode(dtype, first.data() + to_size(i) * element);
+    good = good && (exact ? got == std::accumulate(terms.begin(), terms.end(), 0.0)
+                          : is_sum(dtype, got, terms));
+  }
+  return good;
+}
+
+/// Elements around the boundaries of words (8 bytes), blocks and grids.
+std::vector<std::int64_t> counts_of(const World& world, DType dtype) {
+  const auto per_word = 8 / static_cast<std::int64_t>(size_of(dtype));
+  const std::int64_t grid = std::int64_t{256} * world.table(0).max_blocks;
+  std::vector<std::int64_t> counts = {0, 1, 2, 3, 4, 5, 7, 8, 9};
+  for (const std::int64_t words : {std::int64_t{64}, std::int64_t{512}, grid}) {
+    for (const std::int64_t delta : {-1, 0, 1}) {
+      counts.push_back(words * per_word + delta);
+    }
+    counts.push_back((words + 1) * per_word);
+  }
+  return counts;
+}
+
+void test_sizes(Tally& tally, World& world, Random& random) {
+  const int n = world.size();
+  for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
+    for (const std::int64_t count : counts_of(world, dtype)) {
+      const bool exact = random() % 2 == 0;
+      const Case c{1, count, 0, 0, dtype};
+      tally.expect(all_gather_right(world, c, random), name("all_gather", c, n));
+      tally.expect(reduce_scatter_right(world, c, random, exact), name("reduce_scatter", c, n));
+      tally.expect(all_reduce_right(world, count, dtype, random() % 2 == 0, random, exact),
+                   fmt::format("all_reduce n={} count={} {}", n, count, to_string(dtype)));
+    }
+  }
+}
+
+void test_strides(Tally& tally, World& world, Random& random) {
+  const int n = world.size();
+  for (const Case& c : {Case{3, 8, 0, 0, DType::bf16}, Case{5, 7, 0, 0, DType::bf16},
+                        Case{16, 1, 0, 0, DType::bf16}, Case{9, 12, 4, 0, DType::bf16},
+                        Case{4, 64, 0, 1, DType::bf16}, Case{6, 5, 3, 3, DType::f16},
+                        Case{7, 6, 2, 0, DType::f32}, Case{33, 100, 0, 1, DType::f32}}) {
+    tally.expect(all_gather_right(world, c, random), name("all_gather", c, n));
+    tally.expect(reduce_scatter_right(world, c, random, true), name("reduce_scatter", c, n));
+  }
+}
+
+/// Calls whose grids differ, across the wrap of the lower half of the epoch.
+void test_wrap(Tally& tally, int n) {
+  const std::uint64_t start = (std::uint64_t{1} << 32) - 8;
+  World world(n, 64 << 10, 0, start);
+  Random random(static_cast<unsigned>(n));
+  std::uint64_t epoch = start;
+  bool good = true;
+  for (int i = 0; i < 24; ++i) {
+    const Case c{1, i % 3 == 0 ? 8 : 3000, 0, 0, DType::bf16};
+    good = good && (i % 2 == 0 ? all_gather_right(world, c, random)
+                               : reduce_scatter_right(world, c, random, true));
+    epoch = cuda::next_epoch(epoch);
+    for (int r = 0; r < n; ++r) {
+      good = good && world.epoch(r) == epoch;
+    }
+  }
+  tally.expect(good && world.healthy(), fmt::format("epochs across 2^32, n={}", n));
+}
+
+void test_barrier(Tally& tally, World& world) {
+  for (int i = 0; i < 20; ++i) {
+    world.each([](int, const cuda::PeerTable& t, cudaStream_t s) { cuda::peer_barrier(t, s); });
+  }
+  world.finish_all();
+  tally.expect(world.healthy(), fmt::format("barrier n={}", world.size()));
+}
+
+}  // namespace
+
+void test_collectives(Tally& tally, int n) {
+  World world(n, 768 << 10, 0);
+  Random random(static_cast<unsigned>(100 + n));
+  test_sizes(tally, world, random);
+  test_strides(tally, world, random);
+  test_barrier(tally, world);
+  world.delay(1234567U + static_cast<unsigned>(n));
+  test_strides(tally, world, random);
+  test_barrier(tally, world);
+  tally.expect(world.healthy(), fmt::format("no error word set, n={}", n));
+  test_wrap(tally, n);
+}
+
+}  // namespace cohort::test

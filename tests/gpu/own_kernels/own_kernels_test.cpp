@@ -1,0 +1,97 @@
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "world.cuh"
+
+// own_kernels_test [--soak CALLS] [--seed S] [--ranks N] [--only local|collectives|attention|
+// failures|soak]
+//
+// Every kernel of the library on one card, without MPI and NCCL. `--soak` is the number of calls of
+// each rank count's soak; the default is a small one.
+
+namespace {
+
+struct Options {
+  std::int64_t soak = 3000;
+  std::uint32_t seed = 1;
+  int ranks = 0;  ///< 0: all
+  std::string only;
+};
+
+Options parse(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    const std::string key = argv[i];
+    if (key == "--soak") {
+      options.soak = std::atoll(argv[i + 1]);
+    } else if (key == "--seed") {
+      options.seed = static_cast<std::uint32_t>(std::atoll(argv[i + 1]));
+    } else if (key == "--ranks") {
+      options.ranks = std::atoi(argv[i + 1]);
+    } else if (key == "--only") {
+      options.only = argv[i + 1];
+    } else {
+      std::fprintf(stderr, "unknown option %s\n", key.c_str());
+      std::exit(64);
+    }
+  }
+  return options;
+}
+
+bool has_device() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  using namespace cohort::test;
+  // One hardware queue per rank's stream, or a waiting kernel would sit before the one that it
+  // waits for. And all code loaded at the start, because loading can wait for running kernels.
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
+  setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+  const Options options = parse(argc, argv);
+  Tally tally;
+  test_inbox(tally);
+  if (!has_device()) {
+    std::printf("skipped: no CUDA device\n");
+    tally.skipped = 5;  // the parts that `--only` names
+  } else {
+    const auto wants = [&](const char* part) {
+      return options.only.empty() || options.only == part;
+    };
+    const auto counts = options.ranks != 0 ? std::vector<int>{options.ranks}
+                                           : std::vector<int>{2, 3, 4, 5, 8, 9, 16};
+    if (wants("local")) {
+      test_local(tally);
+    }
+    for (const int n : counts) {
+      if (wants("collectives")) {
+        test_collectives(tally, n);
+      }
+      if (wants("attention")) {
+        test_attention(tally, n);
+      }
+      std::printf("n=%d: passed=%d failed=%d\n", n, tally.passed, tally.failed);
+      std::fflush(stdout);
+    }
+    if (wants("failures")) {
+      test_failures(tally);
+    }
+    for (const int n : counts) {
+      if (wants("soak")) {
+        soak(tally, n, options.soak, options.seed + static_cast<std::uint32_t>(n));
+      }
+    }
+  }
+  std::printf("cohort-test: passed=%d failed=%d skipped=%d\n", tally.passed, tally.failed,
+              tally.skipped);
+  return tally.failed == 0 ? 0 : 1;
+}

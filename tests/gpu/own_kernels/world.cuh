@@ -1,0 +1,272 @@
+#pragma once
+
+#include <cuda_runtime.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cohort/cuda/inbox.hpp"
+#include "cohort/cuda/kernels.hpp"
+#include "cohort/dtype.hpp"
+
+// N ranks as N streams of one process on one card, over one pointer table: every peer kernel end to
+// end without MPI and without NCCL.
+
+namespace cohort::test {
+
+inline void check(cudaError_t code, const char* what) {
+  if (code != cudaSuccess) {
+    std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(code));
+    std::exit(3);
+  }
+}
+#define COHORT_CHECK(call) ::cohort::test::check((call), #call)
+
+/// Counts of test cases, and what failed.
+struct Tally {
+  int passed = 0;
+  int failed = 0;
+  int skipped = 0;
+
+  void expect(bool good, const std::string& what) {
+    if (good) {
+      ++passed;
+      return;
+    }
+    ++failed;
+    if (failed <= 40) {
+      std::fprintf(stderr, "FAIL %s\n", what.c_str());
+    }
+  }
+};
+
+/// Device memory that frees itself. Filled with 0xff bytes (NaN), so that what was not written
+/// shows.
+class Buffer {
+ public:
+  explicit Buffer(std::size_t bytes) : bytes_(bytes) {
+    COHORT_CHECK(cudaMalloc(&data_, std::max<std::size_t>(bytes, 256)));
+    poison();
+  }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer(Buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), bytes_(other.bytes_) {}
+  ~Buffer() { cudaFree(data_); }
+
+  void poison() {
+    COHORT_CHECK(cudaMemset(data_, 0xff, std::max<std::size_t>(bytes_, 256)));
+    COHORT_CHECK(cudaDeviceSynchronize());
+  }
+  template <class T = std::byte>
+  [[nodiscard]] T* at(std::size_t byte = 0) const {
+    return reinterpret_cast<T*>(static_cast<std::byte*>(data_) + byte);
+  }
+  void upload(const void* from, std::size_t bytes) {
+    COHORT_CHECK(cudaMemcpy(data_, from, bytes, cudaMemcpyHostToDevice));
+  }
+  template <class T>
+  [[nodiscard]] std::vector<T> download(std::size_t count) const {
+    std::vector<T> values(count);
+    COHORT_CHECK(cudaMemcpy(values.data(), data_, count * sizeof(T), cudaMemcpyDeviceToHost));
+    return values;
+  }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
+
+/// A bounded wait for a stream; a hang is a failure, and the process leaves because it cannot go
+/// on.
+inline void finish(cudaStream_t stream, std::chrono::seconds limit = std::chrono::seconds(120)) {
+  const auto end = std::chrono::steady_clock::now() + limit;
+  while (true) {
+    const cudaError_t state = cudaStreamQuery(stream);
+    if (state == cudaSuccess) {
+      return;
+    }
+    if (state != cudaErrorNotReady) {
+      check(state, "cudaStreamQuery");
+    }
+    if (std::chrono::steady_clock::now() > end) {
+      std::fprintf(stderr,
+                   "FAIL a stream did not finish in time\ncohort-test: passed=0 failed=1 "
+                   "skipped=0\n");
+      std::_Exit(2);
+    }
+    std::this_thread::yield();
+  }
+}
+
+/// All ranks of one group.
+class World {
+ public:
+  World(int n, std::int64_t flag_word_bytes, std::int64_t bulk_bytes, std::uint64_t after_epoch = 0)
+      : n_(n) {
+    // All blocks of all ranks are resident at once on 132 multiprocessors with room for other load.
+    const int blocks = std::max(1, 120 / n);
+    layout_ = cuda::InboxLayout::make({.ranks = n,
+                                       .flag_word_bytes = flag_word_bytes,
+                                       .bulk_bytes = bulk_bytes,
+                                       .max_blocks = blocks});
+    for (int r = 0; r < n; ++r) {
+      inboxes_.emplace_back(static_cast<std::size_t>(layout_.bytes));
+      cudaStream_t stream = nullptr;
+      COHORT_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+      streams_.push_back(stream);
+    }
+    for (int r = 0; r < n; ++r) {
+      cuda::PeerTable table;
+      for (int p = 0; p < n; ++p) {
+        table.peers[p] = inboxes_[static_cast<std::size_t>(p)].at();
+      }
+      table.layout = layout_;
+      table.rank = r;
+      table.size = n;
+      table.max_blocks = blocks;
+      tables_.push_back(table);
+    }
+    reset(std::chrono::seconds(30), after_epoch);
+  }
+  World(const World&) = delete;
+  World& operator=(const World&) = delete;
+  ~World() {
+    for (cudaStream_t stream : streams_) {
+      cudaStreamDestroy(stream);
+    }
+  }
+
+  void reset(std::chrono::nanoseconds limit, std::uint64_t after_epoch = 0) {
+    for (int r = 0; r < n_; ++r) {
+      cuda::initialize_inbox(table(r), stream(r), limit, after_epoch);
+    }
+    finish_all();
+  }
+  void finish_all() {
+    for (cudaStream_t stream : streams_) {
+      finish(stream);
+    }
+  }
+  /// Different seeds for delays inside the kernels; 0 for none.
+  void delay(std::uint32_t seed) {
+    for (auto& table : tables_) {
+      table.delay_seed = seed;
+    }
+  }
+  template <class Call>
+  void each(const Call& call) {
+    for (int r = 0; r < n_; ++r) {
+      call(r, table(r), stream(r));
+    }
+  }
+  /// `each`, then waits.
+  template <class Call>
+  void run(const Call& call) {
+    each(call);
+    finish_all();
+  }
+  [[nodiscard]] bool healthy() {
+    bool good = true;
+    each([&](int, const cuda::PeerTable& t, cudaStream_t s) {
+      good = good && !cuda::read_inbox_error(t, s);
+    });
+    return good;
+  }
+  [[nodiscard]] std::uint64_t epoch(int rank) const {
+    std::uint64_t value = 0;
+    COHORT_CHECK(cudaMemcpy(&value, inboxes_[static_cast<std::size_t>(rank)].at(), sizeof(value),
+                            cudaMemcpyDeviceToHost));
+    return value;
+  }
+
+  [[nodiscard]] int size() const { return n_; }
+  [[nodiscard]] const cuda::InboxLayout& layout() const { return layout_; }
+  [[nodiscard]] const cuda::PeerTable& table(int r) const {
+    return tables_[static_cast<std::size_t>(r)];
+  }
+  [[nodiscard]] cudaStream_t stream(int r) const { return streams_[static_cast<std::size_t>(r)]; }
+
+ private:
+  int n_;
+  cuda::InboxLayout layout_;
+  std::vector<Buffer> inboxes_;
+  std::vector<cudaStream_t> streams_;
+  std::vector<cuda::PeerTable> tables_;
+};
+
+using Random = std::mt19937;
+
+inline std::size_t to_size(std::int64_t value) { return static_cast<std::size_t>(value); }
+
+/// Host values of an element type.
+inline double decode(DType dtype, const std::byte* at) {
+  std::uint16_t half = 0;
+  float single = 0;
+  switch (dtype) {
+    case DType::f16:
+      std::memcpy(&half, at, 2);
+      return f16_to_float(half);
+    case DType::bf16:
+      std::memcpy(&half, at, 2);
+      return bf16_to_float(half);
+    default:
+      std::memcpy(&single, at, 4);
+      return single;
+  }
+}
+
+inline void encode(DType dtype, float value, std::byte* at) {
+  std::uint16_t half = 0;
+  switch (dtype) {
+    case DType::f16:
+      half = float_to_f16(value);
+      std::memcpy(at, &half, 2);
+      return;
+    case DType::bf16:
+      half = float_to_bf16(value);
+      std::memcpy(at, &half, 2);
+      return;
+    default:
+      std::memcpy(at, &value, 4);
+  }
+}
+
+/// Unit roundoff of a type.
+inline double roundoff(DType dtype) {
+  return dtype == DType::bf16 ? 0x1p-8 : dtype == DType::f16 ? 0x1p-11 : 0x1p-24;
+}
+
+/// Bytes of `count` elements: small integers, whose sums are exact, or uniform in [-2, 2).
+inline std::vector<std::byte> random_elements(Random& random, DType dtype, std::int64_t count,
+                                              bool exact) {
+  const std::size_t element = size_of(dtype);
+  std::vector<std::byte> bytes(to_size(count) * element);
+  for (std::size_t i = 0; i < to_size(count); ++i) {
+    const float value = exact ? static_cast<float>(static_cast<int>(random() % 15) - 7)
+                              : static_cast<float>(random() % 65536) / 16384.0F - 2.0F;
+    encode(dtype, value, bytes.data() + i * element);
+  }
+  return bytes;
+}
+
+// The parts of the program; each in a file of its own.
+void test_inbox(Tally& tally);
+void test_local(Tally& tally);
+void test_collectives(Tally& tally, int n);
+void test_attention(Tally& tally, int n);
+void test_failures(Tally& tally);
+void soak(Tally& tally, int n, std::int64_t calls, std::uint32_t seed);
+
+}  // namespace cohort::test
