@@ -3,7 +3,7 @@
 # "N passed, M failed, K skipped"; the exit status is 0 only when nothing failed.
 #
 #   bash tests/run.sh               what every change must pass
-#   bash tests/run.sh --full        the long matrix, clang-tidy, clang++ on every header; sanitizers
+#   bash tests/run.sh --full        the long matrix, clang-tidy, clang++ on everything; and --sanitize
 #   bash tests/run.sh --sanitize    and everything under address, undefined and thread sanitizers
 #
 # The GPU parts are built where CUDA and NCCL are found, and run where a GPU is. COHORT_WERROR=ON
@@ -140,6 +140,15 @@ bash cmake/deps.sh "$( ((full)) && echo --full || echo --tests)" || { problem "p
 
 build host
 [[ -e build/host/CTestTestfile.cmake ]] && run_tests host
+
+if ((full)); then
+  if command -v clang++ >/dev/null; then
+    build clang
+    [[ -e build/clang/CTestTestfile.cmake ]] && run_tests clang -L unit
+  else
+    skip "build by clang++: clang++ is not installed"
+  fi
+fi
 
 if ((sanitize)); then
   build asan

@@ -26,7 +26,7 @@ skip() {
 for program in ip unshare nsenter mpirun; do
   command -v "$program" >/dev/null || skip "$program is not installed"
 done
-mpirun --version | grep -q 'Open MPI' || skip "the launch agent is Open MPI's"
+mpirun --version | grep -q 'Open MPI) 4' || skip "the launch agent is written for Open MPI 4"
 
 id=$$
 work=$(mktemp -d)

@@ -37,6 +37,11 @@ State& state() {
   return instance;
 }
 
+// Marks the lines that tests/run.sh would otherwise add up.
+const char* apart() {
+  return std::getenv("COHORT_TEST_NOT_ADDED_UP") != nullptr ? " (not added up)" : "";
+}
+
 class Listener : public ListenerBase {
  public:
   using ListenerBase::ListenerBase;
@@ -56,7 +61,7 @@ class Listener : public ListenerBase {
     auto& counts = state().counts;
     ++(verdict.failed ? counts.failed : verdict.skipped ? counts.skipped : counts.passed);
     if (verdict.skipped && state().reports) {
-      std::printf("cohort-skip: %s: %s\n", name.c_str(), state().skip_reason->c_str());
+      std::printf("cohort-skip%s: %s: %s\n", apart(), name.c_str(), state().skip_reason->c_str());
     }
     std::fflush(stdout);
   }
@@ -94,9 +99,8 @@ SessionResult run_session(int argc, char** argv, const Agree& agree, bool report
 }
 
 void print_counts(const Counts& counts) {
-  const bool apart = std::getenv("COHORT_TEST_NOT_ADDED_UP") != nullptr;
-  std::printf("cohort-test%s: passed=%d failed=%d skipped=%d\n", apart ? " (not added up)" : "",
-              counts.passed, counts.failed, counts.skipped);
+  std::printf("cohort-test%s: passed=%d failed=%d skipped=%d\n", apart(), counts.passed,
+              counts.failed, counts.skipped);
   std::fflush(stdout);
 }
 
