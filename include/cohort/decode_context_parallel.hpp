@@ -75,13 +75,13 @@ class DecodeContextParallelGroup : public GroupCoordinator {
           size(), shape.batch, shape.heads, shape.latent, shape.rope, shape.value,
           to_string(shape.dtype)));
     }
-    if (size() == 1) {
-      return;
+    const auto ranks = static_cast<std::size_t>(size());
+    for (const auto extent : {shape.latent, shape.rope, shape.value}) {
+      static_cast<void>(numel({size(), shape.batch, shape.heads, extent}));  // throws on overflow
     }
     const auto piece =
         dcp::packed_piece(shape.batch, shape.heads / size(), shape.value, size_of(shape.dtype));
     const auto rows = static_cast<std::size_t>(shape.batch * shape.heads);
-    const auto ranks = static_cast<std::size_t>(size());
     const std::size_t query =
         rows * static_cast<std::size_t>(shape.latent + shape.rope) * size_of(shape.dtype);
     const std::size_t value = rows * static_cast<std::size_t>(shape.value);
@@ -116,6 +116,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
     if (PeerKernels* kernels = peer_kernels();
         kernels != nullptr && kernels->gather_obstacle(q_nope, q_pe).empty()) {
+      debug_compare("gather_query", q_nope, 0, {}, static_cast<int>(q_pe.size(2)), &q);
       kernels->gather_query(q_nope, q_pe, q, stream);
       return;
     }
@@ -147,6 +148,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     last_choice_ = choose(arguments);
     switch (last_choice_.plan) {
       case MergePlan::one_kernel:
+        debug_compare("merge_attention", out, 0, {}, static_cast<int>(base), &merged);
         peer_kernels()->merge_attention(arguments, stream);
         return;
       case MergePlan::staged:

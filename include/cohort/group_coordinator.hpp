@@ -1,10 +1,12 @@
 #pragma once
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
+#include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <memory>
-#include <numeric>
 #include <span>
 #include <string>
 #include <string_view>
@@ -84,7 +86,8 @@ class GroupCoordinator {
     return {parts_.decision.nccl_windows.on ? arena_.get() : nullptr, parts_.backend.get()};
   }
   /// What an audience of several groups registers its segments with.
-  [[nodiscard]] AudienceMember audience_member() const noexcept {
+  [[nodiscard]] AudienceMember audience_member() const {
+    throw_if_closed();
     return {parts_.control.get(), parts_.transport.get()};
   }
 
@@ -210,6 +213,7 @@ class GroupCoordinator {
   void barrier(StreamRef stream = {}) {
     throw_if_closed();
     order(stream);
+    debug_agree("barrier");
     if (size_ > 1) {
       parts_.transport->barrier(stream);
     }
@@ -226,9 +230,33 @@ class GroupCoordinator {
     }
   }
 
+  /// Work that `stream` gets after this runs after the group's calls so far. Every call does it by
+  /// itself; an engine does it before it launches a graph with calls of the group. Calls of one
+  /// capture are ordered among themselves: their place among eager calls is where the graph is
+  /// launched.
+  void order(StreamRef stream) {
+    throw_if_closed();
+    if (!stream.valid()) {
+      return;
+    }
+    if (const CaptureId capture = stream.capture_id(); capture != 0) {
+      if (capture == last_capture_ && stream != last_captured_) {
+        stream.wait_for(last_captured_);
+      }
+      last_capture_ = capture;
+      last_captured_ = stream;
+      return;
+    }
+    if (last_stream_.valid() && stream != last_stream_ && last_stream_.capture_id() == 0) {
+      stream.wait_for(last_stream_);
+    }
+    last_stream_ = stream;
+  }
+
   /// The path that a call with these arguments takes, such as "direct" or "nccl symmetric".
   [[nodiscard]] std::string path(Collective collective, const ConstTensorView& x,
                                  const TensorView& out, int dim = 0) const {
+    throw_if_closed();
     return size_ == 1 ? "single rank" : parts_.transport->path(collective, x, out, dim);
   }
 
@@ -295,19 +323,30 @@ class GroupCoordinator {
     }
   }
 
-  /// Orders this group's calls on different streams. A capture is left alone: its place among
-  /// eager calls is where its graph is launched.
-  void order(StreamRef stream) {
-    if (!stream.valid() || stream == last_stream_) {
+  /// The opt-in comparison of a call's arguments across the ranks. `extra` is the op, root or base.
+  void debug_compare(std::string_view call, const ConstTensorView& x, int dim,
+                     std::span<const std::int64_t> sizes, int extra, const TensorView* out) {
+    if (!parts_.debug_checks || size_ == 1) {
       return;
     }
-    if (stream.capture_id() != 0) {
+    // Extents along `dim` differ between ranks in the v-variants; their list does not.
+    Dims shape = x.shape();
+    if (!sizes.empty()) {
+      shape[normalize_dim(dim, x.ndim(), "dim")] = 0;
+    }
+    debug_agree(fmt::format("{} of {}{} dim {} sizes [{}] variant {}, input at {}, output at {}",
+                            call, to_string(x.dtype()), to_string(shape), dim,
+                            fmt::join(sizes, ","), extra, window_offset(x.data()),
+                            window_offset(out->data())));
+  }
+  void debug_agree(std::string_view call) {
+    if (!parts_.debug_checks || size_ == 1) {
       return;
     }
-    if (last_stream_.valid() && last_stream_.capture_id() == 0) {
-      stream.wait_for(last_stream_);
-    }
-    last_stream_ = stream;
+    ControlPlane* control = parts_.control.get();
+    agree(std::span(&control, 1), {.place = fmt::format("{} in group {}", call, parts_.name),
+                                   .sequence = debug_sequence_++,
+                                   .history = arena_->history()});
   }
 
  private:
@@ -461,32 +500,6 @@ class GroupCoordinator {
     }
   }
 
-  /// The opt-in comparison of a call's arguments across the ranks. `extra` is the op or the root.
-  void debug_compare(std::string_view call, const ConstTensorView& x, int dim,
-                     std::span<const std::int64_t> sizes, int extra, const TensorView* out) {
-    if (!parts_.debug_checks || size_ == 1) {
-      return;
-    }
-    // Extents along `dim` differ between ranks in the v-variants; their list does not.
-    Dims shape = x.shape();
-    if (!sizes.empty()) {
-      shape[normalize_dim(dim, x.ndim(), "dim")] = 0;
-    }
-    std::string list;
-    for (const auto extent : sizes) {
-      list += fmt::format(" {}", extent);
-    }
-    ControlPlane* control = parts_.control.get();
-    agree(std::span(&control, 1),
-          {.place = fmt::format("{} of {}{} dim {} sizes{} op or root {} in group {}, input at {}, "
-                                "output at {}",
-                                call, to_string(x.dtype()), to_string(shape), dim, list, extra,
-                                parts_.name, window_offset(x.data()), window_offset(out->data())),
-           .sequence = debug_sequence_++,
-           .bytes = 0,
-           .history = arena_->history()});
-  }
-
   [[nodiscard]] std::string window_offset(const void* address) const {
     const auto offset = arena_->offset_of(address);
     return offset ? fmt::format("offset {}", *offset) : "no offset";
@@ -498,6 +511,8 @@ class GroupCoordinator {
   std::vector<std::int64_t> equal_;  // one extent for each rank, refilled by each call
   std::shared_ptr<SymmetricArena> arena_;
   StreamRef last_stream_;
+  CaptureId last_capture_ = 0;
+  StreamRef last_captured_;  // the last stream in that capture with a call
   std::uint64_t debug_sequence_ = 0;
   bool closed_ = false;
 };

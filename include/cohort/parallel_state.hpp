@@ -2,12 +2,18 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "cohort/agreement.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/decode_context_parallel.hpp"
 #include "cohort/graph_capture.hpp"
@@ -40,13 +46,20 @@ struct ParallelOptions {
 /// A captured graph and the memory that it leases.
 class CapturedGraph {
  public:
-  explicit CapturedGraph(std::unique_ptr<ExecutableGraph> graph) : graph_(std::move(graph)) {}
+  /// @param order  Called before each launch with its stream.
+  CapturedGraph(std::unique_ptr<ExecutableGraph> graph, std::function<void(StreamRef)> order)
+      : graph_(std::move(graph)), order_(std::move(order)) {}
 
-  /// Enqueues the captured work. All ranks launch the same sequence of graphs and calls.
-  void launch(StreamRef stream) { graph_->launch(stream); }
+  /// Enqueues the captured work after the eager calls so far, on whichever streams. All ranks
+  /// launch the same sequence of graphs and calls. Throws `UsageError` after the state's shutdown.
+  void launch(StreamRef stream) {
+    order_(stream);
+    graph_->launch(stream);
+  }
 
  private:
   std::unique_ptr<ExecutableGraph> graph_;
+  std::function<void(StreamRef)> order_;
 };
 
 /// The world, tensor-parallel, pipeline-parallel and decode-context-parallel group of this rank.
@@ -68,7 +81,12 @@ class ParallelState {
   ParallelState& operator=(ParallelState&&) = delete;
   ParallelState(const ParallelState&) = delete;
   ParallelState& operator=(const ParallelState&) = delete;
-  ~ParallelState() { close_audiences(); }
+  ~ParallelState() {
+    close_audiences();
+    if (formed_ != nullptr) {
+      formed_->clear();
+    }
+  }
 
   [[nodiscard]] const ParallelLayout& layout() const noexcept { return options_.layout; }
   [[nodiscard]] Backend& backend() const noexcept { return *options_.backend; }
@@ -77,21 +95,28 @@ class ParallelState {
   [[nodiscard]] PipelineParallelGroup& pp() noexcept { return *pp_; }
   [[nodiscard]] DecodeContextParallelGroup& dcp() noexcept { return *dcp_; }
   /// World, TP, PP, DCP: the order in which all ranks form and leave them.
-  [[nodiscard]] std::vector<GroupCoordinator*> groups() noexcept {
-    return {world_.get(), tp_.get(), pp_.get(), dcp_.get()};
-  }
+  [[nodiscard]] const std::vector<GroupCoordinator*>& groups() noexcept { return *formed_; }
 
   /// One arena whose segments are registered with several groups of this state, so that a buffer
   /// of it is symmetric in each. Groups without windows are left out; where none is left, scopes
-  /// of it are null. The same groups give the same arena. Local, by every rank alike.
-  [[nodiscard]] ScopeTarget audience(const std::vector<GroupCoordinator*>& groups) {
+  /// of it are null. The same groups, in any order, give the same arena. Local, by every rank
+  /// alike. Throws `UsageError` for a group that is not of this state, and after `shutdown`.
+  [[nodiscard]] ScopeTarget audience(const std::vector<GroupCoordinator*>& wanted) {
     std::vector<AudienceMember> members;
-    std::string name;
-    for (GroupCoordinator* group : groups) {
+    std::string name;  // of kinds: the names of groups differ between the ranks of another group
+    std::size_t found = 0;
+    for (GroupCoordinator* group : groups()) {
+      if (std::find(wanted.begin(), wanted.end(), group) == wanted.end()) {
+        continue;
+      }
+      ++found;
       if (group->decision().nccl_windows.on) {
         members.push_back(group->audience_member());
-        name += (name.empty() ? "" : "+") + group->name();
+        name += fmt::format("{}{}", name.empty() ? "" : "+", to_string(group->kind()));
       }
+    }
+    if (found != wanted.size()) {
+      throw UsageError("audience groups: expected different groups of this ParallelState");
     }
     if (members.empty()) {
       return {nullptr, options_.backend.get()};
@@ -126,7 +151,14 @@ class ParallelState {
       drop_capture(stream);
       throw;
     }
-    return CapturedGraph(driver.end_capture(stream.native()));
+    return {driver.end_capture(stream.native()), [formed = formed_](StreamRef on) {
+              if (formed->empty()) {
+                throw UsageError("graph launch: the ParallelState of the graph was destroyed");
+              }
+              for (GroupCoordinator* group : *formed) {
+                group->order(on);
+              }
+            }};
   }
 
   /// Collective. Returns the memory of graphs that every rank has destroyed to the arenas, which
@@ -141,8 +173,7 @@ class ParallelState {
   /// every later call of a group throws `UsageError`.
   void shutdown() {
     close_audiences();
-    const auto all = groups();
-    for (auto group = all.rbegin(); group != all.rend(); ++group) {
+    for (auto group = formed_->rbegin(); group != formed_->rend(); ++group) {
       (*group)->shutdown();
     }
   }
@@ -156,14 +187,50 @@ class ParallelState {
       options_.merge.plan = *settings.merge_plan;
     }
     options_.debug_checks = settings.debug_checks.value_or(options_.debug_checks);
+    agree_on_options(world);
+    generation_ = next_generation(world);
     world_ = std::make_unique<GroupCoordinator>(form(world, GroupKind::world));
     tp_ = std::make_unique<TensorParallelGroup>(form(world, GroupKind::tensor_parallel));
     pp_ = std::make_unique<PipelineParallelGroup>(form(world, GroupKind::pipeline_parallel));
     dcp_ = std::make_unique<DecodeContextParallelGroup>(
         form(world, GroupKind::decode_context_parallel), options_.merge);
-    for (GroupCoordinator* group : groups()) {
+    *formed_ = {world_.get(), tp_.get(), pp_.get(), dcp_.get()};
+    for (const GroupCoordinator* group : *formed_) {
       captures_->add(group->arena());
     }
+  }
+
+  /// Ranks with different options would form groups that never meet.
+  void agree_on_options(ControlPlane& world) const {
+    const auto& symmetric = options_.symmetric;
+    std::string selected;
+    for (const GroupKind kind :
+         {GroupKind::world, GroupKind::tensor_parallel, GroupKind::pipeline_parallel,
+          GroupKind::decode_context_parallel}) {
+      selected += symmetric.selection.selects(kind, options_.layout) ? '1' : '0';
+    }
+    ControlPlane* control = &world;
+    agree(std::span(&control, 1),
+          {.place = fmt::format(
+               "creation of a ParallelState: {}, {} backend, symmetric {} for {}, "
+               "peer mapping {}, merge plan {} in precision {}, debug checks {}",
+               to_string(options_.layout), to_string(options_.backend->kind()), symmetric.enabled,
+               selected, symmetric.peer_mapping, to_string(options_.merge.plan),
+               static_cast<int>(options_.merge.staged_precision), options_.debug_checks),
+           .bytes = options_.arena.growth_bytes});
+  }
+
+  /// A number that tells this state's groups from those of every other state over the same world:
+  /// messages of a state that failed may still be on their way when the next one is formed.
+  static std::uint64_t next_generation(ControlPlane& world) {
+    static std::atomic<std::uint64_t> states{0};
+    // Apart from what the engine gives to `subgroup` and from the generations of `split`.
+    std::uint64_t generation = (std::uint64_t{1} << 62) | states.fetch_add(1) << 2;
+    const auto bytes = world.broadcast(std::as_bytes(std::span(&generation, 1)), 0);
+    if (bytes.size() == sizeof(generation)) {
+      std::memcpy(&generation, bytes.data(), sizeof(generation));
+    }
+    return generation;
   }
 
   [[nodiscard]] GroupParts form(ControlPlane& world, GroupKind kind) {
@@ -172,7 +239,8 @@ class ParallelState {
     parts.kind = kind;
     parts.name = group_name(kind, group_index(layout, kind, world.rank()));
     parts.ranks = group_ranks(layout, kind, world.rank());
-    parts.control = world.subgroup(parts.ranks, static_cast<std::uint64_t>(kind), parts.name);
+    parts.control =
+        world.subgroup(parts.ranks, generation_ | static_cast<std::uint64_t>(kind), parts.name);
     parts.backend = options_.backend;
     SymmetricCapabilities found;
     if (parts.ranks.size() > 1) {
@@ -206,7 +274,11 @@ class ParallelState {
   }
 
   ParallelOptions options_;
+  std::uint64_t generation_ = 0;
   std::unique_ptr<CaptureDomain> captures_;  // keeps its address when the state is moved
+  // Shared with captured graphs; empty once the groups are gone.
+  std::shared_ptr<std::vector<GroupCoordinator*>> formed_ =
+      std::make_shared<std::vector<GroupCoordinator*>>();
   std::vector<std::shared_ptr<SymmetricArena>> audiences_;
   std::unique_ptr<GroupCoordinator> world_;
   std::unique_ptr<TensorParallelGroup> tp_;

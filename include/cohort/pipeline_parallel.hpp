@@ -71,6 +71,9 @@ class PipelineParallelGroup : public GroupCoordinator {
   /// are then received and dropped, so the group works on. `UsageError` on the first stage.
   void recv_tensors_into(std::span<const NamedView> tensors, StreamRef stream = {}) {
     const int from = neighbour("recv_tensors", prev(), "first");
+    for (const auto& [name, tensor] : tensors) {
+      check_device(fmt::format("recv_tensors {}", name), tensor);
+    }
     const auto described = receive_description(from);
     std::string difference;
     if (described.size() != tensors.size()) {
@@ -96,8 +99,9 @@ class PipelineParallelGroup : public GroupCoordinator {
     }
   }
 
-  /// Receives whatever set the previous stage hands over, in new tensors of the group's arena.
-  /// Throws `UsageError` on the first stage.
+  /// Receives whatever set the previous stage hands over, in new tensors of ordinary memory: a
+  /// symmetric arena cannot hold what one stage alone allocates. Throws `UsageError` on the first
+  /// stage.
   [[nodiscard]] std::vector<NamedTensor> recv_tensors(StreamRef stream = {}) {
     const int from = neighbour("recv_tensors", prev(), "first");
     return receive_described(receive_description(from), from, stream);
@@ -160,7 +164,7 @@ class PipelineParallelGroup : public GroupCoordinator {
                                              StreamRef stream) {
     std::vector<NamedTensor> tensors;
     for (const auto& [name, dtype, shape] : described) {
-      tensors.push_back({name, arena()->empty(shape, dtype, stream)});
+      tensors.push_back({name, backend().allocate(shape, dtype, stream)});
       recv(tensors.back().tensor, from, stream);
     }
     return tensors;

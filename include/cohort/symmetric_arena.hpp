@@ -12,6 +12,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -100,15 +101,8 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// Throws as growth does, and `UsageError` when frozen.
   void reserve(std::size_t bytes) {
     throw_if_closed();
-    reclaim();
-    agree_on({.place = fmt::format("reservation in arena {}", name_),
-              .sequence = segments_.size(),
-              .bytes = bytes,
-              .history = history_});
-    if (space_.statistics().largest_free < OffsetAllocator::rounded(bytes)) {
-      throw_if_frozen(bytes);
-      add_segment(bytes);
-    }
+    agree_before("reservation in", bytes);
+    make_room(bytes);
   }
 
   /// Local, by every rank at the same point: from here on the arena never grows.
@@ -117,8 +111,12 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     history_ = detail::mix(history_, kFreeze);
   }
 
-  /// Collective. Returns the memory of graphs that every rank has destroyed.
-  void reclaim();
+  /// Collective. Returns the memory of graphs that every rank has destroyed. Throws as growth does.
+  void reclaim() {
+    throw_if_closed();
+    agree_before("reclaiming of graphs in", 0);
+    reclaim_agreed();
+  }
 
   /// Deregisters every window, newest first, then frees the segments, and refuses every later
   /// allocation. Segments with live tensors are freed with the last of them. Called by the owner
@@ -285,12 +283,14 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     throw_if_closed();
     auto block = space_.allocate(bytes);
     if (!block) {
-      grow(bytes);
+      throw_if_frozen(bytes);
+      agree_before("growth of", bytes);
+      make_room(bytes);
       block = space_.allocate(bytes);
     }
     const auto own = mark_of(stream);
     if (const auto others = space_.marks(*block) & ~own; others != 0) {
-      for_each_stream(others, stream, [&](StreamRef user) { stream.wait_for(user); });
+      wait_for_users(*block, others, stream);
     }
     if (users_.size() <= *block) {
       users_.resize(std::max<std::size_t>(*block + 1, users_.size() * 2));
@@ -300,22 +300,57 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     return *block;
   }
 
-  void grow(std::size_t bytes) {
-    throw_if_frozen(bytes);
-    reclaim();
+  /// Orders a block's next use, on `stream`, after the uses by `users`.
+  void wait_for_users(OffsetAllocator::Block block, OffsetAllocator::Marks users,
+                      StreamRef stream) {
+    try {
+      for_each_stream(users, stream, [&](StreamRef user) {
+        if (user.capture_id() != 0) {
+          throw UsageError(fmt::format(
+              "arena {}: free memory was last used on a stream that is being captured, which "
+              "nothing outside of the capture can wait for",
+              name_));
+        }
+        if (stream.valid()) {
+          stream.wait_for(user);
+        } else {
+          user.synchronize(kDefaultTimeLimit);
+        }
+      });
+    } catch (...) {
+      space_.free(block, space_.marks(block));
+      throw;
+    }
+  }
+
+  /// Compares what the ranks are about to do, so that one that is elsewhere is named with the
+  /// place.
+  void agree_before(std::string_view what, std::size_t bytes) {
+    agree_on({.place = fmt::format("{} arena {}", what, name_),
+              .sequence = segments_.size(),
+              .bytes = bytes,
+              .history = history_});
+  }
+
+  /// Grows unless a block of `bytes` fits. The ranks have agreed on it.
+  void make_room(std::size_t bytes) {
+    reclaim_agreed();
     if (space_.statistics().largest_free < OffsetAllocator::rounded(bytes)) {
+      throw_if_frozen(bytes);
       add_segment(bytes);
     }
   }
 
+  void reclaim_agreed();
+
   void add_segment(std::size_t bytes) {
     const std::size_t unit = backend_->segment_granularity();
     const std::size_t wanted = std::max(OffsetAllocator::rounded(bytes), options_.growth_bytes);
-    if (wanted >> kSegmentBits != 0 || segments_.size() >> (60 - kSegmentBits) != 0) {
-      throw UsageError(fmt::format("arena {}: a segment of {} bytes is too large", name_, wanted));
-    }
     const std::size_t size = (wanted + unit - 1) / unit * unit;
-    Intent intent{.place = fmt::format("growth of arena {}", name_),
+    if (size >> kSegmentBits != 0 || segments_.size() >> (60 - kSegmentBits) != 0) {
+      throw UsageError(fmt::format("arena {}: a segment of {} bytes is too large", name_, size));
+    }
+    Intent intent{.place = fmt::format("allocation of a segment of arena {}", name_),
                   .sequence = segments_.size(),
                   .bytes = size,
                   .history = history_};
@@ -461,12 +496,16 @@ class GraphPart : public MemoryOwner, public std::enable_shared_from_this<GraphP
           arena.name_, arena.room(bytes)));
     }
     const auto offset = arena.space_.offset(*extent);
+    record().extents.push_back(*extent);
     // A captured stream cannot wait for work outside its capture, so the host does.
     const auto users = arena.space_.marks(*extent) & ~arena.mark_of(stream);
-    arena.for_each_stream(users, stream,
-                          [](StreamRef user) { user.synchronize(kDefaultTimeLimit); });
+    arena.for_each_stream(users, stream, [&](StreamRef user) {
+      // What a stream did before it joined this capture comes before the graph's launch.
+      if (user.capture_id() != stream.capture_id()) {
+        user.synchronize(kDefaultTimeLimit);
+      }
+    });
     arena.history_ = detail::mix(arena.history_, offset);
-    record().extents.push_back(*extent);
     space_.add_range(offset, arena.space_.size(*extent));
   }
 
@@ -495,7 +534,7 @@ inline Tensor SymmetricArena::empty(const Dims& shape, DType dtype, StreamRef st
   return {view, shared_from_this(), block};
 }
 
-inline void SymmetricArena::reclaim() {
+inline void SymmetricArena::reclaim_agreed() {
   std::vector<std::uint64_t> ended;
   for (const auto& part : parts_) {
     if (part.ended()) {
