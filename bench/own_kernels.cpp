@@ -206,8 +206,19 @@ void time_attention(Report& report, std::vector<Rank>& ranks) {
   constexpr std::int64_t kRope = 64;
   for (const std::int64_t batch : {1, 2, 4, 8, 16, 32, 64, 128}) {
     const cuda::MergeShape shape{batch, kHeads, kDim, DType::bf16};
-    const cuda::Query shape_of_query{
-        .batch = batch, .heads = kHeads / n, .nope_dim = kDim, .pe_dim = kRope};
+    const auto query_of = [&](const Rank& r) {
+      const std::int64_t heads = kHeads / n;
+      return cuda::Query{.nope = r.in,
+                         .nope_batch_stride = heads * kDim,
+                         .nope_head_stride = kDim,
+                         .pe = r.in + batch * heads * kDim * 2,
+                         .pe_batch_stride = heads * kRope,
+                         .pe_head_stride = kRope,
+                         .batch = batch,
+                         .heads = heads,
+                         .nope_dim = kDim,
+                         .pe_dim = kRope};
+    };
     for (const auto path :
          {cuda::PeerPath::flag_word, cuda::PeerPath::push, cuda::PeerPath::pull}) {
       const bool words = path == cuda::PeerPath::flag_word;
@@ -216,7 +227,7 @@ void time_attention(Report& report, std::vector<Rank>& ranks) {
                (words ? ranks[0].table.layout.ll_words * 8 : ranks[0].table.layout.bulk_lane_bytes);
       };
       const std::int64_t merge_lane = cuda::merge_lane_bytes(shape, n, path);
-      const std::int64_t query_lane = cuda::query_lane_bytes(shape_of_query, path);
+      const std::int64_t query_lane = cuda::query_lane_bytes(query_of(ranks[0]), path);
       const auto row = [&](const char* op, std::int64_t lane, double us) {
         const std::int64_t needed = lane * (n - 1);
         report.add(
@@ -233,15 +244,8 @@ void time_attention(Report& report, std::vector<Rank>& ranks) {
       }
       if (fits(query_lane)) {
         row("gather_query", query_lane, time_of(ranks, [&](const Rank& r) {
-              cuda::Query query = shape_of_query;
-              query.nope = r.in;
-              query.nope_batch_stride = query.heads * kDim;
-              query.nope_head_stride = kDim;
-              query.pe = r.in + batch * query.heads * kDim * 2;
-              query.pe_batch_stride = query.heads * kRope;
-              query.pe_head_stride = kRope;
-              cuda::peer_gather_query(r.table, query, r.out, kHeads * (kDim + kRope), kDim + kRope,
-                                      r.stream, path);
+              cuda::peer_gather_query(r.table, query_of(r), r.out, kHeads * (kDim + kRope),
+                                      kDim + kRope, r.stream, path);
             }));
       }
     }
