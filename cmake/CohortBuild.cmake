@@ -30,14 +30,20 @@ if(COHORT_SANITIZE)
   endif()
 endif()
 
-# cohort_add_program(name source): a program of the tree, linked with what its source includes, so
+# cohort_add_program(name source...): a program of the tree, linked with what its sources include, so
 # that an example without <cohort/mpi.hpp> proves that it needs no MPI. A source that can use the
 # GPU parts but does not need them tests COHORT_PROGRAM_CUDA, which is 1 where cohort::cuda is built.
 # Programs whose libraries are missing are left out with a message.
-function(cohort_add_program name source)
-  cmake_path(ABSOLUTE_PATH source)
-  file(STRINGS "${source}" includes REGEX "^#include [<\"](cohort/|mpi|CLI/|nlohmann/)")
-  file(STRINGS "${source}" optional_cuda REGEX "COHORT_PROGRAM_CUDA")
+function(cohort_add_program name)
+  set(includes "")
+  set(optional_cuda "")
+  foreach(source IN LISTS ARGN)
+    cmake_path(ABSOLUTE_PATH source)
+    file(STRINGS "${source}" found REGEX "^#include [<\"](cohort/|mpi|CLI/|nlohmann/)")
+    list(APPEND includes ${found})
+    file(STRINGS "${source}" found REGEX "COHORT_PROGRAM_CUDA")
+    list(APPEND optional_cuda ${found})
+  endforeach()
   set(libraries cohort::cohort)
   if(includes MATCHES "[<\"](cohort/)?mpi")
     list(APPEND libraries cohort::mpi)
@@ -60,7 +66,7 @@ function(cohort_add_program name source)
     endif()
   endforeach()
 
-  add_executable(${name} "${source}")
+  add_executable(${name} ${ARGN})
   target_link_libraries(${name} PRIVATE ${libraries} cohort_warnings)
   if(optional_cuda)
     if(TARGET cohort::cuda)
