@@ -41,9 +41,9 @@ class CudaMemory : public std::enable_shared_from_this<CudaMemory> {
                "cudaMemPoolSetAttribute");
   }
 
-  /// A tensor that is usable in the order of `stream` and freed in it. Within a capture of the
-  /// stream the memory belongs to the captured graph as well and is not reused inside it. Throws
-  /// `TransportError`.
+  /// A tensor that is usable in the order of `stream`, which is valid, and freed in it. Within a
+  /// capture of the stream the memory belongs to the captured graph as well and is not reused
+  /// inside it. Throws `TransportError`.
   [[nodiscard]] Tensor allocate(const Dims& shape, DType dtype, StreamRef stream) {
     const auto bytes = static_cast<std::size_t>(numel(shape)) * size_of(dtype);
     const Device device{DeviceKind::cuda, device_};
@@ -51,17 +51,15 @@ class CudaMemory : public std::enable_shared_from_this<CudaMemory> {
       return Tensor(TensorView(nullptr, dtype, shape, device), nullptr, 0);
     }
     const DeviceGuard guard(device_);
-    const bool capturing = stream.valid() && stream.capture_id() != 0;
+    const bool capturing = stream.capture_id() != 0;
     const auto block = std::make_shared<Block>(shared_from_this());
-    if (stream.valid() && !capturing) {
-      block->allocate(bytes, static_cast<cudaStream_t>(stream.native()));
-    } else {
+    if (capturing) {
       const RelaxedCapture relaxed;
       block->allocate(bytes, cleanup_.get());
       cuda_check(cudaStreamSynchronize(cleanup_.get()), "cudaStreamSynchronize");
-    }
-    if (capturing) {
       stream.retain_in_capture(block);
+    } else {
+      block->allocate(bytes, static_cast<cudaStream_t>(stream.native()));
     }
     return Tensor(TensorView(block->data(), dtype, shape, device),
                   std::make_shared<Owner>(block, stream), 0);
@@ -106,7 +104,7 @@ class CudaMemory : public std::enable_shared_from_this<CudaMemory> {
   class Owner final : public MemoryOwner {
    public:
     Owner(std::shared_ptr<Block> block, StreamRef stream)
-        : block_(std::move(block)), stream_(stream), in_capture_(captured()) {}
+        : block_(std::move(block)), stream_(stream), in_capture_(stream.capture_id() != 0) {}
 
     void release(std::uint64_t /*block*/) noexcept override {
       try {
@@ -124,24 +122,12 @@ class CudaMemory : public std::enable_shared_from_this<CudaMemory> {
     }
 
    private:
-    [[nodiscard]] bool captured() const { return stream_.valid() && stream_.capture_id() != 0; }
-
     void release_in_order() {
       if (in_capture_) {
         return;  // the graph holds the memory and frees it with itself
       }
       const DeviceGuard guard(block_->device());
-      if (!stream_.valid()) {
-        // Used on streams that nobody named: only an idle device is safe.
-        if (recorded_.empty()) {
-          cuda_check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-        }
-        for (const StreamRef& other : recorded_) {
-          other.synchronize(kReleaseLimit);
-        }
-        return;
-      }
-      if (captured()) {
+      if (stream_.capture_id() != 0) {
         // What was captured so far may use the memory at every replay.
         stream_.retain_in_capture(block_);
         return;
@@ -155,8 +141,6 @@ class CudaMemory : public std::enable_shared_from_this<CudaMemory> {
       }
       block_->free(static_cast<cudaStream_t>(stream_.native()));
     }
-
-    static constexpr std::chrono::milliseconds kReleaseLimit{60'000};
 
     std::shared_ptr<Block> block_;
     StreamRef stream_;

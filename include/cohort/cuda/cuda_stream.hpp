@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <chrono>
+#include <condition_variable>
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -48,37 +49,57 @@ class PollPause {
 };
 
 /// What graphs held and hold no longer. CUDA calls a user object's destructor on a thread of its
-/// own from which no CUDA function may be called, so what the graph held ends up here, and goes
-/// when a thread of the program next passes.
+/// own from which no CUDA function may be called, so what the graph held is handed to a thread of
+/// ours, which lets go of it.
 class Releases {
  public:
-  void push(std::shared_ptr<void> object) {
-    const std::lock_guard lock(mutex_);
-    objects_.push_back(std::move(object));
-  }
-
-  /// Destroys what has gathered, outside of the lock.
-  void collect() {
-    std::vector<std::shared_ptr<void>> objects;
+  Releases() : thread_([this] { run(); }) {}
+  Releases(const Releases&) = delete;
+  Releases& operator=(const Releases&) = delete;
+  ~Releases() {
     {
       const std::lock_guard lock(mutex_);
-      objects.swap(objects_);
+      ending_ = true;
     }
-    if (!objects.empty()) {
-      const RelaxedCapture relaxed;  // what is destroyed may free device memory
-      objects.clear();
+    changed_.notify_one();
+    thread_.join();
+  }
+
+  void push(std::shared_ptr<void> object) {
+    {
+      const std::lock_guard lock(mutex_);
+      objects_.push_back(std::move(object));
     }
+    changed_.notify_one();
   }
 
  private:
+  void run() {
+    std::unique_lock lock(mutex_);
+    while (true) {
+      changed_.wait(lock, [this] { return ending_ || !objects_.empty(); });
+      if (objects_.empty()) {
+        return;
+      }
+      std::vector<std::shared_ptr<void>> objects;
+      objects.swap(objects_);
+      lock.unlock();
+      objects.clear();
+      lock.lock();
+    }
+  }
+
   std::mutex mutex_;
+  std::condition_variable changed_;
   std::vector<std::shared_ptr<void>> objects_;
+  bool ending_ = false;
+  std::thread thread_;  // last: it uses all of the others
 };
 
-/// What one CUDA user object keeps.
+/// What one CUDA user object keeps. The driver outlives all graphs.
 struct Retained {
   std::shared_ptr<void> object;
-  std::shared_ptr<Releases> releases;
+  Releases* releases = nullptr;
 
   static void CUDART_CB release(void* self) noexcept {
     const std::unique_ptr<Retained> mine(static_cast<Retained*>(self));
@@ -143,25 +164,12 @@ struct CaptureInfo {
 /// A captured graph, instantiated.
 class CudaExecutableGraph final : public ExecutableGraph {
  public:
-  CudaExecutableGraph(int device, UniqueGraph graph, std::shared_ptr<detail::Releases> releases)
-      : device_(device), graph_(std::move(graph)), releases_(std::move(releases)) {
+  CudaExecutableGraph(int device, UniqueGraph graph) : device_(device), graph_(std::move(graph)) {
     const DeviceGuard guard(device_);
     cudaGraphExec_t exec = nullptr;
     cuda_check(cudaGraphInstantiate(&exec, graph_.get(), 0), "cudaGraphInstantiate");
     exec_ = UniqueGraphExec(exec);
   }
-  CudaExecutableGraph(const CudaExecutableGraph&) = delete;
-  CudaExecutableGraph& operator=(const CudaExecutableGraph&) = delete;
-  ~CudaExecutableGraph() override {
-    exec_.reset();
-    graph_.reset();
-    try {
-      releases_->collect();
-    } catch (const std::exception& error) {
-      log(LogLevel::error, error.what());
-    }
-  }
-
   void launch(StreamRef stream) override {
     const DeviceGuard guard(device_);
     cuda_check(cudaGraphLaunch(exec_.get(), static_cast<cudaStream_t>(stream.native())),
@@ -175,23 +183,12 @@ class CudaExecutableGraph final : public ExecutableGraph {
   int device_;
   UniqueGraph graph_;
   UniqueGraphExec exec_;
-  std::shared_ptr<detail::Releases> releases_;
 };
 
 /// The streams of one device. Thread-safe.
 class CudaStreamDriver final : public StreamDriver {
  public:
   explicit CudaStreamDriver(int device) : device_(device), event_(make_event(device)) {}
-  CudaStreamDriver(const CudaStreamDriver&) = delete;
-  CudaStreamDriver& operator=(const CudaStreamDriver&) = delete;
-  ~CudaStreamDriver() override {
-    try {
-      releases_->collect();
-    } catch (const std::exception& error) {
-      log(LogLevel::error, error.what());
-    }
-  }
-
   [[nodiscard]] StreamRef ref(cudaStream_t stream) noexcept { return {*this, stream}; }
 
   /// `work` must make no CUDA call.
@@ -243,7 +240,7 @@ class CudaStreamDriver final : public StreamDriver {
     if (info.status != cudaStreamCaptureStatusActive) {
       throw UsageError("retain_in_capture: expected a stream that is being captured");
     }
-    auto kept = std::make_unique<detail::Retained>(detail::Retained{std::move(object), releases_});
+    auto kept = std::make_unique<detail::Retained>(detail::Retained{std::move(object), &releases_});
     cudaUserObject_t user_object = nullptr;
     cuda_check(cudaUserObjectCreate(&user_object, kept.get(), &detail::Retained::release, 1,
                                     cudaUserObjectNoDestructorSync),
@@ -260,7 +257,6 @@ class CudaStreamDriver final : public StreamDriver {
   /// Thread-local mode: other threads of the process, such as NCCL's, may go on calling CUDA.
   void begin_capture(void* native) override {
     const DeviceGuard guard(device_);
-    releases_->collect();
     cuda_check(
         cudaStreamBeginCapture(static_cast<cudaStream_t>(native), cudaStreamCaptureModeThreadLocal),
         "cudaStreamBeginCapture");
@@ -275,7 +271,7 @@ class CudaStreamDriver final : public StreamDriver {
     const cudaError_t code = cudaStreamEndCapture(static_cast<cudaStream_t>(native), &captured);
     UniqueGraph graph(captured);
     cuda_check(code, "cudaStreamEndCapture");
-    return std::make_unique<CudaExecutableGraph>(device_, std::move(graph), releases_);
+    return std::make_unique<CudaExecutableGraph>(device_, std::move(graph));
   }
 
   void synchronize(void* native, std::chrono::milliseconds limit) override {
@@ -290,7 +286,6 @@ class CudaStreamDriver final : public StreamDriver {
       }
       pause();
     }
-    collect();
   }
 
   /// Whether all work of the stream is done. Throws `UsageError` on a capturing stream, whose
@@ -310,14 +305,11 @@ class CudaStreamDriver final : public StreamDriver {
     return true;
   }
 
-  /// Destroys what destroyed graphs had kept alive. `synchronize` and captures do it as well.
-  void collect() const { releases_->collect(); }
-
  private:
   int device_;
   std::mutex event_mutex_;
   UniqueEvent event_;
-  std::shared_ptr<detail::Releases> releases_ = std::make_shared<detail::Releases>();
+  detail::Releases releases_;
 };
 
 }  // namespace cohort

@@ -75,7 +75,8 @@ class CudaBackend final : public Backend {
     return std::size_t{2} << 20;
   }
   [[nodiscard]] Tensor allocate(const Dims& shape, DType dtype, StreamRef stream) override {
-    return memory_->allocate(shape, dtype, stream);
+    // No stream means the legacy default stream, as in CUDA itself.
+    return memory_->allocate(shape, dtype, stream.valid() ? stream : streams_.ref(nullptr));
   }
 
   [[nodiscard]] std::unique_ptr<Transport> connect(ControlPlane& group) override {

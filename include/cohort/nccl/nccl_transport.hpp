@@ -355,7 +355,6 @@ class NcclTransport final : public Transport {
     }
     check_asynchronous();
     throw_if_rank_missing();
-    streams_.collect();
   }
 
  private:

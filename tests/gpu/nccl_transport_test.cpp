@@ -1,0 +1,679 @@
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cohort/cuda.hpp"
+#include "gpu/device_tensor.hpp"
+#include "gpu/graph_kernels.hpp"
+#include "support/ranks.hpp"
+
+// Every collective of the transport with inputs whose answers are known exactly. Runs with one card
+// per rank, or with several ranks per card where each has an NCCL_HOSTID of its own (as_hosts.sh).
+
+using namespace cohort;
+using namespace cohort::test;
+using namespace std::chrono_literals;
+
+namespace {
+
+constexpr auto kLimit = 60s;
+
+/// One backend and one transport for all test cases: NCCL takes seconds to connect over sockets.
+struct Session {
+  std::shared_ptr<CudaBackend> backend = cuda_backend({.environment = {.multicast = false}});
+  UniqueStream stream = make_stream(backend->device().index);
+  std::unique_ptr<Transport> transport = backend->connect(world());
+
+  [[nodiscard]] StreamRef ref() { return backend->stream(stream.get()); }
+  void wait() { transport->synchronize(ref(), kLimit); }
+};
+
+std::unique_ptr<Session>& slot() {
+  static std::unique_ptr<Session>& session = *new std::unique_ptr<Session>;
+  return session;
+}
+
+Session& session() {
+  if (!slot()) {
+    slot() = std::make_unique<Session>();
+  }
+  return *slot();
+}
+
+int ranks() { return world_size(); }
+int rank() { return world_rank(); }
+
+/// What rank r holds at element i in round `seed`. Small, so that all sums are exact in every type.
+double value(int r, std::int64_t i, int seed = 0) {
+  return static_cast<double>((i * 7 + r * 5 + seed * 3) % 12);
+}
+/// As above, for products.
+double factor(int r, std::int64_t i) { return static_cast<double>(1 + (i + r) % 2); }
+
+double input(ReduceOp op, int r, std::int64_t i, int seed = 0) {
+  return op == ReduceOp::prod ? factor(r, i) : value(r, i, seed);
+}
+
+double reduced(ReduceOp op, std::int64_t i, int seed = 0) {
+  double result = input(op, 0, i, seed);
+  for (int r = 1; r < ranks(); ++r) {
+    const double next = input(op, r, i, seed);
+    switch (op) {
+      case ReduceOp::sum:
+        result += next;
+        break;
+      case ReduceOp::prod:
+        result *= next;
+        break;
+      case ReduceOp::min:
+        result = std::min(result, next);
+        break;
+      case ReduceOp::max:
+        result = std::max(result, next);
+        break;
+    }
+  }
+  return result;
+}
+
+/// Row-major positions of a tensor split among the ranks along a dimension.
+struct Split {
+  Dims full;
+  int dim;
+  std::vector<std::int64_t> sizes;
+
+  Split(Dims share, int d, std::vector<std::int64_t> s) : full(share), dim(d), sizes(std::move(s)) {
+    full[dim] = std::accumulate(sizes.begin(), sizes.end(), std::int64_t{0});
+  }
+  [[nodiscard]] Dims share(int r) const {
+    Dims shape = full;
+    shape[dim] = sizes[static_cast<std::size_t>(r)];
+    return shape;
+  }
+  [[nodiscard]] std::int64_t inner() const {
+    std::int64_t product = 1;
+    for (int d = dim + 1; d < full.size(); ++d) {
+      product *= full[d];
+    }
+    return product;
+  }
+  /// The rank that holds element i of the whole, and its number there.
+  [[nodiscard]] std::pair<int, std::int64_t> owner(std::int64_t i) const {
+    const std::int64_t in = i % inner();
+    std::int64_t along = i / inner() % full[dim];
+    const std::int64_t outer = i / inner() / full[dim];
+    int r = 0;
+    while (along >= sizes[static_cast<std::size_t>(r)]) {
+      along -= sizes[static_cast<std::size_t>(r++)];
+    }
+    return {r, (outer * sizes[static_cast<std::size_t>(r)] + along) * inner() + in};
+  }
+  /// The element of the whole that is element i of rank r's share.
+  [[nodiscard]] std::int64_t whole(int r, std::int64_t i) const {
+    const std::int64_t size = sizes[static_cast<std::size_t>(r)];
+    const std::int64_t begin = std::accumulate(sizes.begin(), sizes.begin() + r, std::int64_t{0});
+    const std::int64_t outer = i / inner() / size;
+    const std::int64_t along = i / inner() % size + begin;
+    return (outer * full[dim] + along) * inner() + i % inner();
+  }
+};
+
+std::vector<std::int64_t> equal_sizes(std::int64_t size) {
+  return std::vector<std::int64_t>(static_cast<std::size_t>(ranks()), size);
+}
+/// 2, 0, 3, 1, 2, 0, ...: one rank with nothing, if there are two ranks or more.
+std::vector<std::int64_t> unequal_sizes() {
+  constexpr std::int64_t kPattern[] = {2, 0, 3, 1};
+  std::vector<std::int64_t> sizes;
+  for (int r = 0; r < ranks(); ++r) {
+    sizes.push_back(kPattern[r % 4]);
+  }
+  return sizes;
+}
+
+DeviceTensor tensor(DType dtype, Dims shape, Layout layout = Layout::contiguous) {
+  return DeviceTensor(dtype, shape, layout, session().backend->device());
+}
+
+void check_all_gather(DType dtype, Dims share, int dim, std::vector<std::int64_t> sizes, Layout in,
+                      Layout out) {
+  const Split split(share, dim, std::move(sizes));
+  auto from = tensor(dtype, split.share(rank()), in);
+  auto to = tensor(dtype, split.full, out);
+  from.fill([](std::int64_t i) { return value(rank(), i); });
+  session().transport->all_gather(from.view(), to.view(), dim, split.sizes, session().ref());
+  session().wait();
+  CHECK(to.differs([&](std::int64_t i) {
+    const auto [r, j] = split.owner(i);
+    return value(r, j);
+  }) == "");
+}
+
+void check_reduce_scatter(DType dtype, ReduceOp op, Dims share, int dim,
+                          std::vector<std::int64_t> sizes, Layout in, Layout out) {
+  const Split split(share, dim, std::move(sizes));
+  auto from = tensor(dtype, split.full, in);
+  auto to = tensor(dtype, split.share(rank()), out);
+  from.fill([op](std::int64_t i) { return input(op, rank(), i); });
+  session().transport->reduce_scatter(from.view(), to.view(), dim, split.sizes, op,
+                                      session().ref());
+  session().wait();
+  CHECK(to.differs([&](std::int64_t i) { return reduced(op, split.whole(rank(), i)); }) == "");
+}
+
+constexpr DType kAllTypes[] = {DType::f64, DType::f32, DType::f16, DType::bf16,    DType::i8,
+                               DType::u8,  DType::i32, DType::i64, DType::f8_e4m3, DType::f8_e5m2};
+constexpr ReduceOp kAllOps[] = {ReduceOp::sum, ReduceOp::prod, ReduceOp::min, ReduceOp::max};
+constexpr Layout kLayouts[] = {Layout::contiguous, Layout::transposed, Layout::gapped};
+
+/// Whether the world's ranks have a host each, for NCCL.
+bool hosts_of_their_own() { return session().transport->capabilities().nccl_hosts == ranks(); }
+
+}  // namespace
+
+TEST_CASE("the environment that was set wins on every rank", "[nccl]") {
+  static_cast<void>(session());
+  const char* const nvls = std::getenv("NCCL_NVLS_ENABLE");
+  REQUIRE(nvls != nullptr);  // set by the launcher or by the backend, which must not override it
+  CHECK(std::string(nvls) == "0");
+  // The backend wants 8; a launcher that set another number before keeps it.
+  const char* const connections = std::getenv("CUDA_DEVICE_MAX_CONNECTIONS");
+  const char* const launched_with = std::getenv("COHORT_TEST_CONNECTIONS");
+  REQUIRE(connections != nullptr);
+  CHECK(std::string(connections) == (launched_with == nullptr ? "8" : launched_with));
+}
+
+TEST_CASE("the caller's current device is restored", "[nccl]") {
+  int devices = 0;
+  cuda_check(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
+  const int other = devices - 1;
+  cuda_check(cudaSetDevice(other), "cudaSetDevice");
+  check_all_gather(DType::f32, {2, 3}, 0, equal_sizes(2), Layout::contiguous, Layout::contiguous);
+  int current = -1;
+  cuda_check(cudaGetDevice(&current), "cudaGetDevice");
+  CHECK(current == other);
+}
+
+TEST_CASE("all_gather: every type along every dimension", "[nccl]") {
+  for (const DType dtype : kAllTypes) {
+    for (const int dim : {0, 1, 2}) {
+      CAPTURE(to_string(dtype), dim);
+      check_all_gather(dtype, {3, 4, 5}, dim, equal_sizes(3), Layout::contiguous,
+                       Layout::contiguous);
+      check_all_gather(dtype, {3, 4, 5}, dim, unequal_sizes(), Layout::contiguous,
+                       Layout::contiguous);
+    }
+  }
+}
+
+TEST_CASE("all_gather: any strides on either side", "[nccl]") {
+  for (const Layout in : kLayouts) {
+    for (const Layout out : kLayouts) {
+      for (const int dim : {0, 1, 2}) {
+        CAPTURE(static_cast<int>(in), static_cast<int>(out), dim);
+        check_all_gather(DType::bf16, {2, 3, 8}, dim, equal_sizes(2), in, out);
+        check_all_gather(DType::bf16, {2, 3, 8}, dim, unequal_sizes(), in, out);
+      }
+    }
+  }
+}
+
+TEST_CASE("all_gather: nothing, one element, and megabytes", "[nccl]") {
+  check_all_gather(DType::f32, {0, 4}, 1, equal_sizes(4), Layout::contiguous, Layout::contiguous);
+  check_all_gather(DType::f32, {1}, 0, equal_sizes(1), Layout::contiguous, Layout::contiguous);
+  for (const int dim : {0, 1}) {
+    check_all_gather(DType::bf16, {257, 1031}, dim, equal_sizes(257), Layout::contiguous,
+                     Layout::contiguous);
+    check_all_gather(DType::f32, {128, 1024}, dim, equal_sizes(512), Layout::contiguous,
+                     Layout::contiguous);
+  }
+}
+
+TEST_CASE("reduce_scatter: every type and operation", "[nccl]") {
+  for (const DType dtype : kAllTypes) {
+    if (!is_reducible(dtype)) {
+      continue;
+    }
+    for (const ReduceOp op : kAllOps) {
+      for (const int dim : {0, 1}) {
+        CAPTURE(to_string(dtype), to_string(op), dim);
+        check_reduce_scatter(dtype, op, {3, 4, 5}, dim, equal_sizes(3), Layout::contiguous,
+                             Layout::contiguous);
+      }
+    }
+    check_reduce_scatter(dtype, ReduceOp::sum, {3, 4, 5}, 1, unequal_sizes(), Layout::contiguous,
+                         Layout::contiguous);
+  }
+}
+
+TEST_CASE("reduce_scatter: any strides on either side", "[nccl]") {
+  for (const Layout in : kLayouts) {
+    for (const Layout out : kLayouts) {
+      for (const int dim : {0, 1, 2}) {
+        CAPTURE(static_cast<int>(in), static_cast<int>(out), dim);
+        check_reduce_scatter(DType::f32, ReduceOp::sum, {2, 3, 8}, dim, equal_sizes(2), in, out);
+        check_reduce_scatter(DType::f16, ReduceOp::sum, {2, 3, 8}, dim, unequal_sizes(), in, out);
+      }
+    }
+  }
+}
+
+TEST_CASE("reduce_scatter: nothing, one element, and megabytes", "[nccl]") {
+  check_reduce_scatter(DType::f32, ReduceOp::sum, {0, 4}, 1, equal_sizes(4), Layout::contiguous,
+                       Layout::contiguous);
+  check_reduce_scatter(DType::f32, ReduceOp::sum, {1}, 0, equal_sizes(1), Layout::contiguous,
+                       Layout::contiguous);
+  for (const int dim : {0, 1}) {
+    check_reduce_scatter(DType::bf16, ReduceOp::sum, {257, 1031}, dim, equal_sizes(257),
+                         Layout::contiguous, Layout::contiguous);
+  }
+}
+
+TEST_CASE("all_reduce: every type and operation, in place and not, any strides", "[nccl]") {
+  for (const DType dtype : kAllTypes) {
+    if (!is_reducible(dtype)) {
+      continue;
+    }
+    for (const ReduceOp op : kAllOps) {
+      CAPTURE(to_string(dtype), to_string(op));
+      auto both = tensor(dtype, {3, 7});
+      both.fill([op](std::int64_t i) { return input(op, rank(), i); });
+      session().transport->all_reduce(both.view(), both.view(), op, session().ref());
+      session().wait();
+      CHECK(both.differs([op](std::int64_t i) { return reduced(op, i); }) == "");
+    }
+  }
+  for (const Layout in : kLayouts) {
+    for (const Layout out : kLayouts) {
+      for (const std::int64_t rows : {3, 700}) {
+        auto from = tensor(DType::bf16, {rows, 5, 64}, in);
+        auto to = tensor(DType::bf16, {rows, 5, 64}, out);
+        from.fill([](std::int64_t i) { return value(rank(), i); });
+        session().transport->all_reduce(from.view(), to.view(), ReduceOp::sum, session().ref());
+        session().wait();
+        CHECK(to.differs([](std::int64_t i) { return reduced(ReduceOp::sum, i); }) == "");
+      }
+    }
+  }
+}
+
+TEST_CASE("broadcast from every rank", "[nccl]") {
+  for (int root = 0; root < ranks(); ++root) {
+    for (const Layout layout : kLayouts) {
+      auto both = tensor(DType::f16, {5, 9}, layout);
+      both.fill([](std::int64_t i) { return value(rank(), i); });
+      session().transport->broadcast(both.view(), root, session().ref());
+      session().wait();
+      CHECK(both.differs([root](std::int64_t i) { return value(root, i); }) == "");
+    }
+  }
+}
+
+TEST_CASE("all_to_all exchanges the parts", "[nccl]") {
+  for (const Layout layout : kLayouts) {
+    constexpr std::int64_t kPart = 2 * 6;
+    auto from = tensor(DType::bf16, {2 * ranks(), 6}, layout);
+    auto to = tensor(DType::bf16, {2 * ranks(), 6}, layout);
+    from.fill([](std::int64_t i) { return value(rank(), i); });
+    session().transport->all_to_all(from.view(), to.view(), session().ref());
+    session().wait();
+    CHECK(to.differs([](std::int64_t i) {
+      return value(static_cast<int>(i / kPart), rank() * kPart + i % kPart);
+    }) == "");
+  }
+}
+
+TEST_CASE("messages go round a ring and keep their order", "[nccl]") {
+  if (skip_all_if(ranks() < 2, "needs two ranks")) {
+    return;
+  }
+  const int next = (rank() + 1) % ranks();
+  const int previous = (rank() + ranks() - 1) % ranks();
+  for (const Layout layout : kLayouts) {
+    auto first = tensor(DType::f32, {3, 4}, layout);
+    auto second = tensor(DType::i64, {5});
+    auto got_first = tensor(DType::f32, {3, 4}, layout);
+    auto got_second = tensor(DType::i64, {5});
+    first.fill([](std::int64_t i) { return value(rank(), i, 1); });
+    second.fill([](std::int64_t i) { return value(rank(), i, 2); });
+    const auto send = [&] {
+      session().transport->send(first.view(), next, session().ref());
+      session().transport->send(second.view(), next, session().ref());
+    };
+    const auto receive = [&] {
+      session().transport->recv(got_first.view(), previous, session().ref());
+      session().transport->recv(got_second.view(), previous, session().ref());
+    };
+    // A send may wait for its receive, so one rank must begin with receiving.
+    if (rank() == 0) {
+      receive();
+      send();
+    } else {
+      send();
+      receive();
+    }
+    session().wait();
+    CHECK(got_first.differs([&](std::int64_t i) { return value(previous, i, 1); }) == "");
+    CHECK(got_second.differs([&](std::int64_t i) { return value(previous, i, 2); }) == "");
+  }
+}
+
+TEST_CASE("a call to oneself or nobody is refused, and the group works on", "[nccl]") {
+  auto one = tensor(DType::f32, {4});
+  CHECK_THROWS_AS(session().transport->send(one.view(), rank(), session().ref()), UsageError);
+  CHECK_THROWS_AS(session().transport->recv(one.view(), ranks(), session().ref()), UsageError);
+  session().transport->barrier(session().ref());
+  session().wait();
+}
+
+TEST_CASE("captured collectives give fresh answers at every replay", "[nccl][graph]") {
+  const bool large = GENERATE(false, true);
+  const std::int64_t rows = large ? 300 : 4;
+  const Split split({rows, 6, 128}, 1, equal_sizes(6));
+  auto share = tensor(DType::bf16, split.share(rank()));
+  auto gathered = tensor(DType::bf16, split.full);
+  auto scattered = tensor(DType::bf16, split.share(rank()));
+  auto summed = tensor(DType::bf16, split.share(rank()));
+  const StreamRef stream = session().ref();
+  const auto step = [&] {
+    auto& transport = *session().transport;
+    transport.all_gather(share.view(), gathered.view(), 1, split.sizes, stream);
+    transport.reduce_scatter(gathered.view(), scattered.view(), 1, split.sizes, ReduceOp::sum,
+                             stream);
+    transport.all_reduce(share.view(), summed.view(), ReduceOp::sum, stream);
+    transport.barrier(stream);
+  };
+  step();  // lets scratch memory grow
+  session().wait();
+  stream.driver().begin_capture(stream.native());
+  step();
+  const auto graph = stream.driver().end_capture(stream.native());
+  for (int round = 0; round < 20; ++round) {
+    share.fill([round](std::int64_t i) { return value(rank(), i, round); });
+    graph->launch(stream);
+    session().wait();
+    const auto whole = [&](std::int64_t i) {
+      const auto [r, j] = split.owner(i);
+      return value(r, j, round);
+    };
+    CHECK(gathered.differs(whole) == "");
+    CHECK(scattered.differs([&](std::int64_t i) { return ranks() * value(rank(), i, round); }) ==
+          "");
+    CHECK(summed.differs([round](std::int64_t i) { return reduced(ReduceOp::sum, i, round); }) ==
+          "");
+  }
+}
+
+TEST_CASE("scratch memory does not grow within a capture", "[nccl][graph]") {
+  if (skip_all_if(ranks() < 2, "a group of one packs nothing")) {
+    return;
+  }
+  const auto transport = session().backend->connect(world());  // one without scratch memory
+  const StreamRef stream = session().ref();
+  auto from = tensor(DType::f32, {512, 512});
+  auto to = tensor(DType::f32, {512, 512 * ranks()});
+  const auto sizes = equal_sizes(512);
+  stream.driver().begin_capture(stream.native());
+  CHECK_THROWS_MATCHES(transport->all_gather(from.view(), to.view(), 1, sizes, stream), UsageError,
+                       says("scratch", std::to_string(to.view().bytes()), "capture"));
+  static_cast<void>(stream.driver().end_capture(stream.native()));  // still a valid capture
+
+  dynamic_cast<NcclTransport&>(*transport).reserve_scratch(2 * to.view().bytes());
+  stream.driver().begin_capture(stream.native());
+  transport->all_gather(from.view(), to.view(), 1, sizes, stream);
+  const auto graph = stream.driver().end_capture(stream.native());
+  from.fill([](std::int64_t i) { return value(rank(), i); });
+  graph->launch(stream);
+  transport->synchronize(stream, kLimit);
+  const Split split({512, 512}, 1, sizes);
+  CHECK(to.differs([&](std::int64_t i) {
+    const auto [r, j] = split.owner(i);
+    return value(r, j);
+  }) == "");
+}
+
+TEST_CASE("a group's calls on two streams are ordered", "[nccl]") {
+  const UniqueStream second = make_stream(session().backend->device().index);
+  const StreamRef other = session().backend->stream(second.get());
+  auto a = tensor(DType::f32, {1 << 16});
+  for (int round = 0; round < 20; ++round) {
+    a.fill([](std::int64_t i) { return (i + rank()) % 2; });
+    session().transport->all_reduce(a.view(), a.view(), ReduceOp::max, session().ref());
+    session().transport->all_reduce(a.view(), a.view(), ReduceOp::sum, other);
+    session().transport->synchronize(other, kLimit);
+    CHECK(a.differs([](std::int64_t i) {
+      const double highest = ranks() > 1 ? 1 : static_cast<double>(i % 2);
+      return highest * ranks();
+    }) == "");
+  }
+  session().wait();
+}
+
+TEST_CASE("the path can be read back", "[nccl]") {
+  auto& transport = *session().transport;
+  auto small = tensor(DType::f32, {64});
+  auto small_all = tensor(DType::f32, {64 * ranks()});
+  auto large = tensor(DType::f32, {1 << 20});
+  auto large_all = tensor(DType::f32, {ranks(), 1 << 20});
+  const auto path = [&](const DeviceTensor& in, const DeviceTensor& out, int dim) {
+    return transport.path(Collective::all_gather, in.view(), out.view(), dim);
+  };
+  if (ranks() == 1) {
+    CHECK(path(small, small_all, 0) == "copy");
+    return;
+  }
+  const bool own = transport.peer_kernels() != nullptr && runtime_settings().own_max_bytes != 0;
+  CHECK(path(small, small_all, 0) == (own ? "own" : "nccl"));
+  CHECK(path(large, large_all, 0) == "nccl");
+  auto wide = tensor(DType::f32, {1024, 1024});
+  auto wide_all = tensor(DType::f32, {1024, 1024 * ranks()});
+  CHECK(path(wide, wide_all, 1) == "nccl, packed");
+  auto nothing = tensor(DType::f32, {0});
+  CHECK(path(nothing, nothing, 0) == "none");
+}
+
+TEST_CASE("the policy refuses windows for the right reason", "[nccl][policy]") {
+  const auto& found = session().transport->capabilities();
+  CHECK(found.backend == BackendKind::cuda);
+  CHECK(found.nccl_runtime_version > 22000);
+  CHECK(found.machines == 1);
+  const SymmetricOptions options{.enabled = true, .selection = Selection::all()};
+  const ParallelLayout layout{.tp = ranks(), .pp = 1, .dcp = ranks()};
+  const auto decision = decide(options, GroupKind::decode_context_parallel, layout, found);
+  INFO(describe(decision));
+  if (ranks() == 1) {
+    CHECK(decision.nccl_windows.reason == Reason::single_rank);
+    return;
+  }
+  if (found.nccl_hosts != 1) {
+    CHECK(decision.nccl_windows.reason == Reason::out_of_nvlink_reach);
+    CHECK_THAT(decision.nccl_windows.detail, contains(std::to_string(found.nccl_hosts), "hosts"));
+  } else if (found.nvlink_reach && found.nccl_cumem_enabled && found.nccl_win_enable) {
+    CHECK(decision.nccl_windows.on);
+  } else {
+    CHECK_FALSE(decision.nccl_windows.on);
+  }
+  // NCCL's hosts play no part in peer mapping: the ranks share this machine.
+  CHECK(decision.peer_mapping.on == (session().transport->peer_kernels() != nullptr));
+  if (hosts_of_their_own()) {
+    CHECK(decision.peer_mapping.on);
+  }
+}
+
+TEST_CASE("segments can be exported", "[nccl]") {
+  const auto segment = session().backend->allocate_segment(std::size_t{4} << 20);
+  auto& memory = dynamic_cast<NcclSegment&>(*segment);
+  CHECK(memory.bytes() == std::size_t{4} << 20);
+  CHECK(memory.exportable() == session().transport->capabilities().nccl_cumem_enabled);
+}
+
+TEST_CASE("in windows NCCL takes its symmetric path, and the guard precedes it", "[nccl][window]") {
+  const auto& found = session().transport->capabilities();
+  const SymmetricOptions options{.enabled = true, .selection = Selection::all()};
+  const ParallelLayout layout{.tp = ranks(), .pp = 1, .dcp = 1};
+  const auto decision = decide(options, GroupKind::tensor_parallel, layout, found);
+  if (skip_all_if(!decision.nccl_windows.on, "no windows here: " + describe(decision))) {
+    return;
+  }
+  auto& transport = *session().transport;
+  const StreamRef stream = session().ref();
+  const Device device = session().backend->device();
+  constexpr std::size_t kBytes = std::size_t{16} << 20;
+  const auto in_segment = session().backend->allocate_segment(kBytes);
+  const auto out_segment = session().backend->allocate_segment(kBytes);
+  const auto in_window = transport.register_segment(*in_segment);
+  const auto out_window = transport.register_segment(*out_segment);
+  constexpr std::int64_t kCount = 1 << 20;  // beyond the own kernels' threshold
+  const TensorView in(in_segment->data(), DType::bf16, {kCount}, device);
+  const TensorView out(out_segment->data(), DType::bf16, {kCount * ranks()}, device);
+  const auto sizes = equal_sizes(kCount);
+  CHECK(transport.path(Collective::all_gather, in, out, 0) == "nccl symmetric");
+
+  stream.driver().begin_capture(stream.native());
+  transport.all_gather(in, out, 0, sizes, stream);
+  transport.reduce_scatter(out, in, 0, sizes, ReduceOp::sum, stream);
+  transport.all_reduce(in, out.slice(0, 0, kCount), ReduceOp::sum, stream);
+  const auto graph = stream.driver().end_capture(stream.native());
+  const auto names = kernel_names(dynamic_cast<CudaExecutableGraph&>(*graph).graph());
+  for (const auto& name : names) {
+    UNSCOPED_INFO(name);
+  }
+  CHECK(count_with(names, "ncclSym") == 3);
+  CHECK(count_with(names, "visibility_guard") ==
+        (has_visibility_fault(found.nccl_runtime_version) ? 3 : 0));
+
+  auto host = tensor(DType::bf16, {kCount});
+  for (int round = 0; round < 5; ++round) {
+    host.fill([round](std::int64_t i) { return value(rank(), i, round); });
+    session().backend->ops().copy(host.view(), in, stream);
+    graph->launch(stream);
+    session().backend->ops().copy(out.slice(0, 0, kCount), host.view(), stream);
+    session().wait();
+    // The reduce-scatter of what was gathered is n times the own values; the sum over the ranks of
+    // that is n times the reduction. At most 8 * 8 * 11, so only values up to 256 are exact.
+    if (ranks() <= 4) {
+      CHECK(host.differs([round](std::int64_t i) {
+        return ranks() * reduced(ReduceOp::sum, i, round);
+      }) == "");
+    }
+  }
+}
+
+TEST_CASE("pairs on two hosts: windows within a pair, none across", "[nccl][window]") {
+  const bool pairs = ranks() == 4 && session().transport->capabilities().nccl_hosts == 2;
+  if (skip_all_if(!pairs, "needs four ranks as two hosts of two cards")) {
+    return;
+  }
+  const SymmetricOptions options{.enabled = true, .selection = Selection::all()};
+  const ParallelLayout layout{.tp = 4, .pp = 1, .dcp = 2};
+  const auto across =
+      decide(options, GroupKind::tensor_parallel, layout, session().transport->capabilities());
+  CHECK(across.nccl_windows.reason == Reason::out_of_nvlink_reach);
+
+  const auto group = world().split(rank() / 2, rank(), "dcp");
+  const auto transport = session().backend->connect(*group);
+  const auto within =
+      decide(options, GroupKind::decode_context_parallel, layout, transport->capabilities());
+  INFO(describe(within));
+  REQUIRE(within.nccl_windows.on);
+
+  const StreamRef stream = session().ref();
+  const auto segment = session().backend->allocate_segment(std::size_t{16} << 20);
+  const auto window = transport->register_segment(*segment);
+  constexpr std::int64_t kCount = 1 << 20;
+  const TensorView both(segment->data(), DType::f32, {kCount}, session().backend->device());
+  stream.driver().begin_capture(stream.native());
+  transport->all_reduce(both, both, ReduceOp::sum, stream);
+  const auto graph = stream.driver().end_capture(stream.native());
+  CHECK(count_with(kernel_names(dynamic_cast<CudaExecutableGraph&>(*graph).graph()), "ncclSym") ==
+        1);
+  auto host = tensor(DType::f32, {kCount});
+  host.fill([](std::int64_t i) { return value(rank(), i); });
+  session().backend->ops().copy(host.view(), both, stream);
+  graph->launch(stream);
+  session().backend->ops().copy(both, host.view(), stream);
+  transport->synchronize(stream, kLimit);
+  const int first = rank() / 2 * 2;
+  CHECK(host.differs([first](std::int64_t i) { return value(first, i) + value(first + 1, i); }) ==
+        "");
+}
+
+TEST_CASE("ranks that were set up differently are told", "[nccl][errors]") {
+  if (skip_all_if(ranks() < 2, "needs two ranks")) {
+    return;
+  }
+  const bool last = rank() == ranks() - 1;
+  NcclTransportOptions options;
+  options.own_max_bytes = last ? 1234 : 4321;
+  CHECK_THROWS_AS(NcclTransport(world(), session().backend->streams(),
+                                session().backend->device().index, options),
+                  SymmetryError);
+}
+
+TEST_CASE("a rank that never comes to an own kernel is named", "[nccl][errors]") {
+  if (skip_all_if(ranks() < 2 || session().transport->peer_kernels() == nullptr,
+                  "needs own kernels")) {
+    return;
+  }
+  NcclTransportOptions options;
+  options.kernel_limit = 1500ms;
+  std::vector<int> everyone(static_cast<std::size_t>(ranks()));
+  std::iota(everyone.begin(), everyone.end(), 0);
+  const auto first_group = world().subgroup(everyone, 1, "first");
+  {
+    NcclTransport transport(*first_group, session().backend->streams(),
+                            session().backend->device().index, options);
+    const int absent = ranks() - 1;
+    if (rank() != absent) {
+      transport.barrier(session().ref());
+      try {
+        transport.synchronize(session().ref(), 30s);
+        FAIL("expected a TimeoutError");
+      } catch (const TimeoutError& error) {
+        CHECK(error.missing() == std::vector<int>{absent});
+        CHECK_THAT(std::string(error.what()), contains("rank " + std::to_string(absent)));
+      }
+    }
+    world().barrier();
+  }
+  // The process goes on with a group of a new generation.
+  const auto second_group = world().subgroup(everyone, 2, "second");
+  NcclTransport again(*second_group, session().backend->streams(),
+                      session().backend->device().index, options);
+  auto sum = tensor(DType::f32, {100});
+  sum.fill([](std::int64_t i) { return value(rank(), i); });
+  again.all_reduce(sum.view(), sum.view(), ReduceOp::sum, session().ref());
+  again.synchronize(session().ref(), kLimit);
+  CHECK(sum.differs([](std::int64_t i) { return reduced(ReduceOp::sum, i); }) == "");
+}
+
+TEST_CASE("a stream that stays busy ends in a time-out", "[nccl][errors]") {
+  const StreamRef stream = session().ref();
+  const auto release = std::make_shared<std::atomic<bool>>(false);
+  stream.submit([release] {
+    while (!*release) {
+      std::this_thread::sleep_for(1ms);
+    }
+  });
+  CHECK_THROWS_AS(stream.synchronize(100ms), TimeoutError);
+  *release = true;
+  stream.synchronize(10s);
+}
+
+TEST_CASE("teardown leaves nothing behind", "[nccl]") {
+  world().barrier();
+  slot().reset();
+  CHECK(cudaGetLastError() == cudaSuccess);
+  world().barrier();
+}
