@@ -481,7 +481,11 @@ class GroupCoordinator {
     if (size_ == 1) {
       return alias(x);
     }
-    Tensor out = arena_->empty(shape, x.dtype(), stream);
+    // Blocks are of one size on every rank, or offsets would no longer agree.
+    Dims widest = shape;
+    widest[normalize_dim(dim, x.ndim(), "dim")] = *std::max_element(sizes.begin(), sizes.end());
+    Tensor out = arena_->empty(widest, x.dtype(), stream);
+    out.shrink_to(shape);
     scatter_into(out, x, sizes, dim, op, stream);
     return out;
   }

@@ -297,6 +297,18 @@ class Tensor {
     view_ = {};
   }
 
+  /// Views the front of the memory as a contiguous tensor of another shape, for memory whose size
+  /// must be the same on all ranks though the shapes are not. Throws `UsageError` where the shape
+  /// needs more bytes.
+  void shrink_to(const Dims& shape) {
+    const TensorView smaller(view_.data(), view_.dtype(), shape, view_.device());
+    if (smaller.numel() > view_.numel()) {
+      throw UsageError(fmt::format("shrink_to: {} needs more elements than {}", to_string(shape),
+                                   to_string(view_.shape())));
+    }
+    view_ = smaller;
+  }
+
   /// The memory is also used on `stream`: a reuse after this tensor is freed waits for it.
   void record_stream(StreamRef stream) {
     if (owner_ != nullptr) {
