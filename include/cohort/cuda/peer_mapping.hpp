@@ -98,6 +98,9 @@ class PeerMapping {
   static void write_word(int device, void* to, std::uint64_t word) {
     const DeviceGuard guard(device);
     cuda_check(cudaMemcpy(to, &word, sizeof(word), cudaMemcpyHostToDevice), "cudaMemcpy");
+    // From pageable memory it may return before the word has arrived (CUDA Runtime API, "API
+    // synchronization behavior"), and the peers are told to look right after.
+    cuda_check(cudaStreamSynchronize(cudaStreamLegacy), "cudaStreamSynchronize");
   }
   [[nodiscard]] static std::uint64_t read_word(int device, const void* from) {
     const DeviceGuard guard(device);
