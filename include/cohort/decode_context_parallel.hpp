@@ -92,6 +92,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const std::size_t results =
         2 * query + value / ranks * size_of(shape.dtype) + rows * sizeof(float);
     reserve(results + std::max(packed, staged) + kBlockSlack);
+    transport()->reserve_scratch(query + query / ranks);
     if (PeerKernels* kernels = peer_kernels()) {
       kernels->reserve(std::max(query, ranks * piece.bytes));
     }
@@ -287,15 +288,19 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
     const bool wide = merge_.staged_precision == StagedPrecision::f32;
     const DType dtype = wide ? DType::f32 : out.dtype();
-    const Tensor corrected = arena()->empty(out.shape(), dtype, stream);
-    backend().ops().correct_partial(out, lses, rank(), arguments.base, corrected, stream);
-    if (dtype == arguments.merged.dtype()) {
-      reduce_scatter_into(arguments.merged, corrected, 1, stream);
+    // Heads first: what a rank gets is then contiguous, and a reduce-scatter in windows needs no
+    // packing.
+    const Tensor corrected = arena()->empty({heads, batch, out.size(2)}, dtype, stream);
+    backend().ops().correct_partial(out, lses, rank(), arguments.base,
+                                    corrected.view().transpose(0, 1), stream);
+    const TensorView merged = arguments.merged.transpose(0, 1);
+    if (dtype == merged.dtype() && merged.is_contiguous()) {
+      reduce_scatter_into(merged, corrected, 0, stream);
       return;
     }
-    const Tensor sums = arena()->empty(arguments.merged.shape(), dtype, stream);
-    reduce_scatter_into(sums, corrected, 1, stream);
-    backend().ops().copy(sums, arguments.merged, stream);
+    const Tensor sums = arena()->empty(merged.shape(), dtype, stream);
+    reduce_scatter_into(sums, corrected, 0, stream);
+    backend().ops().copy(sums, merged, stream);
   }
 
   MergeOptions merge_;

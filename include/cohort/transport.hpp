@@ -167,6 +167,11 @@ class Transport {
   /// `TransportError`, `SymmetryError` and `TimeoutError`.
   [[nodiscard]] virtual std::unique_ptr<Window> register_segment(Segment& segment) = 0;
 
+  /// Makes room for collectives whose layout the transport has to pack, with up to `bytes` of input
+  /// and output together, so that they can be captured without having run before. Local; not within
+  /// a capture. A transport that packs nothing has nothing to do.
+  virtual void reserve_scratch(std::size_t /*bytes*/) {}
+
   /// Rank r's `in` becomes extents [sum(sizes[..r)), + sizes[r]) of `out` along `dim`.
   virtual void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
                           std::span<const std::int64_t> sizes, StreamRef stream) = 0;

@@ -67,7 +67,7 @@ struct Setup {
   [[nodiscard]] std::uint64_t count_wrong(Collective collective, std::int64_t bytes, bool captured,
                                           int rounds) {
     constexpr int kPerGraph = 10;
-    cuda_check(cudaMemset(counters.get(), 0, 256), "cudaMemset");
+    cuda_check(cudaMemsetAsync(counters.get(), 0, 256, stream.get()), "cudaMemsetAsync");
     world().barrier();
     if (captured) {
       ref().driver().begin_capture(stream.get());

@@ -117,9 +117,7 @@ class NcclTransport final : public Transport {
   /// Null in a group of one.
   [[nodiscard]] Communicator* communicator() noexcept { return communicator_.get(); }
 
-  /// Makes room for collectives whose tensors have to be packed, so that they can be captured
-  /// without having run before: the bytes of input and output together suffice. Local.
-  void reserve_scratch(std::size_t bytes) { workspace_.reserve(bytes + 2 * kAlignment); }
+  void reserve_scratch(std::size_t bytes) override { workspace_.reserve(bytes + 2 * kAlignment); }
 
   [[nodiscard]] std::unique_ptr<Window> register_segment(Segment& segment) override {
     if (size_ == 1) {
