@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "cohort/error.hpp"
+#include "cohort/runtime_env.hpp"
 
 /// \file
 /// The control plane: small host-side messages between the ranks of a group, each wait with a time
@@ -298,13 +299,14 @@ class Mailbox {
 /// a rank that is missing or elsewhere can be named.
 class MessageControlPlane : public ControlPlane {
  public:
-  /// The group of all ranks of the messenger. Local. Throws `ConfigError` for a time limit that is
-  /// not positive or beyond `kLongestTimeLimit`.
+  /// The group of all ranks of the messenger. Local. `COHORT_TIMEOUT_MS` wins over `limit` where it
+  /// is set. Throws `ConfigError` for a time limit that is not positive or beyond
+  /// `kLongestTimeLimit`.
   explicit MessageControlPlane(std::shared_ptr<Messenger> messenger,
                                std::chrono::milliseconds limit = kDefaultTimeLimit,
                                std::string name = "world")
       : mailbox_(std::make_shared<detail::Mailbox>(std::move(messenger))),
-        limit_(limit),
+        limit_(runtime_settings().timeout.value_or(limit)),
         name_(std::move(name)),
         members_(static_cast<std::size_t>(mailbox_->messenger().size())),
         rank_(mailbox_->messenger().rank()),

@@ -67,7 +67,12 @@ inline constexpr std::array kEnvVariables = {
     EnvVariable{"NCCL_CUMEM_ENABLE", EnvVariable::Use::read_by_cohort, "0, 1, -2",
                 "-2, NCCL probes the driver",
                 "0 makes ncclMemAlloc fall back to cudaMalloc; windows are refused then."},
-    EnvVariable{"COHORT_TIMEOUT_MS", EnvVariable::Use::read_by_cohort, "1 to 86400000", "60000",
+    EnvVariable{"NCCL_HOSTID", EnvVariable::Use::read_by_cohort, "any text",
+                "host name and boot id",
+                "What NCCL takes for the host's identity; ranks that differ in it are on different "
+                "hosts for windows, never for peer mapping."},
+    EnvVariable{"COHORT_TIMEOUT_MS", EnvVariable::Use::read_by_cohort, "1 to 86400000",
+                "what the program asks for, or 60000",
                 "Time limit of a control-plane operation, milliseconds."},
     EnvVariable{"COHORT_MERGE_PLAN", EnvVariable::Use::read_by_cohort,
                 "automatic, staged, packed, one_kernel", "the plan that the program asks for",
@@ -76,7 +81,8 @@ inline constexpr std::array kEnvVariables = {
                 "the backend's measured threshold",
                 "Largest message, total bytes, that the library's own small collectives take; 0 "
                 "turns them off. Must be equal on all ranks."},
-    EnvVariable{"COHORT_DEBUG_CHECKS", EnvVariable::Use::read_by_cohort, "0, 1", "0",
+    EnvVariable{"COHORT_DEBUG_CHECKS", EnvVariable::Use::read_by_cohort, "0, 1",
+                "what the program asks for, or 0",
                 "1 compares each collective's arguments across ranks before the call."},
     EnvVariable{"COHORT_LOG", EnvVariable::Use::read_by_cohort, "info, warning, error", "warning",
                 "Lowest level of the messages that are passed on."},
@@ -177,11 +183,11 @@ inline std::vector<EnvSetting> apply(const RuntimeEnvOptions& options) {
 
 /// The library's own variables, parsed.
 struct RuntimeSettings {
-  std::chrono::milliseconds timeout{60'000};  ///< COHORT_TIMEOUT_MS
-  std::optional<MergePlan> merge_plan;        ///< COHORT_MERGE_PLAN
-  std::optional<std::int64_t> own_max_bytes;  ///< COHORT_OWN_MAX_BYTES
-  std::optional<bool> debug_checks;           ///< COHORT_DEBUG_CHECKS
-  LogLevel log_level = LogLevel::warning;     ///< COHORT_LOG
+  std::optional<std::chrono::milliseconds> timeout;  ///< COHORT_TIMEOUT_MS
+  std::optional<MergePlan> merge_plan;               ///< COHORT_MERGE_PLAN
+  std::optional<std::int64_t> own_max_bytes;         ///< COHORT_OWN_MAX_BYTES
+  std::optional<bool> debug_checks;                  ///< COHORT_DEBUG_CHECKS
+  LogLevel log_level = LogLevel::warning;            ///< COHORT_LOG
 
   friend bool operator==(const RuntimeSettings&, const RuntimeSettings&) = default;
 };
