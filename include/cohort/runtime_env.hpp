@@ -268,6 +268,7 @@ struct RuntimeSettings {
 struct NcclEnv {
   bool win_enable = true;        ///< NCCL_WIN_ENABLE is not 0.
   bool cumem_forbidden = false;  ///< NCCL_CUMEM_ENABLE is 0; otherwise the driver decides.
+  std::optional<std::string> host_id = {};  ///< NCCL_HOSTID
 };
 
 /// Reads them. NCCL takes an integer of any C notation and falls back to its default for an empty
@@ -284,7 +285,8 @@ struct NcclEnv {
     return errno == 0 && value == 0;
   };
   return {.win_enable = !is_zero("NCCL_WIN_ENABLE"),
-          .cumem_forbidden = is_zero("NCCL_CUMEM_ENABLE")};
+          .cumem_forbidden = is_zero("NCCL_CUMEM_ENABLE"),
+          .host_id = lookup("NCCL_HOSTID")};
 }
 
 /// The process's settings, read at the first call and constant afterwards. Thread-safe.

@@ -60,9 +60,8 @@ namespace detail {
 
 /// Whether NCCL allocates by cuMem on the device, as its ncclCuMemEnable decides: the variable
 /// where it is 0 or 1, otherwise the driver's attributes.
-[[nodiscard]] inline bool cumem_enabled(int device, const EnvLookup& lookup = process_env) {
-  const auto text = lookup("NCCL_CUMEM_ENABLE");
-  if (text && *text == "0") {
+[[nodiscard]] inline bool cumem_enabled(int device, const NcclEnv& environment) {
+  if (environment.cumem_forbidden) {
     return false;
   }
   try {
@@ -183,13 +182,14 @@ struct Reach {
                                    static_cast<int>(facts.pci_bus_id.size()), device),
              "cudaDeviceGetPCIBusId");
   facts.nccl_runtime_version = nccl_runtime_version();
-  const auto host = lookup("NCCL_HOSTID");
-  facts.nccl_host = detail::hash_text(nccl_host_identity(host ? host->c_str() : nullptr));
+  const NcclEnv environment = read_nccl_env(lookup);
+  facts.nccl_host = detail::hash_text(
+      nccl_host_identity(environment.host_id ? environment.host_id->c_str() : nullptr));
   facts.nccl_header_version = NCCL_VERSION_CODE;
   facts.multiprocessors = properties.multiProcessorCount;
   facts.windows = nccl_has_windows() ? 1 : 0;
-  facts.win_enable = lookup("NCCL_WIN_ENABLE").value_or("1") != "0" ? 1 : 0;
-  facts.cumem = detail::cumem_enabled(device, lookup) ? 1 : 0;
+  facts.win_enable = environment.win_enable ? 1 : 0;
+  facts.cumem = detail::cumem_enabled(device, environment) ? 1 : 0;
   return facts;
 }
 
