@@ -1,0 +1,148 @@
+#include <array>
+#include <memory>
+#include <optional>
+#include <utility>
+
+#include "benches.hpp"
+#include "decode_calls.hpp"
+#include "headline.hpp"
+#include "statistics.hpp"
+
+namespace cohort::bench {
+
+namespace {
+
+/// Bytes of the latent KV cache of all layers, the same in every rank without DCP.
+[[nodiscard]] std::int64_t kv_bytes(const Options& options, const StepShape& shape) {
+  return options.layers * options.context * shape.batch * (options.head_dim + options.rope) *
+         static_cast<std::int64_t>(size_of(shape.dtype));
+}
+
+[[nodiscard]] Case token_case(Session& session, const StepShape& shape, std::int64_t bytes) {
+  return {.bench = "decode_step",
+          .dtype = std::string(to_string(shape.dtype)),
+          .bytes = bytes,
+          .batch = shape.batch,
+          .bus_factor = gather_bus_factor(session.ranks()),
+          .most_calls = 1,
+          .warmup = 1};
+}
+
+/// Adds, for each mode, the local attention alone; its time is taken off the ways'.
+[[nodiscard]] std::array<std::optional<std::size_t>, 2> add_stand_ins(Session& session,
+                                                                      Case& work) {
+  std::array<std::optional<std::size_t>, 2> index;
+  for (const Mode mode : session.options.modes) {
+    index[static_cast<std::size_t>(mode)] = work.variants.size();
+    work.variants.push_back({.mode = mode,
+                             .call =
+                                 [&session] {
+                                   for (std::int64_t l = 0; l < session.options.layers; ++l) {
+                                     session.bed.stand_in();
+                                   }
+                                 },
+                             .hidden = true});
+  }
+  return index;
+}
+
+/// One token through all layers, in one variant.
+[[nodiscard]] Variant token_variant(Session& session, const MergeWay& way, const StepShape& shape) {
+  const Variant gather = gather_variant(session, way.way, shape);
+  const Variant merge = merge_variant(session, way, shape);
+  Variant token = merge;
+  token.call = [&session, gather, merge] {
+    for (std::int64_t l = 0; l < session.options.layers; ++l) {
+      gather.call();
+      session.bed.stand_in();
+      merge.call();
+    }
+  };
+  token.poison = [gather, merge] {
+    gather.poison();
+    merge.poison();
+  };
+  token.wrong = [gather, merge] { return gather.wrong() + merge.wrong(); };
+  token.kv_bytes_per_rank = kv_bytes(session.options, shape) / session.ranks();
+  return token;
+}
+
+/// Eagerly only the staged merge is of interest: it is what engines without graphs run.
+[[nodiscard]] bool is_wanted(const MergeWay& way, Mode mode) {
+  const bool staged = way.plan == Plan::staged || way.plan == Plan::staged_fp32;
+  const bool ordinary = way.way.path == Path::raw || way.way.path == Path::plain;
+  return mode == Mode::graph || (staged && ordinary);
+}
+
+void dcp_case(Session& session, const StepShape& shape) {
+  const auto& options = session.options;
+  Case work =
+      token_case(session, shape,
+                 options.layers * (query_bytes(options, shape) + partial_bytes(options, shape)));
+  const auto stand_in = add_stand_ins(session, work);
+  for (const MergeWay& way : merge_ways(session, shape)) {
+    const Variant token = token_variant(session, way, shape);
+    for (const Mode mode : options.modes) {
+      if (is_wanted(way, mode)) {
+        work.variants.push_back(token);
+        work.variants.back().mode = mode;
+        work.variants.back().subtract = stand_in[static_cast<std::size_t>(mode)];
+      }
+    }
+  }
+  session.runner.run(work);
+}
+
+/// Tensor parallelism without DCP: every rank holds the whole latent cache and attends for its own
+/// heads, so that the attention communicates nothing. What remains is the reduce after the output
+/// projection, which a model with DCP has as well.
+void tensor_parallel_case(Session& session, const StepShape& shape) {
+  const auto& options = session.options;
+  const std::int64_t count = shape.batch * options.hidden;
+  Case work = token_case(session, shape,
+                         options.layers * count * static_cast<std::int64_t>(size_of(shape.dtype)));
+  work.bus_factor = all_reduce_bus_factor(session.ranks());
+  const auto stand_in = add_stand_ins(session, work);
+  for (const Way& way : ways(session)) {
+    const Variant reduce = all_reduce_variant(session, way, shape.dtype, count);
+    if (!reduce.call) {
+      continue;
+    }
+    Variant token = reduce;
+    token.plan = kTensorParallelOnly;
+    token.call = [&session, reduce] {
+      for (std::int64_t l = 0; l < session.options.layers; ++l) {
+        session.bed.stand_in();
+        reduce.call();
+      }
+    };
+    token.kv_bytes_per_rank = kv_bytes(options, shape);
+    const Mode mode = options.has(Mode::graph) ? Mode::graph : Mode::eager;
+    token.mode = mode;
+    token.subtract = stand_in[static_cast<std::size_t>(mode)];
+    work.variants.push_back(std::move(token));
+  }
+  session.runner.run(work);
+}
+
+}  // namespace
+
+void bench_decode_step(Session& session) {
+  if (!divides_heads(session, "decode_step")) {
+    return;
+  }
+  for (const DType dtype : session.options.dtypes) {
+    for (const std::int64_t batch : session.options.batches) {
+      const StepShape shape{batch, dtype};
+      dcp_case(session, shape);
+      tensor_parallel_case(session, shape);
+      if (session.runner.stopped()) {
+        return;
+      }
+      session.sink.print(
+          headline(session.sink.rows(), to_string(dtype), batch, session.options.layers));
+    }
+  }
+}
+
+}  // namespace cohort::bench

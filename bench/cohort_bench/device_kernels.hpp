@@ -1,0 +1,19 @@
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+/// \file
+/// Kernels of the benchmark itself.
+
+namespace cohort::bench {
+
+/// Occupies one block for so many clock cycles.
+void launch_spin(long long cycles, cudaStream_t stream);
+
+/// Copies by 16-byte loads and stores of the whole device. Addresses and size are multiples of 16;
+/// either side may be a peer's memory.
+void launch_copy(void* to, const void* from, std::size_t bytes, int blocks, cudaStream_t stream);
+
+}  // namespace cohort::bench

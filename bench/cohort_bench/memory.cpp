@@ -1,0 +1,210 @@
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "benches.hpp"
+#include "cohort/symmetric_scope.hpp"
+#include "ways.hpp"
+
+namespace cohort::bench {
+
+namespace {
+
+constexpr int kPairs = 1024;
+
+/// Sizes that look random and are the same on every rank (Knuth's MMIX generator).
+class Sizes {
+ public:
+  [[nodiscard]] std::int64_t next() {
+    state_ = state_ * 6364136223846793005ULL + 1442695040888963407ULL;
+    return 256 + static_cast<std::int64_t>((state_ >> 33) % 3841);
+  }
+
+ private:
+  std::uint64_t state_ = 42;
+};
+
+/// An arena with many live blocks between holes, and blocks that come and go.
+struct ArenaLoad {
+  static constexpr int kLive = 10'000;
+
+  ArenaLoad(SymmetricArena& a, StreamRef s) : arena(a), stream(s) {
+    Sizes sizes;
+    arena.reserve(std::size_t{2} * kLive * 4096);
+    std::vector<Tensor> all;
+    for (int i = 0; i < 2 * kLive; ++i) {
+      all.push_back(arena.empty({sizes.next()}, DType::u8, stream));
+    }
+    for (std::size_t i = 0; i < all.size(); i += 2) {  // the others leave holes
+      live.push_back(std::move(all[i]));
+    }
+    for (auto& size : pending) {
+      size = sizes.next();
+    }
+  }
+
+  void pairs() {
+    for (std::size_t i = 0; i < kPairs; ++i) {
+      ring[i % ring.size()] = arena.empty({pending[i]}, DType::u8, stream);  // frees the old one
+    }
+  }
+
+  /// Blocks that are misaligned or overlap, and whether the ranks' histories differ.
+  [[nodiscard]] std::int64_t wrong(ControlPlane& world) const {
+    std::vector<std::pair<std::uint64_t, std::uint64_t>> blocks;
+    const auto add = [&](const Tensor& tensor) {
+      if (tensor.numel() > 0) {
+        blocks.emplace_back(arena.offset_of(tensor.data()).value_or(1), tensor.bytes());
+      }
+    };
+    std::for_each(live.begin(), live.end(), add);
+    std::for_each(ring.begin(), ring.end(), add);
+    std::sort(blocks.begin(), blocks.end());
+    std::int64_t bad = 0;
+    for (std::size_t i = 0; i < blocks.size(); ++i) {
+      const bool overlaps = i > 0 && blocks[i - 1].first + blocks[i - 1].second > blocks[i].first;
+      bad += overlaps || blocks[i].first % 256 != 0 ? 1 : 0;
+    }
+    const std::uint64_t mine = arena.history();
+    for (const auto& theirs : world.all_gather(std::as_bytes(std::span(&mine, 1)))) {
+      bad += std::memcmp(theirs.data(), &mine, sizeof(mine)) == 0 ? 0 : 1;
+    }
+    return bad;
+  }
+
+  SymmetricArena& arena;
+  StreamRef stream;
+  std::vector<Tensor> live;
+  std::array<std::int64_t, kPairs> pending{};
+  std::array<Tensor, 16> ring;
+};
+
+[[nodiscard]] std::string path_name(const Lane& lane) {
+  return std::string(to_string(lane.obstacle().empty() ? Path::symmetric : Path::plain));
+}
+
+/// A fresh arena that grows once; growth is the registration.
+struct Growth {
+  Growth(Session& s, Lane& l, std::size_t b) : session(s), lane(l), bytes(b) {}
+
+  void grow() {
+    std::vector<AudienceMember> audience;
+    if (lane.obstacle().empty()) {
+      audience.push_back(lane.group().audience_member());
+    }
+    arena = SymmetricArena::create(session.bed.backend(false), "registration", std::move(audience),
+                                   {.growth_bytes = bytes});
+    arena->reserve(bytes);
+  }
+
+  void drop() {
+    if (arena != nullptr) {
+      session.world.barrier();  // a peer may still be registering
+      arena->close();
+      arena.reset();
+    }
+  }
+
+  /// Gathers from memory of the fresh arena.
+  [[nodiscard]] std::int64_t wrong() {
+    grow();
+    const int n = session.ranks();
+    std::int64_t bad = 0;
+    {
+      constexpr std::int64_t kShare = 256;
+      const StreamRef stream = session.bed.stream();
+      const Tensor in = arena->empty({kShare}, DType::f32, stream);
+      const Tensor out = arena->empty({kShare * n}, DType::f32, stream);
+      session.bed.put(in.data(), encode(DType::f32, kShare, [&](std::int64_t i) {
+                        return input_value(session.rank(), i, n);
+                      }));
+      poison(session, out.view());
+      session.world.barrier();
+      lane.group().all_gather_into(out.view(), in.view(), 0, stream);
+      session.bed.synchronize();
+      session.world.barrier();
+      bad = count_wrong(DType::f32, fetch(session, out.view()), [&](std::int64_t i) {
+        return input_value(static_cast<int>(i / kShare), i % kShare, n);
+      });
+    }
+    drop();
+    return bad;
+  }
+
+  Session& session;
+  Lane& lane;
+  std::size_t bytes;
+  std::shared_ptr<SymmetricArena> arena;
+};
+
+}  // namespace
+
+void bench_arena(Session& session) {
+  Lane& lane = session.lanes.get({.symmetric = true});
+  const auto load = std::make_shared<ArenaLoad>(*lane.group().arena(), session.bed.stream());
+  Case work{.bench = "arena",
+            .bytes = 2176,  // mean of the sizes
+            .batch = ArenaLoad::kLive,
+            .most_calls = 10,
+            .parts_per_call = kPairs};
+  work.variants.push_back({.path = path_name(lane),
+                           .call = [load] { load->pairs(); },
+                           .wrong = [load, &session] { return load->wrong(session.world); }});
+  session.runner.run(work);
+}
+
+void bench_scope(Session& session) {
+  Lane& lane = session.lanes.get({.symmetric = true});
+  const ScopeTarget target = lane.group();
+  const StreamRef stream = session.bed.stream();
+  Case work{.bench = "scope", .most_calls = 100, .parts_per_call = kPairs};
+  work.variants.push_back({.path = path_name(lane),
+                           .call =
+                               [target, stream] {
+                                 for (int i = 0; i < kPairs; ++i) {
+                                   const SymmetricScope scope(target, stream);
+                                   asm volatile("" : : "r"(&scope) : "memory");  // is not elided
+                                 }
+                               },
+                           .wrong = [target, stream]() -> std::int64_t {
+                             const SymmetricScope* const before = SymmetricScope::current();
+                             bool right = true;
+                             {
+                               const SymmetricScope scope(target, stream);
+                               right = SymmetricScope::current() == &scope &&
+                                       scope.is_null() == (target.arena == nullptr);
+                             }
+                             return right && SymmetricScope::current() == before ? 0 : 1;
+                           }});
+  session.runner.run(work);
+}
+
+void bench_registration(Session& session) {
+  constexpr int kMostRegistrations = 20;
+  Lane& lane = session.lanes.get({.symmetric = true});
+  for (const std::size_t mebibytes : {2U, 8U, 32U}) {
+    const std::size_t bytes = mebibytes << 20;
+    const auto growth = std::make_shared<Growth>(session, lane, bytes);
+    Case work{.bench = "registration",
+              .bytes = static_cast<std::int64_t>(bytes),
+              .most_calls = 1,
+              .iters = kMostRegistrations,
+              .warmup = 1};
+    work.variants.push_back({.path = path_name(lane),
+                             .call = [growth] { growth->grow(); },
+                             .wrong =
+                                 [growth] {
+                                   growth->drop();
+                                   return growth->wrong();
+                                 },
+                             .after_sample = [growth] { growth->drop(); }});
+    session.runner.run(work);
+  }
+}
+
+}  // namespace cohort::bench

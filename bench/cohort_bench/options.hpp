@@ -1,0 +1,392 @@
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cohort/dtype.hpp"
+#include "cohort/error.hpp"
+#include "cohort/symmetric_policy.hpp"
+
+/// \file
+/// The benchmark's command line. Pure.
+
+namespace cohort::bench {
+
+enum class Bench : std::uint8_t {
+  ceiling,
+  all_gather,
+  reduce_scatter,
+  all_reduce,
+  all_gather_dim,
+  gather_query,
+  dcp_merge,
+  decode_step,
+  arena,
+  scope,
+  registration,
+};
+
+/// Who moves the bytes, and in which memory.
+enum class Path : std::uint8_t {
+  raw,            ///< The bare NCCL or MPI call, without Cohort.
+  raw_symmetric,  ///< The bare NCCL call in registered buffers, without Cohort's visibility guard.
+  plain,          ///< Cohort over the library's transport, buffers outside windows.
+  symmetric,      ///< Cohort over the library's transport, buffers inside windows.
+  own,            ///< Cohort's own kernels over peer mappings.
+};
+
+/// How a merge is carried out.
+enum class Plan : std::uint8_t { staged, staged_fp32, packed, one_kernel };
+
+enum class Mode : std::uint8_t { eager, graph };
+
+/// A value of an option with its name on the command line and in rows.
+template <class T>
+struct Named {
+  T value;
+  std::string_view name;
+};
+
+inline constexpr std::array kBenches = {
+    Named{Bench::ceiling, "ceiling"},
+    Named{Bench::all_gather, "all_gather"},
+    Named{Bench::reduce_scatter, "reduce_scatter"},
+    Named{Bench::all_reduce, "all_reduce"},
+    Named{Bench::all_gather_dim, "all_gather_dim"},
+    Named{Bench::gather_query, "gather_query"},
+    Named{Bench::dcp_merge, "dcp_merge"},
+    Named{Bench::decode_step, "decode_step"},
+    Named{Bench::arena, "arena"},
+    Named{Bench::scope, "scope"},
+    Named{Bench::registration, "registration"},
+};
+inline constexpr std::array kPaths = {
+    Named{Path::raw, "raw"},     Named{Path::raw_symmetric, "raw_symmetric"},
+    Named{Path::plain, "plain"}, Named{Path::symmetric, "symmetric"},
+    Named{Path::own, "own"},
+};
+inline constexpr std::array kPlans = {
+    Named{Plan::staged, "staged"},
+    Named{Plan::staged_fp32, "staged_fp32"},
+    Named{Plan::packed, "packed"},
+    Named{Plan::one_kernel, "one_kernel"},
+};
+inline constexpr std::array kModes = {Named{Mode::eager, "eager"}, Named{Mode::graph, "graph"}};
+inline constexpr std::array kDTypes = {Named{DType::f32, "f32"}, Named{DType::f16, "f16"},
+                                       Named{DType::bf16, "bf16"}};
+inline constexpr std::array kBackends = {Named{BackendKind::host, "host"},
+                                         Named{BackendKind::cuda, "cuda"}};
+
+namespace detail {
+
+template <class T, std::size_t N>
+[[nodiscard]] constexpr std::string_view name_in(const std::array<Named<T>, N>& table, T value) {
+  for (const auto& entry : table) {
+    if (entry.value == value) {
+      return entry.name;
+    }
+  }
+  return "unknown";
+}
+
+template <class T, std::size_t N>
+[[nodiscard]] std::string names(const std::array<Named<T>, N>& table, std::string_view separator) {
+  std::string text;
+  for (const auto& entry : table) {
+    text += (text.empty() ? std::string_view{} : separator);
+    text += entry.name;
+  }
+  return text;
+}
+
+template <class T, std::size_t N>
+[[nodiscard]] std::vector<T> values(const std::array<Named<T>, N>& table) {
+  std::vector<T> all;
+  for (const auto& entry : table) {
+    all.push_back(entry.value);
+  }
+  return all;
+}
+
+}  // namespace detail
+
+[[nodiscard]] constexpr std::string_view to_string(Bench value) {
+  return detail::name_in(kBenches, value);
+}
+[[nodiscard]] constexpr std::string_view to_string(Path value) {
+  return detail::name_in(kPaths, value);
+}
+[[nodiscard]] constexpr std::string_view to_string(Plan value) {
+  return detail::name_in(kPlans, value);
+}
+[[nodiscard]] constexpr std::string_view to_string(Mode value) {
+  return detail::name_in(kModes, value);
+}
+
+struct Options {
+  std::vector<Bench> benches = detail::values(kBenches);
+  BackendKind backend = BackendKind::host;
+  std::vector<Path> paths = detail::values(kPaths);
+  std::vector<Plan> plans = detail::values(kPlans);
+  std::vector<Mode> modes = detail::values(kModes);
+  std::int64_t min_bytes = std::int64_t{2} << 10;
+  std::int64_t max_bytes = std::int64_t{4} << 20;
+  std::int64_t factor = 2;
+  std::vector<std::int64_t> batches = {1, 4, 16, 64, 128};
+  std::int64_t heads = 128;
+  std::int64_t head_dim = 512;
+  std::int64_t rope = 64;
+  std::int64_t layers = 61;
+  std::int64_t hidden = 7168;
+  std::int64_t context = 128 << 10;
+  std::vector<DType> dtypes;  ///< Empty: f32 on the host, where MPI has no 16-bit sums; else bf16.
+  int iters = 200;
+  int warmup = 5;
+  std::int64_t max_seconds = 10;
+  bool check = false;
+  bool goals = false;
+  bool help = false;
+  std::string json;
+
+  [[nodiscard]] bool has(Bench bench) const noexcept { return contains(benches, bench); }
+  [[nodiscard]] bool has(Path path) const noexcept { return contains(paths, path); }
+  [[nodiscard]] bool has(Plan plan) const noexcept { return contains(plans, plan); }
+  [[nodiscard]] bool has(Mode mode) const noexcept { return contains(modes, mode); }
+
+  /// min_bytes, min_bytes * factor, ... up to and including max_bytes.
+  [[nodiscard]] std::vector<std::int64_t> sizes() const {
+    std::vector<std::int64_t> all;
+    for (std::int64_t bytes = min_bytes; bytes <= max_bytes; bytes *= factor) {
+      all.push_back(bytes);
+      if (bytes > max_bytes / factor) {
+        break;
+      }
+    }
+    return all;
+  }
+
+ private:
+  template <class T>
+  static bool contains(const std::vector<T>& set, T value) noexcept {
+    return std::find(set.begin(), set.end(), value) != set.end();
+  }
+};
+
+/// What --help prints.
+[[nodiscard]] inline std::string usage() {
+  const auto line = [](std::string_view option, const std::string& text) {
+    return fmt::format("  {:<22}{}\n", option, text);
+  };
+  return "usage: mpirun -n N cohort_bench [option value]...\n" +
+         line("--bench LIST", "all, or of " + detail::names(kBenches, ",")) +
+         line("--backend NAME", "host (default) or cuda") +
+         line("--paths LIST", detail::names(kPaths, ",")) +
+         line("--plans LIST", detail::names(kPlans, ",")) +
+         line("--modes LIST", detail::names(kModes, ",")) +
+         line("--min-bytes SIZE",
+              "smallest payload of the collectives, 2K; K, M and G are binary") +
+         line("--max-bytes SIZE", "largest payload, 4M") +
+         line("--factor N", "from one payload to the next, 2") +
+         line("--batches LIST", "queries of a decode step, 1,4,16,64,128") +
+         line("--heads N", "query heads of all ranks, 128") +
+         line("--head-dim N", "elements of a head's latent query and of its output, 512") +
+         line("--rope N", "elements of a head's rotary query, 64") +
+         line("--layers N", "of the model of decode_step, 61") +
+         line("--hidden N", "its hidden size, 7168") +
+         line("--context N", "tokens of each sequence in its KV cache, 131072") +
+         line("--dtype LIST", "of f32,f16,bf16; f32 on the host and bf16 on cuda by default") +
+         line("--iters N", "samples of each row, 200") +
+         line("--warmup N", "calls before them, 5") +
+         line("--max-seconds N",
+              "most that one group of rows may take, 10; it then has fewer "
+              "samples") +
+         line("--check", "compare every row's results with what they must be") +
+         line("--goals", "then print the project's goals with what this run reached") +
+         line("--json FILE", "write rows as JSON lines") + line("--help", "this text");
+}
+
+namespace detail {
+
+/// "64", "2K", "4MiB", "1G".
+[[nodiscard]] inline std::int64_t parse_size(std::string_view option, std::string_view text) {
+  std::int64_t value = 0;
+  const char* const end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  std::string_view suffix(stop, static_cast<std::size_t>(end - stop));
+  int shift = 0;
+  for (const auto& [letter, bits] : {std::pair{'K', 10}, {'M', 20}, {'G', 30}}) {
+    if (!suffix.empty() && suffix.front() == letter) {
+      shift = bits;
+      suffix.remove_prefix(1);
+      if (suffix == "iB") {
+        suffix = {};
+      }
+      break;
+    }
+  }
+  const bool fits = value <= (std::numeric_limits<std::int64_t>::max() >> shift);
+  if (error != std::errc{} || !suffix.empty() || value < 1 || !fits) {
+    throw ConfigError(
+        fmt::format("{}: expected a size such as 2048, 2K or 4M, got \"{}\"", option, text));
+  }
+  return value << shift;
+}
+
+[[nodiscard]] inline std::int64_t parse_count(std::string_view option, std::string_view text,
+                                              std::int64_t min, std::int64_t max) {
+  std::int64_t value = 0;
+  const char* const end = text.data() + text.size();
+  const auto [stop, error] = std::from_chars(text.data(), end, value);
+  if (text.empty() || error != std::errc{} || stop != end || value < min || value > max) {
+    throw ConfigError(
+        fmt::format("{}: expected an integer from {} to {}, got \"{}\"", option, min, max, text));
+  }
+  return value;
+}
+
+[[nodiscard]] inline std::vector<std::string_view> split_list(std::string_view text) {
+  std::vector<std::string_view> parts;
+  while (true) {
+    const auto comma = text.find(',');
+    parts.push_back(text.substr(0, comma));
+    if (comma == std::string_view::npos) {
+      return parts;
+    }
+    text.remove_prefix(comma + 1);
+  }
+}
+
+template <class T, std::size_t N>
+[[nodiscard]] T parse_name(std::string_view option, std::string_view text,
+                           const std::array<Named<T>, N>& table) {
+  for (const auto& entry : table) {
+    if (entry.name == text) {
+      return entry.value;
+    }
+  }
+  throw ConfigError(fmt::format("{}: expected {}, got \"{}\"", option, names(table, ", "), text));
+}
+
+template <class T, std::size_t N>
+[[nodiscard]] std::vector<T> parse_names(std::string_view option, std::string_view text,
+                                         const std::array<Named<T>, N>& table) {
+  std::vector<T> chosen;
+  if (text == "all") {
+    return values(table);
+  }
+  for (const auto part : split_list(text)) {
+    const T value = parse_name(option, part, table);
+    if (std::find(chosen.begin(), chosen.end(), value) == chosen.end()) {
+      chosen.push_back(value);
+    }
+  }
+  return chosen;
+}
+
+/// Sets one option that has a value. Returns false for an unknown option.
+inline bool set_option(Options& options, std::string_view option, std::string_view value) {
+  constexpr std::int64_t kMax = std::int64_t{1} << 31;
+  const auto count = [&](std::int64_t min) { return parse_count(option, value, min, kMax); };
+  if (option == "--bench") {
+    options.benches = parse_names(option, value, kBenches);
+  } else if (option == "--backend") {
+    options.backend = parse_name(option, value, kBackends);
+  } else if (option == "--paths") {
+    options.paths = parse_names(option, value, kPaths);
+  } else if (option == "--plans") {
+    options.plans = parse_names(option, value, kPlans);
+  } else if (option == "--modes") {
+    options.modes = parse_names(option, value, kModes);
+  } else if (option == "--dtype") {
+    options.dtypes = parse_names(option, value, kDTypes);
+  } else if (option == "--min-bytes") {
+    options.min_bytes = parse_size(option, value);
+  } else if (option == "--max-bytes") {
+    options.max_bytes = parse_size(option, value);
+  } else if (option == "--factor") {
+    options.factor = count(2);
+  } else if (option == "--batches") {
+    options.batches.clear();
+    for (const auto part : split_list(value)) {
+      options.batches.push_back(parse_count(option, part, 1, 1 << 20));
+    }
+  } else if (option == "--heads") {
+    options.heads = count(1);
+  } else if (option == "--head-dim") {
+    options.head_dim = count(1);
+  } else if (option == "--rope") {
+    options.rope = count(1);
+  } else if (option == "--layers") {
+    options.layers = count(1);
+  } else if (option == "--hidden") {
+    options.hidden = count(1);
+  } else if (option == "--context") {
+    options.context = count(1);
+  } else if (option == "--iters") {
+    options.iters = static_cast<int>(parse_count(option, value, 1, 1'000'000));
+  } else if (option == "--warmup") {
+    options.warmup = static_cast<int>(parse_count(option, value, 1, 1'000'000));
+  } else if (option == "--max-seconds") {
+    options.max_seconds = parse_count(option, value, 1, 86'400);
+  } else if (option == "--json") {
+    options.json = value;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+}  // namespace detail
+
+/// The arguments after the program's name. Options and values are separated by a space or by '='.
+/// @throw ConfigError naming the option, what was expected and what came.
+[[nodiscard]] inline Options parse_options(std::span<const std::string> arguments) {
+  Options options;
+  for (std::size_t i = 0; i < arguments.size(); ++i) {
+    std::string_view option = arguments[i];
+    if (option == "--check") {
+      options.check = true;
+      continue;
+    }
+    if (option == "--goals") {
+      options.goals = true;
+      continue;
+    }
+    if (option == "--help") {
+      options.help = true;
+      continue;
+    }
+    std::string_view value;
+    if (const auto equals = option.find('='); equals != std::string_view::npos) {
+      value = option.substr(equals + 1);
+      option = option.substr(0, equals);
+    } else if (i + 1 < arguments.size()) {
+      value = arguments[++i];
+    } else {
+      throw ConfigError(
+          fmt::format("{}: expected a value, or an option that --help lists", option));
+    }
+    if (!detail::set_option(options, option, value)) {
+      throw ConfigError(fmt::format("{}: no such option; --help lists them", option));
+    }
+  }
+  if (options.max_bytes < options.min_bytes) {
+    throw ConfigError(fmt::format("--max-bytes: expected at least --min-bytes, {}, got {}",
+                                  options.min_bytes, options.max_bytes));
+  }
+  if (options.dtypes.empty()) {
+    options.dtypes = {options.backend == BackendKind::host ? DType::f32 : DType::bf16};
+  }
+  return options;
+}
+
+}  // namespace cohort::bench
