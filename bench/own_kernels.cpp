@@ -13,11 +13,12 @@
 #include <string>
 #include <vector>
 
-// own_kernels [--ranks N] [--json FILE]
+// own_kernels [--ranks N] [--cards C] [--max-blocks N] [--json FILE]
 //
-// The library's own kernels on one card, N ranks as N streams of this process, every inbox local:
-// what the kernels themselves cost, without a link. Graph replays of 50 calls; medians of 15, each
-// the maximum over the ranks. And the local kernels' bandwidth against cudaMemcpyAsync on 64 MiB.
+// The library's own kernels, N ranks as N streams of this process: what the kernels themselves
+// cost. On one card every inbox is local and no link is involved; with `--cards` rank r runs on
+// card r mod C, and the cards reach each other by peer access. Graph replays of 50 calls; medians
+// of 15. And the local kernels' bandwidth against cudaMemcpyAsync on 64 MiB.
 
 namespace {
 
@@ -57,6 +58,7 @@ void randomize(std::byte* to, std::int64_t bytes) {
 }
 
 struct Rank {
+  int card = 0;
   cuda::PeerTable table;
   cudaStream_t stream = nullptr;
   cudaEvent_t begin = nullptr;
@@ -68,24 +70,64 @@ struct Rank {
 
 constexpr std::int64_t kBuffer = std::int64_t{40} << 20;
 
-std::vector<Rank> make_ranks(int n) {
-  const auto layout = cuda::InboxLayout::make(
-      {.ranks = n, .flag_word_bytes = 2 << 20, .bulk_bytes = 12 << 20, .max_blocks = 132 / n});
+/// What the command line asks for.
+struct Options {
+  std::vector<int> counts = {2, 4, 8};
+  int cards = 1;
+  int max_blocks = 132;  ///< Of all ranks on one card together.
+  std::string json;
+};
+
+void make_current(const Rank& rank) { check(cudaSetDevice(rank.card), "cudaSetDevice"); }
+
+void wait_for_all(const std::vector<Rank>& ranks) {
+  for (const auto& rank : ranks) {
+    check(cudaStreamSynchronize(rank.stream), "cudaStreamSynchronize");
+  }
+}
+
+/// Lets every card address the others' memory. Asking twice is no error that matters.
+void connect_cards(int cards) {
+  for (int from = 0; from < cards; ++from) {
+    check(cudaSetDevice(from), "cudaSetDevice");
+    for (int to = 0; to < cards; ++to) {
+      if (to != from && cudaDeviceEnablePeerAccess(to, 0) != cudaSuccess) {
+        check(cudaGetLastError() == cudaErrorPeerAccessAlreadyEnabled
+                  ? cudaSuccess
+                  : cudaErrorPeerAccessUnsupported,
+              "cudaDeviceEnablePeerAccess");
+      }
+    }
+  }
+}
+
+std::vector<Rank> make_ranks(int n, const Options& options) {
+  const int ranks_per_card = (n + options.cards - 1) / options.cards;
+  const auto layout = cuda::InboxLayout::make({.ranks = n,
+                                               .flag_word_bytes = 4 << 20,
+                                               .bulk_bytes = 12 << 20,
+                                               .max_blocks = options.max_blocks / ranks_per_card});
+  connect_cards(options.cards);
   std::vector<Rank> ranks(static_cast<std::size_t>(n));
   std::vector<std::byte*> inboxes;
-  for (auto& rank : ranks) {
+  for (std::size_t r = 0; r < ranks.size(); ++r) {
+    auto& rank = ranks[r];
+    rank.card = static_cast<int>(r) % options.cards;
+    make_current(rank);
     inboxes.push_back(device_memory(layout.bytes));
     rank.in = device_memory(kBuffer);
     rank.out = device_memory(kBuffer);
     rank.lse = reinterpret_cast<float*>(device_memory(1 << 20));
     randomize(rank.in, kBuffer);
     randomize(reinterpret_cast<std::byte*>(rank.lse), 1 << 20);
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     check(cudaStreamCreateWithFlags(&rank.stream, cudaStreamNonBlocking), "cudaStreamCreate");
     check(cudaEventCreate(&rank.begin), "cudaEventCreate");
     check(cudaEventCreate(&rank.end), "cudaEventCreate");
   }
   for (std::size_t r = 0; r < ranks.size(); ++r) {
     auto& table = ranks[r].table;
+    make_current(ranks[r]);
     std::copy(inboxes.begin(), inboxes.end(), table.peers);
     table.layout = layout;
     table.rank = static_cast<int>(r);
@@ -93,12 +135,13 @@ std::vector<Rank> make_ranks(int n) {
     table.max_blocks = layout.max_blocks;
     cuda::initialize_inbox(table, ranks[r].stream, std::chrono::seconds(20));
   }
-  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  wait_for_all(ranks);
   return ranks;
 }
 
 void free_ranks(std::vector<Rank>& ranks) {
   for (auto& rank : ranks) {
+    make_current(rank);
     cudaFree(rank.table.peers[rank.table.rank]);
     cudaFree(rank.in);
     cudaFree(rank.out);
@@ -129,17 +172,19 @@ cudaGraphExec_t capture(const Rank& rank, const Call& call) {
 double time_of(std::vector<Rank>& ranks, const Call& call) {
   std::vector<cudaGraphExec_t> graphs;
   for (const auto& rank : ranks) {
+    make_current(rank);
     graphs.push_back(capture(rank, call));
   }
-  check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  wait_for_all(ranks);
   std::vector<double> times;
   for (int i = 0; i < kReplays + 3; ++i) {
     for (std::size_t r = 0; r < ranks.size(); ++r) {
+      make_current(ranks[r]);
       check(cudaEventRecord(ranks[r].begin, ranks[r].stream), "cudaEventRecord");
       check(cudaGraphLaunch(graphs[r], ranks[r].stream), "cudaGraphLaunch");
       check(cudaEventRecord(ranks[r].end, ranks[r].stream), "cudaEventRecord");
     }
-    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    wait_for_all(ranks);
     // The last rank to be launched has waited for nobody: the launches of the others are not in it.
     float ms = 0;
     check(cudaEventElapsedTime(&ms, ranks.back().begin, ranks.back().end), "cudaEventElapsedTime");
@@ -150,6 +195,7 @@ double time_of(std::vector<Rank>& ranks, const Call& call) {
   for (cudaGraphExec_t graph : graphs) {
     cudaGraphExecDestroy(graph);
   }
+  make_current(ranks[0]);
   if (cuda::read_inbox_error(ranks[0].table, ranks[0].stream)) {
     fmt::print(stderr, "a kernel timed out\n");
     std::exit(2);
@@ -337,7 +383,7 @@ void time_local(Report& report) {
   free_ranks(one);
 }
 
-std::string head_of(int argc, char** argv) {
+std::string head_of(int argc, char** argv, const Options& options) {
   cudaDeviceProp device{};
   int driver = 0;
   int runtime = 0;
@@ -361,9 +407,10 @@ std::string head_of(int argc, char** argv) {
   fmt::print("{}\n", kernels);
   return fmt::format(
       "  \"gpu\": \"{}\", \"multiprocessors\": {}, \"driver_api\": {}, \"cuda_runtime\": {},\n"
-      "  \"command\": \"{}\",\n  \"setting\": \"one card, all inboxes local, graph replay of {} "
-      "calls, median of {}\",\n  \"kernels\": [\n{}\n  ],\n",
-      device.name, device.multiProcessorCount, driver, runtime, command, kCalls, kReplays, kernels);
+      "  \"command\": \"{}\",\n  \"setting\": \"{} card(s), graph replay of {} calls, median of "
+      "{}\",\n  \"kernels\": [\n{}\n  ],\n",
+      device.name, device.multiProcessorCount, driver, runtime, command, options.cards, kCalls,
+      kReplays, kernels);
 }
 
 }  // namespace
@@ -372,13 +419,20 @@ int main(int argc, char** argv) {
   // One hardware queue per rank's stream, and all code loaded before any kernel waits.
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
   setenv("CUDA_MODULE_LOADING", "EAGER", 1);
-  std::vector<int> counts = {2, 4, 8};
-  std::string json;
+  Options options;
   for (int i = 1; i + 1 < argc; i += 2) {
-    if (std::string(argv[i]) == "--ranks") {
-      counts = {std::atoi(argv[i + 1])};
-    } else if (std::string(argv[i]) == "--json") {
-      json = argv[i + 1];
+    const std::string key = argv[i];
+    if (key == "--ranks") {
+      options.counts = {std::atoi(argv[i + 1])};
+    } else if (key == "--cards") {
+      options.cards = std::atoi(argv[i + 1]);
+    } else if (key == "--max-blocks") {
+      options.max_blocks = std::atoi(argv[i + 1]);
+    } else if (key == "--json") {
+      options.json = argv[i + 1];
+    } else {
+      fmt::print(stderr, "unknown option {}\n", key);
+      return 64;
     }
   }
   int devices = 0;
@@ -386,19 +440,24 @@ int main(int argc, char** argv) {
     fmt::print("skipped: no CUDA device\n");
     return 77;
   }
-  const std::string head = head_of(argc, argv);
+  if (options.cards < 1 || options.cards > devices) {
+    fmt::print(stderr, "--cards: expected 1 to {}, got {}\n", devices, options.cards);
+    return 64;
+  }
+  const std::string head = head_of(argc, argv, options);
   Report report;
-  for (const int n : counts) {
-    auto ranks = make_ranks(n);
+  for (const int n : options.counts) {
+    auto ranks = make_ranks(n, options);
     time_collectives(report, ranks);
     time_attention(report, ranks);
     free_ranks(ranks);
   }
+  check(cudaSetDevice(0), "cudaSetDevice");
   time_local(report);
-  if (!json.empty()) {
-    std::FILE* file = std::fopen(json.c_str(), "w");
+  if (!options.json.empty()) {
+    std::FILE* file = std::fopen(options.json.c_str(), "w");
     if (file == nullptr) {
-      fmt::print(stderr, "cannot write {}\n", json);
+      fmt::print(stderr, "cannot write {}\n", options.json);
       return 1;
     }
     const std::string text = report.text(head);
