@@ -31,9 +31,9 @@
 namespace cohort {
 
 struct ParallelOptions {
-  ParallelLayout layout;
+  ParallelLayout layout = {};
   /// `host_backend()` or `cuda_backend()`; all groups share it.
-  std::shared_ptr<Backend> backend;
+  std::shared_ptr<Backend> backend = {};
   SymmetricOptions symmetric = {};
   /// `COHORT_MERGE_PLAN` wins over `merge.plan` where it is set.
   MergeOptions merge = {};
