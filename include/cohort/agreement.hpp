@@ -126,7 +126,7 @@ namespace detail {
 /// a rank can still tell what it knows and is not taken for the missing one.
 [[nodiscard]] inline std::chrono::milliseconds staggered_limit(std::chrono::milliseconds limit,
                                                                int waits_before) {
-  constexpr std::chrono::milliseconds kLeast{250};
+  constexpr std::chrono::milliseconds kLeast{500};
   return limit + waits_before * std::max(limit / 8, kLeast);
 }
 

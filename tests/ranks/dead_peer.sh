@@ -72,8 +72,8 @@ echo "dead_peer: mpirun ended with $status after $elapsed ms"
 
 if [[ $how == recovery ]]; then
   # Both ends of the wait: not before the limit, and with little delay after it. An agreement waits
-  # for its second exchange a quarter of a second longer.
-  slack=2000
+  # for its second exchange half a second longer.
+  slack=4000
   for ((rank = 0; rank < ranks; ++rank)); do
     ((rank == victim)) && continue
     if [[ $mode == end_of_session ]]; then

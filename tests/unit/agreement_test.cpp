@@ -154,7 +154,7 @@ TEST_CASE("a rank that never comes is named on every rank that did, with the pla
         }
       },
       300ms);
-  CHECK(seconds_since(start) < 3);
+  CHECK(seconds_since(start) < 10);
 }
 
 TEST_CASE("a rank that comes after the others have given up does not go on alone") {
@@ -222,7 +222,7 @@ TEST_CASE("several groups: a rank that never comes ends in an error everywhere, 
         }
       },
       400ms);
-  CHECK(seconds_since(start) < 4);
+  CHECK(seconds_since(start) < 10);
 }
 
 TEST_CASE("a group that is out of step spoils the agreement of the others too") {

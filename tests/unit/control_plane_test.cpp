@@ -67,10 +67,10 @@ TEST_CASE("broadcast gives the root's bytes, and the root does not wait") {
     }
   });
   if (n > 1) {
-    const auto planes = make_thread_control_planes(n, 5s);
+    const auto planes = make_thread_control_planes(n, 60s);
     const auto start = Clock::now();
     planes[0]->broadcast(message_of(2), 0);  // the others have not even been started
-    CHECK(seconds_since(start) < 4);
+    CHECK(seconds_since(start) < 10);
   }
 }
 
@@ -239,7 +239,7 @@ TEST_CASE("a time-out names the call, the group and the ranks that did not come,
       },
       limit);
   CHECK(seconds_since(start) >= 0.3);
-  CHECK(seconds_since(start) < 3);
+  CHECK(seconds_since(start) < 10);
 }
 
 TEST_CASE("survivors of a time-out form a group without the ranks that left") {
@@ -280,7 +280,7 @@ TEST_CASE("all_gather_within has a time limit of its own") {
   const auto start = Clock::now();
   CHECK_THROWS_MATCHES(planes[0]->all_gather_within({}, 100ms), TimeoutError,
                        says("rank 1", "100 ms"));
-  CHECK(seconds_since(start) < 5);
+  CHECK(seconds_since(start) < 10);
 }
 
 TEST_CASE("ranks in different calls get an error that names both") {

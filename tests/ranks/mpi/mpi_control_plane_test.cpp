@@ -199,7 +199,7 @@ TEST_CASE("a time-out over MPI names the rank that is late, and survivors go on"
     }
     const auto waited = Clock::now() - start;
     CHECK(waited >= 300ms);
-    CHECK(waited < 2s);
+    CHECK(waited < 5s);
     CHECK(plane.poisoned());
     CHECK(plane.messenger().abandoned());
     CHECK_THROWS_MATCHES(plane.barrier(), TransportError, says("an earlier call"));
