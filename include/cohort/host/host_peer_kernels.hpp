@@ -77,7 +77,7 @@ class HostPeerKernels final : public PeerKernels {
   }
 
   void merge(const MergeArguments& arguments);
-  bool expose_partial(const Call& call, const MergeArguments& arguments);
+  [[nodiscard]] Showing show_partial(const MergeArguments& arguments) const;
   void push_pieces(const MergeArguments& arguments, const MergeShape& shape, std::int64_t first,
                    std::int64_t count, std::int64_t pitch_rows);
   [[nodiscard]] Partial own_partial(const MergeArguments& arguments, const MergeShape& shape) const;
@@ -88,7 +88,8 @@ class HostPeerKernels final : public PeerKernels {
                   std::int64_t count);
 
   void gather(const ConstTensorView& q_nope, const ConstTensorView& q_pe, const TensorView& q);
-  bool expose_query(const Call& call, const ConstTensorView& q_nope, const ConstTensorView& q_pe);
+  [[nodiscard]] Showing show_query(const ConstTensorView& q_nope,
+                                   const ConstTensorView& q_pe) const;
 
   PeerAccess& access_;
   Rendezvous& meeting_;
@@ -135,21 +136,23 @@ inline void HostPeerKernels::merge_attention(const MergeArguments& arguments, St
       arguments, merged_lse);
 }
 
-/// Shows `out` and `lse` in their windows, if both lie in one and are large.
-inline bool HostPeerKernels::expose_partial(const Call& call, const MergeArguments& arguments) {
-  const auto lse_window = access_.window_of(arguments.lse, 0);
-  if (!lse_window || !access_.window_of(arguments.out)) {
-    access_.expose_nothing(call);
-    meeting_.next_ticket().place = Place::slot;
-    return false;
+/// `out` and `lse` in their windows, if both lie in one and are large.
+inline Showing HostPeerKernels::show_partial(const MergeArguments& arguments) const {
+  Showing showing;
+  const auto out = access_.window_of(arguments.out);
+  const auto lse = access_.window_of(arguments.lse, 0);
+  if (!out || !lse) {
+    showing.place = Place::slot;
+    return showing;
   }
-  access_.expose(call, arguments.out);
-  Ticket& ticket = meeting_.next_ticket();
-  ticket.second = *lse_window;
-  const auto& out = arguments.out.strides();
-  const auto& lse = arguments.lse.strides();
-  ticket.strides = {out[0], out[1], lse[0], lse[1]};
-  return true;
+  showing.place = Place::direct;
+  showing.first = *out;
+  showing.second = *lse;
+  showing.dense = false;
+  const auto& out_strides = arguments.out.strides();
+  const auto& lse_strides = arguments.lse.strides();
+  showing.strides = {out_strides[0], out_strides[1], lse_strides[0], lse_strides[1]};
+  return showing;
 }
 
 inline HostPeerKernels::Partial HostPeerKernels::own_partial(const MergeArguments& arguments,
@@ -264,11 +267,12 @@ inline void HostPeerKernels::merge(const MergeArguments& arguments) {
   if (pitch == 0 && shape.rows() > 0) {
     throw UsageError("merge_attention: " + merge_obstacle(arguments));
   }
-  const bool exposed = expose_partial(call, arguments);
+  const Showing showing = show_partial(arguments);
+  const bool exposed = showing.place == Place::direct;
   if (!exposed) {
     push_pieces(arguments, shape, 0, pitch, pitch);
   }
-  meeting_.enter();
+  meeting_.enter(call, showing);
   access_.await_all(call);
 
   bool through_slots = !exposed;
@@ -316,26 +320,25 @@ inline void HostPeerKernels::gather_query(const ConstTensorView& q_nope,
       q_nope, q_pe, q);
 }
 
-/// Shows both parts of the query in their windows, if both lie in one and are large.
-inline bool HostPeerKernels::expose_query(const Call& call, const ConstTensorView& q_nope,
-                                          const ConstTensorView& q_pe) {
-  access_.expose_nothing(call);
-  Ticket& ticket = meeting_.next_ticket();
+/// Both parts of the query in their windows, if both lie in one and are large.
+inline Showing HostPeerKernels::show_query(const ConstTensorView& q_nope,
+                                           const ConstTensorView& q_pe) const {
+  Showing showing;
   const auto nope = access_.window_of(q_nope, 0);
   const auto pe = access_.window_of(q_pe, 0);
   if (!nope || !pe || q_nope.bytes() + q_pe.bytes() < kDirectBytes) {
-    ticket.place = Place::slot;
-    return false;
+    showing.place = Place::slot;
+    return showing;
   }
-  ticket.place = Place::direct;
-  ticket.window = nope->window;
-  ticket.offset = nope->offset;
-  ticket.second = *pe;
-  for (std::size_t d = 0; d < 3; ++d) {
-    ticket.strides[d] = q_nope.strides()[static_cast<int>(d)];
-    ticket.strides[d + 3] = q_pe.strides()[static_cast<int>(d)];
+  showing.place = Place::direct;
+  showing.first = *nope;
+  showing.second = *pe;
+  showing.dense = false;
+  for (int d = 0; d < 3; ++d) {
+    showing.strides[u(d)] = q_nope.strides()[d];
+    showing.strides[u(d + 3)] = q_pe.strides()[d];
   }
-  return true;
+  return showing;
 }
 
 inline void HostPeerKernels::gather(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
@@ -380,11 +383,12 @@ inline void HostPeerKernels::gather(const ConstTensorView& q_nope, const ConstTe
     copy(pe_to, pe, count * pe_dim);
   };
 
-  const bool exposed = expose_query(call, q_nope, q_pe);
+  const Showing showing = show_query(q_nope, q_pe);
+  const bool exposed = showing.place == Place::direct;
   if (!exposed) {
     push(0, pitch);
   }
-  meeting_.enter();
+  meeting_.enter(call, showing);
   const int rank = access_.rank();
   place(rank, 0, rows, whole(q_nope).cursor(element), whole(q_pe).cursor(element));
   bool through_slots = !exposed;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <span>
+#include <string>
 #include <type_traits>
 
 #include "cohort/dtype.hpp"
@@ -143,23 +144,22 @@ template <class T>
   return a < b + bytes && b < a + bytes;
 }
 
-/// `count` elements that lie without gaps in every operand; cursors do not move.
-template <class T, class Op>
-void reduce_dense(std::byte* out, std::span<const ReadCursor> sources, std::int64_t count) {
+/// `count` elements that lie without gaps in every operand; `source(r)` is where those of r begin.
+template <class T, class Op, class Source>
+void reduce_dense(std::byte* out, std::size_t n, const Source& source, std::int64_t count) {
   const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
   if constexpr (std::is_same_v<T, Accumulator<T>>) {
-    if (sources.size() == 2 && !overlap(out, sources[0].at(), bytes) &&
-        !overlap(out, sources[1].at(), bytes)) {
-      combine_two<T, Op>(as<T>(out), as<T>(sources[0].at()), as<T>(sources[1].at()), count);
+    if (n == 2 && !overlap(out, source(0), bytes) && !overlap(out, source(1), bytes)) {
+      combine_two<T, Op>(as<T>(out), as<T>(source(0)), as<T>(source(1)), count);
       return;
     }
   }
   for (std::int64_t i = 0; i < count; i += kReduceBlock) {
     const std::int64_t length = std::min(kReduceBlock, count - i);
     Accumulator<T> sums[kReduceBlock];
-    load_block<T>(sums, as<T>(sources[0].at()) + i, length);
-    for (std::size_t r = 1; r < sources.size(); ++r) {
-      combine_block<T, Op>(sums, as<T>(sources[r].at()) + i, length);
+    load_block<T>(sums, as<T>(source(0)) + i, length);
+    for (std::size_t r = 1; r < n; ++r) {
+      combine_block<T, Op>(sums, as<T>(source(r)) + i, length);
     }
     store_block<T>(as<T>(out) + i, sums, length);
   }
@@ -193,7 +193,8 @@ void reduce_typed(WriteCursor& out, std::span<ReadCursor> sources, std::int64_t 
       run = source.stride() == 1 ? std::min(run, source.run()) : 0;
     }
     if (run >= kReduceBlock / 4 || run == count) {
-      reduce_dense<T, Op>(out.at(), sources, run);
+      reduce_dense<T, Op>(
+          out.at(), sources.size(), [&](std::size_t r) { return sources[r].at(); }, run);
       out.advance(run);
       for (auto& source : sources) {
         source.advance(run);
@@ -206,18 +207,44 @@ void reduce_typed(WriteCursor& out, std::span<ReadCursor> sources, std::int64_t 
   }
 }
 
-template <class T>
-void reduce_by_op(ReduceOp op, WriteCursor& out, std::span<ReadCursor> sources,
-                  std::int64_t count) {
+/// Calls `body(T{}, Op{})` with the C++ type and the operation. Throws `UsageError` for a type
+/// without arithmetic.
+template <class T, class Body>
+void with_operation(ReduceOp op, const Body& body) {
   switch (op) {
     case ReduceOp::sum:
-      return reduce_typed<T, Sum>(out, sources, count);
+      return body(T{}, Sum{});
     case ReduceOp::prod:
-      return reduce_typed<T, Product>(out, sources, count);
+      return body(T{}, Product{});
     case ReduceOp::min:
-      return reduce_typed<T, Minimum>(out, sources, count);
+      return body(T{}, Minimum{});
     case ReduceOp::max:
-      return reduce_typed<T, Maximum>(out, sources, count);
+      return body(T{}, Maximum{});
+  }
+}
+
+template <class Body>
+void with_arithmetic(DType dtype, ReduceOp op, const Body& body) {
+  switch (dtype) {
+    case DType::f64:
+      return with_operation<double>(op, body);
+    case DType::f32:
+      return with_operation<float>(op, body);
+    case DType::f16:
+      return with_operation<Half>(op, body);
+    case DType::bf16:
+      return with_operation<BFloat16>(op, body);
+    case DType::i8:
+      return with_operation<std::int8_t>(op, body);
+    case DType::u8:
+      return with_operation<std::uint8_t>(op, body);
+    case DType::i32:
+      return with_operation<std::int32_t>(op, body);
+    case DType::i64:
+      return with_operation<std::int64_t>(op, body);
+    case DType::f8_e4m3:
+    case DType::f8_e5m2:
+      throw UsageError("dtype: expected one with arithmetic, got " + std::string(to_string(dtype)));
   }
 }
 
@@ -228,27 +255,18 @@ void reduce_by_op(ReduceOp op, WriteCursor& out, std::span<ReadCursor> sources,
 /// otherwise. Throws `UsageError` for a type without arithmetic.
 inline void reduce(DType dtype, ReduceOp op, WriteCursor& out, std::span<ReadCursor> sources,
                    std::int64_t count) {
-  switch (dtype) {
-    case DType::f64:
-      return detail::reduce_by_op<double>(op, out, sources, count);
-    case DType::f32:
-      return detail::reduce_by_op<float>(op, out, sources, count);
-    case DType::f16:
-      return detail::reduce_by_op<Half>(op, out, sources, count);
-    case DType::bf16:
-      return detail::reduce_by_op<BFloat16>(op, out, sources, count);
-    case DType::i8:
-      return detail::reduce_by_op<std::int8_t>(op, out, sources, count);
-    case DType::u8:
-      return detail::reduce_by_op<std::uint8_t>(op, out, sources, count);
-    case DType::i32:
-      return detail::reduce_by_op<std::int32_t>(op, out, sources, count);
-    case DType::i64:
-      return detail::reduce_by_op<std::int64_t>(op, out, sources, count);
-    case DType::f8_e4m3:
-    case DType::f8_e5m2:
-      throw UsageError("dtype: expected one with arithmetic, got " + std::string(to_string(dtype)));
-  }
+  detail::with_arithmetic(dtype, op, [&]<class T, class Op>(T, Op) {
+    detail::reduce_typed<T, Op>(out, sources, count);
+  });
+}
+
+/// The same for operands without gaps; same bits.
+inline void reduce(DType dtype, ReduceOp op, std::byte* out,
+                   std::span<const std::byte* const> sources, std::int64_t count) {
+  detail::with_arithmetic(dtype, op, [&]<class T, class Op>(T, Op) {
+    detail::reduce_dense<T, Op>(
+        out, sources.size(), [&](std::size_t r) { return sources[r]; }, count);
+  });
 }
 
 }  // namespace cohort::host

@@ -40,7 +40,7 @@ inline void relax() noexcept {
 
 /// The shared memory of one group and this rank's place in it.
 ///
-/// A step: fill the ticket and the slot, `enter`, then for each peer `await` it and read what it
+/// A step: fill the slot, `enter`, then for each peer `await` it and read what it
 /// published. Leaving step e (all peers awaited) proves that every peer has entered e and therefore
 /// has finished with step e-1. A rank whose own memory was exposed also waits until its peers have
 /// finished reading (`await_readers`), because its caller may write there next.
@@ -102,16 +102,33 @@ class Rendezvous {
   // --- steps
   // --------------------------------------------------------------------------------------
 
-  /// The ticket and the slot of the step that `enter` will begin.
-  [[nodiscard]] Ticket& next_ticket() noexcept { return pad(rank_).tickets[(epoch_ + 1) % 2]; }
+  /// The slot of the step that `enter` will begin.
   [[nodiscard]] std::byte* next_slot() noexcept { return own_ + geometry_.slot(epoch_ + 1); }
 
-  /// Begins the next step: what was written to ticket and slot is visible to whoever awaits it.
-  void enter() noexcept {
-    Ticket& ticket = next_ticket();
+  /// Begins the next step: publishes the call, where this rank's tensors are, and the slot.
+  /// The ticket is written last and at once, because peers that wait poll its line.
+  void enter(const Call& call, const Showing& showing) noexcept {
     ++epoch_;
+    Ticket& ticket = pad(rank_).tickets[epoch_ % 2];
+    ticket.call = call;
+    ticket.place = showing.place;
+    if (showing.place == Place::direct) {
+      ticket.dense = showing.dense;
+      ticket.first_window = showing.first.window;
+      ticket.first_offset = showing.first.offset;
+      ticket.second = showing.second;
+      if (!showing.dense) {
+        ticket.strides = showing.strides;
+      }
+    }
     // Release: pairs with the acquire of `has_entered`.
     ticket.epoch.store(epoch_, std::memory_order_release);
+  }
+
+  /// Begins a further step of the same call; its ticket says nothing but that.
+  void enter() noexcept {
+    ++epoch_;
+    pad(rank_).tickets[epoch_ % 2].epoch.store(epoch_, std::memory_order_release);
   }
 
   /// Waits until a peer has entered the current step.
@@ -124,7 +141,9 @@ class Rendezvous {
 
   void await_all() {
     for (int r = 0; r < size(); ++r) {
-      await(r);
+      if (r != rank_) {
+        await(r);
+      }
     }
   }
 

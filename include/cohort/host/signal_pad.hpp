@@ -99,17 +99,28 @@ struct WindowOffset {
   std::uint64_t offset = 0;
 };
 
+/// Where a rank's tensors of one step lie.
+struct Showing {
+  Place place = Place::nowhere;
+  bool dense = true;  ///< A direct tensor has no gaps; `strides` say nothing.
+  WindowOffset first;
+  WindowOffset second;                         ///< The second tensor of a call with two.
+  std::array<std::int64_t, kMaxDims> strides;  ///< In elements; left unset where not needed.
+};
+
 /// One step of a group. The owner fills everything else and then stores `epoch`; a peer that has
 /// loaded the epoch (acquire, paired with the owner's release) may read the rest.
 struct alignas(kSignalAlignment) Ticket {
   std::atomic<std::uint64_t> epoch{0};
   Call call;
   Place place = Place::nowhere;
-  bool dense = true;  ///< A direct tensor has no gaps; `strides` are not filled.
-  std::uint32_t window = 0;
-  std::uint64_t offset = 0;
-  WindowOffset second;                           ///< The second tensor of a call with two.
-  std::array<std::int64_t, kMaxDims> strides{};  ///< In elements.
+  bool dense = true;
+  std::uint32_t first_window = 0;
+  std::uint64_t first_offset = 0;
+  WindowOffset second;
+  std::array<std::int64_t, kMaxDims> strides{};  ///< In the second line: rarely needed.
+
+  [[nodiscard]] WindowOffset first() const noexcept { return {first_window, first_offset}; }
 };
 
 /// Whether the owner can still come.

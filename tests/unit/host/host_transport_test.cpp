@@ -1,396 +1,15 @@
-#include <cohort/host/host_backend.hpp>
-#include <cstring>
-#include <memory>
-#include <numeric>
-#include <optional>
-#include <tuple>
+#include <chrono>
+#include <cohort/host/host_transport.hpp>
+#include <thread>
 #include <vector>
 
 #include "support/catch.hpp"
-#include "support/threads.hpp"
+#include "support/host_site.hpp"
 
 using namespace cohort;
 using namespace cohort::test;
 
-namespace {
-
-/// How a test lays out a tensor.
-enum class Form { contiguous, transposed, sliced };
-constexpr Form kForms[] = {Form::contiguous, Form::transposed, Form::sliced};
-
-/// Where a rank's tensors lie.
-enum class Memory { ordinary, window, mixed };  // mixed: windows on even ranks
-constexpr Memory kMemories[] = {Memory::ordinary, Memory::window, Memory::mixed};
-
-Dims dims(std::vector<std::int64_t> values) { return Dims(std::span<const std::int64_t>(values)); }
-
-/// One rank of a test: a transport, and memory for tensors, in a window where asked.
-class Site {
- public:
-  Site(ControlPlane& plane, HostOptions options, Memory memory,
-       std::size_t bytes = std::size_t{4} << 20)
-      : backend(host_backend(std::move(options))), transport(backend->connect(plane)) {
-    const bool windows = transport->capabilities().peer_import;
-    const bool in_window =
-        windows && (memory == Memory::window || (memory == Memory::mixed && plane.rank() % 2 == 0));
-    segment = backend->allocate_segment(bytes);
-    if (windows && memory != Memory::ordinary) {
-      window = transport->register_segment(*segment);
-    }
-    if (!in_window) {
-      other.resize(bytes);
-    }
-    base_ = in_window ? static_cast<std::byte*>(segment->data()) : other.data();
-    left_ = bytes;
-  }
-
-  void* take(std::size_t bytes) {
-    bytes = (bytes + 63) / 64 * 64;
-    check(bytes <= left_, "the test's memory suffices");
-    left_ -= bytes;
-    return std::exchange(base_, base_ + bytes);
-  }
-
-  /// A tensor of the shape with the form's strides, filled with bytes that no test writes.
-  TensorView tensor(const Dims& shape, DType dtype, Form form) {
-    Dims storage = shape;
-    const int last = shape.size() - 1;
-    if (form == Form::sliced) {
-      storage[last] += 3;
-    } else if (form == Form::transposed && last > 0) {
-      std::swap(storage[0], storage[last]);
-    }
-    const auto count = static_cast<std::size_t>(numel(storage));
-    void* memory = take(std::max<std::size_t>(1, count) * size_of(dtype));
-    std::memset(memory, 0x5a, count * size_of(dtype));
-    const TensorView all(memory, dtype, storage);
-    if (form == Form::sliced) {
-      return all.slice(last, 1, shape[last]);
-    }
-    return form == Form::transposed && last > 0 ? all.transpose(0, last) : all;
-  }
-
-  std::shared_ptr<Backend> backend;
-  std::unique_ptr<Segment> segment;
-  std::unique_ptr<Transport> transport;
-  std::unique_ptr<Window> window;
-  std::vector<std::byte> other;
-
- private:
-  std::byte* base_ = nullptr;
-  std::size_t left_ = 0;
-};
-
-/// A small whole number that depends on the rank and on the place in the tensor.
-std::int64_t value_at(int rank, std::int64_t flat) { return (rank * 5 + flat * 7) % 11 - 3; }
-
-void store(DType dtype, void* to, std::int64_t value) {
-  const auto put = [to](auto x) { std::memcpy(to, &x, sizeof(x)); };
-  switch (dtype) {
-    case DType::f64:
-      return put(static_cast<double>(value));
-    case DType::f32:
-      return put(static_cast<float>(value));
-    case DType::f16:
-      return put(Half(static_cast<float>(value)));
-    case DType::bf16:
-      return put(BFloat16(static_cast<float>(value)));
-    case DType::i32:
-      return put(static_cast<std::int32_t>(value));
-    case DType::i64:
-      return put(value);
-    default:
-      return put(static_cast<std::uint8_t>(value));
-  }
-}
-
-std::int64_t load(DType dtype, const void* from) {
-  const auto get = [from](auto x) {
-    std::memcpy(&x, from, sizeof(x));
-    return x;
-  };
-  switch (dtype) {
-    case DType::f64:
-      return static_cast<std::int64_t>(get(double{}));
-    case DType::f32:
-      return static_cast<std::int64_t>(get(float{}));
-    case DType::f16:
-      return static_cast<std::int64_t>(static_cast<float>(get(Half{})));
-    case DType::bf16:
-      return static_cast<std::int64_t>(static_cast<float>(get(BFloat16{})));
-    case DType::i32:
-      return get(std::int32_t{});
-    case DType::i64:
-      return get(std::int64_t{});
-    case DType::u8:
-      return get(std::uint8_t{});
-    default:
-      return get(std::int8_t{});
-  }
-}
-
-/// Calls `each(index, address)` for all elements in row-major order.
-template <class Each>
-void for_each(const ConstTensorView& view, const Each& each) {
-  std::vector<std::int64_t> index(static_cast<std::size_t>(view.ndim()), 0);
-  for (std::int64_t flat = 0; flat < view.numel(); ++flat) {
-    std::int64_t rest = flat;
-    std::int64_t offset = 0;
-    for (int d = view.ndim() - 1; d >= 0; --d) {
-      index[static_cast<std::size_t>(d)] = rest % view.shape()[d];
-      rest /= view.shape()[d];
-      offset += index[static_cast<std::size_t>(d)] * view.strides()[d];
-    }
-    each(index, static_cast<const std::byte*>(view.data()) +
-                    offset * static_cast<std::int64_t>(size_of(view.dtype())));
-  }
-}
-
-std::int64_t flat_of(const std::vector<std::int64_t>& index, const Dims& shape) {
-  std::int64_t flat = 0;
-  for (int d = 0; d < shape.size(); ++d) {
-    flat = flat * shape[d] + index[static_cast<std::size_t>(d)];
-  }
-  return flat;
-}
-
-void fill(const TensorView& view, int rank) {
-  std::int64_t flat = 0;
-  for_each(view, [&](const auto&, const std::byte* address) {
-    store(view.dtype(), const_cast<std::byte*>(address), value_at(rank, flat++));
-  });
-}
-
-/// Compares with what the element type can hold of the expected value.
-void check_element(DType dtype, const std::byte* address, std::int64_t expected,
-                   std::string_view what) {
-  std::uint64_t image = 0;
-  store(dtype, &image, expected);
-  check_equal(load(dtype, address), load(dtype, &image), what);
-}
-
-std::int64_t combine(ReduceOp op, std::int64_t a, std::int64_t b) {
-  switch (op) {
-    case ReduceOp::sum:
-      return a + b;
-    case ReduceOp::prod:
-      return a * b;
-    case ReduceOp::min:
-      return std::min(a, b);
-    case ReduceOp::max:
-      return std::max(a, b);
-  }
-  return 0;
-}
-
-/// u8 images of the values, so that min, max and wraparound are those of the type.
-std::int64_t representable(DType dtype, std::int64_t value) {
-  std::uint64_t image = 0;
-  store(dtype, &image, value);
-  return load(dtype, &image);
-}
-
-std::vector<std::int64_t> equal_sizes(int n, std::int64_t each) {
-  return std::vector<std::int64_t>(static_cast<std::size_t>(n), each);
-}
-std::vector<std::int64_t> ragged_sizes(int n) {
-  std::vector<std::int64_t> sizes;
-  for (int r = 0; r < n; ++r) {
-    sizes.push_back(r % 3);  // rank 0, 3 and 6 have nothing
-  }
-  return sizes;
-}
-
-void check_all_gather(Site& site, ControlPlane& plane, const Dims& unit, int dim,
-                      const std::vector<std::int64_t>& sizes, DType dtype, Form form,
-                      StreamRef stream = {}) {
-  const int d = dim < 0 ? dim + unit.size() : dim;
-  Dims in_shape = unit;
-  in_shape[d] = sizes[static_cast<std::size_t>(plane.rank())];
-  Dims out_shape = unit;
-  out_shape[d] = std::accumulate(sizes.begin(), sizes.end(), std::int64_t{0});
-  const auto in = site.tensor(in_shape, dtype, form);
-  const auto out = site.tensor(out_shape, dtype, form);
-  fill(in, plane.rank());
-  site.transport->all_gather(in, out, dim, sizes, stream);
-  for_each(out, [&](std::vector<std::int64_t> index, const std::byte* address) {
-    int r = 0;
-    auto& along = index[static_cast<std::size_t>(d)];
-    while (along >= sizes[static_cast<std::size_t>(r)]) {
-      along -= sizes[static_cast<std::size_t>(r++)];
-    }
-    Dims theirs = unit;
-    theirs[d] = sizes[static_cast<std::size_t>(r)];
-    check_element(dtype, address, value_at(r, flat_of(index, theirs)), "all_gather");
-  });
-}
-
-void check_reduce_scatter(Site& site, ControlPlane& plane, const Dims& unit, int dim,
-                          const std::vector<std::int64_t>& sizes, DType dtype, ReduceOp op,
-                          Form form) {
-  const int d = dim < 0 ? dim + unit.size() : dim;
-  Dims in_shape = unit;
-  in_shape[d] = std::accumulate(sizes.begin(), sizes.end(), std::int64_t{0});
-  Dims out_shape = unit;
-  out_shape[d] = sizes[static_cast<std::size_t>(plane.rank())];
-  const auto in = site.tensor(in_shape, dtype, form);
-  const auto out = site.tensor(out_shape, dtype, form);
-  fill(in, plane.rank());
-  site.transport->reduce_scatter(in, out, dim, sizes, op, {});
-  const std::int64_t first =
-      std::accumulate(sizes.begin(), sizes.begin() + plane.rank(), std::int64_t{0});
-  for_each(out, [&](std::vector<std::int64_t> index, const std::byte* address) {
-    index[static_cast<std::size_t>(d)] += first;
-    const std::int64_t flat = flat_of(index, in_shape);
-    std::int64_t expected = representable(dtype, value_at(0, flat));
-    for (int r = 1; r < plane.size(); ++r) {
-      expected = combine(op, expected, representable(dtype, value_at(r, flat)));
-    }
-    check_element(dtype, address, expected, "reduce_scatter");
-  });
-}
-
-void check_all_reduce(Site& site, ControlPlane& plane, const Dims& shape, DType dtype, ReduceOp op,
-                      Form form, bool in_place) {
-  const auto in = site.tensor(shape, dtype, form);
-  const auto out = in_place ? in : site.tensor(shape, dtype, form);
-  fill(in, plane.rank());
-  site.transport->all_reduce(in, out, op, {});
-  std::int64_t flat = 0;
-  for_each(out, [&](const auto&, const std::byte* address) {
-    std::int64_t expected = representable(dtype, value_at(0, flat));
-    for (int r = 1; r < plane.size(); ++r) {
-      expected = combine(op, expected, representable(dtype, value_at(r, flat)));
-    }
-    check_element(dtype, address, expected, "all_reduce");
-    ++flat;
-  });
-}
-
-void check_broadcast(Site& site, ControlPlane& plane, const Dims& shape, DType dtype, Form form,
-                     int root) {
-  const auto tensor = site.tensor(shape, dtype, form);
-  fill(tensor, plane.rank());
-  site.transport->broadcast(tensor, root, {});
-  std::int64_t flat = 0;
-  for_each(tensor, [&](const auto&, const std::byte* address) {
-    check_element(dtype, address, value_at(root, flat++), "broadcast");
-  });
-}
-
-void check_all_to_all(Site& site, ControlPlane& plane, Dims shape, DType dtype, Form form) {
-  const std::int64_t each = shape[0];
-  shape[0] *= plane.size();
-  const auto in = site.tensor(shape, dtype, form);
-  const auto out = site.tensor(shape, dtype, form);
-  fill(in, plane.rank());
-  site.transport->all_to_all(in, out, {});
-  for_each(out, [&](std::vector<std::int64_t> index, const std::byte* address) {
-    const auto from = static_cast<int>(index[0] / each);
-    index[0] = index[0] % each + plane.rank() * each;
-    check_element(dtype, address, value_at(from, flat_of(index, shape)), "all_to_all");
-  });
-}
-
-void check_ring(Site& site, ControlPlane& plane, const Dims& shape, DType dtype, Form form) {
-  const int n = plane.size();
-  const auto mine = site.tensor(shape, dtype, form);
-  const auto theirs = site.tensor(shape, dtype, form);
-  fill(mine, plane.rank());
-  // Large messages wait for their receivers: even ranks send first.
-  const auto send = [&] { site.transport->send(mine, (plane.rank() + 1) % n, {}); };
-  const auto receive = [&] { site.transport->recv(theirs, (plane.rank() + n - 1) % n, {}); };
-  if (plane.rank() % 2 == 0) {
-    send();
-    receive();
-  } else {
-    receive();
-    send();
-  }
-  std::int64_t flat = 0;
-  for_each(theirs, [&](const auto&, const std::byte* address) {
-    check_element(dtype, address, value_at((plane.rank() + n - 1) % n, flat++), "ring");
-  });
-}
-
-constexpr DType kReducible[] = {DType::f64, DType::f32, DType::f16, DType::bf16,
-                                DType::i8,  DType::u8,  DType::i32, DType::i64};
-
-/// Small slots, so that the shapes of these tests take several pieces.
-HostOptions small_slots() { return {.slot_bytes = 4096}; }
-HostOptions apart() { return {.map_peers = false}; }
-
-}  // namespace
-
-TEST_CASE("collectives of every shape, dimension, form and memory are exact", "[host]") {
-  const std::vector<std::vector<std::int64_t>> shapes = {
-      {8}, {3, 5}, {8, 16, 32}, {3, 5, 7}, {2, 3, 4, 5}, {2, 3, 2, 3, 2}, {4, 96, 64}};
-  for (const int n : {1, 2, 3, 4, 8}) {
-    for (const Memory memory : kMemories) {
-      for (const auto& options : {HostOptions{}, small_slots(), apart()}) {
-        if (!options.map_peers && memory != Memory::ordinary) {
-          continue;
-        }
-        DYNAMIC_SECTION("n=" << n << " memory=" << static_cast<int>(memory)
-                             << " slot=" << options.slot_bytes << " map=" << options.map_peers) {
-          run_ranks(n, [&](ControlPlane& plane) {
-            for (const auto& shape : shapes) {
-              for (const Form form : kForms) {
-                Site site(plane, options, memory, std::size_t{16} << 20);
-                const auto ndim = static_cast<int>(shape.size());
-                for (int dim = -ndim; dim < ndim; ++dim) {
-                  const auto d = static_cast<std::size_t>(dim < 0 ? dim + ndim : dim);
-                  const auto sizes = dim < 0 ? ragged_sizes(n) : equal_sizes(n, shape[d]);
-                  check_all_gather(site, plane, dims(shape), dim, sizes, DType::f32, form);
-                  check_reduce_scatter(site, plane, dims(shape), dim, sizes, DType::bf16,
-                                       ReduceOp::sum, form);
-                }
-                check_all_reduce(site, plane, dims(shape), DType::f32, ReduceOp::sum, form, false);
-                check_all_reduce(site, plane, dims(shape), DType::f16, ReduceOp::sum, form, true);
-                check_broadcast(site, plane, dims(shape), DType::f32, form, n - 1);
-                check_all_to_all(site, plane, dims(shape), DType::i32, form);
-                site.transport->barrier({});
-                if (n % 2 == 0) {
-                  check_ring(site, plane, dims(shape), DType::i64, form);
-                }
-              }
-            }
-          });
-        }
-      }
-    }
-  }
-}
-
-TEST_CASE("every dtype and operation reduces exactly", "[host]") {
-  for (const int n : {2, 3}) {
-    for (const auto& options : {HostOptions{}, apart()}) {
-      run_ranks(n, [&](ControlPlane& plane) {
-        for (const DType dtype : kReducible) {
-          for (const ReduceOp op : {ReduceOp::sum, ReduceOp::prod, ReduceOp::min, ReduceOp::max}) {
-            Site site(plane, options, Memory::mixed);
-            check_reduce_scatter(site, plane, Dims{5, 40}, 1, equal_sizes(n, 40), dtype, op,
-                                 Form::contiguous);
-            check_reduce_scatter(site, plane, Dims{300, 40}, 0, equal_sizes(n, 300), dtype, op,
-                                 Form::contiguous);
-            check_all_reduce(site, plane, Dims{129, 70}, dtype, op, Form::contiguous, true);
-          }
-        }
-      });
-    }
-  }
-}
-
-TEST_CASE("8-bit floats are moved as bytes", "[host]") {
-  run_ranks(3, [](ControlPlane& plane) {
-    for (const DType dtype : {DType::f8_e4m3, DType::f8_e5m2}) {
-      Site site(plane, {}, Memory::mixed);
-      check_all_gather(site, plane, Dims{4, 8192}, 0, equal_sizes(3, 4), dtype, Form::contiguous);
-      check_all_to_all(site, plane, Dims{4, 9}, dtype, Form::transposed);
-      check_broadcast(site, plane, Dims{77}, dtype, Form::contiguous, 1);
-    }
-  });
-}
+using namespace std::chrono_literals;
 
 TEST_CASE("a group whose ranks are on two machines uses the control plane", "[host]") {
   run_ranks(4, [](ControlPlane& plane) {
@@ -402,5 +21,196 @@ TEST_CASE("a group whose ranks are on two machines uses the control plane", "[ho
     check_all_gather(site, plane, Dims{3, 5}, -1, {1, 0, 4, 2}, DType::bf16, Form::transposed);
     check_throws<UsageError>([&] { (void)site.transport->register_segment(*site.segment); },
                              "register_segment");
+  });
+}
+
+TEST_CASE("ranks of one process reach each other", "[host]") {
+  run_ranks(3, [](ControlPlane& plane) {
+    Site site(plane, {}, Memory::window);
+    const auto& found = site.transport->capabilities();
+    check(found.transport_windows && found.peer_access && found.peer_import, "capabilities");
+    check_equal(found.machines, 1, "machines");
+    check(site.transport->peer_kernels() != nullptr, "peer kernels");
+    // A peer's copy is its segment itself.
+    const auto peers = site.window->peers();
+    check_equal(peers.size(), std::size_t{3}, "peers");
+    check(peers[static_cast<std::size_t>(plane.rank())] == site.segment->data(), "own copy");
+  });
+}
+
+TEST_CASE("the path can be read back", "[host]") {
+  run_ranks(2, [](ControlPlane& plane) {
+    Site inside(plane, {}, Memory::window);
+    const auto path = [](Site& site, Collective collective, std::int64_t count) {
+      const auto in = site.tensor(Dims{count}, DType::f32, Form::contiguous);
+      return site.transport->path(collective, in, in, 0);
+    };
+    check(path(inside, Collective::all_gather, 4096) == "direct", "large, in a window");
+    check(path(inside, Collective::all_gather, 16) == "slot", "small, in a window");
+    check(path(inside, Collective::all_reduce, 100000) == "direct", "large all_reduce");
+    check(path(inside, Collective::all_reduce, 16) == "slot", "small all_reduce");
+    Site outside(plane, {}, Memory::ordinary);
+    check(path(outside, Collective::reduce_scatter, 4096) == "slot", "ordinary memory");
+    Site exchanged(plane, apart(), Memory::ordinary);
+    check(path(exchanged, Collective::broadcast, 4096) == "exchange", "not mapped");
+  });
+  run_ranks(1, [](ControlPlane& plane) {
+    Site site(plane, {}, Memory::ordinary);
+    const auto in = site.tensor(Dims{4}, DType::f32, Form::contiguous);
+    check(site.transport->path(Collective::all_gather, in, in, 0) == "local", "alone");
+  });
+}
+
+TEST_CASE("ranks that make different calls all learn who differs, and work on", "[host]") {
+  run_ranks(3, [](ControlPlane& plane) {
+    Site site(plane, {}, Memory::window);
+    const auto in = site.tensor(Dims{6000}, DType::f32, Form::contiguous);
+    const auto out = site.tensor(Dims{18000}, DType::f32, Form::contiguous);
+    const auto same_error = [&](auto&& call, std::string_view word) {
+      try {
+        call();
+      } catch (const SymmetryError& error) {
+        check(error.ranks() == std::vector<int>{1}, "rank 1 is named");
+        check(std::string_view(error.what()).find(word) != std::string_view::npos, error.what());
+        return;
+      }
+      check(false, "a SymmetryError is thrown");
+    };
+    for (int round = 0; round < 3; ++round) {
+      same_error(
+          [&] {  // another operation
+            if (plane.rank() == 1) {
+              site.transport->all_reduce(in, in, ReduceOp::sum, {});
+            } else {
+              site.transport->all_gather(in, out, 0, equal_sizes(3, 6000), {});
+            }
+          },
+          "rank 1 calls all_reduce of 24000 bytes of f32");
+      same_error(
+          [&] {  // another size
+            const std::int64_t each = plane.rank() == 1 ? 5 : 6;
+            site.transport->all_gather(in.slice(0, 0, each), out.slice(0, 0, 3 * each), 0,
+                                       equal_sizes(3, each), {});
+          },
+          "rank 1 calls all_gather of 60 bytes");
+      same_error(
+          [&] {  // another reduction, then another root
+            site.transport->all_reduce(in, in, plane.rank() == 1 ? ReduceOp::max : ReduceOp::min,
+                                       {});
+          },
+          "variant");
+      same_error([&] { site.transport->broadcast(in, plane.rank() == 1 ? 1 : 0, {}); }, "root 1");
+      check_all_gather(site, plane, Dims{5, 7}, 1, {1, 2, 3}, DType::f32, Form::sliced);
+    }
+  });
+}
+
+TEST_CASE("a rank that never comes is named, and the group is unusable afterwards", "[host]") {
+  const bool map_peers = GENERATE(true, false);
+  run_ranks(
+      3,
+      [&](ControlPlane& plane) {
+        Site site(plane, {.map_peers = map_peers}, Memory::ordinary);
+        const auto tensor = site.tensor(Dims{4}, DType::f32, Form::contiguous);
+        if (plane.rank() == 2) {
+          std::this_thread::sleep_for(700ms);  // stays alive, and away
+          return;
+        }
+        const auto start = Clock::now();
+        try {
+          site.transport->all_reduce(tensor, tensor, ReduceOp::sum, {});
+          check(false, "a TimeoutError is thrown");
+        } catch (const TimeoutError& error) {
+          check(error.missing() == std::vector<int>{2}, error.what());
+        }
+        check(Clock::now() - start < 5s, "within the limit");
+        check_throws<TransportError>([&] { site.transport->barrier({}); }, "earlier call");
+        check_throws<TransportError>([&] { site.transport->synchronize({}, 10ms); },
+                                     "earlier call");
+      },
+      300ms);
+}
+
+TEST_CASE("a rank that has left is noticed before the time limit", "[host]") {
+  run_ranks(2, [](ControlPlane& plane) {
+    Site site(plane, {}, Memory::ordinary);
+    site.transport->barrier({});
+    if (plane.rank() == 1) {
+      return;
+    }
+    const auto start = Clock::now();
+    check_throws<TransportError>([&] { site.transport->barrier({}); }, "rank 1 has destroyed");
+    check(Clock::now() - start < kRanksTimeLimit / 2, "long before the limit");
+  });
+}
+
+TEST_CASE("captured collectives run at every launch", "[host]") {
+  const Memory memory = GENERATE(Memory::ordinary, Memory::window);
+  run_ranks(2, [&](ControlPlane& plane) {
+    Site site(plane, {}, memory);
+    HostStream stream;
+    auto in = site.tensor(Dims{3000}, DType::f32, Form::contiguous);
+    auto out = site.tensor(Dims{6000}, DType::f32, Form::contiguous);
+    auto sum = site.tensor(Dims{3000}, DType::f32, Form::contiguous);
+    fill(in, plane.rank());
+    stream.begin_capture();
+    {
+      const auto sizes = equal_sizes(2, 3000);  // the recorded call keeps its own
+      site.transport->all_gather(in, out, 0, sizes, stream);
+      site.transport->reduce_scatter(out, sum, 0, sizes, ReduceOp::sum, stream);
+      site.transport->barrier(stream);
+    }
+    const auto graph = stream.end_capture();
+    check(*reinterpret_cast<const std::uint32_t*>(out.data()) == 0x5a5a5a5aU, "nothing ran yet");
+    for (int round = 0; round < 4; ++round) {
+      for (int i = 0; i < 3000; ++i) {
+        in.data_as<float>()[i] = static_cast<float>(value_at(plane.rank(), i) + round);
+      }
+      graph->launch(stream);
+      for (int i = 0; i < 3000; ++i) {
+        check_equal(out.data_as<float>()[3000 + i], static_cast<float>(value_at(1, i) + round),
+                    "replayed all_gather");
+        check_equal(sum.data_as<float>()[i],
+                    2 * static_cast<float>(value_at(plane.rank(), i) + round),
+                    "replayed reduce_scatter");
+      }
+    }
+  });
+}
+
+TEST_CASE("an error inside a replay comes out of launch", "[host]") {
+  run_ranks(2, [](ControlPlane& plane) {
+    Site site(plane, {}, Memory::ordinary);
+    HostStream stream;
+    const auto tensor = site.tensor(Dims{plane.rank() + 1}, DType::f32, Form::contiguous);
+    stream.begin_capture();
+    site.transport->all_reduce(tensor, tensor, ReduceOp::sum, stream);
+    const auto graph = stream.end_capture();
+    check_throws<SymmetryError>([&] { graph->launch(stream); }, "different calls");
+    site.transport->barrier(stream);
+  });
+}
+
+TEST_CASE("messages to oneself or to nobody are refused", "[host]") {
+  run_ranks(2, [](ControlPlane& plane) {
+    Site site(plane, {}, Memory::ordinary);
+    const auto tensor = site.tensor(Dims{1}, DType::f32, Form::contiguous);
+    check_throws<UsageError>([&] { site.transport->send(tensor, plane.rank(), {}); }, "to:");
+    check_throws<UsageError>([&] { site.transport->recv(tensor, 2, {}); }, "from:", "got 2");
+    site.transport->barrier({});
+  });
+}
+
+TEST_CASE("a window whose memory one rank lacks fails on every rank", "[host]") {
+  run_ranks(3, [](ControlPlane& plane) {
+    auto backend = host_backend();
+    auto transport = backend->connect(plane);
+    // Another size on one rank.
+    auto segment = backend->allocate_segment(plane.rank() == 1 ? 8192 : 4096);
+    check_throws<SymmetryError>([&] { (void)transport->register_segment(*segment); },
+                                "rank 1 is at", "8192 bytes");
+    auto equal = backend->allocate_segment(4096);
+    const auto window = transport->register_segment(*equal);
+    check_equal(window->peers().size(), std::size_t{3}, "works on");
   });
 }

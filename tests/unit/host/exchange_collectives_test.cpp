@@ -1,0 +1,64 @@
+#include <cohort/host/exchange_collectives.hpp>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/host_site.hpp"
+
+using namespace cohort;
+using namespace cohort::test;
+
+TEST_CASE("collectives over the control plane are exact", "[host]") {
+  const std::vector<std::vector<std::int64_t>> shapes = {
+      {8}, {3, 5, 7}, {2, 3, 2, 3, 2}, {4, 96, 64}};
+  const int n = GENERATE(2, 3, 4);
+  run_ranks(n, [&](ControlPlane& plane) {
+    for (const auto& shape : shapes) {
+      for (const Form form : kForms) {
+        check_shape(plane, apart(), Memory::ordinary, shape, form);
+      }
+    }
+    Site site(plane, apart(), Memory::ordinary);
+    for (const DType dtype : kReducible) {
+      check_reduce_scatter(site, plane, Dims{30, 40}, 0, equal_sizes(n, 30), dtype, ReduceOp::prod,
+                           Form::contiguous);
+    }
+  });
+}
+
+TEST_CASE("both ways give the same bits", "[host]") {
+  run_ranks(3, [](ControlPlane& plane) {
+    std::vector<std::vector<float>> results;
+    const auto subgroup = plane.split(0, plane.rank(), "apart");
+    for (ControlPlane* group : {&plane, subgroup.get()}) {
+      Site site(*group, group == &plane ? HostOptions{} : apart(), Memory::ordinary);
+      const auto in = site.tensor(Dims{3000}, DType::f32, Form::contiguous);
+      const auto out = site.tensor(Dims{1000}, DType::f32, Form::contiguous);
+      for (int i = 0; i < 3000; ++i) {  // sums that depend on the order of the operands
+        in.data_as<float>()[i] =
+            1.0F / static_cast<float>(1 + (i * 7919 + plane.rank() * 104729) % 1000003);
+      }
+      site.transport->reduce_scatter(in, out, 0, equal_sizes(3, 1000), ReduceOp::sum, {});
+      results.emplace_back(out.data_as<float>(), out.data_as<float>() + 1000);
+    }
+    check(results[0] == results[1], "equal bits");
+  });
+}
+
+TEST_CASE("a peer in another call is named, and the group is unusable afterwards", "[host]") {
+  run_ranks(2, [](ControlPlane& plane) {
+    Site site(plane, apart(), Memory::ordinary);
+    const auto tensor = site.tensor(Dims{8}, DType::f32, Form::contiguous);
+    const auto other = site.tensor(Dims{8}, DType::f32, Form::contiguous);
+    check_throws<SymmetryError>(
+        [&] {
+          if (plane.rank() == 0) {
+            site.transport->all_to_all(tensor, other, {});
+          } else {
+            site.transport->reduce_scatter(tensor, other.slice(0, 0, 4), 0, equal_sizes(2, 4),
+                                           ReduceOp::sum, {});
+          }
+        },
+        plane.rank() == 0 ? "rank 1 calls reduce_scatter" : "rank 0 calls all_to_all");
+    check_throws<TransportError>([&] { site.transport->barrier({}); }, "earlier call");
+  });
+}

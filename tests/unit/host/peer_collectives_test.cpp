@@ -1,0 +1,137 @@
+#include <cohort/host/peer_collectives.hpp>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/host_site.hpp"
+
+using namespace cohort;
+using namespace cohort::test;
+
+TEST_CASE("collectives in shared memory are exact", "[host]") {
+  const std::vector<std::vector<std::int64_t>> shapes = {
+      {8}, {3, 5}, {8, 16, 32}, {3, 5, 7}, {2, 3, 4, 5}, {2, 3, 2, 3, 2}, {4, 96, 64}};
+  const int n = GENERATE(1, 2, 3, 4, 8);
+  const Memory memory = GENERATE(Memory::ordinary, Memory::window, Memory::mixed);
+  const bool small = GENERATE(false, true);
+  run_ranks(n, [&](ControlPlane& plane) {
+    for (const auto& shape : shapes) {
+      for (const Form form : kForms) {
+        check_shape(plane, small ? small_slots() : HostOptions{}, memory, shape, form);
+      }
+    }
+  });
+}
+
+TEST_CASE("every dtype and operation reduces exactly", "[host]") {
+  const int n = GENERATE(2, 3);
+  run_ranks(n, [&](ControlPlane& plane) {
+    for (const DType dtype : kReducible) {
+      for (const ReduceOp op : {ReduceOp::sum, ReduceOp::prod, ReduceOp::min, ReduceOp::max}) {
+        Site site(plane, {}, Memory::mixed);
+        check_reduce_scatter(site, plane, Dims{5, 40}, 1, equal_sizes(n, 40), dtype, op,
+                             Form::contiguous);
+        check_reduce_scatter(site, plane, Dims{300, 40}, 0, equal_sizes(n, 300), dtype, op,
+                             Form::contiguous);
+        check_all_reduce(site, plane, Dims{129, 70}, dtype, op, Form::contiguous, true);
+      }
+    }
+  });
+}
+
+TEST_CASE("tensors larger than the slots pass in pieces", "[host]") {
+  const int n = GENERATE(2, 3);
+  const Memory memory = GENERATE(Memory::ordinary, Memory::window, Memory::mixed);
+  run_ranks(n, [&](ControlPlane& plane) {
+    const Dims shape{4, 1024, 512};  // 8 MiB of f32, 2 MiB of i8
+    Site site(plane, {}, memory, std::size_t{64} << 20);
+    check_all_gather(site, plane, shape, 1, equal_sizes(n, 300), DType::i8, Form::contiguous);
+    check_reduce_scatter(site, plane, Dims{3 * 70001}, 0, equal_sizes(n, 70001), DType::f32,
+                         ReduceOp::sum, Form::contiguous);
+    check_reduce_scatter(site, plane, Dims{7, 20000}, 1, ragged_sizes(n), DType::f32, ReduceOp::max,
+                         Form::transposed);
+    check_all_reduce(site, plane, Dims{333, 1001}, DType::f32, ReduceOp::sum, Form::contiguous,
+                     true);
+    check_all_reduce(site, plane, Dims{333, 1001}, DType::f32, ReduceOp::sum, Form::transposed,
+                     false);
+    check_broadcast(site, plane, Dims{700, 1000}, DType::u8, Form::contiguous, 1);
+    check_all_to_all(site, plane, Dims{300, 1000}, DType::u8, Form::contiguous);
+    if (n == 2) {
+      check_ring(site, plane, Dims{300, 1001}, DType::f32, Form::transposed);
+    }
+  });
+}
+
+TEST_CASE("8-bit floats are moved as bytes", "[host]") {
+  run_ranks(3, [](ControlPlane& plane) {
+    for (const DType dtype : {DType::f8_e4m3, DType::f8_e5m2}) {
+      Site site(plane, {}, Memory::mixed);
+      check_all_gather(site, plane, Dims{4, 8192}, 0, equal_sizes(3, 4), dtype, Form::contiguous);
+      check_all_to_all(site, plane, Dims{4, 9}, dtype, Form::transposed);
+      check_broadcast(site, plane, Dims{77}, dtype, Form::contiguous, 1);
+      const auto tensor = site.tensor(Dims{4}, dtype, Form::contiguous);
+      check_throws<UsageError>(
+          [&] { site.transport->all_reduce(tensor, tensor, ReduceOp::sum, {}); }, "dtype");
+    }
+  });
+}
+
+TEST_CASE("an all-gather and a reduce-scatter may be in place", "[host]") {
+  const Memory memory = GENERATE(Memory::ordinary, Memory::window, Memory::mixed);
+  run_ranks(3, [&](ControlPlane& plane) {
+    Site site(plane, {}, memory);
+    for (const std::int64_t each : {7, 5000, 200000}) {
+      const auto all = site.tensor(Dims{3 * each}, DType::i8, Form::contiguous);
+      const auto mine = all.slice(0, plane.rank() * each, each);
+      fill(mine, plane.rank());
+      site.transport->all_gather(mine, all, 0, equal_sizes(3, each), {});
+      for (std::int64_t i = 0; i < 3 * each; ++i) {
+        check_equal(load(DType::i8, all.slice(0, i, 1).data()),
+                    value_at(static_cast<int>(i / each), i % each), "in place");
+      }
+      site.transport->reduce_scatter(all, mine, 0, equal_sizes(3, each), ReduceOp::sum, {});
+      for (std::int64_t i = 0; i < each; ++i) {
+        check_equal(load(DType::i8, mine.slice(0, i, 1).data()), 3 * value_at(plane.rank(), i),
+                    "in place");
+      }
+    }
+  });
+}
+
+TEST_CASE("small messages do not wait for their receivers", "[host]") {
+  run_ranks(4, [](ControlPlane& plane) {
+    Site site(plane, {}, Memory::ordinary);
+    const auto ring = [&](std::int64_t count) {
+      const auto mine = site.tensor(Dims{count}, DType::u8, Form::contiguous);
+      const auto theirs = site.tensor(Dims{count}, DType::u8, Form::contiguous);
+      fill(mine, plane.rank());
+      site.transport->send(mine, (plane.rank() + 1) % 4, {});  // all send first
+      site.transport->recv(theirs, (plane.rank() + 3) % 4, {});
+      for (std::int64_t i = 0; i < count; ++i) {
+        check_element(DType::u8, static_cast<const std::byte*>(theirs.data()) + i,
+                      value_at((plane.rank() + 3) % 4, i), "ring");
+      }
+    };
+    for (const std::int64_t count : {0, 1, 1000, 256 * 1024}) {
+      ring(count);
+    }
+  });
+}
+
+TEST_CASE("messages of another size are refused, and the channel works on", "[host]") {
+  run_ranks(2, [](ControlPlane& plane) {
+    Site site(plane, {}, Memory::ordinary);
+    const auto large = site.tensor(Dims{300000}, DType::u8, Form::contiguous);
+    const auto small = site.tensor(Dims{3}, DType::u8, Form::contiguous);
+    if (plane.rank() == 0) {
+      fill(small, 0);
+      site.transport->send(large, 1, {});
+      site.transport->send(small, 1, {});
+    } else {
+      check_throws<SymmetryError>([&] { site.transport->recv(small, 0, {}); }, "300000 bytes",
+                                  "expected 3");
+      site.transport->recv(small, 0, {});
+      check_element(DType::u8, static_cast<const std::byte*>(small.data()) + 1, value_at(0, 1),
+                    "message after a refused one");
+    }
+  });
+}
