@@ -92,7 +92,9 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const std::size_t results =
         2 * query + value / ranks * size_of(shape.dtype) + rows * sizeof(float);
     reserve(results + std::max(packed, staged) + kBlockSlack);
-    transport()->reserve_scratch(query + query / ranks);
+    if (transport() != nullptr) {
+      transport()->reserve_scratch(query + query / ranks);
+    }
     if (PeerKernels* kernels = peer_kernels()) {
       kernels->reserve(std::max(query, ranks * piece.bytes));
     }
