@@ -22,9 +22,9 @@
 #include "cohort/cohort.hpp"
 #include "cohort/mpi.hpp"
 #include "dcp_decode/decoder.hpp"
-#include "dcp_decode/machine.hpp"
 #include "dcp_decode/options.hpp"
 #include "dcp_decode/report.hpp"
+#include "support/machine.hpp"
 
 namespace {
 
@@ -39,7 +39,7 @@ Resolved resolve_backend(BackendChoice wanted, cohort::ControlPlane& world) {
   if (wanted != BackendChoice::automatic) {
     return {wanted, wanted == BackendChoice::cuda ? "cuda" : "host"};
   }
-  const std::string mine = cuda_obstacle();
+  const std::string mine = example::cuda_obstacle();
   const auto obstacles = world.all_gather(std::as_bytes(std::span(mine)));
   const auto first = std::find_if(obstacles.begin(), obstacles.end(),
                                   [](const auto& bytes) { return !bytes.empty(); });
@@ -60,7 +60,7 @@ std::string describe(const Options& options) {
 bool decode(const Options& options, cohort::ControlPlane& world) {
   const bool speaks = world.rank() == 0;
   const Resolved backend = resolve_backend(options.backend, world);
-  const auto machine = make_machine(backend.choice);
+  const auto machine = example::make_machine(backend.choice);
   auto state = cohort::ParallelState::create(world, {.layout = options.layout,
                                                      .backend = machine->backend(),
                                                      .symmetric = {.enabled = options.symmetric},
@@ -90,6 +90,7 @@ bool decode(const Options& options, cohort::ControlPlane& world) {
       if (step == 1 && speaks) {
         const auto& taken = state.dcp().last_merge_choice();
         fmt::print("merge: {} ({})\n", cohort::to_string(taken.plan), taken.reason);
+        std::fflush(stdout);
       }
       if (step % stride == 0 || step == options.steps) {
         summary = summarize(options, world, decoder);
@@ -140,7 +141,7 @@ int run(int argc, char** argv, cohort::MpiSession& mpi) {
 
 int main(int argc, char** argv) {
   try {
-    cohort::MpiSession mpi(argc, argv, {.limit = cohort::runtime_settings().timeout});
+    cohort::MpiSession mpi(argc, argv);
     return run(argc, argv, mpi);
   } catch (const cohort::Error& error) {
     fmt::print(stderr, "dcp_decode: {}\n", error.what());

@@ -10,14 +10,17 @@
 #include "attention.hpp"
 #include "cohort/dcp/kv_shard.hpp"
 #include "cohort/parallel_state.hpp"
-#include "machine.hpp"
 #include "model.hpp"
 #include "options.hpp"
+#include "support/machine.hpp"
 
 /// \file
 /// One rank's part of a decode: its buffers, its share of the KV cache, and the step.
 
 namespace dcp_decode {
+
+using example::Machine;
+using example::Mirrored;
 
 /// What the time of a step goes into.
 enum Phase : std::size_t {

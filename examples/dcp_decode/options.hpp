@@ -8,13 +8,14 @@
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/merge_plan.hpp"
 #include "cohort/topology.hpp"
+#include "support/machine.hpp"
 
 /// \file
 /// What the command line of dcp_decode says.
 
 namespace dcp_decode {
 
-enum class BackendChoice : std::uint8_t { automatic, host, cuda };
+using example::BackendChoice;
 
 struct Options {
   cohort::ParallelLayout layout;

@@ -1,15 +1,17 @@
 #include "machine.hpp"
 
+#include <string_view>
+
 #include "cohort/error.hpp"
 #include "cohort/host/host_backend.hpp"
 
-#if COHORT_PROGRAM_CUDA
+#if COHORT_EXAMPLE_CUDA
 #include <cuda_runtime_api.h>
 
 #include "cohort/cuda.hpp"
 #endif
 
-namespace dcp_decode {
+namespace example {
 namespace {
 
 using cohort::TensorView;
@@ -29,7 +31,7 @@ class HostMachine final : public Machine {
   cohort::HostStream stream_;
 };
 
-#if COHORT_PROGRAM_CUDA
+#if COHORT_EXAMPLE_CUDA
 
 class CudaMachine final : public Machine {
  public:
@@ -64,7 +66,27 @@ class CudaMachine final : public Machine {
 
 }  // namespace
 
-#if COHORT_PROGRAM_CUDA
+BackendChoice backend_argument(int argc, char** argv) {
+  for (int i = 1; i < argc; ++i) {
+    if (std::string_view(argv[i]) != "--backend") {
+      continue;
+    }
+    const std::string value = i + 1 < argc ? argv[i + 1] : "";
+    if (value == "host") {
+      return BackendChoice::host;
+    }
+    if (value == "cuda") {
+      return BackendChoice::cuda;
+    }
+    if (value == "automatic") {
+      return BackendChoice::automatic;
+    }
+    throw cohort::ConfigError("--backend: expected host, cuda or automatic, got \"" + value + "\"");
+  }
+  return BackendChoice::host;
+}
+
+#if COHORT_EXAMPLE_CUDA
 
 std::string cuda_obstacle() {
   cohort::apply(cohort::RuntimeEnvOptions{});  // before the question starts CUDA
@@ -77,7 +99,8 @@ std::string cuda_obstacle() {
 }
 
 std::unique_ptr<Machine> make_machine(BackendChoice choice) {
-  if (choice == BackendChoice::cuda) {
+  if (choice == BackendChoice::cuda ||
+      (choice == BackendChoice::automatic && cuda_obstacle().empty())) {
     return std::make_unique<CudaMachine>();
   }
   return std::make_unique<HostMachine>();
@@ -96,4 +119,4 @@ std::unique_ptr<Machine> make_machine(BackendChoice choice) {
 
 #endif
 
-}  // namespace dcp_decode
+}  // namespace example

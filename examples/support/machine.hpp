@@ -1,18 +1,22 @@
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 
 #include "cohort/stream.hpp"
 #include "cohort/tensor.hpp"
 #include "cohort/transport.hpp"
-#include "options.hpp"
 
 /// \file
 /// Where the tensors live. The example does its attention and its model on the host, so that it
 /// needs no kernels of its own; on a device the tensors go to and fro in stream order.
 
-namespace dcp_decode {
+namespace example {
+
+enum class BackendChoice : std::uint8_t { automatic, host, cuda };
 
 /// A backend with one stream.
 class Machine {
@@ -41,6 +45,7 @@ class Mirrored {
 
   [[nodiscard]] const cohort::TensorView& view() const { return tensor_.view(); }
   [[nodiscard]] T* host() const { return static_cast<T*>(mirror_.get()); }
+  [[nodiscard]] T& operator[](std::size_t i) const { return host()[i]; }
   [[nodiscard]] std::size_t size() const { return static_cast<std::size_t>(tensor_.numel()); }
   void upload() const { machine_->upload(mirror_.get(), tensor_); }
   void download() const { machine_->download(tensor_, mirror_.get()); }
@@ -54,7 +59,12 @@ class Mirrored {
 /// Why this process cannot use a CUDA device, or nothing where it can.
 [[nodiscard]] std::string cuda_obstacle();
 
-/// The machine for `host` or `cuda`. @throw cohort::ConfigError where cuda cannot be had.
+/// What `--backend host|cuda|automatic` among the arguments says; `host` without it.
+/// @throw cohort::ConfigError for another value.
+[[nodiscard]] BackendChoice backend_argument(int argc, char** argv);
+
+/// The machine for `host` or `cuda`; `automatic` is `cuda` where that can be used. @throw
+/// cohort::ConfigError where cuda cannot be had.
 [[nodiscard]] std::unique_ptr<Machine> make_machine(BackendChoice choice);
 
-}  // namespace dcp_decode
+}  // namespace example
