@@ -1,0 +1,198 @@
+#pragma once
+
+#include <chrono>
+#include <cohort/cohort.hpp>
+#include <functional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "support/collective_checks.hpp"
+#include "support/group_tensors.hpp"
+
+/// \file
+/// One rank that does something else: every other rank gets an error that names it and the place.
+/// Bodies for two ranks or more; the last rank is the one that differs.
+
+namespace cohort::test {
+
+/// Throws unless `call` throws a `SymmetryError` that blames exactly `rank` and says every part.
+template <class Call, class... Parts>
+void check_blames(int rank, const Call& call, Parts&&... parts) {
+  try {
+    call();
+  } catch (const SymmetryError& error) {
+    const std::string what = error.what();
+    check(error.ranks() == std::vector{rank}, "blames the rank that differs: " + what);
+    for (const std::string_view part : {std::string_view(parts)...}) {
+      check(what.find(part) != std::string::npos, what + " contains " + std::string(part));
+    }
+    return;
+  }
+  throw std::runtime_error("check failed: no SymmetryError was thrown");
+}
+
+inline void check_works_on(GroupCoordinator& group) {
+  Site site(group, Memory::arena);
+  check_all_reduce(group, site, {16, 33}, DType::f32, Form::contiguous);
+  check_all_gather(group, site, {4, 5}, 1, std::vector<std::int64_t>(u(group.size()), 5),
+                   DType::bf16, Form::contiguous);
+}
+
+inline void check_other_size(ControlPlane& world) {
+  const int last = world.size() - 1;
+  auto state = make_state(world, {.tp = world.size(), .dcp = world.size()});
+  auto& arena = *state.dcp().arena();
+  const std::int64_t bytes = world.rank() == last ? 3 << 20 : 2 << 20;
+  check_blames(
+      last, [&] { (void)arena.empty({bytes}, DType::u8, {}); }, "growth of arena dcp[0]", "2097152",
+      "3145728");
+  check_blames(
+      last, [&] { state.dcp().reserve(static_cast<std::size_t>(bytes)); },
+      "reservation in arena dcp[0]");
+  check_works_on(state.dcp());
+}
+
+/// Offsets would differ although nothing failed so far: the next growth notices.
+inline void check_other_order(ControlPlane& world) {
+  const int last = world.size() - 1;
+  auto state = make_state(world, {.tp = world.size(), .dcp = world.size()});
+  auto& arena = *state.dcp().arena();
+  state.dcp().reserve(1 << 20);
+  const bool other = world.rank() == last;
+  const Tensor a = arena.empty({other ? 5000 : 1000}, DType::u8, {});
+  const Tensor b = arena.empty({other ? 1000 : 5000}, DType::u8, {});
+  check_blames(
+      last, [&] { (void)arena.empty({4 << 20}, DType::u8, {}); }, "growth of arena dcp[0]",
+      "history");
+  // Memory of the arena is lost to symmetry, but the group's calls are not.
+  Site site(state.dcp(), Memory::ordinary);
+  state.tp().barrier();
+}
+
+/// One rank has no memory left. It fails on all, and what fits works on.
+inline void check_failed_allocation(ControlPlane& world) {
+  const int last = world.size() - 1;
+  const std::size_t limit = world.rank() == last ? 8 << 20 : 64 << 20;
+  auto state = make_state(world, {.tp = world.size(), .dcp = world.size()},
+                          {.backend = host_backend({.segment_limit = limit})});
+  auto& arena = *state.dcp().arena();
+  const Tensor first = arena.empty({4 << 20}, DType::u8, {});
+  check_blames(
+      last, [&] { (void)arena.empty({16 << 20}, DType::u8, {}); },
+      "allocation of a segment of arena dcp[0]", "failed", "segment limit of 8388608");
+  check_works_on(state.dcp());
+  check_equal(arena.statistics().live_blocks, std::uint64_t{1}, "blocks");
+}
+
+/// The same in an audience of two groups: ranks that share only one of them with the failing rank
+/// learn of it too.
+inline void check_failed_audience(ControlPlane& world) {
+  const int last = world.size() - 1;
+  const std::size_t limit = world.rank() == last ? 8 << 20 : 64 << 20;
+  auto state = make_state(world, {.tp = world.size(), .pp = 1, .dcp = world.size() / 2},
+                          {.backend = host_backend({.segment_limit = limit})});
+  const SymmetricScope scope(state.audience({&state.dcp(), &state.tp()}));
+  const auto what = check_throws<SymmetryError>([] { (void)empty({16 << 20}, DType::u8); },
+                                                "arena tp", "segment limit of 8388608");
+  check(what.find(fmt::format("rank {}", last)) != std::string::npos, what);
+  const Tensor x = empty({100}, DType::f32);
+  fill(x, world.rank());
+  state.tp().all_reduce(x);
+  check_works_on(state.dcp());
+}
+
+inline void check_other_options(ControlPlane& world) {
+  const int last = world.size() - 1;
+  const auto create = [&](const ParallelLayout& layout, bool debug) {
+    (void)ParallelState::create(
+        world, {.layout = layout, .backend = host_backend(), .debug_checks = debug});
+  };
+  const int n = world.size();
+  check_blames(
+      last, [&] { create({.tp = n, .dcp = world.rank() == last ? 1 : n}, false); },
+      "creation of a ParallelState", fmt::format("tp={} pp=1 dcp=1", n));
+  check_blames(
+      last, [&] { create({.tp = n}, world.rank() == last); }, "debug checks");
+  create({.tp = n, .dcp = n}, false);
+}
+
+/// Calls that differ. With debug checks before anything moves; without, as the host notices.
+inline void check_other_call(ControlPlane& world, bool debug) {
+  const int last = world.size() - 1;
+  const bool other = world.rank() == last;
+  auto state = make_state(world, {.tp = world.size(), .dcp = world.size()},
+                          {.backend = {}, .debug_checks = debug});
+  auto& dcp = state.dcp();
+  const int n = dcp.size();
+  Site site(dcp, Memory::arena);
+  const auto x = site.filled({4 * n, 6}, DType::f32);
+  const auto y = site.tensor({4 * n, 6 * n}, DType::f32);
+  const auto halves = site.filled({8 * n, 6}, DType::f16);
+  const auto blamed = [&](const std::function<void()>& most, const std::function<void()>& one,
+                          std::string_view part) {
+    check_blames(last, other ? one : most, part);
+    check_works_on(dcp);
+  };
+  blamed([&] { dcp.all_reduce(x); }, [&] { dcp.all_reduce(x.slice(0, 0, 2)); }, "all_reduce");
+  blamed([&] { dcp.all_reduce(x); }, [&] { dcp.all_reduce(x, {}, ReduceOp::max); }, "all_reduce");
+  blamed([&] { dcp.all_reduce(x); }, [&] { dcp.all_reduce(halves.slice(0, 0, 4 * n)); }, "f16");
+  blamed([&] { dcp.broadcast(x, 0); }, [&] { dcp.broadcast(x, 1); }, "broadcast");
+  blamed([&] { dcp.all_gather_into(y, x, 1); }, [&] { dcp.all_reduce(x); }, "all_gather");
+  if (debug) {
+    const auto moved = site.filled({4 * n, 6}, DType::f32);
+    blamed([&] { dcp.all_reduce(x); }, [&] { dcp.all_reduce(moved); }, "input at offset");
+    blamed([&] { dcp.barrier(); }, [&] { dcp.all_reduce(x); }, "barrier");
+    const auto out = site.filled({2, 2 * n, 8}, DType::f32);
+    const auto lse = site.filled({2, 2 * n}, DType::f32);
+    const auto merged = site.filled({2, 2, 8}, DType::f32);
+    blamed([&] { dcp.merge_attention_into(merged, out, lse); },
+           [&] { dcp.merge_attention_into(merged, out, lse, LseBase::two); }, "merge_attention");
+  }
+}
+
+/// The last rank stays away from the call: the others time out, naming it, within the limit.
+inline void check_absent(ControlPlane& world, const std::function<void(ParallelState&)>& call,
+                         std::string_view place) {
+  const int last = world.size() - 1;
+  auto state = make_state(world, {.tp = world.size(), .dcp = world.size()});
+  world.barrier();
+  if (world.rank() == last) {
+    std::this_thread::sleep_for(3 * world.limit());
+    return;
+  }
+  const auto start = Clock::now();
+  try {
+    call(state);
+  } catch (const TimeoutError& error) {
+    const std::string what = error.what();
+    check(error.missing() == std::vector{last}, "names the absent rank: " + what);
+    check(what.find(place) != std::string::npos, what + " names the place");
+    check(Clock::now() - start < 2 * world.limit(), "ends within the limit");
+    // Held until the absent rank is back: destroying a transport is an end of its own.
+    std::this_thread::sleep_for(2 * world.limit());
+    return;
+  }
+  throw std::runtime_error("check failed: no TimeoutError was thrown");
+}
+
+inline void check_absent_from_growth(ControlPlane& world) {
+  check_absent(
+      world, [](ParallelState& s) { (void)s.dcp().arena()->empty({9}, DType::u8, {}); },
+      "growth of arena dcp[0]");
+}
+inline void check_absent_from_collective(ControlPlane& world) {
+  check_absent(
+      world,
+      [](ParallelState& s) {
+        std::array<float, 4> x{};
+        s.dcp().all_reduce(TensorView(x.data(), DType::f32, {4}));
+      },
+      "dcp[0]");
+}
+inline void check_absent_from_shutdown(ControlPlane& world) {
+  check_absent(
+      world, [](ParallelState& s) { s.shutdown(); }, "barrier");
+}
+
+}  // namespace cohort::test

@@ -1,0 +1,135 @@
+#include "cohort/decode_context_parallel.hpp"
+
+#include "support/catch.hpp"
+#include "support/decode_checks.hpp"
+#include "support/threads.hpp"
+
+using namespace cohort;
+using namespace cohort::test;
+
+TEST_CASE("merges are exact in every plan, type, base, layout and memory", "[dcp]") {
+  for (const int n : {1, 2, 3, 4, 8}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_merges); }
+  }
+}
+
+TEST_CASE("merges with exactly known answers", "[dcp]") {
+  for (const int n : {1, 2, 3, 4, 8}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_exact_merges); }
+  }
+}
+
+TEST_CASE("queries of all heads are gathered in rank order", "[dcp]") {
+  for (const int n : {1, 2, 3, 4, 8}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_gather_query); }
+  }
+}
+
+TEST_CASE("what was reserved suffices for every plan", "[dcp]") {
+  for (const int n : {1, 2, 3}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_reserved_decode); }
+  }
+}
+
+TEST_CASE("a forced plan that cannot run is refused", "[dcp]") {
+  run_ranks(2, [](ControlPlane& world) {
+    check_throws<ConfigError>(
+        [&] { (void)decode_state(world, {.plan = MergePlan::one_kernel}, {.map_peers = false}); },
+        "one_kernel", "no peer mapping", "ranks out of peer reach");
+    // A row that no inbox slot has room for: known only at the call.
+    auto state = decode_state(world, {.plan = MergePlan::one_kernel}, {.slot_bytes = 4096});
+    Site site(state.dcp(), Memory::ordinary);
+    const DecodeCase wide{.batch = 1, .heads = 2, .dim = 4096};
+    const Partial partial(state.dcp(), site, wide);
+    check_throws<ConfigError>(
+        [&] { state.dcp().merge_attention_into(partial.merged, partial.out, partial.lse); },
+        "one_kernel", "16388 bytes");
+    (void)merge_once(state, {.batch = 1, .heads = 2, .dim = 8}, "afterwards");
+  });
+}
+
+TEST_CASE("automatic falls back to packed and says why", "[dcp]") {
+  run_ranks(2, [](ControlPlane& world) {
+    auto far = decode_state(world, {}, {.map_peers = false});
+    (void)merge_once(far, {.batch = 1, .heads = 2, .dim = 8}, "far");
+    check(far.dcp().last_merge_choice().plan == MergePlan::packed, "packed");
+    check(far.dcp().last_merge_choice().reason.find("no peer mapping") != std::string::npos,
+          far.dcp().last_merge_choice().reason);
+    auto off = ParallelState::create(world, {.layout = {.tp = 2, .dcp = 2},
+                                             .backend = host_backend(),
+                                             .symmetric = {.peer_mapping = false}});
+    (void)merge_once(off, {.batch = 1, .heads = 2, .dim = 8}, "off");
+    check(off.dcp().last_merge_choice().reason.find("disabled by user") != std::string::npos,
+          off.dcp().last_merge_choice().reason);
+  });
+}
+
+TEST_CASE("wrong decode arguments are named, and the group works on", "[dcp]") {
+  for (const int n : {1, 2}) {
+    run_ranks(n, [n](ControlPlane& world) {
+      auto state = decode_state(world, {});
+      auto& dcp = state.dcp();
+      Site site(dcp, Memory::ordinary);
+      const DecodeCase c{.batch = 2, .heads = 2 * n, .dim = 8};
+      const Partial p(dcp, site, c);
+      const auto merge = [&](const TensorView& merged, const TensorView& out, const TensorView& lse,
+                             const TensorView* merged_lse = nullptr) {
+        return [&dcp, merged, out, lse, merged_lse] {
+          dcp.merge_attention_into(merged, out, lse, LseBase::e, {}, merged_lse);
+        };
+      };
+      const auto i32 = site.tensor(p.out.shape(), DType::i32);
+      const auto flat = p.out.reshape({2 * n, 16});
+      check_throws<UsageError>(merge(p.merged, flat, p.lse), "merge_attention out", "[B, H, D]");
+      check_throws<UsageError>(merge(p.merged, i32, p.lse), "merge_attention out", "i32");
+      check_throws<UsageError>(merge(p.merged, p.out.transpose(0, 2), p.lse), "merge_attention");
+      check_throws<UsageError>(merge(p.merged.slice(0, 0, 1), p.out, p.lse), "merged", "expected");
+      check_throws<UsageError>(merge(p.merged, p.out, p.lse.slice(1, 0, 1)), "lse", "expected");
+      check_throws<UsageError>(merge(p.merged, p.out, p.merged), "lse");
+      check_throws<UsageError>(merge(p.merged, p.out, p.lse, &p.merged), "merged_lse");
+      if (n > 1) {
+        check_throws<UsageError>(merge(p.merged, p.out.slice(1, 0, 3), p.lse), "2 ranks divide");
+      }
+      const auto gaps = site.tensor({2, 2 * n, 16}, DType::f32);
+      const TensorView every_other(gaps.data(), DType::f32, {2, 2 * n, 8}, {32 * n, 16, 2});
+      check_throws<UsageError>(merge(p.merged, every_other, p.lse), "without gaps");
+
+      const auto q = site.tensor({2, 2 * n, 12}, DType::f32);
+      const auto nope = site.tensor({2, 2, 8}, DType::f32);
+      const auto pe = site.tensor({2, 2, 4}, DType::f32);
+      const auto half = site.tensor({2, 2, 4}, DType::f16);
+      check_throws<UsageError>(
+          [&] {
+            dcp.gather_query_into(q, nope.reshape({4, 8}), pe);
+          },
+          "gather_query q_nope", "[B, H/n, Dn]");
+      check_throws<UsageError>(
+          [&] {
+            dcp.gather_query_into(q, nope, pe.reshape({4, 4}));
+          },
+          "gather_query q_pe", "[B, H/n, Dr]");
+      check_throws<UsageError>([&] { dcp.gather_query_into(q, nope, half); }, "gather_query q_pe",
+                               "expected f32(2,2,4)", "f16(2,2,4)");
+      check_throws<UsageError>([&] { dcp.gather_query_into(q.slice(2, 0, 8), nope, pe); },
+                               "gather_query q:");
+      check_throws<UsageError>([&] { (void)dcp.gather_query(nope, pe.slice(0, 0, 1)); },
+                               "gather_query q_pe");
+
+      check_throws<UsageError>([&] { dcp.reserve_for({.batch = -1, .heads = 2 * n}); },
+                               "reserve_for", "-1");
+      check_throws<UsageError>([&] { dcp.reserve_for({.batch = 1, .dtype = DType::i8}); },
+                               "reserve_for", "i8");
+      check_throws<UsageError>(
+          [&] {
+            dcp.reserve_for(
+                {.batch = std::int64_t{1} << 40, .heads = std::int64_t{2 * n} << 20, .value = 512});
+          },
+          "overflow");
+      (void)merge_once(state, c, "afterwards");
+      state.shutdown();
+      check_throws<UsageError>(merge(p.merged, p.out, p.lse), "dcp[0]", "after shutdown");
+      check_throws<UsageError>([&] { (void)dcp.gather_query(nope, pe); }, "after shutdown");
+      check_throws<UsageError>([&] { dcp.reserve_for({}); }, "after shutdown");
+    });
+  }
+}

@@ -1,0 +1,141 @@
+#include "cohort/group_coordinator.hpp"
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/collective_checks.hpp"
+#include "support/threads.hpp"
+
+using namespace cohort;
+using namespace cohort::test;
+
+TEST_CASE("all-gather and reduce-scatter are exact along every dimension", "[group]") {
+  for (const int n : {1, 2, 3, 4, 8}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_shapes); }
+  }
+}
+
+TEST_CASE("every collective is exact in every memory and form", "[group]") {
+  for (const int n : {1, 2, 3, 4, 8}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_every_collective); }
+  }
+}
+
+TEST_CASE("every dtype is moved and reduced exactly", "[group]") {
+  for (const int n : {1, 2, 3, 8}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_every_dtype); }
+  }
+}
+
+TEST_CASE("gathering and scattering work in place", "[group]") {
+  for (const int n : {1, 2, 3, 4}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_in_place); }
+  }
+}
+
+TEST_CASE("wrong arguments are named before anything moves, and the group works on", "[group]") {
+  for (const int n : {1, 2, 3}) {
+    run_ranks(n, [n](ControlPlane& world) {
+      auto state = make_state(world, {.tp = n, .dcp = n});
+      auto& group = state.dcp();
+      Site site(group, Memory::arena);
+      const auto x = site.filled({2 * n, 6}, DType::f32);
+      const auto half = site.tensor({2 * n, 6}, DType::f16);
+      const TensorView scalar(x.data(), DType::f32, Dims{});
+      const TensorView elsewhere(x.data(), DType::f32, {2 * n, 6}, {DeviceKind::cuda, 0});
+      const auto refused = [](const std::function<void()>& call, std::string_view argument,
+                              std::string_view part = "") {
+        check_throws<UsageError>(call, argument, part);
+      };
+      refused([&] { (void)group.all_gather(x, 2); }, "all_gather x dim", "[-2, 2), got 2");
+      refused([&] { (void)group.all_gather(x, -3); }, "all_gather x dim", "got -3");
+      refused([&] { (void)group.all_gather(scalar, 0); }, "all_gather x dim");
+      refused([&] { (void)group.all_gather(elsewhere, 0); }, "all_gather x", "cuda:0");
+      refused([&] { group.all_gather_into(x.slice(0, 0, 1), x, 0); }, "all_gather out",
+              fmt::format("expected f32({},6)", 2 * n * n));
+      refused([&] { group.all_gather_into(half, x.slice(0, 0, 2), 0); }, "all_gather out",
+              "expected f32");
+      refused([&] { group.all_gather_into(elsewhere, x.slice(0, 0, 2), 0); }, "all_gather out",
+              "cuda:0");
+
+      const std::vector<std::int64_t> sizes(u(n), 2);
+      const std::vector<std::int64_t> more(u(n) + 1, 2);
+      const std::vector<std::int64_t> negative(u(n), -2);
+      refused([&] { (void)group.all_gatherv(x, more, 0); }, "all_gather sizes",
+              fmt::format("expected {} sizes", n));
+      refused([&] { (void)group.all_gatherv(x, {}, 0); }, "all_gather sizes", "got 0");
+      refused([&] { (void)group.all_gatherv(x, negative, 0); }, "all_gather sizes", "-2");
+      refused([&] { (void)group.all_gatherv(x, sizes, 1); }, "all_gather x", "expected 2 extents");
+      refused([&] { (void)group.reduce_scatterv(x, more, 0); }, "reduce_scatter sizes");
+      refused([&] { (void)group.reduce_scatterv(x, sizes, 1); }, "reduce_scatter x",
+              fmt::format("sum of {} extents along dimension 1", n == 3 ? 6 : 2 * n));
+      refused([&] { (void)group.reduce_scatterv(x, negative, 0); }, "reduce_scatter sizes");
+      refused([&] { (void)group.reduce_scatter_along_dim(x, 5); }, "reduce_scatter x dim", "5");
+      if (n > 1) {
+        refused([&] { (void)group.reduce_scatter_along_dim(x.slice(0, 0, 1), 0); },
+                "reduce_scatter x", fmt::format("{} ranks divide", n));
+        refused([&] { (void)group.all_to_all(x.slice(0, 0, 1)); }, "all_to_all x", "divide");
+      }
+      refused([&] { group.reduce_scatter_into(x, x, 0); }, n == 1 ? "" : "reduce_scatter out");
+      refused([&] { group.all_reduce_into(half, x); }, "all_reduce out", "expected f32");
+      refused([&] { group.all_reduce_into(x.transpose(0, 1), x); }, "all_reduce out");
+      refused([&] { group.all_reduce(elsewhere); }, "all_reduce", "cuda:0");
+      refused([&] { group.broadcast(x, n); }, "broadcast root", fmt::format("[0, {})", n));
+      refused([&] { group.broadcast(x, -1); }, "broadcast root", "-1");
+      refused([&] { group.all_to_all_into(half, x); }, "all_to_all out");
+      refused([&] { group.all_to_all_into(x, x); }, "all_to_all out", "input itself");
+      refused([&] { group.send(x, n); }, "send to", "expected a rank");
+      refused([&] { group.send(x, group.rank()); }, "send to", "own peer");
+      refused([&] { group.recv(x, -1); }, "recv from", "expected a rank");
+      refused([&] { group.recv(x, group.rank()); }, "recv from", "own peer");
+      check_all_reduce(group, site, {5, 7}, DType::f32, Form::contiguous);
+    });
+  }
+}
+
+TEST_CASE("uneven results keep the arenas alike", "[group]") {
+  run_ranks(3, [](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 3, .dcp = 3});
+    auto& group = state.dcp();
+    Site site(group, Memory::ordinary);
+    const auto x = site.filled({2000, 7}, DType::f32);
+    const std::vector<std::int64_t> sizes{0, 1999, 1};
+    const Tensor part = group.reduce_scatterv(x, sizes, 0);
+    check(part.shape() == Dims{sizes[u(world.rank())], 7}, "shape");
+    const Tensor grown = group.arena()->empty({4 << 20}, DType::u8, {});  // compares histories
+  });
+}
+
+TEST_CASE("a group of one returns its input", "[group]") {
+  run_ranks(1, [](ControlPlane& world) {
+    auto state = make_state(world, {});
+    auto& group = state.world();
+    std::vector<float> memory(12, 2.0F);
+    const TensorView x(memory.data(), DType::f32, {3, 4});
+    check(group.all_gather(x, 1).data() == x.data(), "all_gather");
+    check(group.reduce_scatter_along_dim(x, 0).data() == x.data(), "reduce_scatter");
+    check(group.all_to_all(x).data() == x.data(), "all_to_all");
+    group.all_reduce(x);
+    group.broadcast(x, 0);
+    group.barrier();
+    check(group.path(Collective::all_reduce, x, x) == "single rank", "path");
+    check(memory == std::vector<float>(12, 2.0F), "unchanged");
+  });
+}
+
+TEST_CASE("calls on several streams are ordered", "[group]") {
+  run_ranks(2, [](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2, .dcp = 2});
+    HostStream a;
+    HostStream b;
+    Site site(state.dcp(), Memory::arena);
+    const auto x = site.filled({100}, DType::f32);
+    state.dcp().all_reduce(x, a);
+    state.dcp().all_reduce(x, b);
+    state.dcp().order(a);
+    check_values(x, "twice",
+                 [](std::int64_t flat) { return 2 * (value_at(0, flat) + value_at(1, flat)); });
+  });
+}

@@ -1,0 +1,263 @@
+#include "cohort/symmetric_arena.hpp"
+
+#include <cohort/host/host_backend.hpp>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "support/arena_checks.hpp"
+#include "support/catch.hpp"
+#include "support/threads.hpp"
+
+using namespace cohort;
+using namespace cohort::test;
+
+namespace {
+
+/// Streams that only count what is asked of them. A stream's handle is the address of its state.
+class CountingDriver : public StreamDriver {
+ public:
+  struct State {
+    CaptureId capture = 0;
+  };
+
+  void submit(void*, std::function<void()> work) override { work(); }
+  void wait_for(void* waiter, void* signaller) override { waits.emplace_back(waiter, signaller); }
+  [[nodiscard]] CaptureId capture_id(void* native) const override {
+    return static_cast<State*>(native)->capture;
+  }
+  void retain_in_capture(void*, std::shared_ptr<void>) override {}
+  void begin_capture(void*) override {}
+  [[nodiscard]] std::unique_ptr<ExecutableGraph> end_capture(void*) override { return nullptr; }
+  void synchronize(void* native, std::chrono::milliseconds) override {
+    synchronized.push_back(native);
+  }
+
+  using Wait = std::pair<void*, void*>;
+  std::vector<Wait> waits;
+  std::vector<void*> synchronized;
+};
+
+constexpr std::size_t kMiB = std::size_t{1} << 20;
+
+/// An arena without an audience, on the host.
+struct Workspace {
+  explicit Workspace(std::size_t growth = kMiB, HostOptions options = {})
+      : backend(host_backend(std::move(options))),
+        arena(SymmetricArena::create(*backend, "work", {}, {.growth_bytes = growth})) {}
+
+  std::shared_ptr<Backend> backend;
+  std::shared_ptr<SymmetricArena> arena;
+};
+
+Tensor bytes_of(SymmetricArena& arena, std::int64_t bytes, StreamRef stream = {}) {
+  return arena.empty({bytes}, DType::u8, stream);
+}
+
+}  // namespace
+
+TEST_CASE("an arena grows, reuses and counts", "[arena]") {
+  Workspace work;
+  auto& arena = *work.arena;
+  CHECK(arena.statistics().reserved == 0);
+  CHECK(arena.statistics().segments == 0);
+  auto a = bytes_of(arena, 1000);
+  auto b = bytes_of(arena, 1);
+  CHECK(arena.statistics().reserved == kMiB);
+  CHECK(arena.statistics().used == 1024 + 256);
+  CHECK(arena.statistics().live_blocks == 2);
+  CHECK(arena.statistics().largest_free == kMiB - 1280);
+  CHECK(*arena.offset_of(a.data()) == 0);
+  CHECK(*arena.offset_of(b.data()) == 1024);
+  CHECK_FALSE(arena.offset_of(&arena));
+  void* const first = a.data();
+  a.reset();
+  a = bytes_of(arena, 900);
+  CHECK(a.data() == first);
+  auto large = bytes_of(arena, 3 * static_cast<std::int64_t>(kMiB));
+  CHECK(arena.statistics().segments == 2);
+  CHECK(arena.statistics().reserved == 4 * kMiB);
+  CHECK(*arena.offset_of(large.data()) == std::uint64_t{1} << 44);
+  large.reset();
+  a.reset();
+  b.reset();
+  CHECK(arena.statistics().used == 0);
+  CHECK(arena.statistics().peak == 1280 + 3 * kMiB);
+  CHECK(arena.statistics().largest_free == 3 * kMiB);
+}
+
+TEST_CASE("tensors of nothing are tensors", "[arena]") {
+  Workspace work;
+  const auto tensor = work.arena->empty({4, 0, 2}, DType::f32, {});
+  CHECK(tensor.numel() == 0);
+  CHECK(work.arena->statistics().live_blocks == 1);
+}
+
+TEST_CASE("reserving makes room, freezing keeps it", "[arena]") {
+  Workspace work(4096);
+  auto& arena = *work.arena;
+  arena.reserve(100'000);
+  CHECK(arena.statistics().segments == 1);
+  CHECK(arena.statistics().largest_free >= 100'000);
+  arena.reserve(100'000);
+  CHECK(arena.statistics().segments == 1);
+  arena.freeze();
+  CHECK(arena.statistics().frozen);
+  const auto reserved = arena.statistics().reserved;
+  const auto half = bytes_of(arena, 51'200);
+  CHECK_THROWS_MATCHES(
+      bytes_of(arena, 102'400), UsageError,
+      says("arena work is frozen and exhausted", "102400 bytes are needed",
+           fmt::format("{} of {} are free", reserved - 51'200, reserved),
+           fmt::format("at most {}", reserved - 51'200), "the peak so far is 51200"));
+  CHECK_THROWS_MATCHES(arena.reserve(1'000'000), UsageError, says("frozen", "1000192"));
+  arena.reserve(1000);  // fits
+  CHECK(bytes_of(arena, 1000).numel() == 1000);
+}
+
+TEST_CASE("memory beyond the address space is refused", "[arena]") {
+  Workspace work;
+  CHECK_THROWS_MATCHES(bytes_of(*work.arena, std::int64_t{1} << 50), UsageError,
+                       says("arena work", "too large"));
+  CHECK_THROWS_AS(work.arena->empty({std::int64_t{1} << 62, 4}, DType::f64, {}), UsageError);
+  CHECK_THROWS_AS(work.arena->empty({-1}, DType::f64, {}), UsageError);
+  CHECK(bytes_of(*work.arena, 10).numel() == 10);
+}
+
+TEST_CASE("a backend without memory says so", "[arena]") {
+  Workspace work(kMiB, {.segment_limit = 2 * kMiB});
+  const auto first = bytes_of(*work.arena, 10);
+  CHECK_THROWS_AS(bytes_of(*work.arena, 2 * static_cast<std::int64_t>(kMiB)), TransportError);
+  CHECK(bytes_of(*work.arena, 10).numel() == 10);
+}
+
+TEST_CASE("one stream needs no driver call", "[arena][streams]") {
+  Workspace work;
+  CountingDriver driver;
+  CountingDriver::State state;
+  const StreamRef stream(driver, &state);
+  std::mt19937 random(3);
+  std::vector<Tensor> live;
+  for (int i = 0; i < 5000; ++i) {
+    if (live.size() < 50 || random() % 2 == 0) {
+      live.push_back(bytes_of(*work.arena, static_cast<std::int64_t>(random() % 20'000), stream));
+    } else {
+      live.erase(live.begin() + static_cast<std::ptrdiff_t>(random() % live.size()));
+    }
+  }
+  CHECK(driver.waits.empty());
+  CHECK(driver.synchronized.empty());
+}
+
+TEST_CASE("reuse on another stream waits for the users", "[arena][streams]") {
+  Workspace work(4096);
+  CountingDriver driver;
+  CountingDriver::State states[3];
+  const StreamRef a(driver, &states[0]);
+  const StreamRef b(driver, &states[1]);
+  const StreamRef c(driver, &states[2]);
+
+  auto tensor = bytes_of(*work.arena, 4096, a);
+  tensor.record_stream(b);
+  tensor.record_stream(b);
+  tensor.reset();
+  tensor = bytes_of(*work.arena, 4096, a);  // a is the block's own stream; b is not
+  CHECK(driver.waits == std::vector<CountingDriver::Wait>{{&states[0], &states[1]}});
+  driver.waits.clear();
+
+  tensor.reset();  // only a has used it since
+  tensor = bytes_of(*work.arena, 4096, c);
+  CHECK(driver.waits == std::vector<CountingDriver::Wait>{{&states[2], &states[0]}});
+  driver.waits.clear();
+
+  // Two blocks of two streams become one; whoever takes it waits for both.
+  tensor.reset();
+  auto left = bytes_of(*work.arena, 2048, c);
+  auto right = bytes_of(*work.arena, 2048, c);
+  left.record_stream(a);
+  right.record_stream(b);
+  driver.waits.clear();
+  left.reset();
+  right.reset();
+  tensor = bytes_of(*work.arena, 4096, c);
+  CHECK(driver.waits ==
+        std::vector<CountingDriver::Wait>{{&states[2], &states[0]}, {&states[2], &states[1]}});
+  CHECK(driver.synchronized.empty());
+}
+
+TEST_CASE("an allocation without a stream waits on the host", "[arena][streams]") {
+  Workspace work(4096);
+  CountingDriver driver;
+  CountingDriver::State state;
+  bytes_of(*work.arena, 4096, {driver, &state}).reset();
+  const auto tensor = bytes_of(*work.arena, 4096);
+  CHECK(driver.waits.empty());
+  CHECK(driver.synchronized == std::vector<void*>{&state});
+}
+
+TEST_CASE("more streams than marks still wait for one another", "[arena][streams]") {
+  Workspace work(4096);
+  CountingDriver driver;
+  std::vector<CountingDriver::State> states(100);
+  auto tensor = bytes_of(*work.arena, 4096, {driver, &states[0]});
+  for (auto& state : states) {
+    tensor.record_stream({driver, &state});
+  }
+  tensor.reset();
+  tensor = bytes_of(*work.arena, 4096, {driver, &states[0]});
+  CHECK(driver.waits.size() == 99);
+  driver.waits.clear();
+  tensor.reset();
+  tensor = bytes_of(*work.arena, 4096, {driver, &states[80]});
+  CHECK(driver.waits == std::vector<CountingDriver::Wait>{{&states[80], &states[0]}});
+}
+
+TEST_CASE("memory of a stream that is being captured is not taken from outside", "[arena]") {
+  Workspace work(4096);
+  CountingDriver driver;
+  CountingDriver::State states[2];
+  bytes_of(*work.arena, 4096, {driver, &states[0]}).reset();
+  states[0].capture = 5;
+  CHECK_THROWS_MATCHES(bytes_of(*work.arena, 4096, {driver, &states[1]}), UsageError,
+                       says("arena work", "being captured"));
+  CHECK(work.arena->statistics().live_blocks == 0);
+  states[0].capture = 0;
+  CHECK(bytes_of(*work.arena, 4096, {driver, &states[1]}).numel() == 4096);
+  CHECK(driver.waits.size() == 1);
+}
+
+TEST_CASE("tensors outlive the arena's owner", "[arena]") {
+  Workspace work;
+  auto tensor = bytes_of(*work.arena, 1000);
+  work.arena->close();
+  CHECK_THROWS_MATCHES(bytes_of(*work.arena, 1), UsageError, says("arena work", "shut down"));
+  CHECK_THROWS_AS(work.arena->reserve(1), UsageError);
+  CHECK_THROWS_AS(work.arena->reclaim(), UsageError);
+  work.arena.reset();
+  std::memset(tensor.data(), 1, 1000);
+  tensor.reset();
+}
+
+TEST_CASE("arenas of all audiences keep equal offsets on every rank", "[arena]") {
+  for (const int n : {1, 2, 4, 8}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_audiences); }
+  }
+}
+
+TEST_CASE("peers see one another's blocks at equal offsets", "[arena]") {
+  for (const int n : {1, 2, 3, 4}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_equal_offsets); }
+  }
+}
+
+TEST_CASE("growth, reservation, freezing and exhaustion of a group's arena", "[arena]") {
+  for (const int n : {1, 2, 3}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_growth); }
+  }
+}
+
+TEST_CASE("a tensor of DCP's arena is reduced over TP", "[arena]") {
+  run_ranks(4, check_tensor_of_another_arena);
+}
