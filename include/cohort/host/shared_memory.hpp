@@ -7,12 +7,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <fstream>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -180,6 +182,27 @@ class MemoryRegistry {
   std::map<Cookie, std::weak_ptr<SharedMemory>> known_;
 };
 
+/// Bytes that can be taken without swapping or, in a container, without crossing its limit; no
+/// limit where the system does not say. Sources: proc_meminfo(5), and cgroup v2's memory controller
+/// in the kernel's admin guide.
+[[nodiscard]] inline std::uint64_t available_memory() {
+  std::uint64_t available = std::numeric_limits<std::uint64_t>::max();
+  std::ifstream meminfo("/proc/meminfo");
+  for (std::string word; meminfo >> word;) {
+    if (std::uint64_t kilobytes = 0; word == "MemAvailable:" && meminfo >> kilobytes) {
+      available = kilobytes << 10;
+      break;
+    }
+  }
+  std::uint64_t limit = 0;
+  std::uint64_t current = 0;
+  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit &&
+      std::ifstream("/sys/fs/cgroup/memory.current") >> current) {
+    available = std::min(available, limit > current ? limit - current : 0);
+  }
+  return available;
+}
+
 }  // namespace detail
 
 /// Whether the pages are taken at once. Later, a machine without memory kills the process at the
@@ -212,6 +235,10 @@ enum class Commit : std::uint8_t { at_once, at_first_access };
     fail("fcntl(F_ADD_SEALS)", errno);
   }
   if (commit == Commit::at_once && bytes > 0) {
+    // The kernel would hand out pages until it kills processes: a memory file has no limit.
+    if (bytes > detail::available_memory()) {
+      fail("posix_fallocate", ENOMEM);
+    }
     if (const int code = posix_fallocate(fd.get(), 0, length); code != 0) {
       fail("posix_fallocate", code);
     }
@@ -224,9 +251,9 @@ enum class Commit : std::uint8_t { at_once, at_first_access };
 /// Maps a peer's memory file. Local. Throws `TransportError` that says what stood in the way.
 ///
 /// Opening /proc/<pid>/fd/<fd> needs the right to trace the peer for reading (proc(5), ptrace(2)),
-/// so processes of other users are out of reach. The name, which holds a random cookie, the inode,
-/// the size and the owner are checked on the opened file: a number that names another process in
-/// another PID namespace, or one that was reused, is refused.
+/// so processes of other users are out of reach. The name, which holds a random cookie, is checked
+/// before the file is opened, and with inode, size and owner again on the opened file: a number
+/// that names another process in another PID namespace, or one that was reused, is refused.
 [[nodiscard]] inline std::shared_ptr<SharedMemory> import_shared_memory(
     const MemoryHandle& handle) {
   if (auto own = detail::MemoryRegistry::instance().find(handle.cookie)) {
@@ -243,26 +270,30 @@ enum class Commit : std::uint8_t { at_once, at_first_access };
   if (handle.pid_namespace != pid_namespace()) {
     refuse("import", EXDEV, "it lives in another PID namespace");
   }
+  const auto check_name = [&](const std::string& link) {
+    std::array<char, 128> name{};
+    if (readlink(link.c_str(), name.data(), name.size() - 1) < 0) {
+      refuse("readlink", errno, std::strerror(errno));
+    }
+    if (name.data() !=
+        fmt::format("/memfd:{} (deleted)", detail::memory_file_name(handle.cookie))) {
+      refuse("readlink", EBADF, fmt::format("found {} there, not the memory file", name.data()));
+    }
+  };
   const std::string path = fmt::format("/proc/{}/fd/{}", handle.pid, handle.fd);
+  check_name(path);  // first, because opening a stranger's file may have effects
   FileDescriptor fd(open(path.c_str(), O_RDWR | O_CLOEXEC));
   if (fd.get() < 0) {
     refuse("open", errno, std::strerror(errno));
   }
-  std::array<char, 128> name{};
-  const std::string link = fmt::format("/proc/self/fd/{}", fd.get());
-  if (readlink(link.c_str(), name.data(), name.size() - 1) < 0) {
-    refuse("readlink", errno, std::strerror(errno));
-  }
+  check_name(fmt::format("/proc/self/fd/{}", fd.get()));
   struct stat status {};
   if (fstat(fd.get(), &status) != 0) {
     refuse("fstat", errno, std::strerror(errno));
   }
-  const bool same =
-      name.data() == fmt::format("/memfd:{} (deleted)", detail::memory_file_name(handle.cookie)) &&
-      status.st_dev == handle.device && status.st_ino == handle.inode &&
-      static_cast<std::uint64_t>(status.st_size) == handle.bytes && status.st_uid == geteuid();
-  if (!same) {
-    refuse("import", EBADF, fmt::format("found {} there, not the memory file", name.data()));
+  if (status.st_dev != handle.device || status.st_ino != handle.inode ||
+      static_cast<std::uint64_t>(status.st_size) != handle.bytes || status.st_uid != geteuid()) {
+    refuse("fstat", EBADF, "inode, size or owner differ: not the memory file");
   }
   auto memory = std::make_shared<SharedMemory>(std::move(fd), handle.bytes, handle.cookie);
   memory->close_file();
