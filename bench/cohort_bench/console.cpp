@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <csignal>
 #include <cstring>
+#include <span>
 
 namespace cohort::bench {
 
@@ -27,14 +28,19 @@ Console::~Console() {
   }
 }
 
-void Console::open(const std::string& path, const Meta& meta) {
+void Console::open(const std::string& path, const Meta& meta, ControlPlane& world) {
+  std::string problem;
   if (speaks_ && !path.empty()) {
     file_ = std::fopen(path.c_str(), "we");
     if (file_ == nullptr) {
-      throw ConfigError(fmt::format("--json: cannot write {}: {}", path, std::strerror(errno)));
+      problem = fmt::format("--json: cannot write {}: {}", path, std::strerror(errno));
     }
-    write_line(meta.to_json());
   }
+  const Bytes told = world.broadcast(std::as_bytes(std::span(problem)), 0);
+  if (!told.empty()) {
+    throw ConfigError(std::string(reinterpret_cast<const char*>(told.data()), told.size()));
+  }
+  write_line(meta.to_json());
   print(meta.to_json() + "\n" + table_head() + "\n");
 }
 

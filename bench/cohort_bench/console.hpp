@@ -18,8 +18,9 @@ class Console final : public RowSink {
   explicit Console(bool speaks);
   ~Console() override;
 
-  /// Opens the result file with the facts of the run. Throws `ConfigError` where it cannot.
-  void open(const std::string& path, const Meta& meta);
+  /// Collective. Opens the result file, where there is to be one, and writes the facts of the run.
+  /// Throws `ConfigError` on every rank where the first cannot write it.
+  void open(const std::string& path, const Meta& meta, ControlPlane& world);
 
   void add(const Row& row) override;
   [[nodiscard]] const std::vector<Row>& rows() const noexcept override { return rows_; }

@@ -79,7 +79,7 @@ void on_signal(int) { interrupt(); }
   refuse_overrides();
   Console console(world.rank() == 0);
   const auto bed = options.backend == BackendKind::host ? make_host_bed() : make_cuda_bed();
-  console.open(options.json, describe_run(command, options, *bed, world));
+  console.open(options.json, describe_run(command, options, *bed, world), world);
   static_cast<void>(std::signal(SIGINT, on_signal));
   static_cast<void>(std::signal(SIGTERM, on_signal));
 

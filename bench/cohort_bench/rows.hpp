@@ -28,7 +28,7 @@ struct Row {
   int ranks = 0;
   std::int64_t bytes = 0;  ///< Logical payload, equal across paths and plans.
   std::int64_t batch = 0;
-  Summary us;
+  Summary us = {};
   double algbw = 0;  ///< bytes / us_p50, GB/s
   double busbw = 0;  ///< algbw times the collective's bus factor
   std::optional<std::int64_t> wrong =

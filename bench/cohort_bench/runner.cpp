@@ -59,6 +59,15 @@ struct Runner::State {
   std::vector<double> samples;  // of this rank
 };
 
+bool Runner::is_measured(const Case& work) const {
+  const auto& rows = sink_.rows();
+  return std::any_of(rows.begin(), rows.end(), [&](const Row& row) {
+    return row.bench == work.bench && row.dtype == work.dtype && row.bytes == work.bytes &&
+           row.batch == work.batch && row.path == work.variants.back().path &&
+           row.plan == work.variants.back().plan;
+  });
+}
+
 void Runner::align() { lanes_.get({.own = true}).group().barrier(bed_.stream()); }
 
 /// Runs `once` into poisoned memory and counts this rank's wrong elements.
@@ -133,7 +142,7 @@ bool Runner::another_round(double started, int round) {
 
 void Runner::run(Case& work) {
   const double started = now_s();
-  if (stopped_ || work.variants.empty() || !another_round(started, 0)) {
+  if (stopped_ || work.variants.empty() || is_measured(work) || !another_round(started, 0)) {
     return;
   }
   const std::string what =

@@ -72,7 +72,8 @@ class Runner {
   Runner(const Options& options, Bed& bed, ControlPlane& world, Lanes& lanes, RowSink& sink)
       : options_(options), bed_(bed), world_(world), lanes_(lanes), sink_(sink) {}
 
-  /// Measures a case and adds its rows. Does nothing once stopped.
+  /// Measures a case and adds its rows. Does nothing once stopped, nor for a payload that has been
+  /// measured: rounding to whole shares can make two sizes one.
   void run(Case& work);
 
   /// Whether some rank was interrupted; equal on all ranks.
@@ -83,6 +84,7 @@ class Runner {
  private:
   struct State;
 
+  [[nodiscard]] bool is_measured(const Case& work) const;
   void align();
   [[nodiscard]] std::int64_t check(const Variant& variant, const std::function<void()>& once);
   [[nodiscard]] std::int64_t choose_calls(const Case& work, std::vector<State>& states);

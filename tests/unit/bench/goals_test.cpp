@@ -1,0 +1,98 @@
+#include "../bench/cohort_bench/goals.hpp"
+
+#include <string>
+#include <vector>
+
+#include "../bench/cohort_bench/headline.hpp"
+#include "support/catch.hpp"
+
+using namespace cohort::bench;
+using cohort::BackendKind;
+
+namespace {
+
+Row row(const std::string& bench, const std::string& path, const std::string& plan,
+        const std::string& mode, std::int64_t bytes, std::int64_t batch, double us) {
+  Row made{.bench = bench, .path = path, .plan = plan, .mode = mode, .dtype = "f32", .ranks = 2};
+  made.bytes = bytes;
+  made.batch = batch;
+  made.us = {us, us, us};
+  return made;
+}
+
+}  // namespace
+
+TEST_CASE("a host goal compares rows of one payload, with the limit of its size") {
+  const std::vector<Row> rows{row("all_gather", "raw", "-", "eager", 2048, 0, 1.0),
+                              row("all_gather", "symmetric", "-", "eager", 2048, 0, 0.4),
+                              row("all_gather", "raw", "-", "eager", 65536, 0, 10.0),
+                              row("all_gather", "symmetric", "-", "eager", 65536, 0, 4.0),
+                              row("all_gather", "plain", "-", "eager", 65536, 0, 10.5),
+                              row("all_gather", "symmetric", "-", "graph", 65536, 0, 0.1)};
+  const auto goals = goals_of(BackendKind::host, rows);
+  REQUIRE(goals.size() == 3);
+  CHECK(goals[0].value == Catch::Approx(0.4));
+  CHECK(goals[0].limit == 0.5);
+  CHECK(goals[0].met());
+  CHECK(goals[1].value == Catch::Approx(0.4));
+  CHECK(goals[1].limit == 0.3);
+  CHECK_FALSE(goals[1].met());
+  CHECK(goals[2].limit == 1.05);
+  const std::string table = goals_table(goals);
+  CHECK(table.find("64 KiB: symmetric / raw") != std::string::npos);
+  CHECK(table.find("UNMET") != std::string::npos);
+  CHECK(table.find("2 of 3 goals met") != std::string::npos);
+}
+
+TEST_CASE("the merge is compared with the staged plan in the type that MPI can add") {
+  const std::vector<Row> rows{row("dcp_merge", "own", "one_kernel", "eager", 100, 4, 3.0),
+                              row("dcp_merge", "raw", "staged_fp32", "eager", 100, 4, 10.0),
+                              row("scope", "symmetric", "-", "eager", 0, 0, 0.021),
+                              row("arena", "symmetric", "-", "eager", 0, 10'000, 0.1),
+                              row("arena", "symmetric", "-", "eager", 0, 10, 0.1)};
+  const auto goals = goals_of(BackendKind::host, rows);
+  REQUIRE(goals.size() == 3);
+  CHECK(goals[0].value == Catch::Approx(0.3));
+  CHECK(goals[0].what.find("raw staged_fp32") != std::string::npos);
+  CHECK_FALSE(goals[1].met());  // 21 ns
+  CHECK(goals[2].met());
+}
+
+TEST_CASE("goals of cards count the run's own ceilings") {
+  std::vector<Row> rows{row("ceiling", "barrier", "-", "graph", 0, 0, 2.0),
+                        row("ceiling", "peer_write", "-", "graph", 1 << 20, 0, 3.0),
+                        row("dcp_merge", "own", "one_kernel", "graph", 100, 1, 2.1),
+                        row("dcp_merge", "own", "one_kernel", "graph", 100, 128, 30.0),
+                        row("all_reduce", "plain", "-", "eager", 4096, 0, 10.5),
+                        row("all_reduce", "raw", "-", "eager", 4096, 0, 10.0)};
+  rows[1].busbw = 400;
+  rows[3].busbw = 380;
+  const auto goals = goals_of(BackendKind::cuda, rows);
+  REQUIRE(goals.size() == 3);
+  CHECK(goals[0].value == Catch::Approx(1.05));
+  CHECK(goals[0].met());
+  CHECK(goals[1].at_least);
+  CHECK(goals[1].value == Catch::Approx(0.95));
+  CHECK(goals[1].met());
+  CHECK(goals[2].value == Catch::Approx(0.5));  // microseconds a call
+  CHECK_FALSE(goals[2].met());
+}
+
+TEST_CASE("decode_step's summary compares with what engines run in a graph") {
+  std::vector<Row> rows{row("decode_step", "raw", "staged", "eager", 100, 1, 4000),
+                        row("decode_step", "raw", "staged", "graph", 100, 1, 1000),
+                        row("decode_step", "own", "one_kernel", "graph", 100, 1, 250),
+                        row("decode_step", "raw", "tp_only", "graph", 50, 1, 500),
+                        row("decode_step", "own", "tp_only", "graph", 50, 1, 300),
+                        row("decode_step", "own", "one_kernel", "graph", 800, 8, 77)};
+  for (Row& each : rows) {
+    each.kv_bytes_per_rank = std::int64_t{each.plan == "tp_only" ? 2 : 1} << 30;
+  }
+  const std::string text = headline(rows, "f32", 1, 61);
+  CHECK(text.find("250.0 us    0.250 of raw staged graph") != std::string::npos);
+  CHECK(text.find("4000.0 us    4.000 of") != std::string::npos);
+  CHECK(text.find("KV cache 2.00 GiB a rank; with DCP 1.00 GiB") != std::string::npos);
+  CHECK(text.find("300.0 us (own graph)") != std::string::npos);
+  CHECK(text.find("77.0") == std::string::npos);
+  CHECK(headline(rows, "bf16", 1, 61).empty());
+}
