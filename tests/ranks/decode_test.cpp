@@ -1,0 +1,18 @@
+#include "support/capture_checks.hpp"
+#include "support/catch.hpp"
+#include "support/decode_checks.hpp"
+#include "support/ranks.hpp"
+
+using namespace cohort::test;
+
+TEST_CASE("merges are exact in every plan, type, base, layout and memory") {
+  check_merges(world());
+}
+
+TEST_CASE("merges with exactly known answers") { check_exact_merges(world()); }
+
+TEST_CASE("queries of all heads are gathered in rank order") { check_gather_query(world()); }
+
+TEST_CASE("what was reserved suffices for every plan") { check_reserved_decode(world()); }
+
+TEST_CASE("a decode step is captured whole") { check_captured_decode(world()); }

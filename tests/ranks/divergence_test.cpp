@@ -1,0 +1,33 @@
+#include "support/divergence_checks.hpp"
+
+#include "support/catch.hpp"
+#include "support/ranks.hpp"
+
+using namespace cohort::test;
+
+TEST_CASE("another size is named") { check_other_size(world()); }
+
+TEST_CASE("another order is named") { check_other_order(world()); }
+
+TEST_CASE("a failed allocation is named") { check_failed_allocation(world()); }
+
+TEST_CASE("a failed allocation is known in both groups of an audience") {
+  if (skip_all_if(world_size() % 2 != 0 || world_size() < 4, "needs two DCP groups")) {
+    return;
+  }
+  check_failed_audience(world());
+}
+
+TEST_CASE("other options are named") { check_other_options(world()); }
+
+TEST_CASE("other calls are named") {
+  check_other_call(world(), false);
+  check_other_call(world(), true);
+}
+
+// Each ends the use of MPI, so each is a run of its own.
+TEST_CASE("absent from growth", "[.absent_growth]") { check_absent_from_growth(world()); }
+
+TEST_CASE("absent from a collective", "[.absent_collective]") {
+  check_absent_from_collective(world());
+}
