@@ -16,7 +16,7 @@ fail() {
   failures=$((failures + 1))
 }
 
-# Blocks of a file: the first as $work/NAME.1, its first line the command.
+# split_blocks FILE NAME: the console blocks of a file as $work/NAME.1, .2, ..., the command first.
 split_blocks() {
   awk -v prefix="$work/$2." '
     /^```console$/ { inside = 1; count++; next }
@@ -66,14 +66,14 @@ check_block() {
   timeout --kill-after=5 120 bash -c "$command" </dev/null >"$work/actual" 2>"$work/errors"
   compared=$((compared + 1))
   matches "$work/actual" "$work/expected" && return
-  fail "$command prints something else than ${block##*/} says"
+  fail "$command does not print what block ${block##*.} of the README (${block##*/}) says"
   diff "$work/expected" "$work/actual"
   cat "$work/errors"
 }
 
-split_blocks README.md README.md
-split_blocks examples/README.md examples/README.md
-for block in "$work"/*README.md.*; do
+split_blocks README.md top
+split_blocks examples/README.md examples
+for block in "$work"/top.* "$work"/examples.*; do
   check_block "$block"
 done
 
