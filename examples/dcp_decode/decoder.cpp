@@ -20,7 +20,6 @@ std::int64_t first_head(const Options& options, cohort::ParallelState& state) {
 Decoder::Decoder(const Options& options, cohort::ParallelState& state, Machine& machine)
     : options_(options),
       state_(state),
-      machine_(machine),
       stream_(machine.stream()),
       shard_(options.layout.dcp),
       own_heads_(options.heads / options.layout.tp),

@@ -80,7 +80,6 @@ class Decoder {
 
   Options options_;
   cohort::ParallelState& state_;
-  Machine& machine_;
   cohort::StreamRef stream_;
   cohort::dcp::KvShard shard_;
   std::int64_t own_heads_;
