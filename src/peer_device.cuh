@@ -67,14 +67,19 @@ __device__ __forceinline__ void delay_point(const PeerTable& t, const Call& c,
 }
 
 static_assert(offsetof(InboxControl, epoch) == 0 && offsetof(InboxControl, error) == 8,
-              "enter() reads both in one load");
+              "read_epoch() reads both in one load");
 
-/// First statement of every peer kernel, in all threads. False if the group has failed.
-__device__ __forceinline__ bool enter(const PeerTable& t, Call& c) {
+/// First statement of every peer kernel, in all threads. Loads of what earlier work has written may
+/// follow at once; `read_epoch` comes before the first store that a peer sees.
+__device__ __forceinline__ void begin() {
   // Before the first load that depends on earlier work and before the first remote store. Reached
   // by every thread, also of failing groups: otherwise this launch could complete before its
   // predecessor and its successor would see neither's memory.
   cudaGridDependencySynchronize();
+}
+
+/// The call's epoch. False if the group has failed.
+__device__ __forceinline__ bool read_epoch(const PeerTable& t, Call& c) {
   std::uint64_t previous;
   std::uint64_t error;
   asm volatile("ld.volatile.global.v2.u64 {%0,%1},[%2];"
@@ -333,6 +338,37 @@ __device__ __forceinline__ bool wait_chunk(const PeerTable& t, const Call& c, st
   return __syncthreads_or(failed ? 1 : 0) == 0;
 }
 
+/// The first words that a thread sends to each rank, loaded while the epoch is on its way. Where
+/// the number of ranks is no constant nothing is loaded ahead.
+template <int kRanks>
+class Ahead {
+ public:
+  /// `load(p)` is the word for rank p.
+  template <class Load>
+  __device__ __forceinline__ Ahead(const PeerTable& t, bool any, const Load& load) {
+    if constexpr (kRanks > 0) {
+#pragma unroll
+      for (int p = 0; p < kRanks; ++p) {
+        words_[p] = any && p != t.rank ? load(p) : make_uint2(0, 0);
+      }
+    }
+  }
+
+  /// The word for rank p if `is_first`, otherwise a fresh one.
+  template <class Load>
+  __device__ __forceinline__ uint2 get(int p, bool is_first, const Load& load) const {
+    if constexpr (kRanks > 0) {
+      if (is_first) {
+        return words_[p];
+      }
+    }
+    return load(p);
+  }
+
+ private:
+  uint2 words_[kRanks > 0 ? kRanks : 1];
+};
+
 // --- host side
 // ------------------------------------------------------------------------------------
 
@@ -351,6 +387,19 @@ inline void check_ll_words(const PeerTable& table, std::int64_t words, const cha
   require(words <= table.layout.ll_words, call,
           fmt::format("needs {} bytes of flag words a peer, the inbox has {}", words * 8,
                       table.layout.ll_words * 8));
+}
+
+/// Blocks of 256 threads that kernels with chunks have on a multiprocessor, guaranteed by their
+/// launch bounds.
+inline constexpr int kBulkThreads = 256;
+inline constexpr int kBulkBlocksPerSm = 2;
+inline constexpr std::int64_t kChunkBytes = 16 << 10;  ///< Per peer: four vectors a thread.
+inline constexpr int kChunkUnroll = static_cast<int>(kChunkBytes / 16 / kBulkThreads);
+
+/// Upper limit of such a kernel's blocks: all of them are resident, as `max_blocks` are of any
+/// kernel.
+inline int bulk_blocks(const PeerTable& table) {
+  return std::min(table.max_blocks * kBulkBlocksPerSm, table.layout.max_blocks);
 }
 
 /// Grid of a flag-word kernel: a word a thread while the blocks last. At least 64 threads, because

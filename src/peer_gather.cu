@@ -7,14 +7,11 @@ namespace cohort::cuda {
 namespace detail {
 namespace {
 
-constexpr int kBulkThreads = 256;
-constexpr int kBulkBlocksPerSm = 2;
-constexpr std::int64_t kChunkBytes = 8 << 10;  ///< Per peer: two vectors a thread.
-
 __global__ void __launch_bounds__(64) barrier_kernel(const __grid_constant__ PeerTable t) {
   Call c;
   Patience patience;
-  if (!enter(t, c)) {
+  begin();
+  if (!read_epoch(t, c)) {
     return;
   }
   signal_chunk(t, c, 0);
@@ -29,13 +26,16 @@ __global__ void __launch_bounds__(kLlThreads)
                       std::uint32_t words) {
   Call c;
   Patience patience;
-  if (!enter(t, c)) {
-    return;
-  }
+  begin();
   const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
   const std::uint32_t step = gridDim.x * blockDim.x;
+  // Loaded while the epoch is on its way.
+  const uint2 ahead = first < words ? load_word(in, first) : make_uint2(0, 0);
+  if (!read_epoch(t, c)) {
+    return;
+  }
   for (std::uint32_t i = first; i < words; i += step) {
-    const uint2 value = load_word(in, i);
+    const uint2 value = i == first ? ahead : load_word(in, i);
     ll_send_all<kRanks>(t, c, i, value);
     store_word(out, i, value, t.rank * rank_stride);
   }
@@ -97,17 +97,24 @@ __global__ void __launch_bounds__(kLlThreads)
                     std::uint32_t used) {
   Call c;
   Patience patience;
-  if (!enter(t, c)) {
-    return;
-  }
+  begin();
   const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
   const std::uint32_t step = gridDim.x * blockDim.x;
+  const auto load = [&](std::uint32_t i) {
+    const std::uint32_t row = words_per_row.divide(i);
+    return in.load<uint2>(row, 8 * (i - row * words_per_row.divisor));
+  };
+  // Loaded while the epoch is on its way.
+  const uint2 ahead = first < words ? load(first) : make_uint2(0, 0);
+  if (!read_epoch(t, c)) {
+    return;
+  }
   for (std::uint32_t i = first; i < used; i += step) {
     uint2 value = make_uint2(0, 0);
     if (i < words) {
       const std::uint32_t row = words_per_row.divide(i);
       const std::uint32_t byte = 8 * (i - row * words_per_row.divisor);
-      value = in.load<uint2>(row, byte);
+      value = i == first ? ahead : load(i);
       out.store(t.rank, row, byte, value);
     }
     ll_send_all<kRanks>(t, c, i, value);
@@ -144,7 +151,7 @@ __device__ __forceinline__ void deposit_query(const PeerTable& t, const Call& c,
                                               const QuerySource& in, const QueryTarget& out,
                                               FastDiv vectors_per_row, std::uint32_t begin,
                                               std::uint32_t end, bool pull) {
-  constexpr int kUnroll = 2;  // kChunkBytes / 16 / kBulkThreads
+  constexpr int kUnroll = kChunkUnroll;
   for (std::uint32_t base = begin + threadIdx.x; base < end; base += kUnroll * blockDim.x) {
     uint4 values[kUnroll];
 #pragma unroll
@@ -211,7 +218,8 @@ __global__ void __launch_bounds__(kBulkThreads, kBulkBlocksPerSm)
                       const QueryTarget out, FastDiv vectors_per_row, Chunks chunks, bool pull) {
   Call c;
   Patience patience;
-  if (!enter(t, c)) {
+  begin();
+  if (!read_epoch(t, c)) {
     return;
   }
   const auto deposit = [&](std::uint32_t chunk) {
@@ -296,10 +304,10 @@ void gather_query_bulk(const PeerTable& t, const QuerySource& in, const QueryTar
   Chunks chunks{};
   const std::int64_t most = std::max<std::int64_t>(1, kChunkBytes / in.row_bytes);
   chunks.rows_each = static_cast<std::uint32_t>(
-      std::clamp<std::int64_t>(ceil_div(in.rows, t.max_blocks), 1, most));
+      std::clamp<std::int64_t>(ceil_div(in.rows, bulk_blocks(t)), 1, most));
   chunks.count = static_cast<std::uint32_t>(ceil_div(in.rows, chunks.rows_each));
-  require(ceil_div(chunks.count, t.max_blocks) < 65535, "peer_gather_query", "too many chunks");
-  const int blocks = static_cast<int>(std::clamp<std::int64_t>(chunks.count, 1, t.max_blocks));
+  require(ceil_div(chunks.count, bulk_blocks(t)) < 65535, "peer_gather_query", "too many chunks");
+  const int blocks = static_cast<int>(std::clamp<std::int64_t>(chunks.count, 1, bulk_blocks(t)));
   with_ranks(t.size, [&](auto n) {
     launch(query_bulk_kernel<n()>, blocks, kBulkThreads, stream, t, in, out,
            FastDiv(in.row_bytes / 16), chunks, pull);

@@ -7,9 +7,6 @@ namespace cohort::cuda {
 namespace detail {
 namespace {
 
-constexpr int kBulkThreads = 256;
-constexpr int kBulkBlocksPerSm = 2;
-constexpr std::int64_t kChunkBytes = 8 << 10;  ///< Per peer: two vectors a thread.
 constexpr int kMaxChunkRows = 64;
 
 /// What both kernels are given. `rows` counts the (batch, head) rows that each rank merges.
@@ -78,11 +75,21 @@ __global__ void __launch_bounds__(kLlThreads)
                     FastDiv words_per_row, std::uint32_t words, std::uint32_t used) {
   Call c;
   Patience patience;
-  if (!enter(t, c)) {
-    return;
-  }
+  begin();
   const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
   const std::uint32_t step = gridDim.x * blockDim.x;
+  const auto load = [&](int p, std::uint32_t i) {
+    const std::uint32_t row = words_per_row.divide(i);
+    const std::uint32_t byte = 8 * (i - row * words_per_row.divisor);
+    const std::uint32_t b = a.heads.divide(row);
+    const std::uint32_t h = row - b * a.heads.divisor;
+    return load_as<uint2>(a.out.row(b, static_cast<std::uint32_t>(p) * a.heads.divisor + h) + byte,
+                          a.out.aligned);
+  };
+  const Ahead<kRanks> ahead(t, first < words, [&](int p) { return load(p, first); });
+  if (!read_epoch(t, c)) {
+    return;
+  }
   // LSEs first: every word of a row needs them. The one word of an empty call is sent here too.
   for (std::uint32_t i = first; i < used - words; i += step) {
 #pragma unroll
@@ -104,16 +111,11 @@ __global__ void __launch_bounds__(kLlThreads)
     }
   }
   for (std::uint32_t i = first; i < words; i += step) {
-    const std::uint32_t row = words_per_row.divide(i);
-    const std::uint32_t byte = 8 * (i - row * words_per_row.divisor);
-    const std::uint32_t b = a.heads.divide(row);
-    const std::uint32_t h = row - b * a.heads.divisor;
 #pragma unroll
     for (int p = 0; p < ranks_of<kRanks>(t); ++p) {
       if (p != t.rank) {
-        const std::byte* from =
-            a.out.row(b, static_cast<std::uint32_t>(p) * a.heads.divisor + h) + byte;
-        ll_store(ll_lane(t, p, c.slot, t.rank), i, load_as<uint2>(from, a.out.aligned), c.flag);
+        const uint2 value = ahead.get(p, i == first, [&](int to) { return load(to, i); });
+        ll_store(ll_lane(t, p, c.slot, t.rank), i, value, c.flag);
       }
     }
   }
@@ -154,7 +156,7 @@ struct BulkArgs {
 __device__ __forceinline__ void deposit_rows(const PeerTable& t, const Call& c, const MergeArgs& a,
                                              const BulkArgs& bulk, int p, std::uint32_t begin,
                                              std::uint32_t end) {
-  constexpr int kUnroll = 2;  // kChunkBytes / 16 / kBulkThreads
+  constexpr int kUnroll = kChunkUnroll;
   std::byte* lane = bulk.pull ? bulk_lane(t, t.rank, c.slot, p) : bulk_lane(t, p, c.slot, t.rank);
   const std::uint32_t first_head = static_cast<std::uint32_t>(p) * a.heads.divisor;
   const std::uint32_t last = end * bulk.vectors_per_row.divisor;
@@ -268,7 +270,8 @@ __global__ void __launch_bounds__(kBulkThreads, kBulkBlocksPerSm)
   __shared__ float scales[kMaxChunkRows * (kRanks > 0 ? kRanks : kMaxPeers)];
   Call c;
   Patience patience;
-  if (!enter(t, c)) {
+  begin();
+  if (!read_epoch(t, c)) {
     return;
   }
   const Chunks chunks = bulk.chunks;
@@ -351,13 +354,14 @@ void merge_bulk(const PeerTable& t, const MergeShape& s, const MergeArgs& a, boo
   const std::int64_t most = std::clamp<std::int64_t>(kChunkBytes / a.row_bytes, 1, kMaxChunkRows);
   BulkArgs bulk{};
   bulk.vectors_per_row = FastDiv(a.row_bytes / 16);
-  bulk.chunks.rows_each =
-      static_cast<std::uint32_t>(std::clamp<std::int64_t>(ceil_div(a.rows, t.max_blocks), 1, most));
+  bulk.chunks.rows_each = static_cast<std::uint32_t>(
+      std::clamp<std::int64_t>(ceil_div(a.rows, bulk_blocks(t)), 1, most));
   bulk.chunks.count = static_cast<std::uint32_t>(ceil_div(a.rows, bulk.chunks.rows_each));
   bulk.lse_offset = a.rows * a.row_bytes;
   bulk.pull = pull;
-  require(ceil_div(bulk.chunks.count, t.max_blocks) < 65535, "peer_merge", "too many chunks");
-  const int blocks = static_cast<int>(std::clamp<std::int64_t>(bulk.chunks.count, 1, t.max_blocks));
+  require(ceil_div(bulk.chunks.count, bulk_blocks(t)) < 65535, "peer_merge", "too many chunks");
+  const int blocks =
+      static_cast<int>(std::clamp<std::int64_t>(bulk.chunks.count, 1, bulk_blocks(t)));
   with_float_type(s.dtype, "dtype", [&]<class T>(T*) {
     with_ranks(t.size, [&](auto n) {
       launch(merge_bulk_kernel<n(), T>, blocks, kBulkThreads, stream, t, a, bulk);

@@ -14,16 +14,21 @@ __global__ void __launch_bounds__(kLlThreads)
                           std::uint32_t words) {
   Call c;
   Patience patience;
-  if (!enter(t, c)) {
-    return;
-  }
+  begin();
   const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
   const std::uint32_t step = gridDim.x * blockDim.x;
+  const Ahead<kRanks> ahead(t, first < words,
+                            [&](int p) { return load_word(in, first, p * rank_stride); });
+  if (!read_epoch(t, c)) {
+    return;
+  }
   for (std::uint32_t i = first; i < words; i += step) {
 #pragma unroll
     for (int p = 0; p < ranks_of<kRanks>(t); ++p) {
       if (p != t.rank) {
-        ll_store(ll_lane(t, p, c.slot, t.rank), i, load_word(in, i, p * rank_stride), c.flag);
+        const uint2 value =
+            ahead.get(p, i == first, [&](int to) { return load_word(in, i, to * rank_stride); });
+        ll_store(ll_lane(t, p, c.slot, t.rank), i, value, c.flag);
       }
     }
   }
@@ -55,13 +60,16 @@ __global__ void __launch_bounds__(kLlThreads)
                       const __grid_constant__ ByteView out, std::uint32_t words) {
   Call c;
   Patience patience;
-  if (!enter(t, c)) {
-    return;
-  }
+  begin();
   const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
   const std::uint32_t step = gridDim.x * blockDim.x;
+  // Loaded while the epoch is on its way.
+  const uint2 ahead = first < words ? load_word(in, first) : make_uint2(0, 0);
+  if (!read_epoch(t, c)) {
+    return;
+  }
   for (std::uint32_t i = first; i < words; i += step) {
-    ll_send_all<kRanks>(t, c, i, load_word(in, i));
+    ll_send_all<kRanks>(t, c, i, i == first ? ahead : load_word(in, i));
   }
   advance_epoch(t, c, words);
   delay_point(t, c, 1);
@@ -94,17 +102,22 @@ __global__ void __launch_bounds__(kLlThreads)
                                const __grid_constant__ ByteView out, std::uint32_t share) {
   Call c;
   Patience patience;
-  if (!enter(t, c)) {
-    return;
-  }
+  begin();
   const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
   const std::uint32_t step = gridDim.x * blockDim.x;
   const auto own_share = static_cast<std::uint32_t>(t.rank) * share;
+  const auto load = [&](int p, std::uint32_t i) {
+    return load_word(in, static_cast<std::uint32_t>(p) * share + i);
+  };
+  const Ahead<kRanks> ahead(t, first < share, [&](int p) { return load(p, first); });
+  if (!read_epoch(t, c)) {
+    return;
+  }
   for (std::uint32_t i = first; i < share; i += step) {
 #pragma unroll
     for (int p = 0; p < ranks_of<kRanks>(t); ++p) {
       if (p != t.rank) {
-        const uint2 value = load_word(in, static_cast<std::uint32_t>(p) * share + i);
+        const uint2 value = ahead.get(p, i == first, [&](int to) { return load(to, i); });
         ll_store(ll_lane(t, p, c.slot, t.rank), i, value, c.flag);
       }
     }

@@ -238,7 +238,7 @@ class CudaPeerKernels final : public PeerKernels {
     Inbox inbox;
     auto& table = inbox.table;
     table.layout = cuda::InboxLayout::make(
-        {.ranks = group_.size(), .bulk_bytes = bulk_bytes, .max_blocks = options_.max_blocks});
+        {.ranks = group_.size(), .bulk_bytes = bulk_bytes, .max_blocks = 2 * options_.max_blocks});
     auto outcome = PeerMapping::create(
         group_, device_, static_cast<std::size_t>(table.layout.bytes), options_.route);
     if (!outcome.mapping) {

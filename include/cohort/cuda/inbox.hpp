@@ -102,7 +102,9 @@ struct PeerTable {
   InboxLayout layout;
   int rank = 0;
   int size = 0;
-  /// Upper limit of a launch's thread blocks, at most `layout.max_blocks`. Equal on all ranks.
+  /// Upper limit of the thread blocks of a launch that may have a multiprocessor for each, at most
+  /// `layout.max_blocks`. Kernels of which two blocks fit take twice as many, while the layout has
+  /// flags for them. Equal on all ranks.
   int max_blocks = 0;
   /// For tests: not 0 makes thread blocks wait for random times, differing by rank, block and
   /// epoch.

@@ -456,8 +456,8 @@ class NcclTransport final : public Transport {
 
   void connect_peers(const GroupProbe& probe) {
     // One block for each multiprocessor is resident whatever the kernel; ranks on one card share.
-    const int blocks = std::clamp(probe.multiprocessors / probe.ranks_per_device, 1,
-                                  std::min(cuda::kMaxPeerBlocks, 128));
+    const int blocks =
+        std::clamp(probe.multiprocessors / probe.ranks_per_device, 1, cuda::kMaxPeerBlocks / 2);
     auto outcome = CudaPeerKernels::create(group_, device_,
                                            {.max_blocks = blocks, .limit = options_.kernel_limit});
     peers_ = std::move(outcome.kernels);

@@ -120,7 +120,7 @@ class World {
     layout_ = cuda::InboxLayout::make({.ranks = n,
                                        .flag_word_bytes = flag_word_bytes,
                                        .bulk_bytes = bulk_bytes,
-                                       .max_blocks = blocks});
+                                       .max_blocks = 2 * blocks});
     for (int r = 0; r < n; ++r) {
       inboxes_.emplace_back(static_cast<std::size_t>(layout_.bytes));
       cudaStream_t stream = nullptr;
