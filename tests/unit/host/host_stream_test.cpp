@@ -1,0 +1,148 @@
+#include <cohort/host/host_stream.hpp>
+#include <memory>
+#include <set>
+#include <stdexcept>
+#include <vector>
+
+#include "support/catch.hpp"
+
+using namespace cohort;
+using namespace cohort::test;
+using namespace std::chrono_literals;
+
+TEST_CASE("work runs before submit returns, in order", "[host]") {
+  HostStream stream;
+  std::vector<int> order;
+  for (int i = 0; i < 3; ++i) {
+    stream.submit([&order, i] { order.push_back(i); });
+    CHECK(order.size() == static_cast<std::size_t>(i + 1));
+  }
+  CHECK(order == std::vector<int>{0, 1, 2});
+  stream.ref().synchronize(1ms);
+  CHECK(stream.ref().capture_id() == 0);
+}
+
+TEST_CASE("captured work runs at every launch and never before", "[host]") {
+  HostStream stream;
+  int runs = 0;
+  stream.begin_capture();
+  stream.submit([&] { ++runs; });
+  CHECK(stream.ref().capture_id() != 0);
+  const auto graph = stream.end_capture();
+  CHECK(stream.ref().capture_id() == 0);
+  CHECK(runs == 0);
+  graph->launch(stream);
+  graph->launch(StreamRef{});
+  CHECK(runs == 2);
+}
+
+TEST_CASE("a launch inside a capture is recorded, and outlives the inner graph", "[host]") {
+  HostStream stream;
+  int runs = 0;
+  stream.begin_capture();
+  stream.submit([&] { ++runs; });
+  auto inner = stream.end_capture();
+  stream.begin_capture();
+  inner->launch(stream);
+  inner->launch(stream);
+  const auto outer = stream.end_capture();
+  inner.reset();
+  CHECK(runs == 0);
+  outer->launch(stream);
+  CHECK(runs == 2);
+}
+
+TEST_CASE("no two captures share a number", "[host]") {
+  HostStream a;
+  HostStream b;
+  std::set<CaptureId> ids;
+  for (int i = 0; i < 4; ++i) {
+    a.begin_capture();
+    b.begin_capture();
+    ids.insert(a.ref().capture_id());
+    ids.insert(b.ref().capture_id());
+    (void)a.end_capture();
+    (void)b.end_capture();
+  }
+  CHECK(ids.size() == 8);
+}
+
+TEST_CASE("what a capture retains lives as long as the graph", "[host]") {
+  HostStream stream;
+  auto object = std::make_shared<int>(5);
+  const std::weak_ptr<int> watch = object;
+  stream.begin_capture();
+  stream.ref().retain_in_capture(object);
+  auto graph = stream.end_capture();
+  object.reset();
+  CHECK_FALSE(watch.expired());
+  graph.reset();
+  CHECK(watch.expired());
+  CHECK_THROWS_AS(stream.ref().retain_in_capture(std::make_shared<int>(1)), UsageError);
+}
+
+TEST_CASE("a stream that waits for a capturing one joins its capture", "[host]") {
+  HostStream main;
+  HostStream side;
+  HostStream other;
+  std::vector<int> order;
+  main.begin_capture();
+  main.submit([&] { order.push_back(0); });
+  side.ref().wait_for(main);
+  CHECK(side.ref().capture_id() == main.ref().capture_id());
+  side.submit([&] { order.push_back(1); });
+  main.ref().wait_for(side);
+  main.submit([&] { order.push_back(2); });
+  CHECK_THROWS_MATCHES(side.end_capture(), UsageError, says("another stream"));
+  other.begin_capture();
+  CHECK_THROWS_MATCHES(other.ref().wait_for(main), UsageError, says("different captures"));
+  (void)other.end_capture();
+  const auto graph = main.end_capture();
+  CHECK(side.ref().capture_id() == 0);
+  CHECK(order.empty());
+  graph->launch(main);
+  CHECK(order == std::vector<int>{0, 1, 2});
+}
+
+TEST_CASE("captures out of order are refused", "[host]") {
+  HostStream stream;
+  CHECK_THROWS_MATCHES(stream.end_capture(), UsageError, says("not capturing"));
+  stream.begin_capture();
+  CHECK_THROWS_MATCHES(stream.begin_capture(), UsageError, says("already"));
+  CHECK_THROWS_MATCHES(stream.ref().synchronize(1ms), UsageError, says("capturing"));
+  (void)stream.end_capture();
+}
+
+TEST_CASE("an exception of captured work comes out of launch", "[host]") {
+  HostStream stream;
+  int after = 0;
+  stream.begin_capture();
+  stream.submit([] { throw std::runtime_error("broken"); });
+  stream.submit([&] { ++after; });
+  const auto graph = stream.end_capture();
+  CHECK_THROWS_WITH(graph->launch(stream), "broken");
+  CHECK(after == 0);
+}
+
+TEST_CASE("enqueue copies arguments only where it must", "[host]") {
+  struct Counted {
+    int* copies;
+    explicit Counted(int* c) : copies(c) {}
+    Counted(const Counted& o) : copies(o.copies) { ++*copies; }
+  };
+  HostStream stream;
+  int copies = 0;
+  int ran = 0;
+  const Counted argument(&copies);
+  const auto body = [&](const Counted&) { ++ran; };
+  host::enqueue(StreamRef{}, body, argument);
+  host::enqueue(stream, body, argument);
+  CHECK(ran == 2);
+  CHECK(copies == 0);
+  stream.begin_capture();
+  host::enqueue(stream, body, argument);
+  CHECK(ran == 2);
+  CHECK(copies > 0);
+  stream.end_capture()->launch(stream);
+  CHECK(ran == 3);
+}

@@ -1,0 +1,161 @@
+#include <chrono>
+#include <cohort/host/rendezvous.hpp>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/threads.hpp"
+
+using namespace cohort;
+using namespace cohort::host;
+using namespace cohort::test;
+using namespace std::chrono_literals;
+
+namespace {
+
+Showing showing(Place place) {
+  Showing result{};
+  result.place = place;
+  return result;
+}
+
+/// Runs `body(rendezvous)` for each of n ranks on threads of one process.
+void meet(int n, std::chrono::milliseconds limit, const std::function<void(Rendezvous&)>& body) {
+  const PadGeometry geometry{.ranks = n, .slot_bytes = 4096};
+  std::vector<std::shared_ptr<SharedMemory>> pads;
+  for (int r = 0; r < n; ++r) {
+    pads.push_back(make_shared_memory(geometry.bytes(), Commit::at_first_access));
+    Rendezvous::construct(*pads.back(), geometry);
+  }
+  run_ranks(n, [&](ControlPlane& plane) {
+    Rendezvous rendezvous(pads, geometry, plane.rank(), "test", limit);
+    body(rendezvous);
+    plane.barrier();  // a rank that leaves early would be noticed
+  });
+}
+
+}  // namespace
+
+TEST_CASE("what is in a slot at a step is what peers read at that step", "[host]") {
+  const int n = GENERATE(2, 3, 8);
+  meet(n, kRanksTimeLimit, [n](Rendezvous& rendezvous) {
+    for (std::uint64_t step = 1; step <= 300; ++step) {
+      auto* words = reinterpret_cast<std::uint64_t*>(rendezvous.next_slot());
+      for (std::size_t i = 0; i < 512; ++i) {
+        words[i] = step * 100 + static_cast<std::uint64_t>(rendezvous.rank());
+      }
+      rendezvous.enter(Call{.bytes = step}, showing(Place::slot));
+      for (int r = 0; r < n; ++r) {
+        const Ticket& ticket = rendezvous.await(r);
+        check_equal(ticket.call.bytes, step, "ticket");
+        const auto* theirs = reinterpret_cast<const std::uint64_t*>(rendezvous.slot_of(r));
+        for (const std::size_t i : {std::size_t{0}, std::size_t{511}}) {
+          check_equal(theirs[i], step * 100 + static_cast<std::uint64_t>(r), "slot");
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("a rank that showed its memory waits until all have read it", "[host]") {
+  std::vector<std::uint64_t> shown(3);
+  meet(3, kRanksTimeLimit, [&](Rendezvous& rendezvous) {
+    for (std::uint64_t step = 1; step <= 300; ++step) {
+      shown[static_cast<std::size_t>(rendezvous.rank())] = step;
+      rendezvous.enter(Call{}, showing(Place::direct));
+      rendezvous.await_all();
+      for (const auto value : shown) {
+        check_equal(value, step, "exposed memory");
+      }
+      rendezvous.finish_reading();
+      rendezvous.await_readers();
+    }
+  });
+}
+
+TEST_CASE("a wait ends at the limit and names who is missing", "[host]") {
+  meet(4, 200ms, [](Rendezvous& rendezvous) {
+    if (rendezvous.rank() % 2 == 1) {
+      std::this_thread::sleep_for(600ms);
+      return;
+    }
+    rendezvous.enter(Call{}, {});
+    try {
+      rendezvous.await_all();
+      check(false, "a TimeoutError is thrown");
+    } catch (const TimeoutError& error) {
+      check(error.missing() == std::vector<int>{1, 3}, error.what());
+    }
+    check(rendezvous.poisoned(), "poisoned");
+    check_throws<TransportError>([&] { rendezvous.check_usable("barrier"); }, "barrier",
+                                 "earlier call");
+  });
+}
+
+TEST_CASE("whoever waits for a rank that gave up learns it before the limit", "[host]") {
+  meet(2, kRanksTimeLimit, [](Rendezvous& rendezvous) {
+    if (rendezvous.rank() == 1) {
+      rendezvous.poison();
+      return;
+    }
+    const auto start = Clock::now();
+    rendezvous.enter(Call{}, {});
+    check_throws<TransportError>([&] { rendezvous.await(1); }, "rank 1 gave up");
+    check(Clock::now() - start < kRanksTimeLimit / 2, "long before the limit");
+  });
+}
+
+TEST_CASE("messages keep their order and wait only for room", "[host]") {
+  meet(2, kRanksTimeLimit, [](Rendezvous& rendezvous) {
+    const int peer = 1 - rendezvous.rank();
+    const auto send = [&](std::uint64_t word, std::size_t bytes) {
+      rendezvous.send(peer, bytes, [&](std::size_t first, std::size_t count, std::byte* to) {
+        std::fill_n(to, count, static_cast<std::byte>(word + first / kParcelBytes));
+      });
+    };
+    const auto receive = [&](std::uint64_t word, std::size_t bytes) {
+      std::size_t seen = 0;
+      rendezvous.receive(
+          peer, bytes, [&](std::size_t first, std::size_t count, const std::byte* from) {
+            check_equal(first, seen, "pieces in order");
+            seen += count;
+            check(from[count - 1] == static_cast<std::byte>(word + first / kParcelBytes),
+                  "content");
+          });
+      check_equal(seen, bytes, "whole message");
+    };
+    for (std::uint64_t round = 0; round < 50; ++round) {
+      for (std::uint64_t i = 0; i < kParcels; ++i) {
+        send(round + i, 100);  // both directions outstanding
+      }
+      for (std::uint64_t i = 0; i < kParcels; ++i) {
+        receive(round + i, 100);
+      }
+    }
+    const std::size_t large = 10 * kParcelBytes + 3;
+    if (rendezvous.rank() == 0) {
+      send(1, large);
+      receive(2, large);
+    } else {
+      receive(1, large);
+      send(2, large);
+    }
+  });
+}
+
+TEST_CASE("a message that nobody takes ends at the limit", "[host]") {
+  meet(2, 200ms, [](Rendezvous& rendezvous) {
+    if (rendezvous.rank() == 1) {
+      std::this_thread::sleep_for(600ms);
+      return;
+    }
+    try {
+      rendezvous.send(1, (kParcels + 1) * kParcelBytes,
+                      [](std::size_t, std::size_t, std::byte*) {});
+      check(false, "a TimeoutError is thrown");
+    } catch (const TimeoutError& error) {
+      check(error.missing() == std::vector<int>{1}, error.what());
+    }
+  });
+}
