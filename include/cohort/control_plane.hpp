@@ -563,7 +563,10 @@ class ThreadHub {
     std::deque<Bytes> messages;
   };
 
-  Queue& at(int from, int to) { return queues_[static_cast<std::size_t>(from * size_ + to)]; }
+  Queue& at(int from, int to) {
+    const auto row = static_cast<std::size_t>(from) * static_cast<std::size_t>(size_);
+    return queues_[row + static_cast<std::size_t>(to)];
+  }
 
   int size_;
   std::deque<Queue> queues_;
