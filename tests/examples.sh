@@ -48,8 +48,8 @@ check_block() {
   local block=$1 command program
   command=$(sed -n '1s/^\$ //p' "$block")
   case $command in
-    "bash tests/run.sh"*) return ;;                                     # this test is part of it
-    "bash examples/demo.sh") command="mpirun -n 4 $bin/dcp_decode" ;;  # what it runs in the end
+    "bash tests/run.sh"*) return ;; # this test is part of it
+    "bash examples/demo.sh") command="mpirun -n 4 build/host/bin/dcp_decode" ;; # what it runs in the end
   esac
   command=${command//build\/host\/bin/$bin}
   program=$(grep -o "$bin/[a-z_]*" <<<"$command" | head -n 1)
