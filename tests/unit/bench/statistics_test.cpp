@@ -1,23 +1,30 @@
 #include "../bench/cohort_bench/statistics.hpp"
 
+#include <cmath>
 #include <vector>
 
 #include "support/catch.hpp"
 
 using namespace cohort::bench;
 
+namespace {
+
+bool near(double a, double b) { return std::abs(a - b) < 1e-9; }
+
+}  // namespace
+
 TEST_CASE("percentiles interpolate between sorted neighbours") {
   const std::vector<double> samples{4, 1, 3, 2};
   CHECK(percentile(samples, 0) == 1);
   CHECK(percentile(samples, 0.5) == 2.5);
   CHECK(percentile(samples, 1) == 4);
-  CHECK(percentile(samples, 0.95) == Catch::Approx(3.85));
+  CHECK(near(percentile(samples, 0.95), 3.85));
   CHECK(percentile({7}, 0.95) == 7);
   CHECK(percentile({}, 0.5) == 0);
   const Summary summary = summarize({5, 1, 9});
   CHECK(summary.min == 1);
   CHECK(summary.p50 == 5);
-  CHECK(summary.p95 == Catch::Approx(8.6));
+  CHECK(near(summary.p95, 8.6));
 }
 
 TEST_CASE("an iteration takes as long as its slowest rank") {
@@ -48,7 +55,7 @@ TEST_CASE("bus factors count what crosses a rank's link") {
 }
 
 TEST_CASE("bandwidth is in 10^9 bytes a second") {
-  CHECK(bandwidth(1'000'000, 1000) == Catch::Approx(1));
-  CHECK(bandwidth(64 << 10, 2) == Catch::Approx(32.768));
+  CHECK(near(bandwidth(1'000'000, 1000), 1));
+  CHECK(near(bandwidth(64 << 10, 2), 32.768));
   CHECK(bandwidth(1, 0) == 0);
 }

@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Measures what this machine's GPUs allow, and writes bench/results/<gpu>-<ranks>ranks.json:
+#
+#   bash bench/gpu.sh                 all GPUs; on one GPU, two ranks that share it
+#   RANKS=4 bash bench/gpu.sh         four ranks (on one GPU: all of them share it)
+#   QUICK=1 bash bench/gpu.sh         fewer sizes
+#
+# On one GPU every rank has an NCCL_HOSTID of its own, because NCCL refuses two ranks of one host on
+# one card; it then uses sockets, windows are refused, and the ranks take turns on the card. Such
+# figures show that everything works and is right, not how fast it is.
+#
+# NVLink multicast stays off. Every program has a time limit; all together stay below four minutes.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+export NCCL_NVLS_ENABLE=0
+export TORCH_SYMM_MEM_DISABLE_MULTICAST=1
+unset COHORT_OWN_MAX_BYTES COHORT_MERGE_PLAN
+
+gpus=$(find /dev -maxdepth 1 -name 'nvidia[0-9]*' | wc -l)
+if ((gpus == 0)); then
+  echo "cohort-skip: gpu.sh: this machine has no GPU"
+  exit 77
+fi
+program=build/gpu/bin/cohort_bench
+if [[ ! -x $program ]]; then
+  bash cmake/build.sh gpu cohort_bench || { echo "gpu.sh: cohort_bench cannot be built here"; exit 1; }
+fi
+source cmake/mpi_env.sh
+
+ranks=${RANKS:-$((gpus > 1 ? gpus : 2))}
+name=gpu
+if command -v nvidia-smi >/dev/null; then
+  name=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr -cs 'A-Za-z0-9' '-' | sed 's/^-//; s/-$//' | tr 'A-Z' 'a-z')
+fi
+mkdir -p bench/results
+launch=(mpirun -n "$ranks")
+
+if ((ranks > gpus)); then
+  shared=1
+  name+=-shared
+  export NCCL_SOCKET_IFNAME=lo
+  # shellcheck disable=SC2016  # for the shell of each rank
+  launch+=(bash -c 'export NCCL_HOSTID=cohort-bench-$OMPI_COMM_WORLD_RANK; exec "$@"' rank)
+else
+  shared=0
+fi
+out=bench/results/$name-${ranks}ranks.json
+
+# part SECONDS OPTION...: one run of the program; its rows are added to the result file.
+status=0
+rm -f "$out"
+part() {
+  local seconds=$1 ended=0
+  shift
+  rm -f "$out.part"
+  timeout --signal=INT --kill-after=10 "$seconds" "${launch[@]}" "$program" --backend cuda --check --goals \
+    --json "$out.part" "$@" || ended=$?
+  if [[ -s $out.part ]]; then
+    if [[ -e $out ]]; then tail -n +2 "$out.part" >>"$out"; else cp "$out.part" "$out"; fi
+    rm -f "$out.part"
+  fi
+  if ((ended != 0)); then
+    echo "gpu.sh: cohort_bench $* ended with status $ended"
+    status=1
+  fi
+}
+
+collectives=all_gather,reduce_scatter,all_reduce,all_gather_dim
+if ((shared)); then
+  few=(--iters 5 --warmup 1 --max-seconds 3)
+  part 75 --bench "$collectives" --modes graph --min-bytes 2K --max-bytes 512K --factor 16 "${few[@]}"
+  part 60 --bench gather_query,dcp_merge --modes graph --batches 1,16 "${few[@]}"
+  part 50 --bench decode_step --batches 1 --iters 3 --warmup 1 --max-seconds 4
+  part 30 --bench arena,scope,registration --iters 10 --warmup 1
+else
+  factor=$((${QUICK:-0} ? 8 : 2))
+  part 75 --bench "$collectives" --min-bytes 2K --max-bytes 16M --factor "$factor" --iters 60 --max-seconds 2
+  part 60 --bench gather_query,dcp_merge --batches 1,4,8,16,64,128 --iters 100 --max-seconds 3
+  part 60 --bench decode_step --batches 1,16,128 --iters 50 --max-seconds 6
+  part 30 --bench arena,scope,registration --iters 30
+fi
+echo "written: $out"
+if ((status == 0)) && python3 -c 'import torch' 2>/dev/null && ((!shared)) && ((${TORCH:-0})); then
+  timeout 120 mpirun -n "$ranks" python3 bench/torch_baseline.py --check \
+    --json "bench/results/$name-${ranks}ranks-torch.json" || status=1
+fi
+exit $status
