@@ -55,6 +55,8 @@ struct Named {
   T value;
   std::string_view name;
 };
+template <class T>
+Named(T, const char*) -> Named<T>;
 
 inline constexpr std::array kBenches = {
     Named{Bench::ceiling, "ceiling"},
