@@ -1,8 +1,8 @@
 #pragma once
 
 /// \file
-/// Catch2, 2.13 or 3, behind one include. Tests use Catch's macros, `Catch::Approx`, and the names
-/// of `cohort::test` for what the two versions call differently.
+/// Catch2, 2.13 or 3, behind one include. Tests use Catch's macros, and the names of
+/// `cohort::test` for what the two versions call differently.
 
 #if __has_include(<catch2/catch_all.hpp>)
 #include <catch2/catch_all.hpp>
@@ -19,12 +19,12 @@
 
 namespace cohort::test {
 
-using Catch::Approx;
-
 #if __has_include(<catch2/catch_all.hpp>)
+using Catch::Approx;
 template <class T>
 using MatcherBase = Catch::Matchers::MatcherBase<T>;
 #else
+using Catch::Detail::Approx;  // Catch::Approx is a matcher in Catch2 2
 template <class T>
 using MatcherBase = Catch::MatcherBase<T>;
 #endif
