@@ -169,6 +169,15 @@ class Messenger {
   /// Throws `TransportError`, also where the peer is known to be gone.
   virtual std::optional<Bytes> receive(int from, Deadline deadline) = 0;
 
+  /// Waits until the messages to `to` arrive without this rank's help: after a call in which both
+  /// take part, it may be long in waits that the messenger knows nothing of. False at the deadline.
+  /// For messengers whose messages are on their own once handed over there is nothing to do.
+  virtual bool flush(int to, Deadline deadline) {
+    static_cast<void>(to);
+    static_cast<void>(deadline);
+    return true;
+  }
+
   /// A wait timed out or a call failed, so messages may stay in flight for good: what is torn down
   /// later must not wait for them. The messenger works on for groups without the missing ranks.
   virtual void abandon() noexcept {}
@@ -236,8 +245,6 @@ class Mailbox {
   /// The next frame of the channel, or nothing at the deadline. What has arrived by then counts,
   /// also where the deadline has passed before the call.
   std::optional<Frame> receive(int from, std::uint64_t channel, Deadline deadline) {
-    // Waiting in short slices lets a thread of another group use the messenger in between.
-    constexpr auto kSlice = std::chrono::milliseconds(2);
     while (true) {
       {
         const std::lock_guard lock(mutex_);
@@ -259,9 +266,31 @@ class Mailbox {
     }
   }
 
+  /// `Messenger::flush`, in slices for the same reason.
+  bool flush(int to, Deadline deadline) {
+    if (to == messenger_->rank()) {
+      return true;
+    }
+    while (true) {
+      {
+        const std::lock_guard lock(mutex_);
+        if (messenger_->flush(to, std::min(deadline, Clock::now() + kSlice))) {
+          return true;
+        }
+      }
+      if (Clock::now() >= deadline) {
+        return false;
+      }
+      std::this_thread::yield();
+    }
+  }
+
   void abandon() noexcept { messenger_->abandon(); }
 
  private:
+  // Waiting in short slices lets a thread of another group use the messenger in between.
+  static constexpr std::chrono::milliseconds kSlice{2};
+
   std::optional<Frame> take(int from, std::uint64_t channel) {
     const auto it = pending_.find({from, channel});
     if (it == pending_.end()) {
@@ -378,6 +407,12 @@ class MessageControlPlane : public ControlPlane {
         }
       }
       fail_if_missing(trailer, wait);
+      if (!incoming.empty()) {
+        for (const auto& message : outgoing) {
+          flush(message.to, wait);
+        }
+        fail_if_missing(trailer, wait);
+      }
       return payloads;
     });
   }
@@ -486,6 +521,10 @@ class MessageControlPlane : public ControlPlane {
         all[index(r)] = r == rank_ ? Bytes(mine.begin(), mine.end()) : receive(r, trailer, wait);
       }
       fail_if_missing(trailer, wait);
+      for (int r = 0; r < size(); ++r) {
+        flush(r, wait);
+      }
+      fail_if_missing(trailer, wait);
       return all;
     });
   }
@@ -505,6 +544,12 @@ class MessageControlPlane : public ControlPlane {
           {from});
     }
     return std::move(frame->payload);
+  }
+
+  void flush(int to, Wait& wait) {
+    if (!mailbox_->flush(members_[index(to)], wait.deadline)) {
+      wait.missing.push_back(to);
+    }
   }
 
   void fail_if_missing(const detail::FrameTrailer& trailer, const Wait& wait) const {

@@ -158,8 +158,9 @@ class MpiByteRun {
 /// messenger owns; receives poll, so both end at a time limit.
 ///
 /// Messages beyond MPI's eager limit (some KiB) move while the sender is inside the control plane
-/// or another call of MPI: a rank that broadcasts much and then computes for longer than its peers'
-/// time limit makes them time out.
+/// or another call of MPI. Calls in which every rank sends and receives end when the messages have
+/// left; a rank that broadcasts or only sends much, and then computes for longer than its peers'
+/// time limit, makes them time out.
 ///
 /// After `abandon` the buffers of unfinished messages are kept until the process ends, because MPI
 /// may still write them, and the communicator is not freed.
@@ -193,6 +194,7 @@ class MpiMessenger : public Messenger {
     check_open("MPI_Isend");
     reap();
     auto& sent = sent_.emplace_back();
+    sent.to = to;
     sent.message = std::move(message);
     const detail::MpiByteRun run(sent.message.size());
     const int code =
@@ -218,6 +220,20 @@ class MpiMessenger : public Messenger {
       }
       pause();
     }
+  }
+
+  /// Beyond the eager limit MPI moves a message only while both ends are inside of MPI.
+  bool flush(int to, Deadline deadline) override {
+    check_open("MPI_Test");
+    detail::PollPause pause;
+    for (reap(); has_unfinished(to); reap()) {
+      if (Clock::now() >= deadline) {
+        return false;
+      }
+      match_any();  // the peer's own message may have to arrive first
+      pause();
+    }
+    return true;
   }
 
   void abandon() noexcept override { abandoned_ = true; }
@@ -255,6 +271,7 @@ class MpiMessenger : public Messenger {
   struct Transfer {
     Bytes message;
     MPI_Request request = MPI_REQUEST_NULL;
+    int to = -1;  // of a message sent
   };
 
   void check_open(const char* call) const {
@@ -272,6 +289,11 @@ class MpiMessenger : public Messenger {
   }
 
   void reap() { sent_.remove_if(finished); }
+
+  [[nodiscard]] bool has_unfinished(int to) const noexcept {
+    return std::any_of(sent_.begin(), sent_.end(),
+                       [to](const Transfer& transfer) { return transfer.to == to; });
+  }
 
   std::optional<Bytes> poll(int from) {
     match_any();
