@@ -8,11 +8,14 @@ using namespace cohort;
 using namespace cohort::test;
 
 TEST_CASE("collectives in shared memory are exact", "[host]") {
-  const std::vector<std::vector<std::int64_t>> shapes = {
-      {8}, {3, 5}, {8, 16, 32}, {3, 5, 7}, {2, 3, 4, 5}, {2, 3, 2, 3, 2}, {4, 96, 64}};
+  using Shapes = std::vector<std::vector<std::int64_t>>;
   const int n = GENERATE(1, 2, 3, 4, 8);
   const Memory memory = GENERATE(Memory::ordinary, Memory::window, Memory::mixed);
   const bool small = GENERATE(false, true);
+  // The largest takes several of the small slots, and its parts are read in windows.
+  const Shapes shapes =
+      n < 8 ? Shapes{{8}, {3, 5}, {8, 16, 32}, {3, 5, 7}, {2, 3, 4, 5}, {2, 3, 2, 3, 2}}
+            : Shapes{{3, 5, 7}, {4, 16, 24}};
   run_ranks(n, [&](ControlPlane& plane) {
     for (const auto& shape : shapes) {
       for (const Form form : kForms) {
