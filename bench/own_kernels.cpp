@@ -103,11 +103,11 @@ void connect_cards(int cards) {
 
 std::vector<Rank> make_ranks(int n, const Options& options) {
   const int ranks_per_card = (n + options.cards - 1) / options.cards;
-  const auto layout =
-      cuda::InboxLayout::make({.ranks = n,
-                               .flag_word_bytes = 4 << 20,
-                               .bulk_bytes = 12 << 20,
-                               .max_blocks = 2 * (options.max_blocks / ranks_per_card)});
+  const auto layout = cuda::InboxLayout::make(
+      {.ranks = n,
+       .flag_word_bytes = 4 << 20,
+       .bulk_bytes = 12 << 20,
+       .max_blocks = (ranks_per_card == 1 ? 2 : 1) * options.max_blocks / ranks_per_card});
   connect_cards(options.cards);
   std::vector<Rank> ranks(static_cast<std::size_t>(n));
   std::vector<std::byte*> inboxes;
@@ -133,7 +133,7 @@ std::vector<Rank> make_ranks(int n, const Options& options) {
     table.layout = layout;
     table.rank = static_cast<int>(r);
     table.size = n;
-    table.max_blocks = layout.max_blocks / 2;
+    table.max_blocks = options.max_blocks / ranks_per_card;
     cuda::initialize_inbox(table, ranks[r].stream, std::chrono::seconds(20));
   }
   wait_for_all(ranks);

@@ -64,7 +64,8 @@ namespace detail {
 class CudaPeerKernels final : public PeerKernels {
  public:
   struct Options {
-    int max_blocks = 1;                       ///< Equal on all ranks.
+    int max_blocks = 1;                       ///< Resident whatever the kernel; equal on all ranks.
+    int bulk_blocks = 1;                      ///< Of kernels with chunks; equal on all ranks.
     std::chrono::milliseconds limit{60'000};  ///< Of a wait in a kernel.
     std::uint64_t after_epoch = 0;            ///< For tests; equal on all ranks.
     DescriptorRoute route = DescriptorRoute::automatic;
@@ -238,7 +239,7 @@ class CudaPeerKernels final : public PeerKernels {
     Inbox inbox;
     auto& table = inbox.table;
     table.layout = cuda::InboxLayout::make(
-        {.ranks = group_.size(), .bulk_bytes = bulk_bytes, .max_blocks = 2 * options_.max_blocks});
+        {.ranks = group_.size(), .bulk_bytes = bulk_bytes, .max_blocks = options_.bulk_blocks});
     auto outcome = PeerMapping::create(
         group_, device_, static_cast<std::size_t>(table.layout.bytes), options_.route);
     if (!outcome.mapping) {

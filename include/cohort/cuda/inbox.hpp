@@ -102,9 +102,10 @@ struct PeerTable {
   InboxLayout layout;
   int rank = 0;
   int size = 0;
-  /// Upper limit of the thread blocks of a launch that may have a multiprocessor for each, at most
-  /// `layout.max_blocks`. Kernels of which two blocks fit take twice as many, while the layout has
-  /// flags for them. Equal on all ranks.
+  /// Upper limit of a launch's thread blocks, at most `layout.max_blocks`: as many as are resident
+  /// whatever the kernel. Kernels with chunks, of which two blocks fit on a multiprocessor, take
+  /// twice as many where the layout has flags for them; it must not where ranks share a card.
+  /// Equal on all ranks.
   int max_blocks = 0;
   /// For tests: not 0 makes thread blocks wait for random times, differing by rank, block and
   /// epoch.

@@ -115,8 +115,10 @@ class World {
  public:
   World(int n, std::int64_t flag_word_bytes, std::int64_t bulk_bytes, std::uint64_t after_epoch = 0)
       : n_(n) {
-    // All blocks of all ranks are resident at once on 132 multiprocessors with room for other load.
-    const int blocks = std::max(1, 120 / n);
+    // All blocks of all ranks are resident at once on 132 multiprocessors with room for other load,
+    // whichever mixture of kernels the ranks are in: at most one block a multiprocessor, also of
+    // the kernels that take twice as many.
+    const int blocks = std::max(1, 60 / n);
     layout_ = cuda::InboxLayout::make({.ranks = n,
                                        .flag_word_bytes = flag_word_bytes,
                                        .bulk_bytes = bulk_bytes,
