@@ -307,9 +307,10 @@ __global__ void __launch_bounds__(kBulkThreads, kBulkBlocksPerSm)
   }
 }
 
-// Two H200s, NVLink, 2 ranks, H=128 D=512 bf16, graph replay: flag words took 2.8 and 4.0 us at B=1
-// and 4 (64 and 256 KiB sent) against 4.6 and 5.4 for block flags, and 10.5 against 8.2 at B=16
-// (1 MiB). Pull through the own inbox has not been measured between two cards.
+// bench/results/own_kernels/nvidia-h200-2cards.json: two H200s, NVLink, 2 ranks, H=128 D=512 bf16,
+// graph replay. Flag words took 3.2 and 4.3 us at B=1 and 4 (64 and 257 KiB sent) against 4.6 and
+// 5.4 for push, and 6.9 against 6.2 at B=8 (514 KiB). Pull through the own inbox was slower than
+// push at every size.
 constexpr PathRow kMergePaths[] = {{320 << 10, PeerPath::flag_word}, {INT64_MAX, PeerPath::push}};
 
 std::int64_t payload_bytes(const MergeShape& s, int n) {
