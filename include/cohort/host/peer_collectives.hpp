@@ -52,13 +52,13 @@ class PeerCollectives {
   }
 
  private:
-  // Each rank reduces all of a short tensor itself: one signal instead of two. With two ranks that
-  // reads no more than reducing halves and gathering them.
-  static constexpr std::size_t kReduceAllBytes = 16 * 1024;
+  // Each rank reduces all of a short tensor itself: one signal instead of three. Beyond, parts that
+  // are read in windows win: two processes on two Zen 4 cores take 4.3 µs for 8 KiB in one step and
+  // 1.9 µs in parts; at 4 KiB 2.1 and 1.8.
+  static constexpr std::size_t kReduceAllBytes = 4 * 1024;
 
   [[nodiscard]] bool is_reduced_by_all(std::size_t bytes) const noexcept {
-    return bytes <= std::min(access_.piece_bytes(),
-                             access_.size() == 2 ? access_.piece_bytes() : kReduceAllBytes);
+    return bytes <= std::min(access_.piece_bytes(), kReduceAllBytes);
   }
 
   static std::size_t u(std::int64_t value) noexcept { return static_cast<std::size_t>(value); }
