@@ -100,6 +100,42 @@ TEST_CASE("an all-gather and a reduce-scatter may be in place", "[host]") {
   });
 }
 
+TEST_CASE("an input may be written again as soon as the call returns", "[host]") {
+  const int n = GENERATE(2, 3);
+  run_ranks(n, [&](ControlPlane& plane) {
+    const std::int64_t each = 100'000;
+    Site site(plane, {}, Memory::window, std::size_t{16} << 20);
+    const auto in = site.tensor(Dims{n * each}, DType::f32, Form::contiguous);
+    const auto out = site.tensor(Dims{n * each}, DType::f32, Form::contiguous);
+    const auto sizes = equal_sizes(n, each);
+    auto* values = in.data_as<float>();
+    const auto expect = [&](std::int64_t count, float value, std::string_view what) {
+      const auto* found = out.data_as<float>();
+      for (std::int64_t i = 0; i < count; ++i) {
+        check_equal(found[i], value, what);
+      }
+    };
+    const auto round_of = [&](auto&& call) {
+      std::fill_n(values, n * each, 1.0F);
+      call();
+      std::fill_n(values, n * each, -1000.0F);  // while slower ranks may still be reading
+    };
+    const auto sum = static_cast<float>(n);
+    for (int round = 0; round < 30; ++round) {
+      round_of([&] { site.transport->all_gather(in.slice(0, 0, each), out, 0, sizes, {}); });
+      expect(n * each, 1, "all_gather");
+      round_of([&] {
+        site.transport->reduce_scatter(in, out.slice(0, 0, each), 0, sizes, ReduceOp::sum, {});
+      });
+      expect(each, sum, "reduce_scatter");
+      round_of([&] { site.transport->all_to_all(in, out, {}); });
+      expect(n * each, 1, "all_to_all");
+      round_of([&] { site.transport->all_reduce(in, out, ReduceOp::sum, {}); });
+      expect(n * each, sum, "all_reduce");
+    }
+  });
+}
+
 TEST_CASE("small messages do not wait for their receivers", "[host]") {
   run_ranks(4, [](ControlPlane& plane) {
     Site site(plane, {}, Memory::ordinary);
