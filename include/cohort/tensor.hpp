@@ -127,12 +127,13 @@ class BasicTensorView {
   BasicTensorView() = default;
 
   /// A row-major view without gaps.
-  BasicTensorView(Void* data, DType dtype, Dims shape, Device device = {})
+  BasicTensorView(Void* data, DType dtype, const Dims& shape, Device device = {})
       : BasicTensorView(data, dtype, shape, contiguous_strides(shape), device) {}
 
   /// Throws `UsageError` where shape and strides differ in length or `data` is null although the
   /// tensor has elements.
-  BasicTensorView(Void* data, DType dtype, Dims shape, Dims strides, Device device = {})
+  BasicTensorView(Void* data, DType dtype, const Dims& shape, const Dims& strides,
+                  Device device = {})
       : data_(data),
         shape_(shape),
         strides_(strides),
@@ -269,31 +270,29 @@ class MemoryOwner {
 class Tensor {
  public:
   Tensor() = default;
-  Tensor(TensorView view, std::shared_ptr<MemoryOwner> owner, std::uint64_t block) noexcept
+  Tensor(const TensorView& view, std::shared_ptr<MemoryOwner> owner, std::uint64_t block) noexcept
       : view_(view), owner_(std::move(owner)), block_(block) {}
   Tensor(Tensor&& other) noexcept
-      : view_(std::exchange(other.view_, {})),
-        owner_(std::move(other.owner_)),
-        block_(other.block_) {}
+      : view_(other.view_), owner_(std::move(other.owner_)), block_(other.block_) {
+    other.view_ = {};
+  }
   Tensor& operator=(Tensor&& other) noexcept {
     if (this != &other) {
-      reset();
-      view_ = std::exchange(other.view_, {});
+      release();
+      view_ = other.view_;
       owner_ = std::move(other.owner_);
       block_ = other.block_;
+      other.view_ = {};
     }
     return *this;
   }
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
-  ~Tensor() { reset(); }
+  ~Tensor() { release(); }
 
   /// Frees the memory, in stream order, and leaves an empty tensor.
   void reset() noexcept {
-    if (owner_ != nullptr) {
-      owner_->release(block_);
-      owner_.reset();
-    }
+    release();
     view_ = {};
   }
 
@@ -334,6 +333,13 @@ class Tensor {
   [[nodiscard]] std::size_t bytes() const noexcept { return view_.bytes(); }
 
  private:
+  void release() noexcept {
+    if (owner_ != nullptr) {
+      owner_->release(block_);
+      owner_.reset();
+    }
+  }
+
   TensorView view_;
   std::shared_ptr<MemoryOwner> owner_;
   std::uint64_t block_ = 0;
