@@ -296,11 +296,12 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     backend().ops().correct_partial(out, lses, rank(), arguments.base,
                                     corrected.view().transpose(0, 1), stream);
     const TensorView merged = arguments.merged.transpose(0, 1);
+    // Allocated whatever this rank's strides are, so that all ranks' arenas stay alike.
+    const Tensor sums = arena()->empty(merged.shape(), dtype, stream);
     if (dtype == merged.dtype() && merged.is_contiguous()) {
       reduce_scatter_into(merged, corrected, 0, stream);
       return;
     }
-    const Tensor sums = arena()->empty(merged.shape(), dtype, stream);
     reduce_scatter_into(sums, corrected, 0, stream);
     backend().ops().copy(sums, merged, stream);
   }
