@@ -1,6 +1,5 @@
 #pragma once
 
-#include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -11,6 +10,8 @@
 #include <random>
 #include <sstream>
 #include <string>
+
+#include "cohort/machine.hpp"
 
 /// \file
 /// Who a rank is on its machine, as a plain value that ranks send each other. Needs no CUDA.
@@ -36,14 +37,6 @@ struct ProcessIdentity {
 };
 
 namespace detail {
-
-/// First word of a file, or "" where it cannot be read.
-[[nodiscard]] inline std::string first_word(const char* path) {
-  std::ifstream file(path);
-  std::string word;
-  file >> word;
-  return word;
-}
 
 /// Start of a process in clock ticks since the boot, or 0 where it cannot be read. Together with
 /// the number it names one process for good: field 22 of proc(5)'s stat, counted behind the name,
@@ -77,14 +70,11 @@ namespace detail {
 [[nodiscard]] inline ProcessIdentity this_process() {
   static const std::uint64_t key = detail::random_word();
   ProcessIdentity me;
-  const std::string boot = detail::first_word("/proc/sys/kernel/random/boot_id");
+  const std::string boot = cohort::boot_id();
   std::memcpy(me.boot_id.data(), boot.data(), std::min(boot.size(), me.boot_id.size() - 1));
   me.secret = {detail::random_word(), detail::random_word()};
   me.process_key = key;
-  struct stat name_space {};
-  if (::stat("/proc/self/ns/pid", &name_space) == 0) {
-    me.pid_namespace = static_cast<std::uint64_t>(name_space.st_ino);
-  }
+  me.pid_namespace = cohort::pid_namespace();
   me.start_time = detail::process_start_time("self");
   me.pid = static_cast<std::int64_t>(::getpid());
   me.uid = static_cast<std::uint64_t>(::geteuid());
@@ -99,7 +89,7 @@ namespace detail {
   }
   std::array<char, 256> name{};
   static_cast<void>(::gethostname(name.data(), name.size() - 1));
-  return std::string(name.data()) + detail::first_word("/proc/sys/kernel/random/boot_id");
+  return std::string(name.data()) + boot_id();
 }
 
 }  // namespace cohort

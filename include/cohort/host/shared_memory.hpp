@@ -24,6 +24,7 @@
 
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
+#include "cohort/machine.hpp"
 
 /// \file
 /// Memory that several processes of one user map: an anonymous memory file (memfd_create(2)), found
@@ -48,25 +49,12 @@ struct MemoryHandle {
 };
 static_assert(std::is_trivially_copyable_v<MemoryHandle>);
 
-/// The kernel's boot id: the same for all containers of a machine, different after each boot.
-[[nodiscard]] inline std::string boot_id() {
-  std::ifstream file("/proc/sys/kernel/random/boot_id");
-  std::string id;
-  std::getline(file, id);
-  return id;
-}
-
 [[nodiscard]] inline Cookie make_cookie() {
   Cookie cookie{};
   if (getrandom(cookie.data(), sizeof(cookie), 0) != static_cast<ssize_t>(sizeof(cookie))) {
     throw TransportError({.call = "getrandom", .native_code = errno}, std::strerror(errno));
   }
   return cookie;
-}
-
-[[nodiscard]] inline std::uint64_t pid_namespace() {
-  struct stat status {};
-  return stat("/proc/self/ns/pid", &status) == 0 ? status.st_ino : 0;
 }
 
 /// A file descriptor, closed on destruction.
