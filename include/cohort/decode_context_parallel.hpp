@@ -52,10 +52,8 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   DecodeContextParallelGroup(GroupParts parts, MergeOptions options)
       : GroupCoordinator(std::move(parts)), merge_(options) {
     if (merge_.plan == MergePlan::one_kernel && size() > 1 && peer_kernels() == nullptr) {
-      throw ConfigError(fmt::format("merge plan one_kernel: group {} has no peer mapping ({}{}{})",
-                                    name(), to_string(decision().peer_mapping.reason),
-                                    decision().peer_mapping.detail.empty() ? "" : ": ",
-                                    decision().peer_mapping.detail));
+      throw ConfigError(fmt::format("merge plan one_kernel: group {} has no peer mapping ({})",
+                                    name(), explain(decision().peer_mapping)));
     }
   }
 
@@ -263,13 +261,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const Dims shape{size(), static_cast<std::int64_t>(piece.bytes)};
     const Tensor mine = arena()->empty(shape, DType::u8, stream);
     backend().ops().pack_partial(out, arguments.lse, mine, stream);
-    if (size() == 1) {
-      backend().ops().merge_pieces(mine, arguments.base, arguments.merged, arguments.merged_lse,
-                                   stream);
-      return;
-    }
-    const Tensor pieces = arena()->empty(shape, DType::u8, stream);
-    all_to_all_into(pieces, mine, stream);
+    const Tensor pieces = all_to_all(mine, stream);
     backend().ops().merge_pieces(pieces, arguments.base, arguments.merged, arguments.merged_lse,
                                  stream);
   }
@@ -298,12 +290,11 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const TensorView merged = arguments.merged.transpose(0, 1);
     // Allocated whatever this rank's strides are, so that all ranks' arenas stay alike.
     const Tensor sums = arena()->empty(merged.shape(), dtype, stream);
-    if (dtype == merged.dtype() && merged.is_contiguous()) {
-      reduce_scatter_into(merged, corrected, 0, stream);
-      return;
+    const bool direct = dtype == merged.dtype() && merged.is_contiguous();
+    reduce_scatter_into(direct ? merged : sums.view(), corrected, 0, stream);
+    if (!direct) {
+      backend().ops().copy(sums, merged, stream);
     }
-    reduce_scatter_into(sums, corrected, 0, stream);
-    backend().ops().copy(sums, merged, stream);
   }
 
   MergeOptions merge_;

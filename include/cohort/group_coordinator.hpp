@@ -180,7 +180,7 @@ class GroupCoordinator {
       return alias(x);
     }
     Tensor out = arena_->empty(x.shape(), x.dtype(), stream);
-    all_to_all_into(out, x, stream);
+    issue_all_to_all(out, x, stream);
     return out;
   }
   void all_to_all_into(const TensorView& out, const ConstTensorView& x, StreamRef stream = {}) {
@@ -188,12 +188,7 @@ class GroupCoordinator {
     divided_extents("all_to_all x", x, 0);
     check_like("all_to_all out", out, x, x.shape());
     check_distinct("all_to_all out", out, x);
-    debug_compare("all_to_all", x, 0, {}, 0, &out);
-    if (size_ == 1) {
-      copy_unless_same(x, out, stream);
-    } else {
-      parts_.transport->all_to_all(x, out, stream);
-    }
+    issue_all_to_all(out, x, stream);
   }
 
   /// Sends to a rank of the group, which makes one `recv` of the same shape and dtype. Not
@@ -271,7 +266,6 @@ class GroupCoordinator {
 
  protected:
   [[nodiscard]] Transport* transport() const noexcept { return parts_.transport.get(); }
-  [[nodiscard]] bool debug_checks() const noexcept { return parts_.debug_checks; }
 
   void throw_if_closed() const {
     if (closed_) {
@@ -457,7 +451,7 @@ class GroupCoordinator {
       return alias(x);
     }
     Tensor out = arena_->empty(shape, x.dtype(), stream);
-    gather_into(out, x, sizes, dim, stream);
+    issue_gather(out, x, sizes, dim, stream);
     return out;
   }
 
@@ -465,6 +459,22 @@ class GroupCoordinator {
                    std::span<const std::int64_t> sizes, int dim, StreamRef stream) {
     begin("all_gather x", x, stream);
     check_like("all_gather out", out, x, gathered_shape(x, sizes, dim));
+    issue_gather(out, x, sizes, dim, stream);
+  }
+
+  // The last step of each collective: the call has begun and its arguments are right.
+
+  void issue_all_to_all(const TensorView& out, const ConstTensorView& x, StreamRef stream) {
+    debug_compare("all_to_all", x, 0, {}, 0, &out);
+    if (size_ == 1) {
+      copy_unless_same(x, out, stream);
+    } else {
+      parts_.transport->all_to_all(x, out, stream);
+    }
+  }
+
+  void issue_gather(const TensorView& out, const ConstTensorView& x,
+                    std::span<const std::int64_t> sizes, int dim, StreamRef stream) {
     debug_compare("all_gather", x, dim, sizes, 0, &out);
     if (size_ == 1) {
       copy_unless_same(x, out, stream);
@@ -486,7 +496,7 @@ class GroupCoordinator {
     widest[normalize_dim(dim, x.ndim(), "dim")] = *std::max_element(sizes.begin(), sizes.end());
     Tensor out = arena_->empty(widest, x.dtype(), stream);
     out.shrink_to(shape);
-    scatter_into(out, x, sizes, dim, op, stream);
+    issue_scatter(out, x, sizes, dim, op, stream);
     return out;
   }
 
@@ -495,6 +505,11 @@ class GroupCoordinator {
     begin("reduce_scatter x", x, stream);
     check_reducible("reduce_scatter x", x);
     check_like("reduce_scatter out", out, x, scattered_shape(x, sizes, dim));
+    issue_scatter(out, x, sizes, dim, op, stream);
+  }
+
+  void issue_scatter(const TensorView& out, const ConstTensorView& x,
+                     std::span<const std::int64_t> sizes, int dim, ReduceOp op, StreamRef stream) {
     debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op), &out);
     if (size_ == 1) {
       copy_unless_same(x, out, stream);

@@ -19,7 +19,6 @@
 #include "cohort/agreement.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
-#include "cohort/log.hpp"
 #include "cohort/offset_allocator.hpp"
 #include "cohort/stream.hpp"
 #include "cohort/tensor.hpp"

@@ -85,8 +85,8 @@ struct SymmetricOptions {
   bool enabled = false;
   /// Which groups get windows while `enabled`.
   Selection selection = Selection::automatic();
-  /// `false` keeps the library from mapping peers' memory at all: no inboxes, no kernels of its
-  /// own.
+  /// `false` keeps groups from the one-kernel merge and the fused query gather. What a transport
+  /// maps at all is its backend's option.
   bool peer_mapping = true;
 };
 
@@ -299,15 +299,16 @@ namespace detail {
   return decision.requested && (denied(decision.nccl_windows) || denied(decision.peer_mapping));
 }
 
+/// Why: "ranks out of peer reach: a rank could not import a segment of another rank".
+[[nodiscard]] inline std::string explain(const Answer& answer) {
+  return answer.detail.empty() ? std::string(to_string(answer.reason))
+                               : fmt::format("{}: {}", to_string(answer.reason), answer.detail);
+}
+
 /// One line: "dcp of 4 ranks: windows on; peer mapping off (ranks out of peer reach: ...)".
 [[nodiscard]] inline std::string describe(const SymmetricDecision& decision) {
   const auto words = [](const Answer& answer) {
-    if (answer.on) {
-      return std::string("on");
-    }
-    return answer.detail.empty()
-               ? fmt::format("off ({})", to_string(answer.reason))
-               : fmt::format("off ({}: {})", to_string(answer.reason), answer.detail);
+    return answer.on ? std::string("on") : fmt::format("off ({})", explain(answer));
   };
   return fmt::format("{} of {} rank{}: windows {}; peer mapping {}", to_string(decision.kind),
                      decision.group_size, decision.group_size == 1 ? "" : "s",
