@@ -106,8 +106,8 @@ std::vector<Rank> make_ranks(int n, const Options& options) {
   const auto layout = cuda::InboxLayout::make(
       {.ranks = n,
        .flag_word_bytes = 4 << 20,
-       .bulk_bytes = 12 << 20,
-       .max_blocks = (ranks_per_card == 1 ? 2 : 1) * options.max_blocks / ranks_per_card});
+       .flag_line_bytes = 12 << 20,
+       .max_blocks = options.max_blocks / ranks_per_card});
   connect_cards(options.cards);
   std::vector<Rank> ranks(static_cast<std::size_t>(n));
   std::vector<std::byte*> inboxes;
@@ -133,7 +133,6 @@ std::vector<Rank> make_ranks(int n, const Options& options) {
     table.layout = layout;
     table.rank = static_cast<int>(r);
     table.size = n;
-    table.max_blocks = options.max_blocks / ranks_per_card;
     cuda::initialize_inbox(table, ranks[r].stream, std::chrono::seconds(20));
   }
   wait_for_all(ranks);
@@ -266,12 +265,11 @@ void time_attention(Report& report, std::vector<Rank>& ranks) {
                          .nope_dim = kDim,
                          .pe_dim = kRope};
     };
-    for (const auto path :
-         {cuda::PeerPath::flag_word, cuda::PeerPath::push, cuda::PeerPath::pull}) {
+    for (const auto path : {cuda::PeerPath::flag_word, cuda::PeerPath::flag_line}) {
       const bool words = path == cuda::PeerPath::flag_word;
       const auto fits = [&](std::int64_t lane) {
-        return lane <=
-               (words ? ranks[0].table.layout.ll_words * 8 : ranks[0].table.layout.bulk_lane_bytes);
+        const auto& layout = ranks[0].table.layout;
+        return lane <= (words ? layout.flag_word_capacity() : layout.flag_line_capacity());
       };
       const std::int64_t merge_lane = cuda::merge_lane_bytes(shape, n, path);
       const std::int64_t query_lane = cuda::query_lane_bytes(query_of(ranks[0]), path);
@@ -280,7 +278,8 @@ void time_attention(Report& report, std::vector<Rank>& ranks) {
         report.add(
             fmt::format(R"("op": "{}", "ranks": {}, "batch": {}, "path": "{}", "us": {:.3f}, )"
                         R"("bytes_needed": {}, "bytes_moved": {}, "needed_gb_s": {:.1f})",
-                        op, n, batch, cuda::to_string(path), us, needed, needed * (words ? 2 : 1),
+                        op, n, batch, cuda::to_string(path), us, needed,
+                        words ? needed * 2 : needed / cuda::kLinePayload * cuda::kLineBytes,
                         static_cast<double>(needed) / us / 1e3));
       };
       if (fits(merge_lane)) {
@@ -311,7 +310,6 @@ void time_local(Report& report) {
   one[0].table.peers[0] = device_memory(layout.bytes);
   one[0].table.layout = layout;
   one[0].table.size = 1;
-  one[0].table.max_blocks = 1;
   cuda::initialize_inbox(one[0].table, one[0].stream);
   std::vector<std::byte*> in;
   std::vector<std::byte*> out;

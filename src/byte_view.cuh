@@ -6,11 +6,29 @@
 
 namespace cohort::cuda::detail {
 
+/// Payloads without gaps that start on 8 bytes and are whole words: what tensors are as a rule, and
+/// a fraction of the code.
+struct FlatView {
+  std::byte* base = nullptr;
+  std::int64_t rank_stride = 0;  ///< Bytes from one rank's payload to the next; 0 if there is one.
+};
+
+__device__ __forceinline__ uint2 load_word(const FlatView& view, std::uint32_t word, int rank = 0) {
+  return *reinterpret_cast<const uint2*>(view.base + rank * view.rank_stride +
+                                         std::int64_t{8} * word);
+}
+
+__device__ __forceinline__ void store_word(const FlatView& view, std::uint32_t word, uint2 value,
+                                           int rank = 0) {
+  *reinterpret_cast<uint2*>(view.base + rank * view.rank_stride + std::int64_t{8} * word) = value;
+}
+
 /// [outer][inner] bytes with a stride between outer indices. Word i holds bytes [8i, 8i+8) of the
 /// payload without gaps; bytes beyond the end read as 0 and are not written.
 struct ByteView {
   std::byte* base = nullptr;
   std::int64_t outer_stride = 0;
+  std::int64_t rank_stride = 0;  ///< As in `FlatView`.
   std::uint32_t total = 0;
   std::uint32_t inner = 1;
   FastDiv words_per_inner;
@@ -20,17 +38,21 @@ struct ByteView {
 
   ByteView() = default;
   ByteView(const void* data, std::int64_t outer, std::int64_t inner_bytes, std::int64_t stride,
-           std::int64_t other_stride)
+           std::int64_t stride_between_ranks)
       : base(static_cast<std::byte*>(const_cast<void*>(data))),
         outer_stride(stride),
+        rank_stride(stride_between_ranks),
         total(static_cast<std::uint32_t>(outer * inner_bytes)),
         inner(static_cast<std::uint32_t>(std::max<std::int64_t>(inner_bytes, 1))),
         words_per_inner(std::max<std::int64_t>(inner_bytes / 8, 1)),
         bytes_per_inner(std::max<std::int64_t>(inner_bytes, 1)),
         contiguous(outer <= 1 || stride == inner_bytes) {
-    aligned = is_aligned<uint2>(data) && other_stride % 8 == 0 &&
+    aligned = is_aligned<uint2>(data) && rank_stride % 8 == 0 &&
               (contiguous || (inner_bytes % 8 == 0 && stride % 8 == 0));
   }
+
+  [[nodiscard]] bool is_flat() const { return contiguous && aligned && total % 8 == 0 && total > 0; }
+  [[nodiscard]] FlatView flat() const { return {base, rank_stride}; }
 
   __device__ __forceinline__ std::byte* word_at(std::uint32_t word) const {
     if (contiguous) {
@@ -46,27 +68,29 @@ struct ByteView {
   }
 };
 
-/// The words that the fast path cannot take, byte by byte; out of line to keep kernels small.
-static __device__ __noinline__ uint2 load_word_bytes(const ByteView& view, std::uint32_t first,
+/// The words that the fast path cannot take, byte by byte.
+__device__ __forceinline__ uint2 load_word_bytes(const ByteView& view, std::uint32_t first,
                                                      std::int64_t offset) {
   std::uint64_t bits = 0;
+#pragma unroll 1
   for (std::uint32_t k = 0; k < 8 && first + k < view.total; ++k) {
     bits |= static_cast<std::uint64_t>(view.byte_at(first + k)[offset]) << (8 * k);
   }
   return make_uint2(static_cast<std::uint32_t>(bits), static_cast<std::uint32_t>(bits >> 32));
 }
 
-static __device__ __noinline__ void store_word_bytes(const ByteView& view, std::uint32_t first,
+__device__ __forceinline__ void store_word_bytes(const ByteView& view, std::uint32_t first,
                                                      uint2 value, std::int64_t offset) {
   const std::uint64_t bits = value.x | (static_cast<std::uint64_t>(value.y) << 32);
+#pragma unroll 1
   for (std::uint32_t k = 0; k < 8 && first + k < view.total; ++k) {
     view.byte_at(first + k)[offset] = static_cast<std::byte>(bits >> (8 * k));
   }
 }
 
-/// `offset` moves the whole view, to another rank's share.
-__device__ __forceinline__ uint2 load_word(const ByteView& view, std::uint32_t word,
-                                           std::int64_t offset = 0) {
+/// Of a rank's payload, where the view has one for each rank.
+__device__ __forceinline__ uint2 load_word(const ByteView& view, std::uint32_t word, int rank = 0) {
+  const std::int64_t offset = rank * view.rank_stride;
   if (view.aligned && word * 8 + 8 <= view.total) {
     return *reinterpret_cast<const uint2*>(view.word_at(word) + offset);
   }
@@ -74,7 +98,8 @@ __device__ __forceinline__ uint2 load_word(const ByteView& view, std::uint32_t w
 }
 
 __device__ __forceinline__ void store_word(const ByteView& view, std::uint32_t word, uint2 value,
-                                           std::int64_t offset = 0) {
+                                           int rank = 0) {
+  const std::int64_t offset = rank * view.rank_stride;
   if (view.aligned && word * 8 + 8 <= view.total) {
     *reinterpret_cast<uint2*>(view.word_at(word) + offset) = value;
   } else {
@@ -83,5 +108,15 @@ __device__ __forceinline__ void store_word(const ByteView& view, std::uint32_t w
 }
 
 inline std::int64_t words_of(std::int64_t bytes) { return ceil_div(bytes, 8); }
+
+/// Calls `call(from, to)` with the simplest views that both sides allow.
+template <class Call>
+void with_views(const ByteView& from, const ByteView& to, const Call& call) {
+  if (from.is_flat() && to.is_flat()) {
+    call(from.flat(), to.flat());
+  } else {
+    call(from, to);
+  }
+}
 
 }  // namespace cohort::cuda::detail

@@ -25,7 +25,10 @@ void initialize_inbox(const PeerTable& table, cudaStream_t stream, std::chrono::
   std::byte* inbox = own_inbox(table);
   check_cuda(cudaMemsetAsync(inbox, 0, static_cast<std::size_t>(table.layout.bytes), stream),
              "cudaMemsetAsync");
-  write_word(inbox + offsetof(InboxControl, epoch), after_epoch, stream);
+  for (int i = 0; i < kEpochRecords; ++i) {
+    const auto at = sizeof(InboxControl) + static_cast<std::size_t>(i) * sizeof(EpochRecord);
+    write_word(inbox + at + offsetof(EpochRecord, epoch), after_epoch, stream);
+  }
   set_inbox_limit(table, limit, stream);
 }
 

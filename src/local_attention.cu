@@ -270,7 +270,7 @@ void merge_pieces(const MergeShape& shape, int n, const void* pieces, const Merg
 
 void pack_query(const Query& query, void* out, std::int64_t out_batch_stride,
                 std::int64_t out_head_stride, cudaStream_t stream) {
-  const std::int64_t bytes = query_lane_bytes(query, PeerPath::push);  // checks the query
+  const std::int64_t bytes = query_lane_bytes(query, PeerPath::flag_line);  // checks the query
   if (bytes == 0) {
     return;
   }

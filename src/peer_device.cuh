@@ -1,42 +1,94 @@
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "elements.cuh"
 
-// What peer kernels are made of: entering a call, flag words, block flags and bounded waits.
+// What peer kernels are made of: entering a call, flag words, flag lines and bounded waits.
 //
 // Memory order. Four kinds of words are written by one rank and awaited by another; `volatile`
 // accesses in PTX are relaxed with system scope (PTX ISA, "Memory Consistency Model").
 //
-//  1. Flag words (ll_store, ll_load). Flag and payload share one 8-byte half of a 16-byte aligned
+//  1. Flag words (ll_store, ll_receive). Flag and payload share one 8-byte half of a 16-byte aligned
 //     vector access, so whoever sees the flag sees the payload; nothing else is released by it. The
 //     halves are checked apart: no atomicity beyond 8 bytes is assumed. NCCL's LL protocol rests on
 //     the same property (NCCL, src/device/prims_ll.h).
-//  2. Block flags (signal_chunk, wait_chunk). The block's payload stores happen before
-//     __syncthreads(), which orders them before the signalling thread's st.release.sys (release is
-//     cumulative over the barrier). The waiting thread's ld.acquire.sys that observes it, then
-//     __syncthreads(), order them before the block's payload loads.
-//  3. The epoch. Written by one thread of the launch after all blocks have read it
-//     (advance_epoch); read by the next launch, behind cudaGridDependencySynchronize(), which
-//     waits for the completion of the writing launch and its memory.
-//  4. The error word. Relaxed: it carries its whole meaning in itself.
+//  2. Flag lines (line_store, line_load). Eight neighbouring threads of a warp store a whole,
+//     aligned line of 128 bytes with one instruction, and eight threads load it with one. Both travel as
+//     one request, and NVLink and the second-level cache keep a line's request whole, so whoever
+//     sees the flag in its last 8 bytes sees all of it. PTX does not promise this: it is a property
+//     of the hardware, on which NCCL's LL128 protocol rests (NCCL, src/device/prims_ll128.h) and
+//     for which NCCL allows it over NVLink only (src/graph/tuning.cc). So do we: see
+//     `PeerPath::flag_line`.
+//  3. The barrier (barrier_kernel) has fences around its flag words.
+//  4. Epochs and error words. The epoch is read at the start of a launch, behind
+//     cudaGridDependencySynchronize(), which waits for the completion of the launch before and its
+//     memory. Error words are relaxed: each carries its whole meaning in itself.
 //
 // Reuse of a slot needs reads of epoch e to be over before stores of e+2 land; inbox.hpp says why
 // they are. The link from a kernel's reads to the next kernel's signal is the kernel boundary.
 
 namespace cohort::cuda::detail {
 
+inline constexpr unsigned kWarp = 32;
+inline constexpr unsigned kFullWarp = 0xffffffffU;
+
+/// What a kernel is told of its group: of the table, what its hot path reads. Every launch fetches
+/// its parameters anew, so they are few.
+template <int kRanks>
+struct Group {
+  static constexpr int kMost = kRanks > 0 ? kRanks : kMaxPeers;
+
+  /// From this rank on: peers[k] is the inbox of rank (rank + k) mod n, so that each rank starts
+  /// with another peer, and peers[0] is the own one.
+  std::byte* peers[kMost];
+  std::int64_t ll_offset;
+  std::int64_t line_offset;
+  std::int64_t lines;
+  std::uint32_t ll_words;
+  std::uint32_t delay_seed;
+  int rank;
+  int ranks;
+
+  explicit Group(const PeerTable& t)
+      : peers{},
+        ll_offset(t.layout.ll_offset),
+        line_offset(t.layout.line_offset),
+        lines(t.layout.lines),
+        ll_words(static_cast<std::uint32_t>(t.layout.ll_words)),
+        delay_seed(t.delay_seed),
+        rank(t.rank),
+        ranks(t.size) {
+    for (int k = 0; k < t.size; ++k) {
+      peers[k] = t.peers[(t.rank + k) % t.size];
+    }
+  }
+
+  __device__ __forceinline__ int size() const { return kRanks > 0 ? kRanks : ranks; }
+  __device__ __forceinline__ std::byte* own() const { return peers[0]; }
+  /// The rank whose inbox is peers[k].
+  __device__ __forceinline__ int rank_at(int k) const {
+    const int r = rank + k;
+    return r < size() ? r : r - size();
+  }
+};
+
 /// One call, as a thread sees it.
 struct Call {
-  std::uint64_t epoch;
-  std::uint32_t flag;  ///< Lower half of the epoch: what flag words carry.
+  std::uint64_t epoch;  ///< What flag lines carry.
+  std::uint32_t flag;   ///< Lower half of the epoch: what flag words carry.
   std::uint32_t slot;
 };
 
 __device__ __forceinline__ InboxControl* control(std::byte* inbox) {
   return reinterpret_cast<InboxControl*>(inbox);
+}
+
+__device__ __forceinline__ EpochRecord* record(std::byte* inbox, std::uint32_t i) {
+  return reinterpret_cast<EpochRecord*>(inbox + sizeof(InboxControl)) + i;
 }
 
 __device__ __forceinline__ std::uint64_t global_time() {
@@ -45,9 +97,10 @@ __device__ __forceinline__ std::uint64_t global_time() {
   return now;
 }
 
-/// For tests: some blocks, at some epochs, wait up to some ten microseconds.
-static __device__ __noinline__ void delay_randomly(std::uint32_t seed, int rank, std::uint32_t flag,
-                                                   std::uint32_t point) {
+/// For tests: some blocks, at some epochs, wait up to some ten microseconds. Inlined, like all else
+/// that kernels may meet on their way: a call costs registers on the paths that do not take it.
+__device__ __forceinline__ void delay_randomly(std::uint32_t seed, int rank, std::uint32_t flag,
+                                               std::uint32_t point) {
   std::uint32_t x = seed ^ (static_cast<std::uint32_t>(rank) * 0x9e3779b9U) ^ (flag * 0x85ebca6bU) ^
                     (blockIdx.x * 0xc2b2ae35U) ^ (point * 0x27d4eb2fU);
   x ^= x >> 15, x *= 0x2c1b3c6dU, x ^= x >> 12, x *= 0x297a2d39U, x ^= x >> 15;
@@ -59,18 +112,20 @@ static __device__ __noinline__ void delay_randomly(std::uint32_t seed, int rank,
   }
 }
 
-__device__ __forceinline__ void delay_point(const PeerTable& t, const Call& c,
+template <int kRanks>
+__device__ __forceinline__ void delay_point(const Group<kRanks>& g, const Call& c,
                                             std::uint32_t point) {
-  if (t.delay_seed != 0) {
-    delay_randomly(t.delay_seed, t.rank, c.flag, point);
+  if (__builtin_expect(g.delay_seed != 0, 0)) {
+    delay_randomly(g.delay_seed, g.rank, c.flag, point);
   }
 }
 
-static_assert(offsetof(InboxControl, epoch) == 0 && offsetof(InboxControl, error) == 8,
-              "read_epoch() reads both in one load");
+__device__ __forceinline__ void system_fence() {
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
 
 /// First statement of every peer kernel, in all threads. Loads of what earlier work has written may
-/// follow at once; `read_epoch` comes before the first store that a peer sees.
+/// follow at once; `enter` comes before the first store that a peer sees.
 __device__ __forceinline__ void begin() {
   // Before the first load that depends on earlier work and before the first remote store. Reached
   // by every thread, also of failing groups: otherwise this launch could complete before its
@@ -78,116 +133,59 @@ __device__ __forceinline__ void begin() {
   cudaGridDependencySynchronize();
 }
 
+static_assert(offsetof(EpochRecord, epoch) == 0 && offsetof(EpochRecord, error) == 8,
+              "read_epoch() reads both in one load");
+
 /// The call's epoch. False if the group has failed.
-__device__ __forceinline__ bool read_epoch(const PeerTable& t, Call& c) {
+template <int kRanks>
+__device__ __forceinline__ bool read_epoch(const Group<kRanks>& g, Call& c) {
   std::uint64_t previous;
   std::uint64_t error;
   asm volatile("ld.volatile.global.v2.u64 {%0,%1},[%2];"
                : "=l"(previous), "=l"(error)
-               : "l"(&control(t.peers[t.rank])->epoch)
+               : "l"(record(g.own(), blockIdx.x % kEpochRecords))
                : "memory");
   c.epoch = next_epoch(previous);
   c.flag = static_cast<std::uint32_t>(c.epoch);
   c.slot = c.flag & 1U;
-  delay_point(t, c, 0);
+  delay_point(g, c, 0);
   return error == 0;
-}
-
-// --- addresses
-// ------------------------------------------------------------------------------------
-
-__device__ __forceinline__ std::byte* ll_lane(const PeerTable& t, int at, std::uint32_t slot,
-                                              int source) {
-  return t.peers[at] + t.layout.ll_offset +
-         (static_cast<std::int64_t>(slot) * t.size + source) * t.layout.ll_words * 16;
-}
-
-__device__ __forceinline__ std::byte* bulk_lane(const PeerTable& t, int at, std::uint32_t slot,
-                                                int lane) {
-  return t.peers[at] + t.layout.bulk_offset +
-         (static_cast<std::int64_t>(slot) * t.size + lane) * t.layout.bulk_lane_bytes;
-}
-
-__device__ __forceinline__ std::uint64_t* block_flag(const PeerTable& t, int at, std::uint32_t slot,
-                                                     int source) {
-  return reinterpret_cast<std::uint64_t*>(
-      t.peers[at] + t.layout.flags_offset +
-      ((static_cast<std::int64_t>(slot) * t.size + source) * t.layout.max_blocks + blockIdx.x) *
-          16);
-}
-
-// --- the epoch
-// ------------------------------------------------------------------------------------
-
-/// Makes this call's epoch the last one and wipes one old flag word a lane. All threads of all
-/// blocks, once, off the critical path: after the sends. Contains __syncthreads().
-///
-/// @param ll_used  Words of each lane that this call uses; the same on all ranks.
-///
-/// The epoch: every thread has used the value that it read (in its first stores, or in the branch
-/// on the error word) before __syncthreads(), thread 0's arrival comes after, and the store depends
-/// on the last arrival. So a read that returned the new epoch would have to depend on itself, which
-/// PTX excludes ("No-Thin-Air"), and no block of this launch observes it. The arrival is relaxed on
-/// purpose: acquire-release would first wait for the sends to be acknowledged by the peers. One
-/// word serves launches of every grid size.
-///
-/// Wiping: a flag word could match by accident if it was last written 2^32 epochs ago. Call e
-/// clears word (e/2 mod ll_words) of every lane of its own slot unless the call uses that word, in
-/// which case it is written with e. Nobody else touches an unused word of slot e until a peer
-/// reaches e+2. So every word is 0 or at most 2*ll_words epochs old.
-__device__ __forceinline__ void advance_epoch(const PeerTable& t, const Call& c,
-                                              std::uint32_t ll_used) {
-  InboxControl* own = control(t.peers[t.rank]);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    bool last = true;
-    if (gridDim.x > 1) {
-      std::uint32_t before;
-      asm volatile("atom.relaxed.gpu.global.inc.u32 %0,[%1],%2;"
-                   : "=r"(before)
-                   : "l"(&own->arrived), "r"(gridDim.x - 1)
-                   : "memory");
-      last = before == gridDim.x - 1;  // and `arrived` is 0 again
-    }
-    if (last) {
-      asm volatile("st.volatile.global.u64 [%0],%1;" ::"l"(&own->epoch), "l"(c.epoch) : "memory");
-    }
-  } else if (blockIdx.x == 0 && threadIdx.x <= static_cast<unsigned>(t.size)) {
-    const std::uint32_t word =
-        static_cast<std::uint32_t>(c.epoch >> 1) % static_cast<std::uint32_t>(t.layout.ll_words);
-    if (word >= ll_used) {
-      std::byte* lane = ll_lane(t, t.rank, c.slot, static_cast<int>(threadIdx.x) - 1);
-      *reinterpret_cast<uint4*>(lane + std::int64_t{16} * word) = make_uint4(0, 0, 0, 0);
-    }
-  }
 }
 
 // --- bounded waits
 // --------------------------------------------------------------------------------
 
-/// Sets the own error word, unless it is set, and pushes it to every peer: late ones then leave at
+/// Sets the own error word, unless it is set, and pushes it to every rank: late ones then leave at
 /// entry, and those that wait in this call leave at their next look.
-static __device__ __noinline__ void report_missing(const PeerTable& t, std::uint64_t epoch,
+template <int kRanks>
+static __device__ __noinline__ void report_missing(const Group<kRanks>& g, std::uint64_t epoch,
                                                    int missing) {
   const std::uint64_t word = InboxError::encode(epoch, missing);
-  auto* own = reinterpret_cast<unsigned long long*>(&control(t.peers[t.rank])->error);
+  auto* own = reinterpret_cast<unsigned long long*>(&control(g.own())->error);
   if (atomicCAS_system(own, 0ULL, static_cast<unsigned long long>(word)) != 0) {
     return;
   }
-  for (int p = 0; p < t.size; ++p) {
-    if (p != t.rank) {
-      asm volatile("st.volatile.global.u64 [%0],%1;" ::"l"(&control(t.peers[p])->error), "l"(word)
-                   : "memory");
+  const auto set = [word](std::uint64_t* to) {
+    asm volatile("st.volatile.global.u64 [%0],%1;" ::"l"(to), "l"(word) : "memory");
+  };
+  for (int k = 0; k < g.size(); ++k) {
+    if (k > 0) {
+      set(&control(g.peers[k])->error);
+    }
+    for (int i = 0; i < kEpochRecords; ++i) {
+      set(&record(g.peers[k], i)->error);
     }
   }
 }
 
 inline constexpr std::uint64_t kWaitIsOver = ~std::uint64_t{0};
 
-/// Looks at the error word and the clock. Returns when the wait began, or kWaitIsOver.
-static __device__ __noinline__ std::uint64_t look_at_clock(const PeerTable& t, std::uint64_t epoch,
-                                                           int missing, std::uint64_t start) {
-  const volatile InboxControl* own = control(t.peers[t.rank]);
+/// Looks at the error word and the clock. Returns when the wait began, or kWaitIsOver. `missing` is
+/// -1 in a thread that misses nothing and polls with its warp.
+template <int kRanks>
+__device__ __forceinline__ std::uint64_t look_at_clock(const Group<kRanks>& g, std::uint64_t epoch,
+                                                       int missing, std::uint64_t start) {
+  const volatile InboxControl* own = control(g.own());
   if (own->error != 0) {
     return kWaitIsOver;
   }
@@ -198,7 +196,9 @@ static __device__ __noinline__ std::uint64_t look_at_clock(const PeerTable& t, s
   if (now - start < own->limit_ns) {
     return start;
   }
-  report_missing(t, epoch, missing);
+  if (missing >= 0) {
+    report_missing(g, epoch, missing);
+  }
   return kWaitIsOver;
 }
 
@@ -207,11 +207,12 @@ class Patience {
  public:
   /// After a poll that missed rank `missing`. True if the wait is over: the limit is reached, or
   /// another thread or rank has failed.
-  __device__ __forceinline__ bool is_over(const PeerTable& t, const Call& c, int missing) {
-    if ((++polls_ % kPollsPerLook) != 0) {
+  template <int kRanks>
+  __device__ __forceinline__ bool is_over(const Group<kRanks>& g, const Call& c, int missing) {
+    if (__builtin_expect((++polls_ % kPollsPerLook) != 0, 1)) {
       return false;
     }
-    start_ = look_at_clock(t, c.epoch, missing, start_);
+    start_ = look_at_clock(g, c.epoch, missing, start_);
     return start_ == kWaitIsOver;
   }
 
@@ -224,149 +225,245 @@ class Patience {
 // --- flag words
 // -----------------------------------------------------------------------------------
 
-__device__ __forceinline__ void ll_store(std::byte* lane, std::uint32_t word, uint2 value,
-                                         std::uint32_t flag) {
-  asm volatile(
-      "st.volatile.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(lane + std::int64_t{16} * word),
-      "r"(value.x), "r"(flag), "r"(value.y), "r"(flag)
-      : "memory");
+/// Where a word of the lane of `source` lies in every inbox.
+template <int kRanks>
+__device__ __forceinline__ std::int64_t ll_place(const Group<kRanks>& g, const Call& c, int source,
+                                                 std::uint32_t word) {
+  const auto lane = c.slot * static_cast<std::uint32_t>(g.size()) + static_cast<std::uint32_t>(source);
+  return g.ll_offset + (std::int64_t{lane} * g.ll_words + word) * 16;
 }
 
-__device__ __forceinline__ uint4 ll_load(const std::byte* lane, std::uint32_t word) {
+__device__ __forceinline__ void ll_store(std::byte* to, uint2 value, std::uint32_t flag) {
+  asm volatile("st.volatile.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(to), "r"(value.x), "r"(flag),
+               "r"(value.y), "r"(flag)
+               : "memory");
+}
+
+__device__ __forceinline__ uint4 ll_load(const std::byte* from) {
   uint4 v;
   asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3},[%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(lane + std::int64_t{16} * word)
+               : "l"(from)
                : "memory");
   return v;
+}
+
+/// The same where it is wanted; without a branch, so that loads that follow each other are all on
+/// their way before the first is looked at.
+__device__ __forceinline__ void ll_load_if(bool wanted, const std::byte* from, uint4& v) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p,%5,0; @p ld.volatile.global.v4.u32 {%0,%1,%2,%3},[%4];}"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(from), "r"(static_cast<unsigned>(wanted))
+      : "memory");
+}
+
+/// 0 if both halves of a flag word carry the call's flag.
+__device__ __forceinline__ std::uint32_t ll_differs(uint4 v, const Call& c) {
+  return (v.y ^ c.flag) | (v.w ^ c.flag);
 }
 
 /// Ranks that a thread polls at once: all of them where the number is a constant.
 template <int kRanks>
 inline constexpr int kBatch = kRanks > 0 ? kRanks : 8;
 
-template <int kRanks>
-__device__ __forceinline__ int ranks_of(const PeerTable& t) {
-  return kRanks > 0 ? kRanks : t.size;
-}
-
 /// Sends one word to the same place of every peer's inbox.
 template <int kRanks>
-__device__ __forceinline__ void ll_send_all(const PeerTable& t, const Call& c, std::uint32_t word,
-                                            uint2 value) {
+__device__ __forceinline__ void ll_send_all(const Group<kRanks>& g, const Call& c,
+                                            std::uint32_t word, uint2 value) {
+  const std::int64_t place = ll_place(g, c, g.rank, word);
 #pragma unroll
-  for (int p = 0; p < ranks_of<kRanks>(t); ++p) {
-    if (p != t.rank) {
-      ll_store(ll_lane(t, p, c.slot, t.rank), word, value, c.flag);
-    }
+  for (int k = 1; k < g.size(); ++k) {
+    ll_store(g.peers[k] + place, value, c.flag);
   }
 }
 
-/// Waits for the given words from ranks [first, first + kBatch) but this one, and returns their
-/// payload: values[k][j] is word k of rank first + j. All loads of a round are in flight together.
-/// False if the wait failed.
-template <int kRanks, int kWords>
-__device__ __forceinline__ bool ll_receive(const PeerTable& t, const Call& c, int first,
-                                           const std::uint32_t (&words)[kWords],
-                                           uint2 (&values)[kWords][kBatch<kRanks>],
+/// Whether it is another rank of the group.
+template <int kRanks>
+__device__ __forceinline__ bool is_peer(const Group<kRanks>& g, int rank) {
+  return rank < g.size() && rank != g.rank;
+}
+
+/// Waits for a word of each of the ranks [first, first + kBatch) but this one, and returns their
+/// payload by rank. All loads of a round are in flight together. False if the wait failed.
+template <int kRanks>
+__device__ __forceinline__ bool ll_receive(const Group<kRanks>& g, const Call& c, int first,
+                                           std::uint32_t word, uint2 (&values)[kBatch<kRanks>],
                                            Patience& patience) {
-  const int n = ranks_of<kRanks>(t);
-  const std::byte* lane = ll_lane(t, t.rank, c.slot, first);
-  const std::int64_t lane_bytes = t.layout.ll_words * 16;
+  const std::byte* lane = g.own() + ll_place(g, c, first, word);
+  const std::int64_t lane_bytes = std::int64_t{g.ll_words} * 16;
+  uint4 words[kBatch<kRanks>] = {};
   while (true) {
     std::uint32_t wrong = 0;
     int missing = first;
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
-      if (first + j < n && first + j != t.rank) {
-        std::uint32_t differs = 0;
+      ll_load_if(is_peer(g, first + j), lane + j * lane_bytes, words[j]);
+    }
 #pragma unroll
-        for (int k = 0; k < kWords; ++k) {
-          const uint4 v = ll_load(lane + j * lane_bytes, words[k]);
-          values[k][j] = make_uint2(v.x, v.z);
-          differs |= (v.y ^ c.flag) | (v.w ^ c.flag);
-        }
-        missing = differs != 0 ? first + j : missing;
-        wrong |= differs;
-      }
+    for (int j = 0; j < kBatch<kRanks>; ++j) {
+      const std::uint32_t differs = is_peer(g, first + j) ? ll_differs(words[j], c) : 0;
+      missing = differs != 0 ? first + j : missing;
+      wrong |= differs;
     }
     if (wrong == 0) {
-      return true;
+      break;
     }
-    if (patience.is_over(t, c, missing)) {
+    if (patience.is_over(g, c, missing)) {
       return false;
     }
   }
+#pragma unroll
+  for (int j = 0; j < kBatch<kRanks>; ++j) {
+    values[j] = make_uint2(words[j].x, words[j].z);
+  }
+  return true;
 }
 
-// --- block flags
-// ----------------------------------------------------------------------------------
+// --- entering a call
+// -------------------------------------------------------------------------------
 
-/// Tells every peer's block of the same index that this block's chunk is complete. Flags grow
-/// within an epoch and with epochs (48 bits of them), so `>=` needs no wiping. All threads of the
-/// block.
-__device__ __forceinline__ void signal_chunk(const PeerTable& t, const Call& c,
-                                             std::uint32_t chunk) {
-  __syncthreads();
-  const int p = static_cast<int>(threadIdx.x);
-  if (p < t.size && p != t.rank) {
-    asm volatile("st.release.sys.global.u64 [%0],%1;" ::"l"(block_flag(t, p, c.slot, t.rank)),
-                 "l"((c.epoch << 16) | (chunk + 1))
+/// The threads of a block that do the call's work: all but its last warp, which keeps the books.
+__device__ __forceinline__ std::uint32_t workers() { return blockDim.x - kWarp; }
+/// This thread's number among all workers of the launch, and how many there are.
+__device__ __forceinline__ std::uint32_t worker_number() {
+  return blockIdx.x * workers() + threadIdx.x;
+}
+__device__ __forceinline__ std::uint32_t worker_count() { return gridDim.x * workers(); }
+
+/// Makes this call's epoch the last one and wipes one old flag word of each lane. One warp of every
+/// block, when all threads of the block have read the epoch.
+///
+/// @param ll_used  Flag words of each lane that this call uses; the same on all ranks.
+///
+/// The epoch: each block's arrival comes after its threads have read the records (they have
+/// branched on the error word, which came with the same load), and the stores depend on the last
+/// arrival. So no block of this launch observes the new epoch. The arrival is relaxed on purpose:
+/// acquire-release would first wait for sends to be acknowledged by the peers.
+///
+/// Wiping: a flag word could match by accident if it was last written 2^32 epochs ago. Call e
+/// clears word e/2 mod ll_words of every lane of its own slot unless the call uses that word, in
+/// which case it is written with e. Nobody else touches an unused word of slot e until a peer
+/// reaches e+2. So every word is 0 or at most 2*ll_words epochs old. Flag lines carry the whole
+/// epoch, which does not wrap.
+template <int kRanks>
+__device__ __forceinline__ void keep_books(const Group<kRanks>& g, const Call& c,
+                                           std::uint32_t ll_used) {
+  const std::uint32_t thread = threadIdx.x % kWarp;
+  if (blockIdx.x == 0 && thread < static_cast<unsigned>(g.size())) {
+    const std::uint32_t word = static_cast<std::uint32_t>(c.epoch >> 1) & (g.ll_words - 1);
+    if (word >= ll_used) {
+      std::byte* old = g.own() + ll_place(g, c, static_cast<int>(thread), word);
+      *reinterpret_cast<uint4*>(old) = make_uint4(0, 0, 0, 0);
+    }
+  }
+  std::uint32_t before = gridDim.x - 1;
+  if (gridDim.x > 1 && thread == 0) {
+    asm volatile("atom.relaxed.gpu.global.inc.u32 %0,[%1],%2;"
+                 : "=r"(before)
+                 : "l"(&control(g.own())->arrived), "r"(gridDim.x - 1)
+                 : "memory");
+  }
+  const bool last = __shfl_sync(kFullWarp, before, 0) == gridDim.x - 1;  // and `arrived` is 0 again
+  if (last && thread < kEpochRecords) {
+    asm volatile("st.volatile.global.u64 [%0],%1;" ::"l"(&record(g.own(), thread)->epoch),
+                 "l"(c.epoch)
                  : "memory");
   }
 }
 
-/// Waits for the same chunk of every peer. All threads of the block; false in all if it failed.
-__device__ __forceinline__ bool wait_chunk(const PeerTable& t, const Call& c, std::uint32_t chunk,
-                                           Patience& patience) {
-  bool failed = false;
-  const int p = static_cast<int>(threadIdx.x);
-  if (p < t.size && p != t.rank) {
-    const std::uint64_t* flag = block_flag(t, t.rank, c.slot, p);
-    while (true) {
-      std::uint64_t value;
-      asm volatile("ld.acquire.sys.global.u64 %0,[%1];" : "=l"(value) : "l"(flag) : "memory");
-      if (value >= ((c.epoch << 16) | (chunk + 1))) {
-        break;
-      }
-      if (patience.is_over(t, c, p)) {
-        failed = true;
-        break;
-      }
+/// Enters the call, in all threads of all blocks: gives workers its epoch, and has the last warp
+/// keep the books meanwhile. False in threads that have no more to do: those of the last warp, and
+/// all where the group has failed. Loads of what earlier work has written may be under way.
+template <int kRanks>
+__device__ __forceinline__ bool enter(const Group<kRanks>& g, Call& c, std::uint32_t ll_used) {
+  const bool good = read_epoch(g, c);
+  // A warp that finds the group failed arrives all the same, so that nobody waits for it.
+  if (threadIdx.x >= workers()) {
+    asm volatile("barrier.cta.sync 1,%0;" ::"r"(blockDim.x) : "memory");
+    if (good) {
+      keep_books(g, c, ll_used);
     }
+    return false;
   }
-  return __syncthreads_or(failed ? 1 : 0) == 0;
+  asm volatile("barrier.cta.arrive 1,%0;" ::"r"(blockDim.x) : "memory");
+  return good;
 }
 
-/// The first words that a thread sends to each rank, loaded while the epoch is on its way. Where
-/// the number of ranks is no constant nothing is loaded ahead.
+// --- flag lines
+// -----------------------------------------------------------------------------------
+
+// A line holds 15 words of 8 bytes and the epoch. A warp moves four lines at a time, a group: 60
+// words, of which each thread has two neighbouring ones, and every eighth thread one and the flag.
+inline constexpr std::uint32_t kLineWords = kLinePayload / 8;
+inline constexpr std::uint32_t kGroupLines = 4;
+inline constexpr std::uint32_t kGroupWords = kGroupLines * kLineWords;
+
+/// A thread's part of a group of lines.
+struct LinePart {
+  std::uint32_t line;  ///< Of the lane.
+  std::uint32_t word;  ///< First of the two words.
+  std::uint32_t offset;  ///< Bytes into the line.
+  bool flag;           ///< Has the flag instead of the second word.
+
+  __device__ __forceinline__ explicit LinePart(std::uint32_t group) {
+    const std::uint32_t thread = threadIdx.x & 31U;
+    line = group * kGroupLines + (thread >> 3);
+    word = line * kLineWords + 2 * (thread & 7U);
+    offset = 16 * (thread & 7U);
+    flag = (thread & 7U) == 7U;
+  }
+};
+
+/// Where a thread's part of a line of the lane of `source` lies in every inbox.
 template <int kRanks>
-class Ahead {
- public:
-  /// `load(p)` is the word for rank p.
-  template <class Load>
-  __device__ __forceinline__ Ahead(const PeerTable& t, bool any, const Load& load) {
-    if constexpr (kRanks > 0) {
-#pragma unroll
-      for (int p = 0; p < kRanks; ++p) {
-        words_[p] = any && p != t.rank ? load(p) : make_uint2(0, 0);
-      }
-    }
-  }
+__device__ __forceinline__ std::int64_t line_place(const Group<kRanks>& g, const Call& c,
+                                                   int source, const LinePart& part) {
+  const auto lane = c.slot * static_cast<std::uint32_t>(g.size()) + static_cast<std::uint32_t>(source);
+  return g.line_offset + (lane * g.lines + part.line) * kLineBytes + part.offset;
+}
 
-  /// The word for rank p if `is_first`, otherwise a fresh one.
-  template <class Load>
-  __device__ __forceinline__ uint2 get(int p, bool is_first, const Load& load) const {
-    if constexpr (kRanks > 0) {
-      if (is_first) {
-        return words_[p];
-      }
-    }
-    return load(p);
-  }
+/// All threads that have a part of the line, together: lines beyond the payload are left out whole.
+__device__ __forceinline__ void line_store(std::byte* to, uint2 first, uint2 second, const Call& c,
+                                           const LinePart& part) {
+  const auto low = static_cast<std::uint32_t>(c.epoch);
+  const auto high = static_cast<std::uint32_t>(c.epoch >> 32);
+  asm volatile("st.volatile.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(to), "r"(first.x),
+               "r"(first.y), "r"(part.flag ? low : second.x), "r"(part.flag ? high : second.y)
+               : "memory");
+}
 
- private:
-  uint2 words_[kRanks > 0 ? kRanks : 1];
+/// 0 unless the thread has the flag and it is not the call's.
+__device__ __forceinline__ std::uint32_t line_differs(uint4 v, const Call& c,
+                                                      const LinePart& part) {
+  const auto low = static_cast<std::uint32_t>(c.epoch);
+  const auto high = static_cast<std::uint32_t>(c.epoch >> 32);
+  return part.flag ? (v.z ^ low) | (v.w ^ high) : 0;
+}
+
+/// What a warp does in a call with lines. While every group has a warp of its own, that warp sends
+/// the group and then waits for the peers'. Where there are more groups than warps, a quarter of a
+/// block's warps send and the others receive: senders wait for the link, and nothing that waits for
+/// peers must hold them up. Neighbouring groups are on different multiprocessors.
+struct LineRole {
+  std::uint32_t groups;
+  std::uint32_t first;  ///< Group; then every `step`th.
+  std::uint32_t step;
+  bool sends;
+  bool receives;
+
+  __device__ __forceinline__ explicit LineRole(std::uint32_t words)
+      : groups((words + kGroupWords - 1) / kGroupWords) {
+    const std::uint32_t warp = threadIdx.x / kWarp;
+    const std::uint32_t warps = workers() / kWarp;
+    const bool splits = groups > warps * gridDim.x;
+    const std::uint32_t senders = splits ? warps / 4 : warps;
+    sends = warp < senders;
+    receives = !splits || !sends;
+    const std::uint32_t place = splits && !sends ? warp - senders : warp;
+    first = place * gridDim.x + blockIdx.x;
+    step = (splits && !sends ? warps - senders : senders) * gridDim.x;
+  }
 };
 
 // --- host side
@@ -375,46 +472,78 @@ class Ahead {
 inline void check_table(const PeerTable& table) {
   require(table.size >= 1 && table.size <= kMaxPeers && table.rank >= 0 &&
               table.rank < table.size && table.layout.ranks == table.size &&
-              table.max_blocks >= 1 && table.max_blocks <= table.layout.max_blocks,
+              table.layout.max_blocks >= 1,
           "table",
-          fmt::format("expected a rank of 1 to {} and at most {} blocks, got rank {} of {} "
+          fmt::format("expected a rank of 1 to {} and an inbox for all of them, got rank {} of {} "
                       "(inbox of {}) with {} blocks",
-                      kMaxPeers, table.layout.max_blocks, table.rank, table.size,
-                      table.layout.ranks, table.max_blocks));
+                      kMaxPeers, table.rank, table.size, table.layout.ranks,
+                      table.layout.max_blocks));
 }
 
 inline void check_ll_words(const PeerTable& table, std::int64_t words, const char* call) {
   require(words <= table.layout.ll_words, call,
           fmt::format("needs {} bytes of flag words a peer, the inbox has {}", words * 8,
-                      table.layout.ll_words * 8));
+                      table.layout.flag_word_capacity()));
 }
 
-/// Blocks of 256 threads that kernels with chunks have on a multiprocessor, guaranteed by their
-/// launch bounds.
-inline constexpr int kBulkThreads = 256;
-inline constexpr int kBulkBlocksPerSm = 2;
-inline constexpr std::int64_t kChunkBytes = 16 << 10;  ///< Per peer: four vectors a thread.
-inline constexpr int kChunkUnroll = static_cast<int>(kChunkBytes / 16 / kBulkThreads);
-
-/// Upper limit of such a kernel's blocks: all of them are resident, as `max_blocks` are of any
-/// kernel.
-inline int bulk_blocks(const PeerTable& table) {
-  return std::min(table.max_blocks * kBulkBlocksPerSm, table.layout.max_blocks);
+inline void check_lines(const PeerTable& table, std::int64_t words, const char* call) {
+  require(words * 8 <= table.layout.flag_line_capacity(), call,
+          fmt::format("needs {} bytes of flag lines a peer, the inbox has {}", words * 8,
+                      table.layout.flag_line_capacity()));
 }
 
-/// Grid of a flag-word kernel: a word a thread while the blocks last. At least 64 threads, because
-/// threads 1 to n of the first block wipe.
+/// What a call asks of an inbox by either path, and what is there: payload bytes a peer.
+struct PathNeeds {
+  std::int64_t sent = 0;  ///< To all peers together.
+  std::int64_t words_needed = 0;
+  std::int64_t words_there = 0;
+  std::int64_t lines_needed = 0;
+  std::int64_t lines_there = 0;
+};
+
+/// The table's path, or the other one where the inbox has room for that alone.
+inline PeerPath choose_path(std::span<const PathRow> table, const char* call,
+                            const PathNeeds& needs) {
+  const bool words_fit = needs.words_needed <= needs.words_there;
+  const bool lines_fit = needs.lines_needed <= needs.lines_there;
+  require(words_fit || lines_fit, call,
+          fmt::format("needs {} bytes a peer, the inbox has {} of flag words and {} of flag lines",
+                      needs.lines_needed, needs.words_there, needs.lines_there));
+  const auto row = std::find_if(table.begin(), table.end(), [&](const PathRow& candidate) {
+    return needs.sent <= candidate.max_bytes_sent;
+  });
+  const bool wants_words = row != table.end() && row->path == PeerPath::flag_word;
+  return (wants_words ? words_fit : !lines_fit) ? PeerPath::flag_word : PeerPath::flag_line;
+}
+
 struct Grid {
   int blocks;
-  int threads;
+  int threads;  ///< With the last warp.
 };
-inline constexpr int kLlThreads = 512;
-inline Grid ll_grid(std::int64_t words, int max_blocks) {
-  const int threads = words <= kLlThreads
-                          ? static_cast<int>(std::max<std::int64_t>(64, ceil_div(words, 32) * 32))
-                          : 256;
-  return {static_cast<int>(std::clamp<std::int64_t>(ceil_div(words, threads), 1, max_blocks)),
-          threads};
+
+/// Grid of a flag-word kernel: a word a worker while the blocks last, in small blocks first.
+inline constexpr int kLlThreads = 512 + kWarp;
+inline Grid ll_grid(std::int64_t words, const PeerTable& table) {
+  const std::int64_t most = table.layout.max_blocks;
+  int threads = words <= 64 ? 64 : 128;
+  while (threads < 512 && ceil_div(words, threads) > most) {
+    threads *= 2;
+  }
+  return {static_cast<int>(std::clamp<std::int64_t>(ceil_div(words, threads), 1, most)),
+          threads + static_cast<int>(kWarp)};
+}
+
+/// Grid of a flag-line kernel: a group of lines a warp while the warps last, spread over all
+/// blocks first.
+template <int kRanks>
+inline constexpr int kLineThreads = kRanks >= 1 && kRanks <= 4 ? 1024 : 512;
+template <int kRanks>
+Grid line_grid(std::int64_t words, const PeerTable& table) {
+  const std::int64_t groups = ceil_div(words, kGroupWords);
+  const auto blocks = std::clamp<std::int64_t>(groups, 1, table.layout.max_blocks);
+  constexpr std::int64_t kMostWarps = kLineThreads<kRanks> / kWarp - 1;
+  const auto warps = std::clamp<std::int64_t>(ceil_div(groups, blocks), 1, kMostWarps);
+  return {static_cast<int>(blocks), static_cast<int>((warps + 1) * kWarp)};
 }
 
 }  // namespace cohort::cuda::detail

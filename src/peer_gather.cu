@@ -1,261 +1,262 @@
 #include "byte_view.cuh"
 #include "peer_device.cuh"
 
-// All-gather and query gather through flag words, the barrier, and the query gather in bulk.
+// All-gather through flag words, the query gather through flag words or lines, and the barrier.
 
 namespace cohort::cuda {
 namespace detail {
 namespace {
 
-__global__ void __launch_bounds__(64) barrier_kernel(const __grid_constant__ PeerTable t) {
+/// Thread r meets rank r. The fences make the signal release what this rank's stream has written,
+/// and its sight acquire what the peer's had.
+__global__ void __launch_bounds__(64) barrier_kernel(const __grid_constant__ Group<0> g) {
   Call c;
   Patience patience;
   begin();
-  if (!read_epoch(t, c)) {
+  if (!enter(g, c, 1)) {
     return;
   }
-  signal_chunk(t, c, 0);
-  advance_epoch(t, c, 0);
-  wait_chunk(t, c, 0, patience);
+  const int k = static_cast<int>(threadIdx.x);
+  const bool meets = k >= 1 && k < g.size();
+  if (meets) {
+    system_fence();
+    ll_store(g.peers[k] + ll_place(g, c, g.rank, 0), make_uint2(0, 0), c.flag);
+  }
+  delay_point(g, c, 1);
+  if (meets) {
+    const std::byte* word = g.own() + ll_place(g, c, g.rank_at(k), 0);
+    while (ll_differs(ll_load(word), c) != 0) {
+      if (patience.is_over(g, c, g.rank_at(k))) {
+        return;
+      }
+    }
+    system_fence();
+  }
 }
 
-template <int kRanks>
+template <int kRanks, class View>
 __global__ void __launch_bounds__(kLlThreads)
-    all_gather_kernel(const __grid_constant__ PeerTable t, const __grid_constant__ ByteView in,
-                      const __grid_constant__ ByteView out, std::int64_t rank_stride,
-                      std::uint32_t words) {
+    all_gather_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ View in,
+                      const __grid_constant__ View out, std::uint32_t words) {
   Call c;
   Patience patience;
   begin();
-  const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
-  const std::uint32_t step = gridDim.x * blockDim.x;
+  const std::uint32_t first = worker_number();
+  const std::uint32_t step = worker_count();
   // Loaded while the epoch is on its way.
-  const uint2 ahead = first < words ? load_word(in, first) : make_uint2(0, 0);
-  if (!read_epoch(t, c)) {
+  uint2 value = first < words ? load_word(in, first) : make_uint2(0, 0);
+  if (!enter(g, c, words)) {
     return;
   }
-  for (std::uint32_t i = first; i < words; i += step) {
-    const uint2 value = i == first ? ahead : load_word(in, i);
-    ll_send_all<kRanks>(t, c, i, value);
-    store_word(out, i, value, t.rank * rank_stride);
+#pragma unroll 1
+  for (std::uint32_t i = first; i < words;) {
+    ll_send_all(g, c, i, value);
+    store_word(out, i, value, g.rank);
+    i += step;
+    if (i < words) {
+      value = load_word(in, i);
+    }
   }
-  advance_epoch(t, c, words);
-  delay_point(t, c, 1);
+  delay_point(g, c, 1);
+#pragma unroll 1
   for (std::uint32_t i = first; i < words; i += step) {
-    for (int r0 = 0; r0 < ranks_of<kRanks>(t); r0 += kBatch<kRanks>) {
-      uint2 values[1][kBatch<kRanks>];
-      if (!ll_receive<kRanks>(t, c, r0, {i}, values, patience)) {
+    for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+      uint2 values[kBatch<kRanks>];
+      if (!ll_receive(g, c, r0, i, values, patience)) {
         return;
       }
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
-        if (r0 + j < ranks_of<kRanks>(t) && r0 + j != t.rank) {
-          store_word(out, i, values[0][j], (r0 + j) * rank_stride);
+        if (is_peer(g, r0 + j)) {
+          store_word(out, i, values[j], r0 + j);
         }
       }
     }
   }
 }
 
-/// The packed query, addressed by row (b,h) and unit of `Value` within the row.
-struct QuerySource {
+/// The packed query of this rank, and the gathered query [B,n*h,row], word by word. kAligned: every
+/// row starts on 16 bytes.
+template <bool kAligned>
+struct QueryArgs {
   Rows nope;
   Rows pe;
-  FastDiv heads;
+  Rows out;
+  FastDiv heads;  ///< Of one rank.
+  FastDiv words_per_row;
   std::uint32_t nope_bytes;
-  std::uint32_t row_bytes;
-  std::uint32_t rows;
+  std::uint32_t words;
 
-  template <class Value>
-  __device__ __forceinline__ Value load(std::uint32_t row, std::uint32_t byte) const {
+  __device__ __forceinline__ uint2 load(std::uint32_t word) const {
+    const std::uint32_t row = words_per_row.divide(word);
+    const std::uint32_t byte = 8 * (word - row * words_per_row.divisor);
     const std::uint32_t b = heads.divide(row);
     const std::uint32_t h = row - b * heads.divisor;
-    return byte < nope_bytes ? load_as<Value>(nope.row(b, h) + byte, nope.aligned)
-                             : load_as<Value>(pe.row(b, h) + (byte - nope_bytes), pe.aligned);
+    return byte < nope_bytes
+               ? load_as<uint2>(nope.row(b, h) + byte, kAligned || nope.aligned)
+               : load_as<uint2>(pe.row(b, h) + (byte - nope_bytes), kAligned || pe.aligned);
   }
-};
-
-/// The gathered query [B,n*h,row].
-struct QueryTarget {
-  Rows out;
-  FastDiv heads;
-
-  template <class Value>
-  __device__ __forceinline__ void store(int rank, std::uint32_t row, std::uint32_t byte,
-                                        const Value& value) const {
+  __device__ __forceinline__ void store(int rank, std::uint32_t word, uint2 value) const {
+    const std::uint32_t row = words_per_row.divide(word);
+    const std::uint32_t byte = 8 * (word - row * words_per_row.divisor);
     const std::uint32_t b = heads.divide(row);
     const std::uint32_t h = row - b * heads.divisor;
     store_as(out.row(b, static_cast<std::uint32_t>(rank) * heads.divisor + h) + byte, value,
-             out.aligned);
+             kAligned || out.aligned);
   }
 };
 
+/// Kernels for a constant number of ranks take aligned rows; the general one, which speaks the same
+/// protocol, takes any. So a rank's alignment is its own affair.
+template <int kRanks>
+using QueryFor = QueryArgs<(kRanks > 0)>;
+
 template <int kRanks>
 __global__ void __launch_bounds__(kLlThreads)
-    query_ll_kernel(const __grid_constant__ PeerTable t, const QuerySource in,
-                    const QueryTarget out, FastDiv words_per_row, std::uint32_t words,
-                    std::uint32_t used) {
+    query_word_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ QueryFor<kRanks> q,
+                      std::uint32_t used) {
   Call c;
   Patience patience;
   begin();
-  const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
-  const std::uint32_t step = gridDim.x * blockDim.x;
-  const auto load = [&](std::uint32_t i) {
-    const std::uint32_t row = words_per_row.divide(i);
-    return in.load<uint2>(row, 8 * (i - row * words_per_row.divisor));
-  };
+  const std::uint32_t first = worker_number();
+  const std::uint32_t step = worker_count();
   // Loaded while the epoch is on its way.
-  const uint2 ahead = first < words ? load(first) : make_uint2(0, 0);
-  if (!read_epoch(t, c)) {
+  uint2 value = first < q.words ? q.load(first) : make_uint2(0, 0);
+  if (!enter(g, c, used)) {
     return;
   }
-  for (std::uint32_t i = first; i < used; i += step) {
-    uint2 value = make_uint2(0, 0);
-    if (i < words) {
-      const std::uint32_t row = words_per_row.divide(i);
-      const std::uint32_t byte = 8 * (i - row * words_per_row.divisor);
-      value = i == first ? ahead : load(i);
-      out.store(t.rank, row, byte, value);
+  // `used` is `words`, or 1 in an empty call, which signals nevertheless.
+#pragma unroll 1
+  for (std::uint32_t i = first; i < used;) {
+    ll_send_all(g, c, i, value);
+    if (i < q.words) {
+      q.store(g.rank, i, value);
     }
-    ll_send_all<kRanks>(t, c, i, value);
+    i += step;
+    if (i < q.words) {
+      value = q.load(i);
+    }
   }
-  advance_epoch(t, c, used);
-  delay_point(t, c, 1);
+  delay_point(g, c, 1);
+#pragma unroll 1
   for (std::uint32_t i = first; i < used; i += step) {
-    const std::uint32_t row = words_per_row.divide(i);
-    const std::uint32_t byte = 8 * (i - row * words_per_row.divisor);
-    for (int r0 = 0; r0 < ranks_of<kRanks>(t); r0 += kBatch<kRanks>) {
-      uint2 values[1][kBatch<kRanks>];
-      if (!ll_receive<kRanks>(t, c, r0, {i}, values, patience)) {
+    for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+      uint2 values[kBatch<kRanks>];
+      if (!ll_receive(g, c, r0, i, values, patience)) {
         return;
       }
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
-        if (i < words && r0 + j < ranks_of<kRanks>(t) && r0 + j != t.rank) {
-          out.store(r0 + j, row, byte, values[0][j]);
+        if (i < q.words && is_peer(g, r0 + j)) {
+          q.store(r0 + j, i, values[j]);
         }
       }
     }
   }
 }
 
-/// Rows per chunk, and chunks; chunk k of block b is number k * gridDim + b.
-struct Chunks {
-  std::uint32_t rows_each;
-  std::uint32_t count;
-};
-
-/// Deposits a chunk: once into every peer's inbox, or once into the own one; and into the output.
+/// A group of lines on its way to every peer, and into the own part of the output.
 template <int kRanks>
-__device__ __forceinline__ void deposit_query(const PeerTable& t, const Call& c,
-                                              const QuerySource& in, const QueryTarget& out,
-                                              FastDiv vectors_per_row, std::uint32_t begin,
-                                              std::uint32_t end, bool pull) {
-  constexpr int kUnroll = kChunkUnroll;
-  for (std::uint32_t base = begin + threadIdx.x; base < end; base += kUnroll * blockDim.x) {
-    uint4 values[kUnroll];
+__device__ __forceinline__ void send_query_lines(const Group<kRanks>& g, const Call& c,
+                                                 const QueryFor<kRanks>& q,
+                                                 std::uint32_t group) {
+  const LinePart part(group);
+  const bool has_first = part.word < q.words;
+  const bool has_second = !part.flag && part.word + 1 < q.words;
+  const uint2 first = has_first ? q.load(part.word) : make_uint2(0, 0);
+  const uint2 second = has_second ? q.load(part.word + 1) : make_uint2(0, 0);
+  if (part.line * kLineWords < q.words) {
+    const std::int64_t place = line_place(g, c, g.rank, part);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const std::uint32_t i = base + static_cast<std::uint32_t>(u) * blockDim.x;
-      if (i < end) {
-        const std::uint32_t row = vectors_per_row.divide(i);
-        values[u] = in.load<uint4>(row, 16 * (i - row * vectors_per_row.divisor));
-      }
+    for (int k = 1; k < g.size(); ++k) {
+      line_store(g.peers[k] + place, first, second, c, part);
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const std::uint32_t i = base + static_cast<std::uint32_t>(u) * blockDim.x;
-      if (i < end) {
-        const std::uint32_t row = vectors_per_row.divide(i);
-        out.store(t.rank, row, 16 * (i - row * vectors_per_row.divisor), values[u]);
-        if (pull) {
-          reinterpret_cast<uint4*>(bulk_lane(t, t.rank, c.slot, t.rank))[i] = values[u];
-        } else {
-#pragma unroll
-          for (int p = 0; p < ranks_of<kRanks>(t); ++p) {
-            if (p != t.rank) {
-              reinterpret_cast<uint4*>(bulk_lane(t, p, c.slot, t.rank))[i] = values[u];
-            }
-          }
-        }
-      }
-    }
+  }
+  if (has_first) {
+    q.store(g.rank, part.word, first);
+  }
+  if (has_second) {
+    q.store(g.rank, part.word + 1, second);
   }
 }
 
+/// Waits for the same group of lines of every peer and stores it. False in the whole warp if a wait
+/// failed.
 template <int kRanks>
-__device__ __forceinline__ void collect_query(const PeerTable& t, const Call& c,
-                                              const QueryTarget& out, FastDiv vectors_per_row,
-                                              std::uint32_t begin, std::uint32_t end, bool pull) {
-  for (std::uint32_t i = begin + threadIdx.x; i < end; i += blockDim.x) {
-    const std::uint32_t row = vectors_per_row.divide(i);
-    const std::uint32_t byte = 16 * (i - row * vectors_per_row.divisor);
-    for (int r0 = 0; r0 < ranks_of<kRanks>(t); r0 += kBatch<kRanks>) {
-      uint4 values[kBatch<kRanks>];
+__device__ __forceinline__ bool collect_query_lines(const Group<kRanks>& g, const Call& c,
+                                                    const QueryFor<kRanks>& q, std::uint32_t group,
+                                                    Patience& patience) {
+  const LinePart part(group);
+  const bool any = part.line * kLineWords < q.words;
+  for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+    uint4 values[kBatch<kRanks>] = {};
+    while (true) {
+      std::uint32_t wrong = 0;
+      int missing = -1;
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
-        const int r = r0 + j;
-        if (r < ranks_of<kRanks>(t) && r != t.rank) {
-          const std::byte* lane = bulk_lane(t, pull ? r : t.rank, c.slot, r);
-          values[j] = reinterpret_cast<const uint4*>(lane)[i];
-        }
+        ll_load_if(any && is_peer(g, r0 + j), g.own() + line_place(g, c, r0 + j, part), values[j]);
       }
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
-        const int r = r0 + j;
-        if (r < ranks_of<kRanks>(t) && r != t.rank) {
-          out.store(r, row, byte, values[j]);
+        const std::uint32_t differs =
+            any && is_peer(g, r0 + j) ? line_differs(values[j], c, part) : 0;
+        missing = differs != 0 ? r0 + j : missing;
+        wrong |= differs;
+      }
+      if (__all_sync(kFullWarp, wrong == 0)) {
+        break;
+      }
+      if (__any_sync(kFullWarp, patience.is_over(g, c, missing))) {
+        return false;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch<kRanks>; ++j) {
+      if (is_peer(g, r0 + j)) {
+        if (part.word < q.words) {
+          q.store(r0 + j, part.word, low(values[j]));
+        }
+        if (!part.flag && part.word + 1 < q.words) {
+          q.store(r0 + j, part.word + 1, high(values[j]));
         }
       }
     }
   }
+  return true;
 }
 
-/// One chunk ahead: while a block waits for and copies chunk k, its chunk k+1 is under way.
 template <int kRanks>
-__global__ void __launch_bounds__(kBulkThreads, kBulkBlocksPerSm)
-    query_bulk_kernel(const __grid_constant__ PeerTable t, const QuerySource in,
-                      const QueryTarget out, FastDiv vectors_per_row, Chunks chunks, bool pull) {
+__global__ void __launch_bounds__(kLineThreads<kRanks>)
+    query_line_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ QueryFor<kRanks> q) {
   Call c;
   Patience patience;
   begin();
-  if (!read_epoch(t, c)) {
+  if (!enter(g, c, 0)) {
     return;
   }
-  const auto deposit = [&](std::uint32_t chunk) {
-    const std::uint32_t row = chunk * chunks.rows_each;
-    const std::uint32_t end = min(row + chunks.rows_each, in.rows);
-    deposit_query<kRanks>(t, c, in, out, vectors_per_row, row * vectors_per_row.divisor,
-                          end * vectors_per_row.divisor, pull);
-  };
-  if (blockIdx.x < chunks.count) {
-    deposit(blockIdx.x);
+  const LineRole role(q.words);
+  std::uint32_t group = role.first;
+  if (role.sends && group < role.groups) {
+    send_query_lines(g, c, q, group);
   }
-  signal_chunk(t, c, 0);  // also with nothing to send
-  advance_epoch(t, c, 0);
-  std::uint32_t k = 0;
-  for (std::uint32_t chunk = blockIdx.x; chunk < chunks.count || k == 0; chunk += gridDim.x, ++k) {
-    if (chunk + gridDim.x < chunks.count) {
-      deposit(chunk + gridDim.x);
-      signal_chunk(t, c, k + 1);
+  if (role.sends) {
+    for (std::uint32_t i = group + role.step; i < role.groups; i += role.step) {
+      send_query_lines(g, c, q, i);
     }
-    delay_point(t, c, 1 + k);
-    if (!wait_chunk(t, c, k, patience)) {
-      return;
-    }
-    if (chunk < chunks.count) {
-      const std::uint32_t row = chunk * chunks.rows_each;
-      const std::uint32_t end = min(row + chunks.rows_each, in.rows);
-      collect_query<kRanks>(t, c, out, vectors_per_row, row * vectors_per_row.divisor,
-                            end * vectors_per_row.divisor, pull);
+  }
+  if (role.receives) {
+    delay_point(g, c, 1);
+    for (; group < role.groups; group += role.step) {
+      if (!collect_query_lines(g, c, q, group, patience)) {
+        return;
+      }
     }
   }
 }
 
-// bench/results/own_kernels/nvidia-h200-2cards.json: two H200s, NVLink, 2 ranks, 128 heads of
-// 512+64 bf16, graph replay. Flag words took 3.2 and 4.8 us at 144 and 288 KiB sent against 4.4 and
-// 4.9 for push, and 6.5 against 6.1 at 576 KiB. Pull was slower than push at every size.
-constexpr PathRow kQueryPaths[] = {{320 << 10, PeerPath::flag_word}, {INT64_MAX, PeerPath::push}};
+constexpr PathRow kQueryPaths[] = {{96 << 10, PeerPath::flag_word},
+                                   {INT64_MAX, PeerPath::flag_line}};
 
 void check_query(const Query& q) {
   const auto element = static_cast<std::int64_t>(size_of(q.dtype));
@@ -271,48 +272,43 @@ void check_query(const Query& q) {
           "a rank's part exceeds 2 GiB");
 }
 
-QuerySource source_of(const Query& q) {
+std::int64_t query_bytes(const Query& q) {
+  return q.batch * q.heads * (q.nope_dim + q.pe_dim) * static_cast<std::int64_t>(size_of(q.dtype));
+}
+
+template <bool kAligned>
+QueryArgs<kAligned> args_of(const Query& q, const Rows& out) {
   const auto element = size_of(q.dtype);
-  const auto bytes = [&](std::int64_t elements) {
-    return static_cast<std::uint32_t>(elements * static_cast<std::int64_t>(element));
-  };
+  const auto row = (q.nope_dim + q.pe_dim) * static_cast<std::int64_t>(element);
   return {.nope = Rows(q.nope, q.nope_batch_stride, q.nope_head_stride, element),
           .pe = Rows(q.pe, q.pe_batch_stride, q.pe_head_stride, element),
+          .out = out,
           .heads = FastDiv(q.heads),
-          .nope_bytes = bytes(q.nope_dim),
-          .row_bytes = bytes(q.nope_dim + q.pe_dim),
-          .rows = static_cast<std::uint32_t>(q.batch * q.heads)};
+          .words_per_row = FastDiv(row / 8),
+          .nope_bytes = static_cast<std::uint32_t>(q.nope_dim * static_cast<std::int64_t>(element)),
+          .words = static_cast<std::uint32_t>(query_bytes(q) / 8)};
 }
 
-void gather_query_ll(const PeerTable& t, const QuerySource& in, const QueryTarget& out,
-                     cudaStream_t stream) {
-  const std::int64_t words = std::int64_t{in.rows} * in.row_bytes / 8;
-  const std::int64_t used = std::max<std::int64_t>(words, 1);
-  check_ll_words(t, used, "peer_gather_query");
-  const Grid grid = ll_grid(used, t.max_blocks);
-  with_ranks(t.size, [&](auto n) {
-    launch(query_ll_kernel<n()>, grid.blocks, grid.threads, stream, t, in, out,
-           FastDiv(in.row_bytes / 8), static_cast<std::uint32_t>(words),
-           static_cast<std::uint32_t>(used));
-  });
-}
-
-void gather_query_bulk(const PeerTable& t, const QuerySource& in, const QueryTarget& out, bool pull,
-                       cudaStream_t stream) {
-  const std::int64_t bytes = std::int64_t{in.rows} * in.row_bytes;
-  require(bytes <= t.layout.bulk_lane_bytes, "peer_gather_query",
-          fmt::format("needs {} bytes of bulk a peer, the inbox has {}", bytes,
-                      t.layout.bulk_lane_bytes));
-  Chunks chunks{};
-  const std::int64_t most = std::max<std::int64_t>(1, kChunkBytes / in.row_bytes);
-  chunks.rows_each = static_cast<std::uint32_t>(
-      std::clamp<std::int64_t>(ceil_div(in.rows, bulk_blocks(t)), 1, most));
-  chunks.count = static_cast<std::uint32_t>(ceil_div(in.rows, chunks.rows_each));
-  require(ceil_div(chunks.count, bulk_blocks(t)) < 65535, "peer_gather_query", "too many chunks");
-  const int blocks = static_cast<int>(std::clamp<std::int64_t>(chunks.count, 1, bulk_blocks(t)));
-  with_ranks(t.size, [&](auto n) {
-    launch(query_bulk_kernel<n()>, blocks, kBulkThreads, stream, t, in, out,
-           FastDiv(in.row_bytes / 16), chunks, pull);
+void gather_query(const PeerTable& t, const Query& query, const Rows& out, PeerPath path,
+                  cudaStream_t stream) {
+  const auto any = args_of<false>(query, out);
+  const bool aligned = any.nope.aligned && (query.pe_dim == 0 || any.pe.aligned) && out.aligned;
+  const std::uint32_t used = std::max(any.words, 1U);  // an empty call signals nevertheless
+  const bool words = path == PeerPath::flag_word || any.words == 0;
+  if (words) {
+    check_ll_words(t, used, "peer_gather_query");
+  } else {
+    check_lines(t, any.words, "peer_gather_query");
+  }
+  with_ranks(aligned ? t.size : 0, [&](auto n) {
+    const auto args = args_of<(n() > 0)>(query, out);
+    if (words) {
+      const Grid grid = ll_grid(used, t);
+      launch(query_word_kernel<n()>, grid.blocks, grid.threads, stream, Group<n()>(t), args, used);
+    } else {
+      const Grid grid = line_grid<n()>(args.words, t);
+      launch(query_line_kernel<n()>, grid.blocks, grid.threads, stream, Group<n()>(t), args);
+    }
   });
 }
 
@@ -320,10 +316,12 @@ void gather_query_bulk(const PeerTable& t, const QuerySource& in, const QueryTar
 
 void report_gather(int n, std::vector<KernelInfo>& report) {
   report.push_back(describe("barrier", barrier_kernel, 64));
-  with_ranks(n, [&](auto ranks) {
-    report.push_back(describe("all_gather", all_gather_kernel<ranks()>, kLlThreads));
-    report.push_back(describe("gather_query flag_word", query_ll_kernel<ranks()>, kLlThreads));
-    report.push_back(describe("gather_query bulk", query_bulk_kernel<ranks()>, kBulkThreads));
+  with_ranks(n, [&](auto r) {
+    report.push_back(describe("all_gather", all_gather_kernel<r(), FlatView>, kLlThreads));
+    report.push_back(
+        describe("all_gather, gaps", all_gather_kernel<r(), ByteView>, kLlThreads));
+    report.push_back(describe("gather_query flag_word", query_word_kernel<r()>, kLlThreads));
+    report.push_back(describe("gather_query flag_line", query_line_kernel<r()>, kLineThreads<r()>));
   });
 }
 
@@ -335,34 +333,23 @@ std::span<const PathRow> query_path_table() noexcept { return kQueryPaths; }
 
 std::int64_t query_lane_bytes(const Query& query, PeerPath path) {
   check_query(query);
-  const std::int64_t bytes = query.batch * query.heads * (query.nope_dim + query.pe_dim) *
-                             static_cast<std::int64_t>(size_of(query.dtype));
+  const std::int64_t bytes = query_bytes(query);
   return path == PeerPath::flag_word ? std::max<std::int64_t>(bytes, 8) : bytes;
 }
 
 PeerPath choose_query_path(const InboxLayout& layout, const Query& query) {
   const std::int64_t bytes = query_lane_bytes(query, PeerPath::flag_word);
-  const bool ll_fits = bytes <= layout.ll_words * 8;
-  const bool bulk_fits = query_lane_bytes(query, PeerPath::push) <= layout.bulk_lane_bytes;
-  require(ll_fits || bulk_fits, "peer_gather_query",
-          fmt::format("needs {} bytes a peer, the inbox has {} of flag words and {} of bulk", bytes,
-                      layout.ll_words * 8, layout.bulk_lane_bytes));
-  PeerPath path = PeerPath::push;
-  for (const PathRow& row : kQueryPaths) {
-    if (bytes * (layout.ranks - 1) <= row.max_bytes_sent) {
-      path = row.path;
-      break;
-    }
-  }
-  if (path == PeerPath::flag_word) {
-    return ll_fits ? path : PeerPath::push;
-  }
-  return bulk_fits ? path : PeerPath::flag_word;
+  return choose_path(kQueryPaths, "peer_gather_query",
+                     {.sent = bytes * (layout.ranks - 1),
+                      .words_needed = bytes,
+                      .words_there = layout.flag_word_capacity(),
+                      .lines_needed = bytes,
+                      .lines_there = layout.flag_line_capacity()});
 }
 
 void peer_barrier(const PeerTable& table, cudaStream_t stream) {
   check_table(table);
-  launch(barrier_kernel, 1, 64, stream, table);
+  launch(barrier_kernel, 1, 64, stream, Group<0>(table));
 }
 
 void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* in, void* out,
@@ -376,10 +363,12 @@ void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* i
   const ByteView from(in, dims.outer, dims.inner_bytes, dims.share_outer_stride, 0);
   const ByteView to(out, dims.outer, dims.inner_bytes, dims.full_outer_stride,
                     dims.full_rank_stride);
-  const Grid grid = ll_grid(words, table.max_blocks);
-  with_ranks(table.size, [&](auto n) {
-    launch(all_gather_kernel<n()>, grid.blocks, grid.threads, stream, table, from, to,
-           dims.full_rank_stride, static_cast<std::uint32_t>(words));
+  const Grid grid = ll_grid(words, table);
+  with_views(from, to, [&]<class View>(const View& source, const View& target) {
+    with_ranks(table.size, [&](auto n) {
+      launch(all_gather_kernel<n(), View>, grid.blocks, grid.threads, stream, Group<n()>(table), source, target,
+             static_cast<std::uint32_t>(words));
+    });
   });
 }
 
@@ -391,14 +380,8 @@ void peer_gather_query(const PeerTable& table, const Query& query, void* out,
   require(query.batch == 0 || out != nullptr, "out", "null pointer");
   const PeerPath chosen =
       path == PeerPath::automatic ? choose_query_path(table.layout, query) : path;
-  const QuerySource in = source_of(query);
-  const QueryTarget to{Rows(out, out_batch_stride, out_head_stride, size_of(query.dtype)),
-                       FastDiv(query.heads)};
-  if (chosen == PeerPath::flag_word) {
-    gather_query_ll(table, in, to, stream);
-  } else {
-    gather_query_bulk(table, in, to, chosen == PeerPath::pull, stream);
-  }
+  const Rows rows(out, out_batch_stride, out_head_stride, size_of(query.dtype));
+  gather_query(table, query, rows, chosen, stream);
 }
 
 }  // namespace cohort::cuda

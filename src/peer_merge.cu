@@ -7,365 +7,404 @@ namespace cohort::cuda {
 namespace detail {
 namespace {
 
-constexpr int kMaxChunkRows = 64;
+/// A word of the rows that a rank merges.
+struct MergePlace {
+  std::uint32_t row;
+  std::uint32_t batch;
+  std::uint32_t head;  ///< Among those of one rank.
+  std::uint32_t byte;  ///< Into the row.
+};
 
-/// What both kernels are given. `rows` counts the (batch, head) rows that each rank merges.
+/// What both kernels are given. `rows` counts the (batch, head) rows that each rank merges, `words`
+/// their payload's words of 8 bytes. kAligned: every row starts on 16 bytes.
+template <bool kAligned>
 struct MergeArgs {
   Rows out;  ///< Partial.
   Strided2 lse;
   Rows merged;
   Strided2 merged_lse;
   FastDiv heads;  ///< Per rank.
+  FastDiv words_per_row;
   std::uint32_t rows;
-  std::uint32_t row_bytes;
+  std::uint32_t words;
   LseBase base;
+
+  __device__ __forceinline__ MergePlace place(std::uint32_t word) const {
+    MergePlace p;
+    p.row = words_per_row.divide(word);
+    p.byte = 8 * (word - p.row * words_per_row.divisor);
+    p.batch = heads.divide(p.row);
+    p.head = p.row - p.batch * heads.divisor;
+    return p;
+  }
+  /// This rank's partial of what `rank` merges.
+  __device__ __forceinline__ uint2 load(int rank, const MergePlace& p) const {
+    const std::uint32_t head = static_cast<std::uint32_t>(rank) * heads.divisor + p.head;
+    return load_as<uint2>(out.row(p.batch, head) + p.byte, kAligned || out.aligned);
+  }
+  __device__ __forceinline__ float load_lse(int rank, std::uint32_t row) const {
+    const std::uint32_t batch = heads.divide(row);
+    const std::uint32_t head = row - batch * heads.divisor;
+    return *lse.at(batch, static_cast<std::uint32_t>(rank) * heads.divisor + head);
+  }
+  __device__ __forceinline__ void store(const MergePlace& p, uint2 value) const {
+    store_as(merged.row(p.batch, p.head) + p.byte, value, kAligned || merged.aligned);
+  }
+  __device__ __forceinline__ void store_lse(std::uint32_t row, float value) const {
+    const std::uint32_t batch = heads.divide(row);
+    *merged_lse.at(batch, row - batch * heads.divisor) = value;
+  }
 };
 
-/// Polls the LSE words of one row and the payload words together, merges and stores. Used where all
-/// ranks fit one batch.
+/// Kernels for a constant number of ranks take aligned rows; the general one, which speaks the same
+/// protocol, takes any. So a rank's alignment is its own affair.
+template <int kRanks>
+using MergeFor = MergeArgs<(kRanks > 0)>;
+
+/// Sends the LSEs, two a flag word, from word `at` of each lane on. With `words` 0 the one word of an
+/// empty call.
+template <int kRanks>
+__device__ __forceinline__ void send_lses(const Group<kRanks>& g, const Call& c, const MergeFor<kRanks>& a,
+                                          std::uint32_t at, std::uint32_t count) {
+  const std::uint32_t step = worker_count();
+#pragma unroll 1
+  for (std::uint32_t i = worker_number(); i < count; i += step) {
+    const std::int64_t place = ll_place(g, c, g.rank, at + i);
+#pragma unroll
+    for (int k = 1; k < g.size(); ++k) {
+      const int p = g.rank_at(k);
+      const float first = 2 * i < a.rows ? a.load_lse(p, 2 * i) : 0.0F;
+      const float second = 2 * i + 1 < a.rows ? a.load_lse(p, 2 * i + 1) : 0.0F;
+      ll_store(g.peers[k] + place, make_uint2(__float_as_uint(first), __float_as_uint(second)),
+               c.flag);
+    }
+  }
+}
+
+__device__ __forceinline__ float lse_of(uint4 flag_word, std::uint32_t row) {
+  return __uint_as_float((row & 1U) != 0 ? flag_word.z : flag_word.x);
+}
+
+/// Merges one word that came as a flag word. False if a wait failed.
 template <int kRanks, class T>
-__device__ __forceinline__ bool merge_word(const PeerTable& t, const Call& c, const MergeArgs& a,
-                                           std::uint32_t i, std::uint32_t row, std::uint32_t byte,
-                                           std::uint32_t words, Patience& patience) {
-  const std::uint32_t b = a.heads.divide(row);
-  const std::uint32_t h = row - b * a.heads.divisor;
-  const std::uint32_t own_h = static_cast<std::uint32_t>(t.rank) * a.heads.divisor + h;
-  const uint2 own = load_as<uint2>(a.out.row(b, own_h) + byte, a.out.aligned);
-  constexpr int kMost = kRanks > 0 ? kRanks : kMaxPeers;
-  float scales[kMost];
-  const float own_lse = *a.lse.at(b, own_h);
-  uint2 values[2][kBatch<kRanks>];
-  const int n = ranks_of<kRanks>(t);
-  for (int r0 = 0; r0 < n; r0 += kBatch<kRanks>) {
-    if (!ll_receive<kRanks>(t, c, r0, {words + row / 2, i}, values, patience)) {
+__device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c,
+                                           const MergeFor<kRanks>& a, std::uint32_t word,
+                                           Patience& patience) {
+  const MergePlace place = a.place(word);
+  const uint2 own = a.load(g.rank, place);
+  const float own_lse = a.load_lse(g.rank, place.row);
+  float scales[Group<kRanks>::kMost];
+  uint4 values[kBatch<kRanks>] = {};
+  const auto receive = [&](int r0) {
+    uint4 lses[kBatch<kRanks>] = {};
+    while (true) {
+      std::uint32_t wrong = 0;
+      int missing = r0;
+#pragma unroll
+      for (int j = 0; j < kBatch<kRanks>; ++j) {
+        const bool wanted = is_peer(g, r0 + j);
+        ll_load_if(wanted, g.own() + ll_place(g, c, r0 + j, word), values[j]);
+        ll_load_if(wanted, g.own() + ll_place(g, c, r0 + j, a.words + place.row / 2), lses[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch<kRanks>; ++j) {
+        const std::uint32_t differs =
+            is_peer(g, r0 + j) ? ll_differs(values[j], c) | ll_differs(lses[j], c) : 0;
+        missing = differs != 0 ? r0 + j : missing;
+        wrong |= differs;
+        if (r0 + j < g.size()) {
+          scales[r0 + j] = r0 + j == g.rank ? own_lse : lse_of(lses[j], place.row);
+        }
+      }
+      if (wrong == 0) {
+        return true;
+      }
+      if (patience.is_over(g, c, missing)) {
+        return false;
+      }
+    }
+  };
+  for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+    if (!receive(r0)) {
       return false;
     }
-#pragma unroll
-    for (int j = 0; j < kBatch<kRanks>; ++j) {
-      if (r0 + j < n) {
-        const unsigned bits = (row & 1U) != 0 ? values[0][j].y : values[0][j].x;
-        scales[r0 + j] = r0 + j == t.rank ? own_lse : __uint_as_float(bits);
-      }
-    }
   }
-  const float merged_lse = merge_scales(scales, n, a.base);
+  const float merged_lse = merge_scales(scales, g.size(), a.base);
   WeightedSum<T> sum;
-  for (int r0 = 0; r0 < n; r0 += kBatch<kRanks>) {
-    if (kRanks == 0 && !ll_receive<kRanks>(t, c, r0, {words + row / 2, i}, values, patience)) {
-      return false;  // more ranks than one batch: the words are there already, read them again
-    }
+  for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
-      if (r0 + j < n) {
-        sum.add(scales[r0 + j], r0 + j == t.rank ? own : values[1][j]);
+      const int r = r0 + j;
+      if (r < g.size()) {
+        // More ranks than one batch: their words are there, read them again.
+        const uint4 value = kRanks > 0 || r == g.rank
+                                ? values[j]
+                                : ll_load(g.own() + ll_place(g, c, r, word));
+        sum.add(scales[r], r == g.rank ? own : make_uint2(value.x, value.z));
       }
     }
   }
-  store_as(a.merged.row(b, h) + byte, sum.result(), a.merged.aligned);
-  if (byte == 0 && a.merged_lse.base != nullptr) {
-    *a.merged_lse.at(b, h) = merged_lse;
+  a.store(place, sum.result());
+  if (place.byte == 0 && a.merged_lse.base != nullptr) {
+    a.store_lse(place.row, merged_lse);
   }
   return true;
 }
 
-/// Lane: `words` words of payload, then the LSEs, two a word.
+/// Lane: `words` words of payload, then the LSEs.
 template <int kRanks, class T>
 __global__ void __launch_bounds__(kLlThreads)
-    merge_ll_kernel(const __grid_constant__ PeerTable t, const __grid_constant__ MergeArgs a,
-                    FastDiv words_per_row, std::uint32_t words, std::uint32_t used) {
+    merge_word_kernel(const __grid_constant__ Group<kRanks> g,
+                      const __grid_constant__ MergeFor<kRanks> a, std::uint32_t lse_words) {
   Call c;
   Patience patience;
   begin();
-  const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
-  const std::uint32_t step = gridDim.x * blockDim.x;
-  const auto load = [&](int p, std::uint32_t i) {
-    const std::uint32_t row = words_per_row.divide(i);
-    const std::uint32_t byte = 8 * (i - row * words_per_row.divisor);
-    const std::uint32_t b = a.heads.divide(row);
-    const std::uint32_t h = row - b * a.heads.divisor;
-    return load_as<uint2>(a.out.row(b, static_cast<std::uint32_t>(p) * a.heads.divisor + h) + byte,
-                          a.out.aligned);
+  const std::uint32_t first = worker_number();
+  const std::uint32_t step = worker_count();
+  // The words for all peers, loaded while the epoch is on its way, where their number is a constant.
+  uint2 outgoing[kRanks > 0 ? kRanks : 1];
+  const auto load = [&](std::uint32_t i) {
+    if constexpr (kRanks > 0) {
+      const MergePlace place = a.place(i);
+#pragma unroll
+      for (int k = 1; k < kRanks; ++k) {
+        outgoing[k] = a.load(g.rank_at(k), place);
+      }
+    }
   };
-  const Ahead<kRanks> ahead(t, first < words, [&](int p) { return load(p, first); });
-  if (!read_epoch(t, c)) {
+  if (first < a.words) {
+    load(first);
+  }
+  if (!enter(g, c, a.words + lse_words)) {
     return;
   }
-  // LSEs first: every word of a row needs them. The one word of an empty call is sent here too.
-  for (std::uint32_t i = first; i < used - words; i += step) {
+  send_lses(g, c, a, a.words, lse_words);  // first, because every word of a row needs them
+#pragma unroll 1
+  for (std::uint32_t i = first; i < a.words;) {
+    const std::int64_t place = ll_place(g, c, g.rank, i);
 #pragma unroll
-    for (int p = 0; p < ranks_of<kRanks>(t); ++p) {
-      if (p != t.rank) {
-        unsigned bits[2] = {0, 0};
-#pragma unroll
-        for (std::uint32_t k = 0; k < 2; ++k) {
-          const std::uint32_t row = 2 * i + k;
-          if (row < a.rows) {
-            const std::uint32_t b = a.heads.divide(row);
-            const std::uint32_t h =
-                static_cast<std::uint32_t>(p) * a.heads.divisor + row - b * a.heads.divisor;
-            bits[k] = __float_as_uint(*a.lse.at(b, h));
-          }
-        }
-        ll_store(ll_lane(t, p, c.slot, t.rank), words + i, make_uint2(bits[0], bits[1]), c.flag);
-      }
+    for (int k = 1; k < g.size(); ++k) {
+      ll_store(g.peers[k] + place, kRanks > 0 ? outgoing[k] : a.load(g.rank_at(k), a.place(i)),
+               c.flag);
+    }
+    i += step;
+    if (i < a.words) {
+      load(i);
     }
   }
-  for (std::uint32_t i = first; i < words; i += step) {
-#pragma unroll
-    for (int p = 0; p < ranks_of<kRanks>(t); ++p) {
-      if (p != t.rank) {
-        const uint2 value = ahead.get(p, i == first, [&](int to) { return load(to, i); });
-        ll_store(ll_lane(t, p, c.slot, t.rank), i, value, c.flag);
-      }
-    }
-  }
-  advance_epoch(t, c, used);
-  delay_point(t, c, 1);
-  for (std::uint32_t i = first; i < words; i += step) {
-    const std::uint32_t row = words_per_row.divide(i);
-    const std::uint32_t byte = 8 * (i - row * words_per_row.divisor);
-    if (!merge_word<kRanks, T>(t, c, a, i, row, byte, words, patience)) {
+  delay_point(g, c, 1);
+#pragma unroll 1
+  for (std::uint32_t i = first; i < a.words; i += step) {
+    if (!merge_word<kRanks, T>(g, c, a, i, patience)) {
       return;
     }
   }
-  if (words == 0 && first == 0) {  // an empty call still waits for every peer
-    for (int r0 = 0; r0 < ranks_of<kRanks>(t); r0 += kBatch<kRanks>) {
-      uint2 values[1][kBatch<kRanks>];
-      if (!ll_receive<kRanks>(t, c, r0, {0}, values, patience)) {
+  if (a.words == 0 && first == 0) {  // an empty call still waits for every peer
+    for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+      uint2 values[kBatch<kRanks>];
+      if (!ll_receive(g, c, r0, 0, values, patience)) {
         return;
       }
     }
   }
 }
 
-/// A block's chunks: number k is k * gridDim + blockIdx.
-struct Chunks {
-  std::uint32_t rows_each;
-  std::uint32_t count;
-};
-
-/// Lane of one (source, destination): [rows] payload, then [rows] LSEs at `lse_offset`.
-struct BulkArgs {
-  FastDiv vectors_per_row;
-  Chunks chunks;
-  std::uint32_t lse_offset;
-  bool pull;
-};
-
-/// Puts the rows [begin, end) that rank p merges where rank p will read them.
-__device__ __forceinline__ void deposit_rows(const PeerTable& t, const Call& c, const MergeArgs& a,
-                                             const BulkArgs& bulk, int p, std::uint32_t begin,
-                                             std::uint32_t end) {
-  constexpr int kUnroll = kChunkUnroll;
-  std::byte* lane = bulk.pull ? bulk_lane(t, t.rank, c.slot, p) : bulk_lane(t, p, c.slot, t.rank);
-  const std::uint32_t first_head = static_cast<std::uint32_t>(p) * a.heads.divisor;
-  const std::uint32_t last = end * bulk.vectors_per_row.divisor;
-  for (std::uint32_t base = begin * bulk.vectors_per_row.divisor + threadIdx.x; base < last;
-       base += kUnroll * blockDim.x) {
-    uint4 values[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const std::uint32_t i = base + static_cast<std::uint32_t>(u) * blockDim.x;
-      if (i < last) {
-        const std::uint32_t row = bulk.vectors_per_row.divide(i);
-        const std::uint32_t b = a.heads.divide(row);
-        const std::uint32_t h = first_head + row - b * a.heads.divisor;
-        values[u] = load_as<uint4>(a.out.row(b, h) + 16 * (i - row * bulk.vectors_per_row.divisor),
-                                   a.out.aligned);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const std::uint32_t i = base + static_cast<std::uint32_t>(u) * blockDim.x;
-      if (i < last) {
-        reinterpret_cast<uint4*>(lane)[i] = values[u];
-      }
-    }
-  }
-  const std::uint32_t row = begin + threadIdx.x;
-  if (row < end) {
-    const std::uint32_t b = a.heads.divide(row);
-    const std::uint32_t h = first_head + row - b * a.heads.divisor;
-    reinterpret_cast<float*>(lane + bulk.lse_offset)[row] = *a.lse.at(b, h);
-  }
-}
-
-/// Scales of a chunk's rows, computed once a row. Ends with __syncthreads().
+/// A group of lines for every peer on its way.
 template <int kRanks>
-__device__ __forceinline__ void scale_rows(const PeerTable& t, const Call& c, const MergeArgs& a,
-                                           const BulkArgs& bulk, std::uint32_t begin,
-                                           std::uint32_t end, float* scales) {
-  constexpr int kMost = kRanks > 0 ? kRanks : kMaxPeers;
-  const int n = ranks_of<kRanks>(t);
-  const std::uint32_t row = begin + threadIdx.x;
-  if (row < end) {
-    const std::uint32_t b = a.heads.divide(row);
-    const std::uint32_t h = row - b * a.heads.divisor;
-    float lses[kMost];
+__device__ __forceinline__ void send_lines(const Group<kRanks>& g, const Call& c,
+                                           const MergeFor<kRanks>& a, std::uint32_t group) {
+  const LinePart part(group);
+  const bool has_first = part.word < a.words;
+  const bool has_second = !part.flag && part.word + 1 < a.words;
+  const MergePlace first_place = a.place(part.word);
+  const MergePlace second_place = a.place(part.word + 1);
+  constexpr int kMost = kRanks > 0 ? kRanks : 2;  // in flight together
+  for (int k0 = 1; k0 < g.size(); k0 += kMost - 1) {
+    uint2 first[kMost];
+    uint2 second[kMost];
 #pragma unroll
-    for (int r = 0; r < n; ++r) {
-      const std::byte* lane =
-          bulk.pull ? bulk_lane(t, r, c.slot, t.rank) : bulk_lane(t, t.rank, c.slot, r);
-      lses[r] = r == t.rank ? *a.lse.at(b, static_cast<std::uint32_t>(t.rank) * a.heads.divisor + h)
-                            : reinterpret_cast<const float*>(lane + bulk.lse_offset)[row];
+    for (int j = 1; j < kMost; ++j) {
+      const int p = g.rank_at(k0 + j - 1);
+      first[j] = has_first ? a.load(p, first_place) : make_uint2(0, 0);
+      second[j] = has_second ? a.load(p, second_place) : make_uint2(0, 0);
     }
-    const float merged_lse = merge_scales(lses, n, a.base);
-    if (a.merged_lse.base != nullptr) {
-      *a.merged_lse.at(b, h) = merged_lse;
-    }
+    if (part.line * kLineWords < a.words) {
+      const std::int64_t place = line_place(g, c, g.rank, part);
 #pragma unroll
-    for (int r = 0; r < n; ++r) {
-      scales[threadIdx.x * kMost + static_cast<unsigned>(r)] = lses[r];
+      for (int j = 1; j < kMost; ++j) {
+        line_store(g.peers[k0 + j - 1] + place, first[j], second[j], c, part);
+      }
     }
   }
-  __syncthreads();
 }
 
-/// Merges the rows [begin, end) of this rank's heads.
+/// Merges a group of lines. A group spans at most 31 rows, because a row has at least two words:
+/// thread i has the LSEs of the group's row i and hands their scales to those that need them. False
+/// in the whole warp if a wait failed.
 template <int kRanks, class T>
-__device__ __forceinline__ void merge_rows(const PeerTable& t, const Call& c, const MergeArgs& a,
-                                           const BulkArgs& bulk, std::uint32_t begin,
-                                           std::uint32_t end, const float* scales) {
-  constexpr int kMost = kRanks > 0 ? kRanks : kMaxPeers;
-  const int n = ranks_of<kRanks>(t);
-  const std::uint32_t last = end * bulk.vectors_per_row.divisor;
-  for (std::uint32_t i = begin * bulk.vectors_per_row.divisor + threadIdx.x; i < last;
-       i += blockDim.x) {
-    const std::uint32_t row = bulk.vectors_per_row.divide(i);
-    const std::uint32_t byte = 16 * (i - row * bulk.vectors_per_row.divisor);
-    const std::uint32_t b = a.heads.divide(row);
-    const std::uint32_t h = row - b * a.heads.divisor;
-    const float* scale = scales + (row - begin) * kMost;
-    const std::uint32_t own_h = static_cast<std::uint32_t>(t.rank) * a.heads.divisor + h;
-    WeightedSum<T> sums[2];
-    for (int r0 = 0; r0 < n; r0 += kBatch<kRanks>) {
-      uint4 values[kBatch<kRanks>];
+__device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& c,
+                                            const MergeFor<kRanks>& a, std::uint32_t group,
+                                            Patience& patience) {
+  const LinePart part(group);
+  const std::uint32_t first_word = group * kGroupWords;
+  const std::uint32_t last_word = min(first_word + kGroupWords, a.words) - 1;
+  const std::uint32_t first_row = a.words_per_row.divide(first_word);
+  const std::uint32_t row = first_row + (threadIdx.x & 31U);
+  const bool has_row = row <= a.words_per_row.divide(last_word);
+  const bool has_line = part.line * kLineWords < a.words;
+  const bool has_first = part.word < a.words;
+  const bool has_second = !part.flag && part.word + 1 < a.words;
+  const MergePlace first_place = a.place(has_first ? part.word : first_word);
+  const MergePlace second_place = a.place(has_second ? part.word + 1 : first_word);
+  const uint2 own_first = a.load(g.rank, first_place);
+  const uint2 own_second = a.load(g.rank, second_place);
+  const float own_lse = has_row ? a.load_lse(g.rank, row) : 0.0F;
+  float scales[Group<kRanks>::kMost];
+  uint4 values[kBatch<kRanks>] = {};
+  const auto receive = [&](int r0, bool again) {
+    uint4 lses[kBatch<kRanks>] = {};
+    while (true) {
+      std::uint32_t wrong = 0;
+      int missing = -1;
+#pragma unroll
+      for (int j = 0; j < kBatch<kRanks>; ++j) {
+        const bool wanted = is_peer(g, r0 + j);
+        ll_load_if(wanted && has_line, g.own() + line_place(g, c, r0 + j, part), values[j]);
+        ll_load_if(wanted && has_row && !again, g.own() + ll_place(g, c, r0 + j, row / 2), lses[j]);
+      }
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
         const int r = r0 + j;
-        if (r < n) {
-          const std::byte* lane =
-              bulk.pull ? bulk_lane(t, r, c.slot, t.rank) : bulk_lane(t, t.rank, c.slot, r);
-          values[j] = r == t.rank ? load_as<uint4>(a.out.row(b, own_h) + byte, a.out.aligned)
-                                  : reinterpret_cast<const uint4*>(lane)[i];
+        std::uint32_t differs = 0;
+        if (is_peer(g, r)) {
+          differs = (has_line ? line_differs(values[j], c, part) : 0) |
+                    (has_row && !again ? ll_differs(lses[j], c) : 0);
+        }
+        missing = differs != 0 ? r : missing;
+        wrong |= differs;
+        if (r < g.size() && !again) {
+          scales[r] = r == g.rank ? own_lse : lse_of(lses[j], row);
         }
       }
-#pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        if (r0 + j < n) {
-          sums[0].add(scale[r0 + j], low(values[j]));
-          sums[1].add(scale[r0 + j], high(values[j]));
-        }
+      if (__all_sync(kFullWarp, wrong == 0)) {
+        return true;
+      }
+      if (__any_sync(kFullWarp, patience.is_over(g, c, missing))) {
+        return false;
       }
     }
-    store_as(a.merged.row(b, h) + byte, join(sums[0].result(), sums[1].result()), a.merged.aligned);
+  };
+  for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+    if (!receive(r0, false)) {
+      return false;
+    }
   }
+  if (has_row) {
+    const float merged_lse = merge_scales(scales, g.size(), a.base);
+    // The group with a row's first word has the row.
+    if (a.merged_lse.base != nullptr && row * a.words_per_row.divisor >= first_word) {
+      a.store_lse(row, merged_lse);
+    }
+  }
+  WeightedSum<T> first_sum;
+  WeightedSum<T> second_sum;
+  for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+    if (kRanks == 0 && !receive(r0, true)) {
+      return false;  // more ranks than one batch: the lines are there already, read them again
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch<kRanks>; ++j) {
+      const int r = r0 + j;
+      if (r < g.size()) {
+        const auto scale_of = [&](const MergePlace& place) {
+          return __shfl_sync(kFullWarp, scales[r], static_cast<int>(place.row - first_row));
+        };
+        first_sum.add(scale_of(first_place), r == g.rank ? own_first : low(values[j]));
+        second_sum.add(scale_of(second_place), r == g.rank ? own_second : high(values[j]));
+      }
+    }
+  }
+  if (has_first) {
+    a.store(first_place, first_sum.result());
+  }
+  if (has_second) {
+    a.store(second_place, second_sum.result());
+  }
+  return true;
 }
 
-/// One chunk ahead: while a block waits for and merges chunk k, its chunk k+1 is under way.
+/// Payload in lines, LSEs in flag words.
 template <int kRanks, class T>
-__global__ void __launch_bounds__(kBulkThreads, kBulkBlocksPerSm)
-    merge_bulk_kernel(const __grid_constant__ PeerTable t, const __grid_constant__ MergeArgs a,
-                      const __grid_constant__ BulkArgs bulk) {
-  __shared__ float scales[kMaxChunkRows * (kRanks > 0 ? kRanks : kMaxPeers)];
+__global__ void __launch_bounds__(kLineThreads<kRanks>)
+    merge_line_kernel(const __grid_constant__ Group<kRanks> g,
+                      const __grid_constant__ MergeFor<kRanks> a, std::uint32_t lse_words) {
   Call c;
   Patience patience;
   begin();
-  if (!read_epoch(t, c)) {
+  if (!enter(g, c, lse_words)) {
     return;
   }
-  const Chunks chunks = bulk.chunks;
-  const auto deposit = [&](std::uint32_t chunk) {
-    const std::uint32_t begin = chunk * chunks.rows_each;
-    const std::uint32_t end = min(begin + chunks.rows_each, a.rows);
-    for (int k = 1; k < ranks_of<kRanks>(t); ++k) {
-      const int p = t.rank + k;  // each rank starts with another peer
-      deposit_rows(t, c, a, bulk, p < t.size ? p : p - t.size, begin, end);
-    }
-  };
-  if (blockIdx.x < chunks.count) {
-    deposit(blockIdx.x);
+  send_lses(g, c, a, 0, lse_words);
+  const LineRole role(a.words);
+  std::uint32_t group = role.first;
+  if (role.sends && group < role.groups) {
+    send_lines(g, c, a, group);
   }
-  signal_chunk(t, c, 0);  // also with nothing to send
-  advance_epoch(t, c, 0);
-  std::uint32_t k = 0;
-  for (std::uint32_t chunk = blockIdx.x; chunk < chunks.count || k == 0; chunk += gridDim.x, ++k) {
-    if (chunk + gridDim.x < chunks.count) {
-      deposit(chunk + gridDim.x);
-      signal_chunk(t, c, k + 1);
+  if (role.sends) {
+    for (std::uint32_t i = group + role.step; i < role.groups; i += role.step) {
+      send_lines(g, c, a, i);
     }
-    delay_point(t, c, 1 + k);
-    if (!wait_chunk(t, c, k, patience)) {  // its barrier also frees `scales`
-      return;
-    }
-    if (chunk < chunks.count) {
-      const std::uint32_t begin = chunk * chunks.rows_each;
-      const std::uint32_t end = min(begin + chunks.rows_each, a.rows);
-      scale_rows<kRanks>(t, c, a, bulk, begin, end, scales);
-      merge_rows<kRanks, T>(t, c, a, bulk, begin, end, scales);
+  }
+  if (role.receives) {
+    delay_point(g, c, 1);
+    for (; group < role.groups; group += role.step) {
+      if (!merge_lines<kRanks, T>(g, c, a, group, patience)) {
+        return;
+      }
     }
   }
 }
 
-// bench/results/own_kernels/nvidia-h200-2cards.json: two H200s, NVLink, 2 ranks, H=128 D=512 bf16,
-// graph replay. Flag words took 3.2 and 4.3 us at B=1 and 4 (64 and 257 KiB sent) against 4.6 and
-// 5.4 for push, and 6.9 against 6.2 at B=8 (514 KiB). Pull through the own inbox was slower than
-// push at every size.
-constexpr PathRow kMergePaths[] = {{320 << 10, PeerPath::flag_word}, {INT64_MAX, PeerPath::push}};
+constexpr PathRow kMergePaths[] = {{160 << 10, PeerPath::flag_word},
+                                   {INT64_MAX, PeerPath::flag_line}};
 
 std::int64_t payload_bytes(const MergeShape& s, int n) {
   return s.batch * (s.heads / n) * s.dim * static_cast<std::int64_t>(size_of(s.dtype));
 }
 
-MergeArgs args_of(const PeerTable& t, const MergeShape& s, const Partial& partial,
-                  const Merged& merged) {
+template <bool kAligned>
+MergeArgs<kAligned> args_of(int n, const MergeShape& s, const Partial& partial,
+                            const Merged& merged) {
   const std::size_t element = size_of(s.dtype);
-  const std::int64_t heads = s.heads / t.size;
+  const std::int64_t heads = s.heads / n;
   return {
       .out = Rows(partial.out, partial.out_batch_stride, partial.out_head_stride, element),
       .lse = {const_cast<float*>(partial.lse), partial.lse_batch_stride, partial.lse_head_stride},
       .merged = Rows(merged.out, merged.out_batch_stride, merged.out_head_stride, element),
       .merged_lse = {merged.lse, merged.lse_batch_stride, merged.lse_head_stride},
       .heads = FastDiv(heads),
+      .words_per_row = FastDiv(s.dim * static_cast<std::int64_t>(element) / 8),
       .rows = static_cast<std::uint32_t>(s.batch * heads),
-      .row_bytes = static_cast<std::uint32_t>(s.dim * static_cast<std::int64_t>(element)),
+      .words = static_cast<std::uint32_t>(payload_bytes(s, n) / 8),
       .base = s.base};
 }
 
-void merge_ll(const PeerTable& t, const MergeShape& s, const MergeArgs& a, cudaStream_t stream) {
-  const std::int64_t words = payload_bytes(s, t.size) / 8;
-  const std::int64_t used = std::max<std::int64_t>(words + ceil_div(a.rows, 2), 1);
-  check_ll_words(t, used, "peer_merge");
-  const Grid grid = ll_grid(used, t.max_blocks);
+void merge(const PeerTable& t, const MergeShape& s, const Partial& partial, const Merged& merged,
+           PeerPath path, cudaStream_t stream) {
+  const auto any = args_of<false>(t.size, s, partial, merged);
+  const bool words = path == PeerPath::flag_word || any.words == 0;
+  const std::int64_t lse_words = std::max<std::int64_t>(ceil_div(any.rows, 2), 1);
+  check_ll_words(t, (words ? any.words : 0) + lse_words, "peer_merge");
+  if (!words) {
+    check_lines(t, any.words, "peer_merge");
+  }
   with_float_type(s.dtype, "dtype", [&]<class T>(T*) {
-    with_ranks(t.size, [&](auto n) {
-      launch(merge_ll_kernel<n(), T>, grid.blocks, grid.threads, stream, t, a,
-             FastDiv(a.row_bytes / 8), static_cast<std::uint32_t>(words),
-             static_cast<std::uint32_t>(used));
-    });
-  });
-}
-
-void merge_bulk(const PeerTable& t, const MergeShape& s, const MergeArgs& a, bool pull,
-                cudaStream_t stream) {
-  const std::int64_t needed = merge_lane_bytes(s, t.size, PeerPath::push);
-  require(needed <= t.layout.bulk_lane_bytes, "peer_merge",
-          fmt::format("needs {} bytes of bulk a peer, the inbox has {}", needed,
-                      t.layout.bulk_lane_bytes));
-  const std::int64_t most = std::clamp<std::int64_t>(kChunkBytes / a.row_bytes, 1, kMaxChunkRows);
-  BulkArgs bulk{};
-  bulk.vectors_per_row = FastDiv(a.row_bytes / 16);
-  bulk.chunks.rows_each = static_cast<std::uint32_t>(
-      std::clamp<std::int64_t>(ceil_div(a.rows, bulk_blocks(t)), 1, most));
-  bulk.chunks.count = static_cast<std::uint32_t>(ceil_div(a.rows, bulk.chunks.rows_each));
-  bulk.lse_offset = a.rows * a.row_bytes;
-  bulk.pull = pull;
-  require(ceil_div(bulk.chunks.count, bulk_blocks(t)) < 65535, "peer_merge", "too many chunks");
-  const int blocks =
-      static_cast<int>(std::clamp<std::int64_t>(bulk.chunks.count, 1, bulk_blocks(t)));
-  with_float_type(s.dtype, "dtype", [&]<class T>(T*) {
-    with_ranks(t.size, [&](auto n) {
-      launch(merge_bulk_kernel<n(), T>, blocks, kBulkThreads, stream, t, a, bulk);
+    with_ranks(any.out.aligned && any.merged.aligned ? t.size : 0, [&](auto n) {
+      const auto args = args_of<(n() > 0)>(t.size, s, partial, merged);
+      const Grid grid =
+          words ? ll_grid(args.words + lse_words, t) : line_grid<n()>(args.words, t);
+      launch(words ? merge_word_kernel<n(), T> : merge_line_kernel<n(), T>, grid.blocks,
+             grid.threads, stream, Group<n()>(t), args, static_cast<std::uint32_t>(lse_words));
     });
   });
 }
@@ -375,9 +414,9 @@ void merge_bulk(const PeerTable& t, const MergeShape& s, const MergeArgs& a, boo
 void report_merge(int n, std::vector<KernelInfo>& report) {
   with_ranks(n, [&](auto r) {
     report.push_back(
-        describe("merge flag_word bf16", merge_ll_kernel<r(), __nv_bfloat16>, kLlThreads));
+        describe("merge flag_word bf16", merge_word_kernel<r(), __nv_bfloat16>, kLlThreads));
     report.push_back(
-        describe("merge bulk bf16", merge_bulk_kernel<r(), __nv_bfloat16>, kBulkThreads));
+        describe("merge flag_line bf16", merge_line_kernel<r(), __nv_bfloat16>, kLineThreads<r()>));
   });
 }
 
@@ -393,37 +432,29 @@ std::string_view to_string(PeerPath path) noexcept {
       return "automatic";
     case PeerPath::flag_word:
       return "flag_word";
-    case PeerPath::push:
-      return "push";
-    case PeerPath::pull:
-      return "pull";
+    case PeerPath::flag_line:
+      return "flag_line";
   }
   return "unknown";
 }
 
 std::int64_t merge_lane_bytes(const MergeShape& shape, int n, PeerPath path) {
   check_merge_shape(shape, n);
-  const std::int64_t rows = shape.batch * (shape.heads / n);
+  const std::int64_t lse_words = ceil_div(shape.batch * (shape.heads / n), 2);
   const std::int64_t payload = payload_bytes(shape, n);
-  return path == PeerPath::flag_word ? std::max<std::int64_t>(payload + (rows + 1) / 2 * 8, 8)
-                                     : payload + rows * 4;
+  return path == PeerPath::flag_word ? payload + std::max<std::int64_t>(lse_words, 1) * 8 : payload;
 }
 
 PeerPath choose_merge_path(const InboxLayout& layout, const MergeShape& shape) {
-  const std::int64_t ll = merge_lane_bytes(shape, layout.ranks, PeerPath::flag_word);
-  const std::int64_t bulk = merge_lane_bytes(shape, layout.ranks, PeerPath::push);
-  const bool ll_fits = ll <= layout.ll_words * 8;
-  const bool bulk_fits = bulk <= layout.bulk_lane_bytes;
-  require(ll_fits || bulk_fits, "peer_merge",
-          fmt::format("needs {} bytes a peer, the inbox has {} of flag words and {} of bulk", bulk,
-                      layout.ll_words * 8, layout.bulk_lane_bytes));
-  for (const PathRow& row : kMergePaths) {
-    if (bulk * (layout.ranks - 1) <= row.max_bytes_sent) {
-      const bool fits = row.path == PeerPath::flag_word ? ll_fits : bulk_fits;
-      return fits ? row.path : (bulk_fits ? PeerPath::push : PeerPath::flag_word);
-    }
-  }
-  return bulk_fits ? PeerPath::push : PeerPath::flag_word;
+  const std::int64_t words = merge_lane_bytes(shape, layout.ranks, PeerPath::flag_word);
+  const std::int64_t lines = merge_lane_bytes(shape, layout.ranks, PeerPath::flag_line);
+  const bool lses_fit = words - lines <= layout.flag_word_capacity();  // they travel as flag words
+  return choose_path(kMergePaths, "peer_merge",
+                     {.sent = words * (layout.ranks - 1),
+                      .words_needed = words,
+                      .words_there = layout.flag_word_capacity(),
+                      .lines_needed = lines,
+                      .lines_there = lses_fit ? layout.flag_line_capacity() : -1});
 }
 
 void peer_merge(const PeerTable& table, const MergeShape& shape, const Partial& partial,
@@ -433,14 +464,9 @@ void peer_merge(const PeerTable& table, const MergeShape& shape, const Partial& 
   require(shape.batch == 0 ||
               (partial.out != nullptr && partial.lse != nullptr && merged.out != nullptr),
           "partial, merged", "null pointer");
-  const MergeArgs args = args_of(table, shape, partial, merged);
   const PeerPath chosen =
       path == PeerPath::automatic ? choose_merge_path(table.layout, shape) : path;
-  if (chosen == PeerPath::flag_word) {
-    merge_ll(table, shape, args, stream);
-  } else {
-    merge_bulk(table, shape, args, chosen == PeerPath::pull, stream);
-  }
+  merge(table, shape, partial, merged, chosen, stream);
 }
 
 }  // namespace cohort::cuda

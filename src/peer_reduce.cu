@@ -7,88 +7,120 @@ namespace cohort::cuda {
 namespace detail {
 namespace {
 
-template <int kRanks, class T>
+/// The words for all peers, loaded while the epoch is on its way. Where the number of ranks is no
+/// constant they are loaded when they are sent.
+template <int kRanks, class View>
+class PeerWords {
+ public:
+  __device__ __forceinline__ void load(const Group<kRanks>& g, const View& in, std::uint32_t word) {
+    if constexpr (kRanks > 0) {
+#pragma unroll
+      for (int k = 1; k < kRanks; ++k) {
+        words_[k] = load_word(in, word, g.rank_at(k));
+      }
+    }
+  }
+  __device__ __forceinline__ void send(const Group<kRanks>& g, const Call& c, const View& in,
+                                       std::uint32_t word) const {
+    const std::int64_t place = ll_place(g, c, g.rank, word);
+#pragma unroll
+    for (int k = 1; k < g.size(); ++k) {
+      ll_store(g.peers[k] + place, kRanks > 0 ? words_[k] : load_word(in, word, g.rank_at(k)),
+               c.flag);
+    }
+  }
+
+ private:
+  uint2 words_[kRanks > 0 ? kRanks : 1];
+};
+
+/// The ranks' sum of a word, in rank order. False if the wait for a peer's failed.
+template <class T, int kRanks>
+__device__ __forceinline__ bool sum_word(const Group<kRanks>& g, const Call& c, std::uint32_t word,
+                                         uint2 own, uint2& sum, Patience& patience) {
+  Sum<T> total;
+  for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+    uint2 values[kBatch<kRanks>];
+    if (!ll_receive(g, c, r0, word, values, patience)) {
+      return false;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch<kRanks>; ++j) {
+      if (r0 + j < g.size()) {
+        total.add(r0 + j == g.rank ? own : values[j]);
+      }
+    }
+  }
+  sum = total.result();
+  return true;
+}
+
+template <int kRanks, class View, class T>
 __global__ void __launch_bounds__(kLlThreads)
-    reduce_scatter_kernel(const __grid_constant__ PeerTable t, const __grid_constant__ ByteView in,
-                          const __grid_constant__ ByteView out, std::int64_t rank_stride,
-                          std::uint32_t words) {
+    reduce_scatter_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ View in,
+                          const __grid_constant__ View out, std::uint32_t words) {
   Call c;
   Patience patience;
   begin();
-  const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
-  const std::uint32_t step = gridDim.x * blockDim.x;
-  const Ahead<kRanks> ahead(t, first < words,
-                            [&](int p) { return load_word(in, first, p * rank_stride); });
-  if (!read_epoch(t, c)) {
+  const std::uint32_t first = worker_number();
+  const std::uint32_t step = worker_count();
+  PeerWords<kRanks, View> outgoing;
+  if (first < words) {
+    outgoing.load(g, in, first);
+  }
+  if (!enter(g, c, words)) {
     return;
   }
-  for (std::uint32_t i = first; i < words; i += step) {
-#pragma unroll
-    for (int p = 0; p < ranks_of<kRanks>(t); ++p) {
-      if (p != t.rank) {
-        const uint2 value =
-            ahead.get(p, i == first, [&](int to) { return load_word(in, i, to * rank_stride); });
-        ll_store(ll_lane(t, p, c.slot, t.rank), i, value, c.flag);
-      }
+#pragma unroll 1
+  for (std::uint32_t i = first; i < words;) {
+    outgoing.send(g, c, in, i);
+    i += step;
+    if (i < words) {
+      outgoing.load(g, in, i);
     }
   }
-  advance_epoch(t, c, words);
-  delay_point(t, c, 1);
+  delay_point(g, c, 1);
+#pragma unroll 1
   for (std::uint32_t i = first; i < words; i += step) {
-    const uint2 own = load_word(in, i, t.rank * rank_stride);
-    Sum<T> sum;
-    for (int r0 = 0; r0 < ranks_of<kRanks>(t); r0 += kBatch<kRanks>) {
-      uint2 values[1][kBatch<kRanks>];
-      if (!ll_receive<kRanks>(t, c, r0, {i}, values, patience)) {
-        return;
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        if (r0 + j < ranks_of<kRanks>(t)) {
-          sum.add(r0 + j == t.rank ? own : values[0][j]);
-        }
-      }
+    uint2 sum;
+    if (!sum_word<T>(g, c, i, load_word(in, i, g.rank), sum, patience)) {
+      return;
     }
-    store_word(out, i, sum.result());
+    store_word(out, i, sum);
   }
 }
 
 /// Everyone sends everything to everyone and reduces it all: one flight.
-template <int kRanks, class T>
+template <int kRanks, class View, class T>
 __global__ void __launch_bounds__(kLlThreads)
-    all_reduce_kernel(const __grid_constant__ PeerTable t, const __grid_constant__ ByteView in,
-                      const __grid_constant__ ByteView out, std::uint32_t words) {
+    all_reduce_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ View in,
+                      const __grid_constant__ View out, std::uint32_t words) {
   Call c;
   Patience patience;
   begin();
-  const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
-  const std::uint32_t step = gridDim.x * blockDim.x;
+  const std::uint32_t first = worker_number();
+  const std::uint32_t step = worker_count();
   // Loaded while the epoch is on its way.
-  const uint2 ahead = first < words ? load_word(in, first) : make_uint2(0, 0);
-  if (!read_epoch(t, c)) {
+  uint2 value = first < words ? load_word(in, first) : make_uint2(0, 0);
+  if (!enter(g, c, words)) {
     return;
   }
-  for (std::uint32_t i = first; i < words; i += step) {
-    ll_send_all<kRanks>(t, c, i, i == first ? ahead : load_word(in, i));
-  }
-  advance_epoch(t, c, words);
-  delay_point(t, c, 1);
-  for (std::uint32_t i = first; i < words; i += step) {
-    const uint2 own = load_word(in, i);  // before the store: `out` may be `in`
-    Sum<T> sum;
-    for (int r0 = 0; r0 < ranks_of<kRanks>(t); r0 += kBatch<kRanks>) {
-      uint2 values[1][kBatch<kRanks>];
-      if (!ll_receive<kRanks>(t, c, r0, {i}, values, patience)) {
-        return;
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        if (r0 + j < ranks_of<kRanks>(t)) {
-          sum.add(r0 + j == t.rank ? own : values[0][j]);
-        }
-      }
+#pragma unroll 1
+  for (std::uint32_t i = first; i < words;) {
+    ll_send_all(g, c, i, value);
+    i += step;
+    if (i < words) {
+      value = load_word(in, i);
     }
-    store_word(out, i, sum.result());
+  }
+  delay_point(g, c, 1);
+#pragma unroll 1
+  for (std::uint32_t i = first; i < words; i += step) {
+    uint2 sum;  // the own word is read before it is written: `out` may be `in`
+    if (!sum_word<T>(g, c, i, load_word(in, i), sum, patience)) {
+      return;
+    }
+    store_word(out, i, sum);
   }
 }
 
@@ -97,62 +129,50 @@ __global__ void __launch_bounds__(kLlThreads)
 /// reduced, so no block waits for another of its launch.
 template <int kRanks, class T>
 __global__ void __launch_bounds__(kLlThreads)
-    all_reduce_two_step_kernel(const __grid_constant__ PeerTable t,
+    all_reduce_two_step_kernel(const __grid_constant__ Group<kRanks> g,
                                const __grid_constant__ ByteView in,
-                               const __grid_constant__ ByteView out, std::uint32_t share) {
+                               const __grid_constant__ ByteView out,
+                               std::uint32_t share) {
   Call c;
   Patience patience;
   begin();
-  const std::uint32_t first = blockIdx.x * blockDim.x + threadIdx.x;
-  const std::uint32_t step = gridDim.x * blockDim.x;
-  const auto own_share = static_cast<std::uint32_t>(t.rank) * share;
-  const auto load = [&](int p, std::uint32_t i) {
-    return load_word(in, static_cast<std::uint32_t>(p) * share + i);
-  };
-  const Ahead<kRanks> ahead(t, first < share, [&](int p) { return load(p, first); });
-  if (!read_epoch(t, c)) {
+  const std::uint32_t first = worker_number();
+  const std::uint32_t step = worker_count();
+  const auto own_share = static_cast<std::uint32_t>(g.rank) * share;
+  if (!enter(g, c, 2 * share)) {
     return;
   }
+#pragma unroll 1
   for (std::uint32_t i = first; i < share; i += step) {
+    const std::int64_t place = ll_place(g, c, g.rank, i);
 #pragma unroll
-    for (int p = 0; p < ranks_of<kRanks>(t); ++p) {
-      if (p != t.rank) {
-        const uint2 value = ahead.get(p, i == first, [&](int to) { return load(to, i); });
-        ll_store(ll_lane(t, p, c.slot, t.rank), i, value, c.flag);
-      }
+    for (int k = 1; k < g.size(); ++k) {
+      const auto word = static_cast<std::uint32_t>(g.rank_at(k)) * share + i;
+      ll_store(g.peers[k] + place, load_word(in, word), c.flag);
     }
   }
-  advance_epoch(t, c, 2 * share);
-  delay_point(t, c, 1);
+  delay_point(g, c, 1);
+#pragma unroll 1
   for (std::uint32_t i = first; i < share; i += step) {
-    const uint2 own = load_word(in, own_share + i);
-    Sum<T> sum;
-    for (int r0 = 0; r0 < ranks_of<kRanks>(t); r0 += kBatch<kRanks>) {
-      uint2 values[1][kBatch<kRanks>];
-      if (!ll_receive<kRanks>(t, c, r0, {i}, values, patience)) {
+    uint2 sum;
+    if (!sum_word<T>(g, c, i, load_word(in, own_share + i), sum, patience)) {
+      return;
+    }
+    ll_send_all(g, c, share + i, sum);
+    store_word(out, own_share + i, sum);
+  }
+  delay_point(g, c, 2);
+#pragma unroll 1
+  for (std::uint32_t i = first; i < share; i += step) {
+    for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+      uint2 values[kBatch<kRanks>];
+      if (!ll_receive(g, c, r0, share + i, values, patience)) {
         return;
       }
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
-        if (r0 + j < ranks_of<kRanks>(t)) {
-          sum.add(r0 + j == t.rank ? own : values[0][j]);
-        }
-      }
-    }
-    ll_send_all<kRanks>(t, c, share + i, sum.result());
-    store_word(out, own_share + i, sum.result());
-  }
-  delay_point(t, c, 2);
-  for (std::uint32_t i = first; i < share; i += step) {
-    for (int r0 = 0; r0 < ranks_of<kRanks>(t); r0 += kBatch<kRanks>) {
-      uint2 values[1][kBatch<kRanks>];
-      if (!ll_receive<kRanks>(t, c, r0, {share + i}, values, patience)) {
-        return;
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        if (r0 + j < ranks_of<kRanks>(t) && r0 + j != t.rank) {
-          store_word(out, static_cast<std::uint32_t>(r0 + j) * share + i, values[0][j]);
+        if (is_peer(g, r0 + j)) {
+          store_word(out, static_cast<std::uint32_t>(r0 + j) * share + i, values[j]);
         }
       }
     }
@@ -180,12 +200,13 @@ void check_sum_view(DType dtype, const void* in, const void* out, std::int64_t b
 
 void report_reduce(int n, std::vector<KernelInfo>& report) {
   with_ranks(n, [&](auto r) {
-    report.push_back(
-        describe("reduce_scatter bf16", reduce_scatter_kernel<r(), __nv_bfloat16>, kLlThreads));
-    report.push_back(
-        describe("all_reduce one step bf16", all_reduce_kernel<r(), __nv_bfloat16>, kLlThreads));
+    report.push_back(describe("reduce_scatter bf16",
+                              reduce_scatter_kernel<r(), FlatView, __nv_bfloat16>, kLlThreads));
+    report.push_back(describe("all_reduce one step bf16",
+                              all_reduce_kernel<r(), FlatView, __nv_bfloat16>, kLlThreads));
     report.push_back(describe("all_reduce two steps bf16",
-                              all_reduce_two_step_kernel<r(), __nv_bfloat16>, kLlThreads));
+                              all_reduce_two_step_kernel<r(), __nv_bfloat16>,
+                              kLlThreads));
   });
 }
 
@@ -204,11 +225,13 @@ void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dty
   const ByteView from(in, dims.outer, dims.inner_bytes, dims.full_outer_stride,
                       dims.full_rank_stride);
   const ByteView to(out, dims.outer, dims.inner_bytes, dims.share_outer_stride, 0);
-  const Grid grid = ll_grid(words, table.max_blocks);
+  const Grid grid = ll_grid(words, table);
   with_float_type(dtype, "dtype", [&]<class T>(T*) {
-    with_ranks(table.size, [&](auto n) {
-      launch(reduce_scatter_kernel<n(), T>, grid.blocks, grid.threads, stream, table, from, to,
-             dims.full_rank_stride, static_cast<std::uint32_t>(words));
+    with_views(from, to, [&]<class View>(const View& source, const View& target) {
+      with_ranks(table.size, [&](auto n) {
+        launch(reduce_scatter_kernel<n(), View, T>, grid.blocks, grid.threads, stream, Group<n()>(table), source, target,
+               static_cast<std::uint32_t>(words));
+      });
     });
   });
 }
@@ -227,16 +250,19 @@ void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, co
   check_ll_words(table, one ? words : 2 * share, "peer_all_reduce");
   const ByteView from(in, 1, bytes, bytes, 0);
   const ByteView to(out, 1, bytes, bytes, 0);
-  const Grid grid = ll_grid(one ? words : share, table.max_blocks);
+  const Grid grid = ll_grid(one ? words : share, table);
   with_float_type(dtype, "dtype", [&]<class T>(T*) {
     with_ranks(table.size, [&](auto n) {
-      if (one) {
-        launch(all_reduce_kernel<n(), T>, grid.blocks, grid.threads, stream, table, from, to,
-               static_cast<std::uint32_t>(words));
-      } else {
-        launch(all_reduce_two_step_kernel<n(), T>, grid.blocks, grid.threads, stream, table, from,
-               to, static_cast<std::uint32_t>(share));
+      const Group<n()> group(table);
+      if (!one) {
+        launch(all_reduce_two_step_kernel<n(), T>, grid.blocks, grid.threads, stream, group, from, to,
+               static_cast<std::uint32_t>(share));
+        return;
       }
+      with_views(from, to, [&]<class View>(const View& source, const View& target) {
+        launch(all_reduce_kernel<n(), View, T>, grid.blocks, grid.threads, stream, group, source, target,
+               static_cast<std::uint32_t>(words));
+      });
     });
   });
 }

@@ -65,7 +65,7 @@ class CudaPeerKernels final : public PeerKernels {
  public:
   struct Options {
     int max_blocks = 1;                       ///< Resident whatever the kernel; equal on all ranks.
-    int bulk_blocks = 1;                      ///< Of kernels with chunks; equal on all ranks.
+    bool whole_lines = false;                 ///< See `cuda::PeerPath::flag_line`; equal likewise.
     std::chrono::milliseconds limit{60'000};  ///< Of a wait in a kernel.
     std::uint64_t after_epoch = 0;            ///< For tests; equal on all ranks.
     DescriptorRoute route = DescriptorRoute::automatic;
@@ -95,18 +95,17 @@ class CudaPeerKernels final : public PeerKernels {
 
   /// Inboxes only grow. Those that a larger one replaces stay until the end, because graphs that
   /// captured calls go on using them; each at least doubles the one before. A slot holds one
-  /// lane for every rank.
+  /// lane for every rank. Flag words do not grow: their use is small payloads.
   void reserve(std::size_t slot_bytes) override {
     const auto ranks = static_cast<std::int64_t>(group_.size());
-    const std::int64_t lane =
-        (static_cast<std::int64_t>(slot_bytes) + ranks - 1) / ranks + kLaneSlack;
+    const std::int64_t lane = (static_cast<std::int64_t>(slot_bytes) + ranks - 1) / ranks;
     Intent intent{.place = fmt::format("growth of the inboxes of {}", group_.name()),
                   .sequence = inboxes_.size(),
                   .bytes = slot_bytes};
     ControlPlane* const groups[] = {&group_};
     agree(groups, std::move(intent));
-    const std::int64_t there = table().layout.bulk_lane_bytes;
-    if (slot_bytes == 0 || lane <= there) {
+    const std::int64_t there = table().layout.flag_line_capacity();
+    if (!options_.whole_lines || lane <= there) {
       return;
     }
     if (const auto refusal = build(std::max(lane, 2 * there)); !refusal.empty()) {
@@ -228,18 +227,16 @@ class CudaPeerKernels final : public PeerKernels {
     cuda::PeerTable table;
   };
 
-  // Kernels round what they put into a lane up to whole chunks.
-  static constexpr std::int64_t kLaneSlack = 64 << 10;
-
   CudaPeerKernels(ControlPlane& group, int device, const Options& options)
       : group_(group), device_(device), options_(options), stream_(make_stream(device)) {}
 
   /// A further inbox; why there cannot be one, or "". Collective.
-  [[nodiscard]] std::string build(std::int64_t bulk_bytes) {
+  [[nodiscard]] std::string build(std::int64_t flag_line_bytes) {
     Inbox inbox;
     auto& table = inbox.table;
-    table.layout = cuda::InboxLayout::make(
-        {.ranks = group_.size(), .bulk_bytes = bulk_bytes, .max_blocks = options_.bulk_blocks});
+    table.layout = cuda::InboxLayout::make({.ranks = group_.size(),
+                                            .flag_line_bytes = flag_line_bytes,
+                                            .max_blocks = options_.max_blocks});
     auto outcome = PeerMapping::create(
         group_, device_, static_cast<std::size_t>(table.layout.bytes), options_.route);
     if (!outcome.mapping) {
@@ -251,7 +248,6 @@ class CudaPeerKernels final : public PeerKernels {
     }
     table.rank = group_.rank();
     table.size = group_.size();
-    table.max_blocks = options_.max_blocks;
     {
       const DeviceGuard guard(device_);
       const RelaxedCapture relaxed;

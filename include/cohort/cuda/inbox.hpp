@@ -3,7 +3,8 @@
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
-#include <array>
+#include <algorithm>
+#include <bit>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -14,14 +15,14 @@
 /// The inbox: symmetric memory that the library owns, into which peers push. One segment per rank,
 /// laid out alike on all of them:
 ///
-///     control     256 bytes: epoch, error word, time limit
-///     flags       [slot][source rank][block]  16 bytes each: one flag per thread block
+///     control     128 bytes: error word, time limit, arrivals
+///     records     [kEpochRecords]             128 bytes each: equal copies of epoch and error word
 ///     flag words  [slot][source rank][word]   16 bytes each: 8 bytes of payload with their flags
-///     bulk        [slot][rank][lane bytes]    payload without flags
+///     flag lines  [slot][source rank][line]   128 bytes each: 120 bytes of payload and their flag
 ///
 /// Two slots alternate by epoch, the number of the group's peer-kernel call. No base depends on a
-/// call's shape, and bulk payload never lies where flags lie, so a word that a kernel waits on has
-/// only ever held zeros or flags of earlier epochs.
+/// call's shape, and payload never lies where flags lie, so what a kernel waits on has only ever
+/// held zeros or flags of earlier epochs.
 ///
 /// **Why two slots suffice.** Every call signals every peer and waits for every peer's signal. A
 /// rank that stores into the slot of epoch e+2 has finished its call e+1, so it has the e+1 signal
@@ -37,15 +38,24 @@ inline constexpr int kMaxPeers = 32;
 /// Most thread blocks that a peer kernel may be launched with.
 inline constexpr int kMaxPeerBlocks = 512;
 
+/// Copies of the epoch: a launch's blocks read different ones, so that they do not queue up for one.
+inline constexpr int kEpochRecords = 8;
+
+/// Payload bytes of a flag line, and the line's size.
+inline constexpr std::int64_t kLinePayload = 120;
+inline constexpr std::int64_t kLineBytes = 128;
+
 /// What an inbox must have room for. Equal on all ranks.
 struct InboxOptions {
   int ranks = 0;
-  /// Payload bytes that one rank sends to one peer by flag words.
+  /// Payload bytes that one rank sends to one peer by flag words; rounded up to a power of two.
   std::int64_t flag_word_bytes = 512 << 10;
-  /// Payload bytes that one rank sends to one peer in bulk; 0 where no call needs it.
-  std::int64_t bulk_bytes = 0;
-  /// Thread blocks per launch. All blocks of all ranks that share a card must fit on it at once;
-  /// with one rank a card, the number of its multiprocessors, or twice that.
+  /// Payload bytes that one rank sends to one peer by flag lines; 0 where no call needs them, or
+  /// where the links between the ranks do not keep lines whole (see `PeerPath::flag_line`).
+  std::int64_t flag_line_bytes = 0;
+  /// Most thread blocks of a launch. All blocks of all ranks that share a card must fit on it at
+  /// once, whichever kernels the ranks are in; with one rank a card, the number of its
+  /// multiprocessors.
   int max_blocks = 128;
 };
 
@@ -53,11 +63,10 @@ struct InboxOptions {
 struct InboxLayout {
   int ranks = 0;
   int max_blocks = 0;
-  std::int64_t flags_offset = 0;
   std::int64_t ll_offset = 0;  ///< Flag words; "LL" is NCCL's name for the protocol.
-  std::int64_t ll_words = 0;   ///< Words of one lane: one source rank, one slot.
-  std::int64_t bulk_offset = 0;
-  std::int64_t bulk_lane_bytes = 0;
+  std::int64_t ll_words = 0;   ///< Words of one lane: one source rank, one slot. A power of two.
+  std::int64_t line_offset = 0;
+  std::int64_t lines = 0;  ///< Lines of one lane.
   std::int64_t bytes = 0;  ///< Size of the segment.
 
   /// @throw ConfigError if a number is out of range.
@@ -65,25 +74,32 @@ struct InboxLayout {
     constexpr std::int64_t kMaxLane = std::int64_t{1} << 31;
     if (options.ranks < 1 || options.ranks > kMaxPeers || options.max_blocks < 1 ||
         options.max_blocks > kMaxPeerBlocks || options.flag_word_bytes < 0 ||
-        options.flag_word_bytes > kMaxLane || options.bulk_bytes < 0 ||
-        options.bulk_bytes > kMaxLane) {
+        options.flag_word_bytes > kMaxLane || options.flag_line_bytes < 0 ||
+        options.flag_line_bytes > kMaxLane) {
       throw ConfigError(fmt::format(
           "InboxOptions: expected 1 to {} ranks, 1 to {} blocks and lanes of 0 to {} bytes, got "
-          "ranks={} max_blocks={} flag_word_bytes={} bulk_bytes={}",
+          "ranks={} max_blocks={} flag_word_bytes={} flag_line_bytes={}",
           kMaxPeers, kMaxPeerBlocks, kMaxLane, options.ranks, options.max_blocks,
-          options.flag_word_bytes, options.bulk_bytes));
+          options.flag_word_bytes, options.flag_line_bytes));
     }
+    constexpr std::uint64_t kFewestWords = 32;
     const std::int64_t lanes = std::int64_t{2} * options.ranks;
     InboxLayout layout;
     layout.ranks = options.ranks;
     layout.max_blocks = options.max_blocks;
-    layout.flags_offset = kAlignment;
-    layout.ll_offset = layout.flags_offset + round_up(lanes * options.max_blocks * 16);
-    layout.ll_words = round_up(options.flag_word_bytes + 8) / 8;
-    layout.bulk_offset = layout.ll_offset + lanes * layout.ll_words * 16;
-    layout.bulk_lane_bytes = round_up(options.bulk_bytes);
-    layout.bytes = layout.bulk_offset + lanes * layout.bulk_lane_bytes;
+    layout.ll_offset = round_up(std::int64_t{kEpochRecords + 1} * kLineBytes);
+    layout.ll_words = static_cast<std::int64_t>(std::bit_ceil(
+        std::max(kFewestWords, static_cast<std::uint64_t>(options.flag_word_bytes + 7) / 8)));
+    layout.line_offset = layout.ll_offset + lanes * layout.ll_words * 16;
+    layout.lines = (options.flag_line_bytes + kLinePayload - 1) / kLinePayload;
+    layout.bytes = layout.line_offset + round_up(lanes * layout.lines * kLineBytes);
     return layout;
+  }
+
+  /// Payload bytes that one rank can send to one peer.
+  [[nodiscard]] constexpr std::int64_t flag_word_capacity() const noexcept { return ll_words * 8; }
+  [[nodiscard]] constexpr std::int64_t flag_line_capacity() const noexcept {
+    return lines * kLinePayload;
   }
 
   friend bool operator==(const InboxLayout&, const InboxLayout&) = default;
@@ -102,11 +118,6 @@ struct PeerTable {
   InboxLayout layout;
   int rank = 0;
   int size = 0;
-  /// Upper limit of a launch's thread blocks, at most `layout.max_blocks`: as many as are resident
-  /// whatever the kernel. Kernels with chunks, of which two blocks fit on a multiprocessor, take
-  /// twice as many where the layout has flags for them; it must not where ranks share a card.
-  /// Equal on all ranks.
-  int max_blocks = 0;
   /// For tests: not 0 makes thread blocks wait for random times, differing by rank, block and
   /// epoch.
   std::uint32_t delay_seed = 0;
@@ -119,13 +130,17 @@ struct PeerTable {
   return (next & 0xffffffffU) == 0 ? next + 2 : next;
 }
 
-/// First 256 bytes of an inbox.
-struct InboxControl {
-  std::uint64_t epoch = 0;     ///< Of the last call; own kernels only.
+/// The start of an inbox.
+struct alignas(kLineBytes) InboxControl {
   std::uint64_t error = 0;     ///< 0, or see `InboxError`; written by this rank and its peers.
   std::uint64_t limit_ns = 0;  ///< Of one wait.
   std::uint32_t arrived = 0;   ///< Thread blocks of the running launch that know its epoch.
-  std::uint32_t reserved = 0;
+};
+
+/// What a thread block reads when it starts. Behind the control block; equal between launches.
+struct alignas(kLineBytes) EpochRecord {
+  std::uint64_t epoch = 0;  ///< Of the last call; own kernels only.
+  std::uint64_t error = 0;  ///< A copy of `InboxControl::error`.
 };
 
 /// The first wait that reached its limit in a group.

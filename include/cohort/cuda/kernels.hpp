@@ -138,8 +138,10 @@ void pack_query(const Query& query, void* out, std::int64_t out_batch_stride,
 enum class PeerPath : std::uint8_t {
   automatic,  ///< By size; see `choose_merge_path` and `choose_query_path`.
   flag_word,  ///< Every 8 bytes travel with their epoch as a flag: one flight, twice the bytes.
-  push,       ///< Chunks are stored in the peers' inboxes, then one flag a chunk.
-  pull,       ///< Chunks are staged in the own inbox; the peers read them after the flag.
+  /// Every 120 bytes travel with their epoch in one line of 128: one flight, 1/15 more bytes. Needs
+  /// links that keep a line's store whole, as NVLink and a card's own memory do; elsewhere the
+  /// inbox must have no room for lines.
+  flag_line,
 };
 
 [[nodiscard]] std::string_view to_string(PeerPath path) noexcept;

@@ -126,6 +126,7 @@ namespace detail {
 struct Reach {
   std::uint8_t peer = 0;    ///< Loads and stores are possible; also where only a trial can tell.
   std::uint8_t nvlink = 0;  ///< By NVLink.
+  std::uint8_t whole = 0;   ///< A store of a whole line arrives whole: by NVLink or on one card.
 };
 
 [[nodiscard]] inline Reach reach(int device, const MachineFacts& me, const MachineFacts& other) {
@@ -133,12 +134,12 @@ struct Reach {
     return {};
   }
   if (me.device_uuid == other.device_uuid) {
-    return {1, 0};  // one card: its own memory, but NCCL takes no windows across its ranks
+    return {1, 0, 1};  // one card: its own memory, but NCCL takes no windows across its ranks
   }
   const auto ordinal = visible_ordinal(other.device_uuid);
   if (!ordinal) {
-    const bool linked = hidden_nvlink(me.pci_bus_id.data(), other.pci_bus_id.data());
-    return {1, static_cast<std::uint8_t>(linked)};
+    const std::uint8_t linked = hidden_nvlink(me.pci_bus_id.data(), other.pci_bus_id.data()) ? 1 : 0;
+    return {1, linked, linked};
   }
   int access = 0;
   cuda_check(cudaDeviceCanAccessPeer(&access, device, *ordinal), "cudaDeviceCanAccessPeer");
@@ -151,7 +152,8 @@ struct Reach {
   cuda_check(
       cudaDeviceGetP2PAttribute(&atomics, cudaDevP2PAttrNativeAtomicSupported, device, *ordinal),
       "cudaDeviceGetP2PAttribute");
-  return {1, static_cast<std::uint8_t>(atomics != 0)};
+  const std::uint8_t linked = atomics != 0 ? 1 : 0;
+  return {1, linked, linked};
 }
 
 }  // namespace detail
@@ -199,6 +201,7 @@ struct GroupProbe {
   SymmetricCapabilities capabilities;  ///< `peer_import` is for a trial to fill in.
   int ranks_per_device = 1;            ///< On the card that most ranks share.
   int multiprocessors = 0;             ///< Of the smallest card.
+  bool whole_lines = false;            ///< Between all cards; see `cuda::PeerPath::flag_line`.
 };
 
 /// Collective. Throws `ConfigError` on every rank where NCCL would refuse the group, otherwise what
@@ -209,23 +212,22 @@ struct GroupProbe {
   probe.ranks = detail::gather_values(group, mine);
   const auto& ranks = probe.ranks;
 
-  std::vector<detail::Reach> row(ranks.size(), {1, 1});
+  std::vector<detail::Reach> row(ranks.size(), {1, 1, 1});
   for (std::size_t r = 0; r < ranks.size(); ++r) {
     if (static_cast<int>(r) != group.rank()) {
       row[r] = detail::reach(device, mine, ranks[r]);
     }
   }
-  detail::Reach all{1, 1};
-  for (const auto& one : row) {
-    all.peer = std::min(all.peer, one.peer);
-    all.nvlink = std::min(all.nvlink, one.nvlink);
-  }
-  bool peer = true;
-  bool nvlink = true;
-  for (const auto& theirs : detail::gather_values(group, all)) {
-    peer = peer && theirs.peer != 0;
-    nvlink = nvlink && theirs.nvlink != 0;
-  }
+  const auto weakest = [](const auto& reaches) {
+    detail::Reach all{1, 1, 1};
+    for (const auto& one : reaches) {
+      all = {std::min(all.peer, one.peer), std::min(all.nvlink, one.nvlink),
+             std::min(all.whole, one.whole)};
+    }
+    return all;
+  };
+  const detail::Reach all = weakest(detail::gather_values(group, weakest(row)));
+  probe.whole_lines = all.whole != 0;
 
   const auto smallest = [&](auto field) {
     const auto found =
@@ -260,9 +262,9 @@ struct GroupProbe {
                         .nccl_win_enable = smallest(&MachineFacts::win_enable) != 0,
                         .nccl_cumem_enabled = smallest(&MachineFacts::cumem) != 0,
                         .nccl_hosts = static_cast<int>(hosts.size()),
-                        .nvlink_reach = nvlink,
+                        .nvlink_reach = all.nvlink != 0,
                         .machines = static_cast<int>(machines.size()),
-                        .peer_access = peer,
+                        .peer_access = all.peer != 0,
                         .peer_import = false};
   return probe;
 }

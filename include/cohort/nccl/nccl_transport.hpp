@@ -456,15 +456,12 @@ class NcclTransport final : public Transport {
 
   void connect_peers(const GroupProbe& probe) {
     // One block for each multiprocessor is resident whatever the kernel; ranks on one card share.
-    // A card of its own also has room for two blocks of one kernel with chunks. Ranks that share a
-    // card may be in different calls, and a half-filled multiprocessor then keeps out the block
-    // that all others wait for.
     const int blocks =
-        std::clamp(probe.multiprocessors / probe.ranks_per_device, 1, cuda::kMaxPeerBlocks / 2);
-    const int bulk_blocks = probe.ranks_per_device == 1 ? 2 * blocks : blocks;
-    auto outcome = CudaPeerKernels::create(
-        group_, device_,
-        {.max_blocks = blocks, .bulk_blocks = bulk_blocks, .limit = options_.kernel_limit});
+        std::clamp(probe.multiprocessors / probe.ranks_per_device, 1, cuda::kMaxPeerBlocks);
+    auto outcome = CudaPeerKernels::create(group_, device_,
+                                           {.max_blocks = blocks,
+                                            .whole_lines = probe.whole_lines,
+                                            .limit = options_.kernel_limit});
     peers_ = std::move(outcome.kernels);
     capabilities_.peer_import = peers_ != nullptr;
     if (!peers_ && rank_ == 0) {

@@ -217,7 +217,7 @@ void test_merge_case(Tally& tally, World& world, const MergeCase& c, Random& ran
   const Partials p(c, n, random);
   const std::vector<Result> packed = packed_plan(world, c, p);
   tally.expect(matches_reference(c, p, packed), name("packed", c, n));
-  for (const PeerPath path : {PeerPath::flag_word, PeerPath::push, PeerPath::pull}) {
+  for (const PeerPath path : {PeerPath::flag_word, PeerPath::flag_line}) {
     const bool fits = path == PeerPath::flag_word
                           ? cuda::merge_lane_bytes(c.shape, n, path) <= world.layout().ll_words * 8
                           : true;
@@ -371,7 +371,7 @@ void test_queries(Tally& tally, World& world, Random& random) {
         QueryCase{1, 16, 512, 64, DType::bf16, false}, QueryCase{3, 5, 64, 0, DType::f16, false},
         QueryCase{2, 3, 16, 8, DType::f32, true}, QueryCase{33, 4, 512, 64, DType::bf16, true},
         QueryCase{64, 8, 512, 64, DType::bf16, false}, QueryCase{5, 2, 32, 16, DType::u8, false}}) {
-    for (const PeerPath path : {PeerPath::flag_word, PeerPath::push, PeerPath::pull}) {
+    for (const PeerPath path : {PeerPath::flag_word, PeerPath::flag_line}) {
       tally.expect(
           query_right(world, c, path, random),
           fmt::format("gather_query {} n={} B={} h={} {}+{} {} sliced={}", cuda::to_string(path),

@@ -164,9 +164,9 @@ bool all_reduce_right(World& world, std::int64_t count, DType dtype, bool in_pla
 /// Elements around the boundaries of words (8 bytes), blocks and grids.
 std::vector<std::int64_t> counts_of(const World& world, DType dtype) {
   const auto per_word = 8 / static_cast<std::int64_t>(size_of(dtype));
-  const std::int64_t grid = std::int64_t{256} * world.table(0).max_blocks;
+  const std::int64_t grid = std::int64_t{512} * world.layout().max_blocks;
   std::vector<std::int64_t> counts = {0, 1, 2, 3, 4, 5, 7, 8, 9};
-  for (const std::int64_t words : {std::int64_t{64}, std::int64_t{512}, grid}) {
+  for (const std::int64_t words : {std::int64_t{64}, std::int64_t{128}, std::int64_t{512}, grid}) {
     for (const std::int64_t delta : {-1, 0, 1}) {
       counts.push_back(words * per_word + delta);
     }

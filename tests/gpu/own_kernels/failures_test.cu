@@ -62,16 +62,12 @@ std::vector<Operation> operations() {
        }},
       {"merge flag_word",
        [](auto& t, auto* in, auto* out, auto s) { merge(t, in, out, s, PeerPath::flag_word); }},
-      {"merge push",
-       [](auto& t, auto* in, auto* out, auto s) { merge(t, in, out, s, PeerPath::push); }},
-      {"merge pull",
-       [](auto& t, auto* in, auto* out, auto s) { merge(t, in, out, s, PeerPath::pull); }},
+      {"merge flag_line",
+       [](auto& t, auto* in, auto* out, auto s) { merge(t, in, out, s, PeerPath::flag_line); }},
       {"gather_query flag_word",
        [](auto& t, auto* in, auto* out, auto s) { gather(t, in, out, s, PeerPath::flag_word); }},
-      {"gather_query push",
-       [](auto& t, auto* in, auto* out, auto s) { gather(t, in, out, s, PeerPath::push); }},
-      {"gather_query pull",
-       [](auto& t, auto* in, auto* out, auto s) { gather(t, in, out, s, PeerPath::pull); }},
+      {"gather_query flag_line",
+       [](auto& t, auto* in, auto* out, auto s) { gather(t, in, out, s, PeerPath::flag_line); }},
   };
 }
 

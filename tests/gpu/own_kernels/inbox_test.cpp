@@ -11,19 +11,18 @@ using cuda::PeerPath;
 void test_layout(Tally& tally) {
   for (const int n : {1, 2, 8, 32}) {
     const auto layout = InboxLayout::make(
-        {.ranks = n, .flag_word_bytes = 1000, .bulk_bytes = 5000, .max_blocks = 7});
+        {.ranks = n, .flag_word_bytes = 1000, .flag_line_bytes = 5000, .max_blocks = 7});
     const std::int64_t lanes = 2 * n;
-    tally.expect(layout.flags_offset >= 256 &&
-                     layout.ll_offset >= layout.flags_offset + lanes * 7 * 16 &&
-                     layout.bulk_offset >= layout.ll_offset + lanes * layout.ll_words * 16 &&
-                     layout.bytes >= layout.bulk_offset + lanes * layout.bulk_lane_bytes,
+    tally.expect(layout.ll_offset >= 128 * (1 + cuda::kEpochRecords) &&
+                     layout.line_offset >= layout.ll_offset + lanes * layout.ll_words * 16 &&
+                     layout.bytes >= layout.line_offset + lanes * layout.lines * 128,
                  fmt::format("regions do not overlap, n={}", n));
-    tally.expect(layout.ll_words * 8 >= 1000 && layout.bulk_lane_bytes >= 5000 &&
-                     layout.ll_offset % 256 == 0 && layout.bulk_offset % 256 == 0,
+    tally.expect(layout.ll_words == 128 && layout.lines == 42 &&
+                     layout.ll_offset % 256 == 0 && layout.line_offset % 128 == 0,
                  fmt::format("regions have room and alignment, n={}", n));
   }
   for (const auto& wrong : {cuda::InboxOptions{.ranks = 0}, cuda::InboxOptions{.ranks = 33},
-                            cuda::InboxOptions{.ranks = 2, .bulk_bytes = -1},
+                            cuda::InboxOptions{.ranks = 2, .flag_line_bytes = -1},
                             cuda::InboxOptions{.ranks = 2, .max_blocks = 513}}) {
     bool refused = false;
     try {
@@ -55,20 +54,28 @@ void test_epochs(Tally& tally) {
 
 void test_paths(Tally& tally) {
   const auto both = InboxLayout::make(
-      {.ranks = 2, .flag_word_bytes = 1 << 20, .bulk_bytes = 16 << 20, .max_blocks = 1});
+      {.ranks = 2, .flag_word_bytes = 1 << 20, .flag_line_bytes = 16 << 20, .max_blocks = 1});
   const auto words = InboxLayout::make(
-      {.ranks = 2, .flag_word_bytes = 16 << 20, .bulk_bytes = 0, .max_blocks = 1});
-  const auto bulk = InboxLayout::make(
-      {.ranks = 2, .flag_word_bytes = 0, .bulk_bytes = 16 << 20, .max_blocks = 1});
+      {.ranks = 2, .flag_word_bytes = 16 << 20, .flag_line_bytes = 0, .max_blocks = 1});
+  const auto lines = InboxLayout::make(
+      {.ranks = 2, .flag_word_bytes = 1 << 10, .flag_line_bytes = 16 << 20, .max_blocks = 1});
   const cuda::MergeShape small{1, 128, 512, DType::bf16};
   const cuda::MergeShape large{128, 128, 512, DType::bf16};
   tally.expect(cuda::choose_merge_path(both, small) == PeerPath::flag_word, "small: flag words");
-  tally.expect(cuda::choose_merge_path(both, large) != PeerPath::flag_word, "large: in bulk");
-  tally.expect(cuda::choose_merge_path(bulk, small) == PeerPath::push, "small, bulk room only");
+  tally.expect(cuda::choose_merge_path(both, large) == PeerPath::flag_line, "large: flag lines");
+  tally.expect(cuda::choose_merge_path(lines, small) == PeerPath::flag_line,
+               "small, flag line room only");
   tally.expect(cuda::choose_merge_path(words, large) == PeerPath::flag_word,
                "large, flag word room only");
-  tally.expect(cuda::merge_lane_bytes(small, 2, PeerPath::push) == 64 * 512 * 2 + 64 * 4,
-               "bulk lane: payload and LSEs");
+  bool refused = false;
+  try {
+    (void)cuda::choose_merge_path(lines, large);  // its LSEs travel as flag words
+  } catch (const UsageError&) {
+    refused = true;
+  }
+  tally.expect(refused, "large, no room for the LSEs");
+  tally.expect(cuda::merge_lane_bytes(small, 2, PeerPath::flag_line) == 64 * 512 * 2,
+               "flag line lane: payload alone");
   tally.expect(cuda::merge_lane_bytes(small, 2, PeerPath::flag_word) == 64 * 512 * 2 + 32 * 8,
                "flag word lane: payload and two LSEs a word");
   const cuda::MergeShape none{0, 128, 512, DType::bf16};

@@ -197,7 +197,7 @@ Step random_step(Random& random, int n) {
   const auto pick = [&](std::initializer_list<std::int64_t> values) {
     return values.begin()[random() % values.size()];
   };
-  const auto path = static_cast<cuda::PeerPath>(random() % 4);
+  const auto path = static_cast<cuda::PeerPath>(random() % 3);
   Step s{};
   s.kind = static_cast<Kind>(random() % 6);
   s.outer = pick({1, 1, 2, 5});

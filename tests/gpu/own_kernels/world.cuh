@@ -113,16 +113,16 @@ inline void finish(cudaStream_t stream, std::chrono::seconds limit = std::chrono
 /// All ranks of one group.
 class World {
  public:
-  World(int n, std::int64_t flag_word_bytes, std::int64_t bulk_bytes, std::uint64_t after_epoch = 0)
+  World(int n, std::int64_t flag_word_bytes, std::int64_t flag_line_bytes,
+        std::uint64_t after_epoch = 0)
       : n_(n) {
     // All blocks of all ranks are resident at once on 132 multiprocessors with room for other load,
-    // whichever mixture of kernels the ranks are in: at most one block a multiprocessor, also of
-    // the kernels that take twice as many.
-    const int blocks = std::max(1, 60 / n);
+    // whichever mixture of kernels the ranks are in: at most one block a multiprocessor.
+    const int blocks = std::max(1, 120 / n);
     layout_ = cuda::InboxLayout::make({.ranks = n,
                                        .flag_word_bytes = flag_word_bytes,
-                                       .bulk_bytes = bulk_bytes,
-                                       .max_blocks = 2 * blocks});
+                                       .flag_line_bytes = flag_line_bytes,
+                                       .max_blocks = blocks});
     for (int r = 0; r < n; ++r) {
       inboxes_.emplace_back(static_cast<std::size_t>(layout_.bytes));
       cudaStream_t stream = nullptr;
@@ -137,7 +137,6 @@ class World {
       table.layout = layout_;
       table.rank = r;
       table.size = n;
-      table.max_blocks = blocks;
       tables_.push_back(table);
     }
     reset(std::chrono::seconds(30), after_epoch);
@@ -186,11 +185,17 @@ class World {
     });
     return good;
   }
+  /// The epoch that all records agree on, or 0.
   [[nodiscard]] std::uint64_t epoch(int rank) const {
-    std::uint64_t value = 0;
-    COHORT_CHECK(cudaMemcpy(&value, inboxes_[static_cast<std::size_t>(rank)].at(), sizeof(value),
-                            cudaMemcpyDeviceToHost));
-    return value;
+    struct Head {
+      cuda::InboxControl control;
+      cuda::EpochRecord records[cuda::kEpochRecords];
+    };
+    const Head head = inboxes_[static_cast<std::size_t>(rank)].download<Head>(1).front();
+    const std::uint64_t first = head.records[0].epoch;
+    const bool equal = std::all_of(std::begin(head.records), std::end(head.records),
+                                   [first](const auto& record) { return record.epoch == first; });
+    return equal ? first : 0;
   }
 
   [[nodiscard]] int size() const { return n_; }
