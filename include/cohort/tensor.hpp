@@ -90,10 +90,11 @@ class Dims {
       empty = true;
       continue;
     }
-    if (product > std::numeric_limits<std::int64_t>::max() / 16 / extent) {
+    // No division: every call of a group makes views.
+    if (__builtin_mul_overflow(product, extent, &product) ||
+        product > std::numeric_limits<std::int64_t>::max() / 16) {
       throw UsageError("a tensor's element count overflows");
     }
-    product *= extent;
   }
   return empty ? 0 : product;
 }
@@ -153,9 +154,15 @@ class BasicTensorView {
   /// A view of mutable memory converts to a view of constant memory.
   template <class Other>
   requires(std::is_const_v<Void>&& std::is_same_v<Other, void>)
-      BasicTensorView(const BasicTensorView<Other>& other)  // NOLINT(google-explicit-constructor)
-      : BasicTensorView(other.data(), other.dtype(), other.shape(), other.strides(),
-                        other.device()) {}
+      BasicTensorView(  // NOLINT(google-explicit-constructor)
+          const BasicTensorView<Other>& other)
+  noexcept
+      : data_(other.data()),
+        shape_(other.shape()),
+        strides_(other.strides()),
+        numel_(other.numel()),
+        device_(other.device()),
+        dtype_(other.dtype()) {}
 
   [[nodiscard]] Void* data() const noexcept { return data_; }
   /// The elements as `T`. Throws `UsageError` where `T` is not the view's element type.
@@ -209,11 +216,10 @@ class BasicTensorView {
   [[nodiscard]] BasicTensorView transpose(int a, int b) const {
     const int da = normalize_dim(a, ndim(), "transpose dim");
     const int db = normalize_dim(b, ndim(), "transpose dim");
-    Dims shape = shape_;
-    Dims strides = strides_;
-    std::swap(shape[da], shape[db]);
-    std::swap(strides[da], strides[db]);
-    return {data_, dtype_, shape, strides, device_};
+    BasicTensorView view = *this;
+    std::swap(view.shape_[da], view.shape_[db]);
+    std::swap(view.strides_[da], view.strides_[db]);
+    return view;
   }
 
   /// The same elements in another shape. Needs a contiguous view and an equal element count.
@@ -317,7 +323,7 @@ class Tensor {
 
   [[nodiscard]] const TensorView& view() const noexcept { return view_; }
   operator const TensorView&() const noexcept { return view_; }  // NOLINT(google-explicit-*)
-  operator ConstTensorView() const { return view_; }             // NOLINT(google-explicit-*)
+  operator ConstTensorView() const noexcept { return view_; }    // NOLINT(google-explicit-*)
 
   [[nodiscard]] void* data() const noexcept { return view_.data(); }
   template <class T>
