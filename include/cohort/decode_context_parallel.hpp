@@ -102,30 +102,17 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// and q_pe [B, H/n, Dr]. Heads come in rank order. Inputs may lie in any memory.
   [[nodiscard]] Tensor gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                                     StreamRef stream = {}) {
-    begin("gather_query q_nope", q_nope, stream);
-    Tensor q = arena()->empty(query_shape(q_nope, q_pe), q_nope.dtype(), stream);
-    gather_query_into(q, q_nope, q_pe, stream);
+    const Call call = begin("gather_query q_nope", q_nope, stream);
+    const Dims shape = check_query(q_nope, q_pe);
+    Tensor q = temporary(shape, q_nope.dtype(), call);
+    gather_query(q, q_nope, q_pe, call);
     return q;
   }
   void gather_query_into(const TensorView& q, const ConstTensorView& q_nope,
                          const ConstTensorView& q_pe, StreamRef stream = {}) {
-    begin("gather_query q_nope", q_nope, stream);
-    check_like("gather_query q", q, q_nope, query_shape(q_nope, q_pe));
-    if (size() == 1) {
-      backend().ops().pack_query(q_nope, q_pe, q, stream);
-      return;
-    }
-    if (PeerKernels* kernels = peer_kernels();
-        kernels != nullptr && kernels->gather_obstacle(q_nope, q_pe).empty()) {
-      debug_compare("gather_query", q_nope, 0, {}, static_cast<int>(q_pe.size(2)), &q);
-      kernels->gather_query(q_nope, q_pe, q, stream);
-      return;
-    }
-    Dims shape = q.shape();
-    shape[1] = q_nope.size(1);
-    const Tensor packed = arena()->empty(shape, q.dtype(), stream);
-    backend().ops().pack_query(q_nope, q_pe, packed, stream);
-    all_gather_into(q, packed, 1, stream);
+    const Call call = begin("gather_query q_nope", q_nope, stream);
+    check_like("gather_query q", q, q_nope, check_query(q_nope, q_pe));
+    gather_query(q, q_nope, q_pe, call);
   }
 
   /// Merges the ranks' partial attentions exactly and scatters the heads: [B, H/n, D] from this
@@ -133,38 +120,27 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// without tokens have lse = -inf; their `out` is never read. See dcp/lse_merge.hpp.
   [[nodiscard]] Tensor merge_attention(const ConstTensorView& out, const ConstTensorView& lse,
                                        LseBase base = LseBase::e, StreamRef stream = {}) {
-    begin("merge_attention out", out, stream);
-    Tensor merged = arena()->empty(merged_shape(out), out.dtype(), stream);
-    merge_attention_into(merged, out, lse, base, stream);
+    const Call call = begin("merge_attention out", out, stream);
+    check_partial(out, lse);
+    Tensor merged = temporary(merged_shape(out), out.dtype(), call);
+    merge({out, lse, merged, nullptr, base}, call);
     return merged;
   }
-  /// The same into `merged` [B, H/n, D] and, where given, `merged_lse` [B, H/n] in f32, in the same
-  /// base. Throws `ConfigError` where the plan is forced and cannot run with these arguments.
+  /// The same into `merged` [B, H/n, D], of any strides with D without gaps, and, where given,
+  /// `merged_lse` [B, H/n] in f32, in the same base. Throws `ConfigError` where the plan is forced
+  /// and cannot run with these arguments.
   void merge_attention_into(const TensorView& merged, const ConstTensorView& out,
                             const ConstTensorView& lse, LseBase base = LseBase::e,
                             StreamRef stream = {}, const TensorView* merged_lse = nullptr) {
-    begin("merge_attention out", out, stream);
-    check_merge(merged, out, lse, merged_lse);
-    const MergeArguments arguments{out, lse, merged, merged_lse, base};
-    last_choice_ = choose(arguments);
-    switch (last_choice_.plan) {
-      case MergePlan::one_kernel:
-        debug_compare("merge_attention", out, 0, {}, static_cast<int>(base), &merged);
-        peer_kernels()->merge_attention(arguments, stream);
-        return;
-      case MergePlan::staged:
-        merge_staged(arguments, stream);
-        return;
-      case MergePlan::packed:
-      case MergePlan::automatic:
-        merge_packed(arguments, stream);
-        return;
-    }
+    const Call call = begin("merge_attention out", out, stream);
+    check_partial(out, lse);
+    check_merged(merged, out, merged_lse);
+    merge({out, lse, merged, merged_lse, base}, call);
   }
 
   /// The plan that the last merge took. `automatic` takes the one-kernel merge where the ranks can
   /// address each other, otherwise `packed`, which sends fewer bytes than `staged`.
-  [[nodiscard]] const MergeChoice& last_merge_choice() const noexcept { return last_choice_; }
+  [[nodiscard]] MergeChoice last_merge_choice() const { return {last_.plan, reason(last_)}; }
 
  private:
   /// Each temporary is rounded up to the allocator's alignment.
@@ -175,7 +151,42 @@ class DecodeContextParallelGroup : public GroupCoordinator {
                                                                 : nullptr;
   }
 
-  [[nodiscard]] Dims query_shape(const ConstTensorView& q_nope, const ConstTensorView& q_pe) const {
+  /// The plan of a merge, and why. The text is made where someone asks for it, not in each merge.
+  struct Chosen {
+    enum class Why : std::uint8_t {
+      nothing_merged,
+      single_rank,
+      by_user,
+      in_reach,
+      no_map,
+      obstacle
+    };
+
+    MergePlan plan = MergePlan::packed;
+    Why why = Why::nothing_merged;
+    std::string obstacle;  ///< The kernels' own words, for `obstacle`.
+  };
+
+  [[nodiscard]] std::string reason(const Chosen& chosen) const {
+    switch (chosen.why) {
+      case Chosen::Why::nothing_merged:
+        return {};
+      case Chosen::Why::single_rank:
+        return "single rank: a local copy";
+      case Chosen::Why::by_user:
+        return "chosen by the user";
+      case Chosen::Why::in_reach:
+        return "every rank can address every other";
+      case Chosen::Why::no_map:
+        return fmt::format("no peer mapping: {}", to_string(decision().peer_mapping.reason));
+      case Chosen::Why::obstacle:
+        return chosen.obstacle;
+    }
+    return {};
+  }
+
+  /// Checks the query's parts; the shape of the whole.
+  [[nodiscard]] Dims check_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe) const {
     if (q_nope.ndim() != 3) {
       throw UsageError(fmt::format("gather_query q_nope: expected [B, H/n, Dn], got {}",
                                    to_string(q_nope.shape())));
@@ -214,91 +225,132 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
   }
 
-  void check_merge(const TensorView& merged, const ConstTensorView& out, const ConstTensorView& lse,
-                   const TensorView* merged_lse) const {
-    const Dims shape = merged_shape(out);
+  void check_partial(const ConstTensorView& out, const ConstTensorView& lse) const {
+    static_cast<void>(merged_shape(out));
     if (!is_attention_dtype(out.dtype())) {
       throw UsageError(fmt::format("merge_attention out: expected f32, f16 or bf16, got {}",
                                    to_string(out.dtype())));
     }
     check_rows("merge_attention out", out);
+    check_lse("merge_attention lse", lse, {out.size(0), out.size(1)});
+  }
+
+  void check_merged(const TensorView& merged, const ConstTensorView& out,
+                    const TensorView* merged_lse) const {
+    const Dims shape = merged_shape(out);
     check_like("merge_attention merged", merged, out, shape);
     check_rows("merge_attention merged", merged);
-    check_lse("merge_attention lse", lse, {out.size(0), out.size(1)});
     if (merged_lse != nullptr) {
       check_lse("merge_attention merged_lse", *merged_lse, {shape[0], shape[1]});
     }
   }
 
-  [[nodiscard]] MergeChoice choose(const MergeArguments& arguments) const {
+  // From here on the call has begun and its arguments are right.
+
+  void gather_query(const TensorView& q, const ConstTensorView& q_nope, const ConstTensorView& q_pe,
+                    const Call& call) {
     if (size() == 1) {
-      return {MergePlan::packed, "single rank: a local copy"};
+      backend().ops().pack_query(q_nope, q_pe, q, call.stream);
+      return;
     }
-    if (merge_.plan == MergePlan::staged || merge_.plan == MergePlan::packed) {
-      return {merge_.plan, "chosen by the user"};
+    if (PeerKernels* kernels = peer_kernels();
+        kernels != nullptr && kernels->gather_obstacle(q_nope, q_pe).empty()) {
+      debug_compare("gather_query", q_nope, 0, {}, static_cast<int>(q_pe.size(2)), &q);
+      kernels->gather_query(q_nope, q_pe, q, call.stream);
+      return;
     }
-    PeerKernels* kernels = peer_kernels();
-    const std::string obstacle =
-        kernels != nullptr
-            ? kernels->merge_obstacle(arguments)
-            : fmt::format("no peer mapping: {}", to_string(decision().peer_mapping.reason));
-    if (merge_.plan == MergePlan::one_kernel) {
-      if (!obstacle.empty()) {
-        throw ConfigError(fmt::format("merge plan one_kernel: {}", obstacle));
-      }
-      return {MergePlan::one_kernel, "chosen by the user"};
-    }
-    if (obstacle.empty()) {
-      return {MergePlan::one_kernel, "every rank can address every other"};
-    }
-    return {MergePlan::packed, obstacle};
+    Dims shape = q.shape();
+    shape[1] = q_nope.size(1);
+    const Tensor packed = temporary(shape, q.dtype(), call);
+    backend().ops().pack_query(q_nope, q_pe, packed, call.stream);
+    issue_gather(q, packed, equal(shape[1]), 1, call);
   }
 
-  void merge_packed(const MergeArguments& arguments, StreamRef stream) {
+  void merge(const MergeArguments& arguments, const Call& call) {
+    last_ = choose(arguments);
+    switch (last_.plan) {
+      case MergePlan::one_kernel:
+        debug_compare("merge_attention", arguments.out, 0, {}, static_cast<int>(arguments.base),
+                      &arguments.merged);
+        peer_kernels()->merge_attention(arguments, call.stream);
+        return;
+      case MergePlan::staged:
+        merge_staged(arguments, call);
+        return;
+      case MergePlan::packed:
+      case MergePlan::automatic:
+        merge_packed(arguments, call);
+        return;
+    }
+  }
+
+  [[nodiscard]] Chosen choose(const MergeArguments& arguments) const {
+    using Why = Chosen::Why;
+    if (size() == 1) {
+      return {MergePlan::packed, Why::single_rank, {}};
+    }
+    if (merge_.plan == MergePlan::staged || merge_.plan == MergePlan::packed) {
+      return {merge_.plan, Why::by_user, {}};
+    }
+    Chosen refused{MergePlan::packed, Why::no_map, {}};
+    if (PeerKernels* kernels = peer_kernels()) {
+      refused = {MergePlan::packed, Why::obstacle, kernels->merge_obstacle(arguments)};
+    }
+    const bool can_run = refused.why == Why::obstacle && refused.obstacle.empty();
+    if (merge_.plan == MergePlan::one_kernel) {
+      if (!can_run) {
+        throw ConfigError(fmt::format("merge plan one_kernel: {}", reason(refused)));
+      }
+      return {MergePlan::one_kernel, Why::by_user, {}};
+    }
+    return can_run ? Chosen{MergePlan::one_kernel, Why::in_reach, {}} : refused;
+  }
+
+  void merge_packed(const MergeArguments& arguments, const Call& call) {
     const auto& out = arguments.out;
     const auto piece =
         dcp::packed_piece(out.size(0), out.size(1) / size(), out.size(2), size_of(out.dtype()));
     const Dims shape{size(), static_cast<std::int64_t>(piece.bytes)};
-    const Tensor mine = arena()->empty(shape, DType::u8, stream);
-    backend().ops().pack_partial(out, arguments.lse, mine, stream);
-    const Tensor pieces = all_to_all(mine, stream);
+    const Tensor mine = temporary(shape, DType::u8, call);
+    backend().ops().pack_partial(out, arguments.lse, mine, call.stream);
+    const Tensor pieces = exchanged(mine, call);
     backend().ops().merge_pieces(pieces, arguments.base, arguments.merged, arguments.merged_lse,
-                                 stream);
+                                 call.stream);
   }
 
-  void merge_staged(const MergeArguments& arguments, StreamRef stream) {
+  void merge_staged(const MergeArguments& arguments, const Call& call) {
     const auto& out = arguments.out;
     const std::int64_t batch = out.size(0);
     const std::int64_t heads = out.size(1);
     const std::int64_t own = heads / size();
-    const Tensor lses = arena()->empty({size(), batch, heads}, DType::f32, stream);
+    const Tensor lses = temporary({size(), batch, heads}, DType::f32, call);
     const ConstTensorView lse(arguments.lse.data(), DType::f32, {1, batch, heads},
                               {0, arguments.lse.strides()[0], arguments.lse.strides()[1]},
                               arguments.lse.device());
-    all_gather_into(lses, lse, 0, stream);
+    issue_gather(lses, lse, equal(1), 0, call);
     if (arguments.merged_lse != nullptr) {
       backend().ops().merge_lse(lses.view().slice(2, rank() * own, own), arguments.base,
-                                *arguments.merged_lse, stream);
+                                *arguments.merged_lse, call.stream);
     }
     const bool wide = merge_.staged_precision == StagedPrecision::f32;
     const DType dtype = wide ? DType::f32 : out.dtype();
     // Heads first: what a rank gets is then contiguous, and a reduce-scatter in windows needs no
     // packing.
-    const Tensor corrected = arena()->empty({heads, batch, out.size(2)}, dtype, stream);
+    const Tensor corrected = temporary({heads, batch, out.size(2)}, dtype, call);
     backend().ops().correct_partial(out, lses, rank(), arguments.base,
-                                    corrected.view().transpose(0, 1), stream);
+                                    corrected.view().transpose(0, 1), call.stream);
     const TensorView merged = arguments.merged.transpose(0, 1);
     // Allocated whatever this rank's strides are, so that all ranks' arenas stay alike.
-    const Tensor sums = arena()->empty(merged.shape(), dtype, stream);
+    const Tensor sums = temporary(merged.shape(), dtype, call);
     const bool direct = dtype == merged.dtype() && merged.is_contiguous();
-    reduce_scatter_into(direct ? merged : sums.view(), corrected, 0, stream);
+    issue_scatter(direct ? merged : sums.view(), corrected, equal(own), 0, ReduceOp::sum, call);
     if (!direct) {
-      backend().ops().copy(sums, merged, stream);
+      backend().ops().copy(sums, merged, call.stream);
     }
   }
 
   MergeOptions merge_;
-  MergeChoice last_choice_;
+  Chosen last_;
 };
 
 }  // namespace cohort

@@ -104,43 +104,47 @@ class GroupCoordinator {
 
   /// Concatenates every rank's `x` along `dim`, in rank order.
   [[nodiscard]] Tensor all_gather(const TensorView& x, int dim, StreamRef stream = {}) {
-    return gather(x, equal_extents("all_gather x", x, dim), dim, stream);
+    const int d = normalize_dim(dim, x.ndim(), kGatherDim);
+    return gather(x, equal(x.shape()[d]), d, stream);
   }
   /// `out` has the shape of `x` with the extent of `dim` times the group's size.
   void all_gather_into(const TensorView& out, const ConstTensorView& x, int dim,
                        StreamRef stream = {}) {
-    gather_into(out, x, equal_extents("all_gather x", x, dim), dim, stream);
+    const int d = normalize_dim(dim, x.ndim(), kGatherDim);
+    gather_into(out, x, equal(x.shape()[d]), d, stream);
   }
   /// Like `all_gather` with `sizes[r]` extents from rank r; `x` has this rank's.
   [[nodiscard]] Tensor all_gatherv(const TensorView& x, std::span<const std::int64_t> sizes,
                                    int dim, StreamRef stream = {}) {
-    return gather(x, sizes, dim, stream);
+    return gather(x, sizes, normalize_dim(dim, x.ndim(), kGatherDim), stream);
   }
   void all_gatherv_into(const TensorView& out, const ConstTensorView& x,
                         std::span<const std::int64_t> sizes, int dim, StreamRef stream = {}) {
-    gather_into(out, x, sizes, dim, stream);
+    gather_into(out, x, sizes, normalize_dim(dim, x.ndim(), kGatherDim), stream);
   }
 
   /// Reduces over the ranks and gives this rank its part of dimension `dim`, whose extent the
   /// group's size must divide.
   [[nodiscard]] Tensor reduce_scatter_along_dim(const TensorView& x, int dim, StreamRef stream = {},
                                                 ReduceOp op = ReduceOp::sum) {
-    return scatter(x, divided_extents("reduce_scatter x", x, dim), dim, op, stream);
+    const int d = normalize_dim(dim, x.ndim(), kScatterDim);
+    return scatter(x, divided("reduce_scatter x", x, d), d, op, stream);
   }
   void reduce_scatter_into(const TensorView& out, const ConstTensorView& x, int dim,
                            StreamRef stream = {}, ReduceOp op = ReduceOp::sum) {
-    scatter_into(out, x, divided_extents("reduce_scatter x", x, dim), dim, op, stream);
+    const int d = normalize_dim(dim, x.ndim(), kScatterDim);
+    scatter_into(out, x, divided("reduce_scatter x", x, d), d, op, stream);
   }
   /// Like `reduce_scatter_along_dim` with `sizes[r]` extents for rank r.
   [[nodiscard]] Tensor reduce_scatterv(const TensorView& x, std::span<const std::int64_t> sizes,
                                        int dim, StreamRef stream = {},
                                        ReduceOp op = ReduceOp::sum) {
-    return scatter(x, sizes, dim, op, stream);
+    return scatter(x, sizes, normalize_dim(dim, x.ndim(), kScatterDim), op, stream);
   }
   void reduce_scatterv_into(const TensorView& out, const ConstTensorView& x,
                             std::span<const std::int64_t> sizes, int dim, StreamRef stream = {},
                             ReduceOp op = ReduceOp::sum) {
-    scatter_into(out, x, sizes, dim, op, stream);
+    scatter_into(out, x, sizes, normalize_dim(dim, x.ndim(), kScatterDim), op, stream);
   }
 
   /// Reduces `x` over the ranks, in place; the same bits on every rank.
@@ -174,21 +178,16 @@ class GroupCoordinator {
   /// Part r of dimension 0 of `x`, of equal extents, goes to rank r; part r of the result came from
   /// rank r.
   [[nodiscard]] Tensor all_to_all(const TensorView& x, StreamRef stream = {}) {
-    begin("all_to_all", x, stream);
-    divided_extents("all_to_all x", x, 0);
-    if (size_ == 1) {
-      return alias(x);
-    }
-    Tensor out = arena_->empty(x.shape(), x.dtype(), stream);
-    issue_all_to_all(out, x, stream);
-    return out;
+    const Call call = begin("all_to_all", x, stream);
+    check_parts("all_to_all x", x, 0);
+    return exchanged(x, call);
   }
   void all_to_all_into(const TensorView& out, const ConstTensorView& x, StreamRef stream = {}) {
-    begin("all_to_all", x, stream);
-    divided_extents("all_to_all x", x, 0);
+    const Call call = begin("all_to_all", x, stream);
+    check_parts("all_to_all x", x, 0);
     check_like("all_to_all out", out, x, x.shape());
     check_distinct("all_to_all out", out, x);
-    issue_all_to_all(out, x, stream);
+    issue_all_to_all(out, x, call);
   }
 
   /// Sends to a rank of the group, which makes one `recv` of the same shape and dtype. Not
@@ -206,7 +205,6 @@ class GroupCoordinator {
 
   /// Work that `stream` gets after this runs once every rank's stream has come here.
   void barrier(StreamRef stream = {}) {
-    throw_if_closed();
     order(stream);
     debug_agree("barrier");
     if (size_ > 1) {
@@ -231,21 +229,7 @@ class GroupCoordinator {
   /// launched.
   void order(StreamRef stream) {
     throw_if_closed();
-    if (!stream.valid()) {
-      return;
-    }
-    if (const CaptureId capture = stream.capture_id(); capture != 0) {
-      if (capture == last_capture_ && stream != last_captured_) {
-        stream.wait_for(last_captured_);
-      }
-      last_capture_ = capture;
-      last_captured_ = stream;
-      return;
-    }
-    if (last_stream_.valid() && stream != last_stream_ && last_stream_.capture_id() == 0) {
-      stream.wait_for(last_stream_);
-    }
-    last_stream_ = stream;
+    static_cast<void>(ordered(stream));
   }
 
   /// The path that a call with these arguments takes, such as "direct" or "nccl symmetric".
@@ -273,13 +257,64 @@ class GroupCoordinator {
     }
   }
 
+  /// A call under way. A stream is asked for its capture once in each call, because devices answer
+  /// slowly; within the call the answer cannot change.
+  struct Call {
+    StreamRef stream;
+    CaptureId capture = 0;
+  };
+
   /// Opens a call: the group is up, `x` lies on its device, and the group's earlier calls on
   /// another stream come first.
   template <class Void>
-  void begin(std::string_view call, const BasicTensorView<Void>& x, StreamRef stream) {
+  Call begin(std::string_view call, const BasicTensorView<Void>& x, StreamRef stream) {
     throw_if_closed();
     check_device(call, x);
-    order(stream);
+    return ordered(stream);
+  }
+
+  /// Memory of a call, from the group's arena.
+  [[nodiscard]] Tensor temporary(const Dims& shape, DType dtype, const Call& call) {
+    return arena_->empty(shape, dtype, call.stream, call.capture);
+  }
+
+  // The last step of each collective: the call has begun, its arguments are right, and dimensions
+  // count from the front.
+
+  void issue_gather(const TensorView& out, const ConstTensorView& x,
+                    std::span<const std::int64_t> sizes, int dim, const Call& call) {
+    debug_compare("all_gather", x, dim, sizes, 0, &out);
+    if (size_ == 1) {
+      copy_unless_same(x, out, call.stream);
+    } else {
+      parts_.transport->all_gather(x, out, dim, sizes, call.stream);
+    }
+  }
+
+  void issue_scatter(const TensorView& out, const ConstTensorView& x,
+                     std::span<const std::int64_t> sizes, int dim, ReduceOp op, const Call& call) {
+    debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op), &out);
+    if (size_ == 1) {
+      copy_unless_same(x, out, call.stream);
+    } else {
+      parts_.transport->reduce_scatter(x, out, dim, sizes, op, call.stream);
+    }
+  }
+
+  /// What `all_to_all` makes of `x`.
+  [[nodiscard]] Tensor exchanged(const TensorView& x, const Call& call) {
+    if (size_ == 1) {
+      return alias(x);
+    }
+    Tensor out = temporary(x.shape(), x.dtype(), call);
+    issue_all_to_all(out, x, call);
+    return out;
+  }
+
+  /// One extent for each rank, valid until the next call.
+  [[nodiscard]] std::span<const std::int64_t> equal(std::int64_t extent) noexcept {
+    std::fill(equal_.begin(), equal_.end(), extent);
+    return equal_;
   }
 
   template <class Void>
@@ -326,7 +361,7 @@ class GroupCoordinator {
     // Extents along `dim` differ between ranks in the v-variants; their list does not.
     Dims shape = x.shape();
     if (!sizes.empty()) {
-      shape[normalize_dim(dim, x.ndim(), "dim")] = 0;
+      shape[dim] = 0;
     }
     debug_agree(fmt::format("{} of {}{} dim {} sizes [{}] variant {}, input at {}, output at {}",
                             call, to_string(x.dtype()), to_string(shape), dim,
@@ -344,6 +379,31 @@ class GroupCoordinator {
   }
 
  private:
+  // What messages call the dimensions.
+  static constexpr std::string_view kGatherDim = "all_gather x dim";
+  static constexpr std::string_view kScatterDim = "reduce_scatter x dim";
+
+  /// Orders the stream behind the group's calls so far, as `order` says.
+  Call ordered(StreamRef stream) {
+    if (!stream.valid()) {
+      return {};
+    }
+    const Call call{stream, stream.capture_id()};
+    if (call.capture != 0) {
+      if (call.capture == last_capture_ && stream != last_captured_) {
+        stream.wait_for(last_captured_);
+      }
+      last_capture_ = call.capture;
+      last_captured_ = stream;
+      return call;
+    }
+    if (last_stream_.valid() && stream != last_stream_ && last_stream_.capture_id() == 0) {
+      stream.wait_for(last_stream_);
+    }
+    last_stream_ = stream;
+    return call;
+  }
+
   void close() noexcept {
     closed_ = true;
     if (arena_ != nullptr) {
@@ -376,24 +436,19 @@ class GroupCoordinator {
   }
 
   template <class Void>
-  std::span<const std::int64_t> equal_extents(std::string_view argument,
-                                              const BasicTensorView<Void>& x, int dim) {
-    const int d = normalize_dim(dim, x.ndim(), fmt::format("{} dim", argument));
-    std::fill(equal_.begin(), equal_.end(), x.shape()[d]);
-    return equal_;
+  void check_parts(std::string_view argument, const BasicTensorView<Void>& x, int dim) const {
+    if (x.shape()[normalize_dim(dim, x.ndim(), argument)] % size_ != 0) {
+      throw UsageError(
+          fmt::format("{}: expected an extent of dimension {} that {} ranks divide, got {}",
+                      argument, dim, size_, to_string(x.shape())));
+    }
   }
 
   template <class Void>
-  std::span<const std::int64_t> divided_extents(std::string_view argument,
-                                                const BasicTensorView<Void>& x, int dim) {
-    const int d = normalize_dim(dim, x.ndim(), fmt::format("{} dim", argument));
-    if (x.shape()[d] % size_ != 0) {
-      throw UsageError(
-          fmt::format("{}: expected an extent of dimension {} that {} ranks divide, got {}",
-                      argument, d, size_, to_string(x.shape())));
-    }
-    std::fill(equal_.begin(), equal_.end(), x.shape()[d] / size_);
-    return equal_;
+  std::span<const std::int64_t> divided(std::string_view argument, const BasicTensorView<Void>& x,
+                                        int dim) {
+    check_parts(argument, x, dim);
+    return equal(x.shape()[dim] / size_);
   }
 
   /// The sum of `sizes`, which must name one extent for each rank.
@@ -416,12 +471,11 @@ class GroupCoordinator {
   template <class Void>
   [[nodiscard]] Dims gathered_shape(const BasicTensorView<Void>& x,
                                     std::span<const std::int64_t> sizes, int dim) const {
-    const int d = normalize_dim(dim, x.ndim(), "all_gather dim");
     Dims shape = x.shape();
-    shape[d] = total("all_gather sizes", sizes);
-    if (x.shape()[d] != sizes[static_cast<std::size_t>(rank_)]) {
+    shape[dim] = total("all_gather sizes", sizes);
+    if (x.shape()[dim] != sizes[static_cast<std::size_t>(rank_)]) {
       throw UsageError(fmt::format("all_gather x: expected {} extents along dimension {}, got {}",
-                                   sizes[static_cast<std::size_t>(rank_)], d,
+                                   sizes[static_cast<std::size_t>(rank_)], dim,
                                    to_string(x.shape())));
     }
     return shape;
@@ -430,62 +484,40 @@ class GroupCoordinator {
   template <class Void>
   [[nodiscard]] Dims scattered_shape(const BasicTensorView<Void>& x,
                                      std::span<const std::int64_t> sizes, int dim) const {
-    const int d = normalize_dim(dim, x.ndim(), "reduce_scatter dim");
     const std::int64_t sum = total("reduce_scatter sizes", sizes);
-    if (x.shape()[d] != sum) {
+    if (x.shape()[dim] != sum) {
       throw UsageError(
           fmt::format("reduce_scatter x: expected the sizes' sum of {} extents along dimension {}, "
                       "got {}",
-                      sum, d, to_string(x.shape())));
+                      sum, dim, to_string(x.shape())));
     }
     Dims shape = x.shape();
-    shape[d] = sizes[static_cast<std::size_t>(rank_)];
+    shape[dim] = sizes[static_cast<std::size_t>(rank_)];
     return shape;
   }
 
   Tensor gather(const TensorView& x, std::span<const std::int64_t> sizes, int dim,
                 StreamRef stream) {
-    begin("all_gather x", x, stream);
+    const Call call = begin("all_gather x", x, stream);
     const Dims shape = gathered_shape(x, sizes, dim);
     if (size_ == 1) {
       return alias(x);
     }
-    Tensor out = arena_->empty(shape, x.dtype(), stream);
-    issue_gather(out, x, sizes, dim, stream);
+    Tensor out = temporary(shape, x.dtype(), call);
+    issue_gather(out, x, sizes, dim, call);
     return out;
   }
 
   void gather_into(const TensorView& out, const ConstTensorView& x,
                    std::span<const std::int64_t> sizes, int dim, StreamRef stream) {
-    begin("all_gather x", x, stream);
+    const Call call = begin("all_gather x", x, stream);
     check_like("all_gather out", out, x, gathered_shape(x, sizes, dim));
-    issue_gather(out, x, sizes, dim, stream);
-  }
-
-  // The last step of each collective: the call has begun and its arguments are right.
-
-  void issue_all_to_all(const TensorView& out, const ConstTensorView& x, StreamRef stream) {
-    debug_compare("all_to_all", x, 0, {}, 0, &out);
-    if (size_ == 1) {
-      copy_unless_same(x, out, stream);
-    } else {
-      parts_.transport->all_to_all(x, out, stream);
-    }
-  }
-
-  void issue_gather(const TensorView& out, const ConstTensorView& x,
-                    std::span<const std::int64_t> sizes, int dim, StreamRef stream) {
-    debug_compare("all_gather", x, dim, sizes, 0, &out);
-    if (size_ == 1) {
-      copy_unless_same(x, out, stream);
-    } else {
-      parts_.transport->all_gather(x, out, normalize_dim(dim, x.ndim(), "dim"), sizes, stream);
-    }
+    issue_gather(out, x, sizes, dim, call);
   }
 
   Tensor scatter(const TensorView& x, std::span<const std::int64_t> sizes, int dim, ReduceOp op,
                  StreamRef stream) {
-    begin("reduce_scatter x", x, stream);
+    const Call call = begin("reduce_scatter x", x, stream);
     check_reducible("reduce_scatter x", x);
     const Dims shape = scattered_shape(x, sizes, dim);
     if (size_ == 1) {
@@ -493,29 +525,27 @@ class GroupCoordinator {
     }
     // Blocks are of one size on every rank, or offsets would no longer agree.
     Dims widest = shape;
-    widest[normalize_dim(dim, x.ndim(), "dim")] = *std::max_element(sizes.begin(), sizes.end());
-    Tensor out = arena_->empty(widest, x.dtype(), stream);
+    widest[dim] = *std::max_element(sizes.begin(), sizes.end());
+    Tensor out = temporary(widest, x.dtype(), call);
     out.shrink_to(shape);
-    issue_scatter(out, x, sizes, dim, op, stream);
+    issue_scatter(out, x, sizes, dim, op, call);
     return out;
   }
 
   void scatter_into(const TensorView& out, const ConstTensorView& x,
                     std::span<const std::int64_t> sizes, int dim, ReduceOp op, StreamRef stream) {
-    begin("reduce_scatter x", x, stream);
+    const Call call = begin("reduce_scatter x", x, stream);
     check_reducible("reduce_scatter x", x);
     check_like("reduce_scatter out", out, x, scattered_shape(x, sizes, dim));
-    issue_scatter(out, x, sizes, dim, op, stream);
+    issue_scatter(out, x, sizes, dim, op, call);
   }
 
-  void issue_scatter(const TensorView& out, const ConstTensorView& x,
-                     std::span<const std::int64_t> sizes, int dim, ReduceOp op, StreamRef stream) {
-    debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op), &out);
+  void issue_all_to_all(const TensorView& out, const ConstTensorView& x, const Call& call) {
+    debug_compare("all_to_all", x, 0, {}, 0, &out);
     if (size_ == 1) {
-      copy_unless_same(x, out, stream);
+      copy_unless_same(x, out, call.stream);
     } else {
-      parts_.transport->reduce_scatter(x, out, normalize_dim(dim, x.ndim(), "dim"), sizes, op,
-                                       stream);
+      parts_.transport->all_to_all(x, out, call.stream);
     }
   }
 

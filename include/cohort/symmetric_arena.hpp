@@ -94,7 +94,11 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// @throw UsageError  in a capture without room or without a scope; when frozen and exhausted;
   ///                    after `close`. Names the bytes needed and left.
   /// @throw SymmetryError, TimeoutError, TransportError  from growth, on every rank that came.
-  [[nodiscard]] Tensor empty(const Dims& shape, DType dtype, StreamRef stream);
+  [[nodiscard]] Tensor empty(const Dims& shape, DType dtype, StreamRef stream) {
+    return empty(shape, dtype, stream, stream.valid() ? stream.capture_id() : 0);
+  }
+  /// The same for a caller that has asked the stream for its capture.
+  [[nodiscard]] Tensor empty(const Dims& shape, DType dtype, StreamRef stream, CaptureId capture);
 
   /// Collective. Grows the arena until a block of `bytes` fits without further growth.
   /// Throws as growth does, and `UsageError` when frozen.
@@ -514,8 +518,9 @@ class GraphPart : public MemoryOwner, public std::enable_shared_from_this<GraphP
   std::vector<OffsetAllocator::Marks> users_;
 };
 
-inline Tensor SymmetricArena::empty(const Dims& shape, DType dtype, StreamRef stream) {
-  if (const CaptureId capture = stream.valid() ? stream.capture_id() : 0; capture != 0) {
+inline Tensor SymmetricArena::empty(const Dims& shape, DType dtype, StreamRef stream,
+                                    CaptureId capture) {
+  if (capture != 0) {
     for (const auto& active : captures_) {
       if (active.id == capture) {
         throw_if_closed();

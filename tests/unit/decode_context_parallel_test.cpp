@@ -1,6 +1,7 @@
 #include "cohort/decode_context_parallel.hpp"
 
 #include "support/catch.hpp"
+#include "support/counting_driver.hpp"
 #include "support/decode_checks.hpp"
 #include "support/threads.hpp"
 
@@ -29,6 +30,63 @@ TEST_CASE("what was reserved suffices for every plan", "[dcp]") {
   for (const int n : {1, 2, 3}) {
     DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_reserved_decode); }
   }
+}
+
+TEST_CASE("a decode step asks its stream twice for its capture", "[dcp]") {
+  run_ranks(2, [](ControlPlane& world) {
+    for (const MergePlan plan : {MergePlan::staged, MergePlan::packed, MergePlan::one_kernel}) {
+      for (const bool map_peers : {true, false}) {
+        if (plan == MergePlan::one_kernel && !map_peers) {
+          continue;
+        }
+        auto state = decode_state(world, {.plan = plan}, {.map_peers = map_peers});
+        auto& dcp = state.dcp();
+        Site site(dcp, Memory::ordinary);
+        const DecodeCase c{.batch = 2, .heads = 4, .dim = 8};
+        const Partial p(dcp, site, c);
+        const auto q = site.tensor({2, 4, 12}, DType::f32);
+        const auto nope = site.filled({2, 2, 8}, DType::f32);
+        const auto pe = site.filled({2, 2, 4}, DType::f32);
+        CountingDriver driver;
+        HostStream host;
+        const StreamRef stream = driver.ref(host);
+        dcp.gather_query_into(q, nope, pe, stream);
+        check_equal(driver.asked(), 1, "gather_query_into");
+        dcp.merge_attention_into(p.merged, p.out, p.lse, c.base, stream, &p.merged_lse);
+        check_equal(driver.asked(), 1, "merge_attention_into");
+        (void)dcp.gather_query(nope, pe, stream);
+        check_equal(driver.asked(), 1, "gather_query");
+        (void)dcp.merge_attention(p.out, p.lse, c.base, stream);
+        check_equal(driver.asked(), 1, "merge_attention");
+        check_equal(driver.waits(), 0, "one stream");
+      }
+    }
+  });
+}
+
+TEST_CASE("the merge that was taken can be read back", "[dcp]") {
+  run_ranks(2, [](ControlPlane& world) {
+    const DecodeCase c{.batch = 1, .heads = 2, .dim = 8};
+    const auto taken = [&](const MergeOptions& options) {
+      auto state = decode_state(world, options);
+      check(state.dcp().last_merge_choice().reason.empty(), "before the first merge");
+      (void)merge_once(state, c, "reasons");
+      return state.dcp().last_merge_choice();
+    };
+    check(taken({}).reason == "every rank can address every other", "automatic");
+    for (const MergePlan plan : {MergePlan::staged, MergePlan::packed, MergePlan::one_kernel}) {
+      const MergeChoice choice = taken({.plan = plan});
+      check(choice.plan == plan && choice.reason == "chosen by the user", choice.reason);
+    }
+    // What keeps the kernel from one shape is told, and gone with the next.
+    auto state = decode_state(world, {}, {.slot_bytes = 4096});
+    (void)merge_once(state, {.batch = 1, .heads = 2, .dim = 4096}, "too wide");
+    const MergeChoice choice = state.dcp().last_merge_choice();
+    check(choice.plan == MergePlan::packed, "packed");
+    check(choice.reason.find("16388 bytes") != std::string::npos, choice.reason);
+    (void)merge_once(state, c, "narrow");
+    check(state.dcp().last_merge_choice().plan == MergePlan::one_kernel, "one_kernel");
+  });
 }
 
 TEST_CASE("a forced plan that cannot run is refused", "[dcp]") {
