@@ -99,7 +99,8 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   }
 
   /// The queries of all heads on every rank: q [B, H, Dn + Dr] from this rank's q_nope [B, H/n, Dn]
-  /// and q_pe [B, H/n, Dr]. Heads come in rank order. Inputs may lie in any memory.
+  /// and q_pe [B, H/n, Dr]. Heads come in rank order. Inputs may lie in any memory and have any
+  /// strides with the last dimension without gaps.
   [[nodiscard]] Tensor gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                                     StreamRef stream = {}) {
     const Call call = begin("gather_query q_nope", q_nope, stream);
@@ -108,10 +109,14 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     gather_query(q, q_nope, q_pe, call);
     return q;
   }
+  /// The same into `q`, of any strides with the last dimension without gaps. Where ranks cannot
+  /// address each other, a `q` whose heads come first in memory, [H, B, Dn + Dr] transposed, saves
+  /// a copy: what a rank sends then lies in one piece in it.
   void gather_query_into(const TensorView& q, const ConstTensorView& q_nope,
                          const ConstTensorView& q_pe, StreamRef stream = {}) {
     const Call call = begin("gather_query q_nope", q_nope, stream);
     check_like("gather_query q", q, q_nope, check_query(q_nope, q_pe));
+    check_rows("gather_query q", q);
     gather_query(q, q_nope, q_pe, call);
   }
 
@@ -196,6 +201,8 @@ class DecodeContextParallelGroup : public GroupCoordinator {
           fmt::format("gather_query q_pe: expected [B, H/n, Dr], got {}", to_string(q_pe.shape())));
     }
     check_like("gather_query q_pe", q_pe, q_nope, {q_nope.size(0), q_nope.size(1), q_pe.size(2)});
+    check_rows("gather_query q_nope", q_nope);
+    check_rows("gather_query q_pe", q_pe);
     return {q_nope.size(0), q_nope.size(1) * size(), q_nope.size(2) + q_pe.size(2)};
   }
 
@@ -259,11 +266,12 @@ class DecodeContextParallelGroup : public GroupCoordinator {
       kernels->gather_query(q_nope, q_pe, q, call.stream);
       return;
     }
-    Dims shape = q.shape();
-    shape[1] = q_nope.size(1);
-    const Tensor packed = temporary(shape, q.dtype(), call);
-    backend().ops().pack_query(q_nope, q_pe, packed, call.stream);
-    issue_gather(q, packed, equal(shape[1]), 1, call);
+    // Heads first whatever the strides of `q`, which may differ between the ranks: what arrives is
+    // then in place where they are heads first as well, and has the same order on every rank.
+    const std::int64_t own = q_nope.size(1);
+    const Tensor packed = temporary({own, q.size(0), q.size(2)}, q.dtype(), call);
+    backend().ops().pack_query(q_nope, q_pe, packed.view().transpose(0, 1), call.stream);
+    issue_gather(q.transpose(0, 1), packed, equal(own), 0, call);
   }
 
   void merge(const MergeArguments& arguments, const Call& call) {

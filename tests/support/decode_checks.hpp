@@ -341,6 +341,14 @@ inline void check_gather_query(ControlPlane& world) {
             const auto into = site.tensor({batch, own * n, dim}, dtype, form);
             dcp.gather_query_into(into, nope, pe);
             check_values(into, "gather_query_into", expected);
+            const auto heads_first = site.tensor({own * n, batch, dim}, dtype, form);
+            dcp.gather_query_into(heads_first.transpose(0, 1), nope, pe);
+            check_values(heads_first.transpose(0, 1), "heads first", expected);
+            // The ranks need not agree on it.
+            const auto mixed = dcp.rank() % 2 == 0 ? into : heads_first.transpose(0, 1);
+            fill(mixed, -1);
+            dcp.gather_query_into(mixed, nope, pe);
+            check_values(mixed, "heads first on odd ranks", expected);
           }
         }
       }

@@ -170,6 +170,13 @@ TEST_CASE("wrong decode arguments are named, and the group works on", "[dcp]") {
                                "expected f32(2,2,4)", "f16(2,2,4)");
       check_throws<UsageError>([&] { dcp.gather_query_into(q.slice(2, 0, 8), nope, pe); },
                                "gather_query q:");
+      const auto wide = site.tensor({2, 2 * n, 24}, DType::f32);
+      const TensorView gaps_in_q(wide.data(), DType::f32, {2, 2 * n, 12}, {48 * n, 24, 2});
+      check_throws<UsageError>([&] { dcp.gather_query_into(gaps_in_q, nope, pe); },
+                               "gather_query q:", "without gaps");
+      const auto across = site.tensor({8, 2, 2}, DType::f32).transpose(0, 2);
+      check_throws<UsageError>([&] { dcp.gather_query_into(q, across, pe); }, "gather_query q_nope",
+                               "without gaps");
       check_throws<UsageError>([&] { (void)dcp.gather_query(nope, pe.slice(0, 0, 1)); },
                                "gather_query q_pe");
 
