@@ -94,25 +94,27 @@ struct RawMerge {
   bool converts;
 };
 
-/// Wrong elements of merged heads [B, H/n, D], or [H/n, B, D] where heads come first.
+// Results lie heads first in every way, so that all do the same work.
+
+/// Wrong elements of merged heads [H/n, B, D].
 [[nodiscard]] std::int64_t wrong_merged(Session& session, const TensorView& merged,
-                                        const StepShape& shape, bool heads_first) {
+                                        const StepShape& shape) {
   const auto& o = session.options;
   const int n = session.ranks();
   const std::int64_t own = o.heads / n;
   return count_wrong(shape.dtype, fetch(session, merged), [&](std::int64_t i) {
     const std::int64_t d = i % o.head_dim;
     const std::int64_t block = i / o.head_dim;
-    const std::int64_t b = heads_first ? block % shape.batch : block / own;
-    const std::int64_t h = heads_first ? block / shape.batch : block % own;
+    const std::int64_t b = block % shape.batch;
+    const std::int64_t h = block / shape.batch;
     const std::int64_t row = b * o.heads + session.rank() * own + h;
     return merged_value(row * o.head_dim + d, row, n);
   });
 }
 
-/// Wrong elements of gathered queries [B, H, W], or [H, B, W] where heads come first.
+/// Wrong elements of gathered queries [H, B, W].
 [[nodiscard]] std::int64_t wrong_queries(Session& session, const TensorView& q,
-                                         const StepShape& shape, bool heads_first) {
+                                         const StepShape& shape) {
   const auto& o = session.options;
   const int n = session.ranks();
   const std::int64_t own = o.heads / n;
@@ -120,8 +122,8 @@ struct RawMerge {
   return count_wrong(shape.dtype, fetch(session, q), [&](std::int64_t i) {
     const std::int64_t d = i % width;
     const std::int64_t block = i / width;
-    const std::int64_t b = heads_first ? block % shape.batch : block / o.heads;
-    const std::int64_t h = heads_first ? block / shape.batch : block % o.heads;
+    const std::int64_t b = block % shape.batch;
+    const std::int64_t h = block / shape.batch;
     const std::int64_t local = b * own + h % own;  // row of the sender's inputs
     const auto sender = static_cast<int>(h / own);
     return d < o.head_dim ? input_value(sender, local * o.head_dim + d, n)
@@ -182,28 +184,24 @@ Variant gather_variant(Session& session, const Way& way, const StepShape& shape)
   const Buffer pe = filled(session, way, {shape.batch, own, o.rope}, shape.dtype,
                            [&](std::int64_t i) { return input_value(session.rank(), i + 1, n); });
   Variant variant{.path = std::string(to_string(way.path)), .lane = way.lane};
-  Buffer q;
+  const Buffer q = allocate(session, way, {o.heads, shape.batch, width}, shape.dtype);
   if (way.is_raw()) {
     const Buffer packed = allocate(session, way, {own, shape.batch, width}, shape.dtype);
-    q = allocate(session, way, {o.heads, shape.batch, width}, shape.dtype);
     variant.call = [&session, nope, pe, packed, q] {
       session.bed.backend(false).ops().pack_query(nope.view, pe.view, packed.view.transpose(0, 1),
                                                   session.bed.stream());
       session.raw.all_gather(packed.view.data(), q.view.data(), packed.view.bytes());
     };
   } else {
-    q = allocate(session, way, {shape.batch, o.heads, width}, shape.dtype);
     variant.call = [&session, nope, pe, q, group = &way.lane->group()] {
-      group->gather_query_into(q.view, nope.view, pe.view, session.bed.stream());
+      group->gather_query_into(q.view.transpose(0, 1), nope.view, pe.view, session.bed.stream());
     };
     variant.before_capture = [&session, shape, lane = way.lane] {
       reserve(session.options, shape, *lane);
     };
   }
   variant.poison = [&session, q] { poison(session, q.view); };
-  variant.wrong = [&session, q, shape, heads_first = way.is_raw()] {
-    return wrong_queries(session, q.view, shape, heads_first);
-  };
+  variant.wrong = [&session, q, shape] { return wrong_queries(session, q.view, shape); };
   return variant;
 }
 
@@ -231,10 +229,10 @@ Variant merge_variant(Session& session, const MergeWay& merge, const StepShape& 
     variant.call = raw;  // keeps its buffers
   } else {
     const Buffer result =
-        allocate(session, way, {shape.batch, o.heads / n, o.head_dim}, shape.dtype);
+        allocate(session, way, {o.heads / n, shape.batch, o.head_dim}, shape.dtype);
     merged = result.view;
     variant.call = [&session, out, lse, result, group = &way.lane->group()] {
-      group->merge_attention_into(result.view, out.view, lse.view, LseBase::two,
+      group->merge_attention_into(result.view.transpose(0, 1), out.view, lse.view, LseBase::two,
                                   session.bed.stream());
     };
     variant.before_capture = [&session, shape, lane = way.lane] {
@@ -242,9 +240,7 @@ Variant merge_variant(Session& session, const MergeWay& merge, const StepShape& 
     };
   }
   variant.poison = [&session, merged] { poison(session, merged); };
-  variant.wrong = [&session, merged, shape, heads_first = way.is_raw()] {
-    return wrong_merged(session, merged, shape, heads_first);
-  };
+  variant.wrong = [&session, merged, shape] { return wrong_merged(session, merged, shape); };
   return variant;
 }
 
