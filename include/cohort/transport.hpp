@@ -149,7 +149,8 @@ class PeerKernels {
 
 /// Moves tensor bytes for one group. Every call but `send` and `recv` is collective: all ranks
 /// issue the same sequence. Calls are enqueued in stream order and captured where the stream is
-/// capturing. Shapes, dtypes and devices have been validated; views may have any strides.
+/// capturing. The group has validated shapes, dtypes and devices, and ordered the stream behind its
+/// calls on other streams; views may have any strides.
 class Transport {
  public:
   Transport() = default;

@@ -97,6 +97,29 @@ TEST_CASE_METHOD(Fixture, "captures that do not exist or broke are errors", "[cu
   a.synchronize(10s);
 }
 
+TEST_CASE_METHOD(Fixture, "a stream tells its capture whatever device is current",
+                 "[cuda_stream]") {
+  int devices = 0;
+  cuda_check(cudaGetDeviceCount(&devices), "cudaGetDeviceCount");
+  const auto on_another = [&](const auto& ask) {
+    const DeviceGuard other(devices - 1);
+    cuda_check(cudaFree(nullptr), "cudaFree");  // starts it
+    return ask();
+  };
+  const StreamRef legacy = backend->stream(nullptr);
+  CHECK(on_another([&] { return a.capture_id(); }) == 0);
+  CHECK(on_another([&] { return legacy.capture_id(); }) == 0);
+  a.driver().begin_capture(a.native());
+  const CaptureId capture = a.capture_id();
+  CHECK(capture != 0);
+  {
+    const DeviceGuard other(devices - 1);
+    CHECK(a.capture_id() == capture);
+  }
+  static_cast<void>(a.driver().end_capture(a.native()));
+  CHECK(on_another([&] { return a.capture_id(); }) == 0);
+}
+
 TEST_CASE_METHOD(Fixture, "ordinary memory is freed in stream order", "[cuda_stream]") {
   DeviceTensor marks(DType::f32, {1000}, Layout::contiguous, backend->device());
   marks.fill([](std::int64_t i) { return static_cast<double>(i); });

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "cohort/cohort.hpp"
 #include "cohort/cuda.hpp"
 #include "gpu/device_tensor.hpp"
 #include "gpu/graph_kernels.hpp"
@@ -176,6 +177,20 @@ constexpr DType kAllTypes[] = {DType::f64, DType::f32, DType::f16, DType::bf16, 
                                DType::u8,  DType::i32, DType::i64, DType::f8_e4m3, DType::f8_e5m2};
 constexpr ReduceOp kAllOps[] = {ReduceOp::sum, ReduceOp::prod, ReduceOp::min, ReduceOp::max};
 constexpr Layout kLayouts[] = {Layout::contiguous, Layout::transposed, Layout::gapped};
+
+/// A group of all ranks without windows, whose own kernels are not asked for queries and merges.
+/// Collective.
+GroupParts parts(const std::string& name) {
+  GroupParts all;
+  all.kind = GroupKind::decode_context_parallel;
+  all.name = name;
+  all.ranks.resize(static_cast<std::size_t>(ranks()));
+  std::iota(all.ranks.begin(), all.ranks.end(), 0);
+  all.control = world().split(0, rank(), name);
+  all.backend = session().backend;
+  all.transport = session().backend->connect(*all.control);
+  return all;
+}
 
 /// Whether the world's ranks have a host each, for NCCL.
 bool hosts_of_their_own() { return session().transport->capabilities().nccl_hosts == ranks(); }
@@ -444,20 +459,118 @@ TEST_CASE("scratch memory does not grow within a capture", "[nccl][graph]") {
 }
 
 TEST_CASE("a group's calls on two streams are ordered", "[nccl]") {
+  GroupCoordinator group(parts("streams"));
   const UniqueStream second = make_stream(session().backend->device().index);
   const StreamRef other = session().backend->stream(second.get());
   auto a = tensor(DType::f32, {1 << 16});
   for (int round = 0; round < 20; ++round) {
     a.fill([](std::int64_t i) { return (i + rank()) % 2; });
-    session().transport->all_reduce(a.view(), a.view(), ReduceOp::max, session().ref());
-    session().transport->all_reduce(a.view(), a.view(), ReduceOp::sum, other);
-    session().transport->synchronize(other, kLimit);
+    group.all_reduce(a.view(), session().ref(), ReduceOp::max);
+    group.all_reduce(a.view(), other);
+    group.synchronize(other, kLimit);
     CHECK(a.differs([](std::int64_t i) {
       const double highest = ranks() > 1 ? 1 : static_cast<double>(i % 2);
       return highest * ranks();
     }) == "");
   }
-  session().wait();
+  group.synchronize(session().ref(), kLimit);
+}
+
+TEST_CASE("calls of one capture on two streams are ordered, and eager ones in between", "[nccl]") {
+  GroupCoordinator group(parts("captured streams"));
+  const StreamRef stream = session().ref();
+  const UniqueStream second = make_stream(session().backend->device().index);
+  const StreamRef other = session().backend->stream(second.get());
+  constexpr std::int64_t kCount = 1 << 18;  // beyond the own kernels' threshold
+  auto a = tensor(DType::f32, {kCount});
+  auto b = tensor(DType::f32, {kCount});
+  const auto bit = [](std::int64_t i) { return static_cast<double>((i + rank()) % 2); };
+  const auto highest = [](std::int64_t i) {
+    return ranks() > 1 ? 1.0 : static_cast<double>(i % 2);
+  };
+  b.fill(bit);
+  stream.driver().begin_capture(stream.native());
+  group.all_reduce(a.view(), stream, ReduceOp::max);
+  other.wait_for(stream);  // joins the capture
+  group.all_reduce(a.view(), other);
+  stream.wait_for(other);
+  const auto graph = stream.driver().end_capture(stream.native());
+  for (int round = 0; round < 5; ++round) {
+    a.fill(bit);
+    b.fill(bit);
+    group.order(stream);
+    graph->launch(stream);
+    group.all_reduce(b.view(), other, ReduceOp::max);  // waits for the graph
+    group.all_reduce(b.view(), stream);
+    group.synchronize(stream, kLimit);
+    CHECK(a.differs([&](std::int64_t i) { return highest(i) * ranks(); }) == "");
+    CHECK(b.differs([&](std::int64_t i) { return highest(i) * ranks(); }) == "");
+  }
+}
+
+TEST_CASE("a query laid out heads first is gathered without a copy", "[nccl][graph]") {
+  if (skip_all_if(ranks() < 2, "a group of one gathers nothing")) {
+    return;
+  }
+  DecodeContextParallelGroup group(parts("queries"), {});
+  const StreamRef stream = session().ref();
+  constexpr std::int64_t kBatch = 16;  // beyond the own kernels' threshold
+  constexpr std::int64_t kOwn = 32;
+  constexpr std::int64_t kLatent = 512;
+  constexpr std::int64_t kRope = 64;
+  constexpr std::int64_t kWidth = kLatent + kRope;
+  const std::int64_t heads = kOwn * ranks();
+  group.reserve_for({.batch = kBatch, .heads = heads, .latent = kLatent, .rope = kRope});
+  auto nope = tensor(DType::bf16, {kBatch, kOwn, kLatent});
+  auto pe = tensor(DType::bf16, {kBatch, kOwn, kRope});
+  auto heads_first = tensor(DType::bf16, {heads, kBatch, kWidth});
+  auto batch_first = tensor(DType::bf16, {kBatch, heads, kWidth});
+  const auto expected = [](std::int64_t b, std::int64_t h, std::int64_t d) {
+    const int sender = static_cast<int>(h / kOwn);
+    const std::int64_t row = b * kOwn + h % kOwn;
+    return d < kLatent ? value(sender, row * kLatent + d)
+                       : value(sender, row * kRope + d - kLatent, 1);
+  };
+  nope.fill([](std::int64_t i) { return value(rank(), i); });
+  pe.fill([](std::int64_t i) { return value(rank(), i, 1); });
+  const auto gathered = [&](const TensorView& q) {
+    stream.driver().begin_capture(stream.native());
+    std::unique_ptr<ExecutableGraph> graph;
+    {
+      CaptureDomain domain;
+      domain.add(group.arena());
+      const CaptureScope scope(domain, stream);
+      group.gather_query_into(q, nope.view(), pe.view(), stream);
+      graph = stream.driver().end_capture(stream.native());
+    }
+    graph->launch(stream);
+    group.synchronize(stream, kLimit);
+    return kernel_names(dynamic_cast<CudaExecutableGraph&>(*graph).graph());
+  };
+
+  const auto direct = gathered(heads_first.view().transpose(0, 1));
+  const auto copied = gathered(batch_first.view());
+  CHECK(count_with(direct, "pack_query") == 1);
+  CHECK(count_with(direct, "copy_kernel") == 0);
+  CHECK(count_with(copied, "pack_query") == 1);
+  CHECK(count_with(copied, "copy_kernel") == 1);
+  const auto by_heads = [&](std::int64_t i) {
+    return expected(i / kWidth % kBatch, i / kWidth / kBatch, i % kWidth);
+  };
+  const auto by_batch = [&](std::int64_t i) {
+    return expected(i / kWidth / heads, i / kWidth % heads, i % kWidth);
+  };
+  CHECK(heads_first.differs(by_heads) == "");
+  CHECK(batch_first.differs(by_batch) == "");
+
+  // The ranks need not agree on the layout.
+  heads_first.fill([](std::int64_t) { return -1; });
+  batch_first.fill([](std::int64_t) { return -1; });
+  const bool odd = rank() % 2 == 1;
+  group.gather_query_into(odd ? heads_first.view().transpose(0, 1) : batch_first.view(),
+                          nope.view(), pe.view(), stream);
+  group.synchronize(stream, kLimit);
+  CHECK((odd ? heads_first.differs(by_heads) : batch_first.differs(by_batch)) == "");
 }
 
 TEST_CASE("the path can be read back", "[nccl]") {

@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -131,6 +132,11 @@ inline void CUDART_CB run_again(void* data) noexcept {
   run_host_work(*static_cast<std::function<void()>*>(data));
 }
 
+/// Whether the handle names a stream of whichever device is current.
+[[nodiscard]] inline bool is_default_stream(cudaStream_t stream) noexcept {
+  return stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread;
+}
+
 /// State of a stream's capture.
 struct CaptureInfo {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -219,9 +225,16 @@ class CudaStreamDriver final : public StreamDriver {
                "cudaStreamWaitEvent");
   }
 
+  /// Every call of a group asks this, so it is one CUDA call. A created stream belongs to a device
+  /// whatever the current one is, and answers from any; only the default streams are those of the
+  /// current device.
   [[nodiscard]] CaptureId capture_id(void* native) const override {
-    const DeviceGuard guard(device_);
-    const auto info = detail::capture_info(static_cast<cudaStream_t>(native));
+    const auto stream = static_cast<cudaStream_t>(native);
+    std::optional<DeviceGuard> guard;
+    if (detail::is_default_stream(stream)) {
+      guard.emplace(device_);
+    }
+    const auto info = detail::capture_info(stream);
     switch (info.status) {
       case cudaStreamCaptureStatusNone:
         return 0;

@@ -49,11 +49,13 @@ class Workspace {
     bytes_ = grown;
   }
 
-  /// At least `bytes`, on 256 bytes. Grows where `capturing` is false. Throws `UsageError` with the
-  /// numbers where there is too little within a capture, which could not be undone.
-  [[nodiscard]] std::byte* get(std::size_t bytes, bool capturing) {
+  /// At least `bytes`, on 256 bytes. Grows where `capturing()`, asked only then, is false. Throws
+  /// `UsageError` with the numbers where there is too little within a capture, which could not be
+  /// undone.
+  template <class Capturing>
+  [[nodiscard]] std::byte* get(std::size_t bytes, const Capturing& capturing) {
     if (bytes > bytes_) {
-      if (capturing) {
+      if (capturing()) {
         throw UsageError(fmt::format(
             "the collective needs {} bytes of scratch memory for a layout that has to be packed, "
             "and {} are there; within a capture it cannot grow: reserve it, or make the call once "

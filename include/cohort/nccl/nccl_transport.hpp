@@ -358,27 +358,14 @@ class NcclTransport final : public Transport {
  private:
   static constexpr std::size_t kAlignment = 256;
 
-  /// What every call begins with: the device made current, and the stream ordered behind the
-  /// group's last call where that was on another stream. Inboxes, scratch memory and the
-  /// communicator are shared by all calls of the group.
+  /// What every call begins with: the device made current. The caller's may be another, and may
+  /// change between calls.
   struct Call {
-    Call(NcclTransport& transport, StreamRef reference)
-        : guard(transport.device_), stream(detail::native(reference)) {
-      const CaptureId capture = transport.streams_.capture_id(stream);
-      capturing = capture != 0;
-      // Between eager work and a capture, or two captures, the launches' order decides, which the
-      // engine gives; CUDA would refuse an event across them.
-      if (transport.last_stream_ && *transport.last_stream_ != stream &&
-          transport.last_capture_ == capture) {
-        transport.streams_.wait_for(stream, *transport.last_stream_);
-      }
-      transport.last_stream_ = stream;
-      transport.last_capture_ = capture;
-    }
+    Call(const NcclTransport& transport, StreamRef reference)
+        : guard(transport.device_), stream(detail::native(reference)) {}
 
     DeviceGuard guard;
     cudaStream_t stream;
-    bool capturing = false;
   };
 
   /// Input and output of an elementwise call without gaps: the caller's own where they are so.
@@ -391,7 +378,7 @@ class NcclTransport final : public Transport {
       if (in_bytes + out_bytes == 0) {
         return;
       }
-      std::byte* const scratch = transport.workspace_.get(in_bytes + out_bytes, call.capturing);
+      std::byte* const scratch = transport.scratch_at_least(call, in_bytes + out_bytes);
       if (in_bytes > 0) {
         const TensorView packed(scratch, from.dtype(), from.shape(), from.device());
         detail::copy_view(from, packed, call.stream);
@@ -532,17 +519,22 @@ class NcclTransport final : public Transport {
     }
   }
 
+  /// The group orders its calls, so one has the scratch memory to itself. Whether the stream is
+  /// being captured matters only where the memory has to grow.
+  [[nodiscard]] std::byte* scratch_at_least(const Call& call, std::size_t bytes) {
+    return workspace_.get(bytes, [&] { return streams_.capture_id(call.stream) != 0; });
+  }
+
   [[nodiscard]] TensorView scratch_like(const Call& call, const ConstTensorView& view,
                                         std::size_t offset) {
-    std::byte* const scratch =
-        workspace_.get(offset + align(view.bytes()), call.capturing) + offset;
-    return {scratch, view.dtype(), view.shape(), view.device()};
+    return {scratch_at_least(call, offset + align(view.bytes())) + offset, view.dtype(),
+            view.shape(), view.device()};
   }
 
   /// All-gather of equal shares through scratch memory.
   void gather_packed(const Call& call, const ConstTensorView& in, const TensorView& out, int dim) {
     const std::size_t in_bytes = in.is_contiguous() ? 0 : align(in.bytes());
-    std::byte* const scratch = workspace_.get(in_bytes + align(out.bytes()), call.capturing);
+    std::byte* const scratch = scratch_at_least(call, in_bytes + align(out.bytes()));
     const void* share = in.data();
     if (in_bytes > 0) {
       detail::copy_view(in, {scratch, in.dtype(), in.shape(), in.device()}, call.stream);
@@ -567,8 +559,7 @@ class NcclTransport final : public Transport {
                       ReduceOp op) {
     const std::size_t in_bytes = align(in.bytes());
     const bool direct = out.is_contiguous();
-    std::byte* const scratch =
-        workspace_.get(in_bytes + (direct ? 0 : align(out.bytes())), call.capturing);
+    std::byte* const scratch = scratch_at_least(call, in_bytes + (direct ? 0 : align(out.bytes())));
     auto dims = shares_of(out.shape(), out.numel(), in, dim);
     std::swap(dims.a, dims.b);
     detail::copy_joined(in.data(), in.dtype(), scratch, in.dtype(), dims, call.stream);
@@ -631,7 +622,7 @@ class NcclTransport final : public Transport {
     const std::size_t in_bytes = in.is_contiguous() ? 0 : align(in.bytes());
     std::byte* scratch = nullptr;
     if (in_bytes > 0 || !direct) {
-      scratch = workspace_.get(in_bytes + (direct ? 0 : align(out.bytes())), call.capturing);
+      scratch = scratch_at_least(call, in_bytes + (direct ? 0 : align(out.bytes())));
     }
     const void* share = in.data();
     if (in_bytes > 0) {
@@ -677,7 +668,7 @@ class NcclTransport final : public Transport {
     const std::size_t in_bytes = in_direct ? 0 : align(in.bytes());
     std::byte* scratch = nullptr;
     if (!in_direct || !out_direct) {
-      scratch = workspace_.get(in_bytes + (out_direct ? 0 : align(out.bytes())), call.capturing);
+      scratch = scratch_at_least(call, in_bytes + (out_direct ? 0 : align(out.bytes())));
     }
     const auto* from = static_cast<const std::byte*>(in.data());
     if (!in_direct) {
@@ -748,8 +739,6 @@ class NcclTransport final : public Transport {
   int size_;
   int nccl_version_ = 0;
   SymmetricCapabilities capabilities_;
-  std::optional<cudaStream_t> last_stream_;
-  CaptureId last_capture_ = 0;
   std::shared_ptr<Communicator> communicator_;
   UniqueMemory barrier_word_;
   Workspace workspace_;
