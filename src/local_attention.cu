@@ -193,10 +193,9 @@ void correct_partial(const MergeShape& shape, int n, int rank, const Partial& pa
                      cudaStream_t stream) {
   check_merge_shape(shape, 1);
   require(n >= 1 && n <= kMaxPeers && rank >= 0 && rank < n, "rank",
-          fmt::format("expected 0 to {} of at most {}, got {}", n - 1, kMaxPeers, rank));
+          "expected 0 to {} of at most {}, got {}", n - 1, kMaxPeers, rank);
   require(out_dtype == shape.dtype || out_dtype == DType::f32, "out_dtype",
-          fmt::format("expected f32 or the partial's {}, got {}", to_string(shape.dtype),
-                      to_string(out_dtype)));
+          "expected f32 or the partial's {}, got {}", to_string(shape.dtype), to_string(out_dtype));
   if (shape.batch == 0) {
     return;
   }

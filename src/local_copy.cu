@@ -3,6 +3,7 @@
 #include <cstdlib>
 
 #include "elements.cuh"
+#include "require.hpp"
 
 // Strided copy, fill and the sum of pieces.
 
@@ -64,19 +65,50 @@ struct Dim {
   std::int64_t out;  ///< bytes
 };
 
+/// A short list of dimensions, held in place: a launch allocates nothing.
+class DimList {
+ public:
+  static constexpr std::size_t kMost = 16;
+
+  [[nodiscard]] std::size_t size() const noexcept { return size_; }
+  [[nodiscard]] bool empty() const noexcept { return size_ == 0; }
+  [[nodiscard]] Dim& operator[](std::size_t i) noexcept { return dims_[i]; }
+  [[nodiscard]] const Dim& operator[](std::size_t i) const noexcept { return dims_[i]; }
+  [[nodiscard]] Dim& back() noexcept { return dims_[size_ - 1]; }
+  [[nodiscard]] const Dim* begin() const noexcept { return dims_.data(); }
+  [[nodiscard]] const Dim* end() const noexcept { return dims_.data() + size_; }
+
+  void push_back(const Dim& dim) noexcept { dims_[size_++] = dim; }
+
+  /// Before the first that `comes_after` it; behind those that are equal.
+  template <class ComesAfter>
+  void insert(const Dim& dim, const ComesAfter& comes_after) noexcept {
+    std::size_t at = size_++;
+    for (; at > 0 && comes_after(dims_[at - 1], dim); --at) {
+      dims_[at] = dims_[at - 1];
+    }
+    dims_[at] = dim;
+  }
+
+ private:
+  std::array<Dim, kMost> dims_;
+  std::size_t size_ = 0;
+};
+
 /// The copy's dimensions, fastest first: ordered by the output's strides so that writes coalesce,
 /// without those of extent 1, and joined where one continues the other on both sides.
-std::vector<Dim> joined_dims(std::span<const std::int64_t> in, std::span<const std::int64_t> out,
-                             std::span<const std::int64_t> shape, std::int64_t element) {
-  std::vector<Dim> dims;
+DimList joined_dims(std::span<const std::int64_t> in, std::span<const std::int64_t> out,
+                    std::span<const std::int64_t> shape, std::int64_t element) {
+  require(shape.size() <= DimList::kMost, "shape", "expected at most {} dimensions, got {}",
+          DimList::kMost, shape.size());
+  DimList dims;
   for (std::size_t d = 0; d < shape.size(); ++d) {
     if (shape[d] != 1) {
-      dims.push_back({shape[d], in[d] * element, out[d] * element});
+      dims.insert({shape[d], in[d] * element, out[d] * element},
+                  [](const Dim& a, const Dim& b) { return std::abs(a.out) > std::abs(b.out); });
     }
   }
-  std::stable_sort(dims.begin(), dims.end(),
-                   [](const Dim& a, const Dim& b) { return std::abs(a.out) < std::abs(b.out); });
-  std::vector<Dim> joined;
+  DimList joined;
   for (const Dim& dim : dims) {
     if (!joined.empty() && dim.in == joined.back().in * joined.back().extent &&
         dim.out == joined.back().out * joined.back().extent) {
@@ -89,7 +121,7 @@ std::vector<Dim> joined_dims(std::span<const std::int64_t> in, std::span<const s
 }
 
 /// Widest access that every run's start and length allow.
-std::int64_t vector_bytes(const void* in, const void* out, const std::vector<Dim>& dims,
+std::int64_t vector_bytes(const void* in, const void* out, const DimList& dims,
                           std::int64_t element) {
   if (dims.empty() || dims[0].in != element || dims[0].out != element) {
     return element;
@@ -118,7 +150,7 @@ void launch_copy(const CopyPlan& plan, cudaStream_t stream) {
 }
 
 /// One launch for up to 2^30 vectors; larger copies are cut along their slowest dimension.
-void copy_dims(const std::byte* in, std::byte* out, std::vector<Dim> dims, std::int64_t element,
+void copy_dims(const std::byte* in, std::byte* out, DimList dims, std::int64_t element,
                cudaStream_t stream) {
   const std::int64_t width = vector_bytes(in, out, dims, element);
   std::int64_t vectors = 1;
@@ -131,13 +163,13 @@ void copy_dims(const std::byte* in, std::byte* out, std::vector<Dim> dims, std::
     Dim& slowest = dims.back();
     const std::int64_t unit = dims.size() == 1 ? width / element : 1;
     const std::int64_t half = std::max(slowest.extent / 2 / unit * unit, unit);
-    std::vector<Dim> rest = dims;
+    DimList rest = dims;
     rest.back().extent = slowest.extent - half;
     const std::byte* in_rest = in + half * slowest.in;
     std::byte* out_rest = out + half * slowest.out;
     slowest.extent = half;
-    copy_dims(in, out, std::move(dims), element, stream);
-    copy_dims(in_rest, out_rest, std::move(rest), element, stream);
+    copy_dims(in, out, dims, element, stream);
+    copy_dims(in_rest, out_rest, rest, element, stream);
     return;
   }
   CopyPlan plan;
@@ -281,8 +313,8 @@ void strided_copy(const void* in, std::span<const std::int64_t> in_strides, void
                   std::span<const std::int64_t> out_strides, std::span<const std::int64_t> shape,
                   DType dtype, cudaStream_t stream) {
   require(in_strides.size() == shape.size() && out_strides.size() == shape.size(), "strides",
-          fmt::format("expected {} of them, got {} and {}", shape.size(), in_strides.size(),
-                      out_strides.size()));
+          "expected {} of them, got {} and {}", shape.size(), in_strides.size(),
+          out_strides.size());
   std::int64_t elements = 1;
   for (const std::int64_t extent : shape) {
     require(extent >= 0, "shape", "negative extent");
@@ -293,10 +325,9 @@ void strided_copy(const void* in, std::span<const std::int64_t> in_strides, void
   }
   require(in != nullptr && out != nullptr, "in, out", "null pointer");
   const auto element = static_cast<std::int64_t>(size_of(dtype));
-  const std::vector<Dim> dims = joined_dims(in_strides, out_strides, shape, element);
+  const DimList dims = joined_dims(in_strides, out_strides, shape, element);
   require(dims.size() <= kMaxCopyDims, "shape",
-          fmt::format("expected at most {} dimensions after joining, got {}", kMaxCopyDims,
-                      dims.size()));
+          "expected at most {} dimensions after joining, got {}", kMaxCopyDims, dims.size());
   copy_dims(static_cast<const std::byte*>(in), static_cast<std::byte*>(out), dims, element, stream);
 }
 
@@ -312,7 +343,7 @@ void fill(void* out, std::int64_t count, DType dtype, double value, cudaStream_t
 
 void reduce_pieces(const void* pieces, int n, std::int64_t piece_stride, void* out,
                    std::int64_t count, DType dtype, cudaStream_t stream) {
-  require(n >= 1 && count >= 0, "n, count", fmt::format("got n={} count={}", n, count));
+  require(n >= 1 && count >= 0, "n, count", "got n={} count={}", n, count);
   if (count == 0) {
     return;
   }

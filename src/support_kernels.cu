@@ -5,6 +5,7 @@
 
 #include "elements.cuh"
 #include "launch.cuh"
+#include "require.hpp"
 
 namespace cohort::cuda {
 namespace detail {
