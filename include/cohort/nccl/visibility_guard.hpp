@@ -9,6 +9,11 @@
 /// has written it: wrong results, and no error. An empty kernel that is launched without the
 /// attribute starts when the producer has ended and its writes are visible, and itself has none.
 ///
+/// The guard cannot be spared after a kernel that never triggers early, such as the library's own
+/// that pack and correct: the end of its last block lets the collective start, and the memory
+/// barrier that makes its writes visible runs after that (NVIDIA/cccl, issue 9134). What does not
+/// wait for the kernel itself may read in between.
+///
 /// The range was found on the released versions: 2.28.3 shows wrong elements, and 2.30.7 is the
 /// first whose symmetric kernels wait.
 
