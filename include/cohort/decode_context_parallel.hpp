@@ -132,8 +132,9 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     return merged;
   }
   /// The same into `merged` [B, H/n, D], of any strides with D without gaps, and, where given,
-  /// `merged_lse` [B, H/n] in f32, in the same base. Throws `ConfigError` where the plan is forced
-  /// and cannot run with these arguments.
+  /// `merged_lse` [B, H/n] in f32, in the same base. `staged` in the partial's own type writes a
+  /// `merged` whose heads come first in memory without a copy. Throws `ConfigError` where the plan
+  /// is forced and cannot run with these arguments.
   void merge_attention_into(const TensorView& merged, const ConstTensorView& out,
                             const ConstTensorView& lse, LseBase base = LseBase::e,
                             StreamRef stream = {}, const TensorView* merged_lse = nullptr) {
