@@ -106,7 +106,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const Call call = begin("gather_query q_nope", q_nope, stream);
     const Dims shape = check_query(q_nope, q_pe);
     Tensor q = temporary(shape, q_nope.dtype(), call);
-    gather_query(q, q_nope, q_pe, call);
+    issue_query(q, q_nope, q_pe, call);
     return q;
   }
   /// The same into `q`, of any strides with the last dimension without gaps. Where ranks cannot
@@ -117,7 +117,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const Call call = begin("gather_query q_nope", q_nope, stream);
     check_like("gather_query q", q, q_nope, check_query(q_nope, q_pe));
     check_rows("gather_query q", q);
-    gather_query(q, q_nope, q_pe, call);
+    issue_query(q, q_nope, q_pe, call);
   }
 
   /// Merges the ranks' partial attentions exactly and scatters the heads: [B, H/n, D] from this
@@ -128,7 +128,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const Call call = begin("merge_attention out", out, stream);
     check_partial(out, lse);
     Tensor merged = temporary(merged_shape(out), out.dtype(), call);
-    merge({out, lse, merged, nullptr, base}, call);
+    issue_merge({out, lse, merged, nullptr, base}, call);
     return merged;
   }
   /// The same into `merged` [B, H/n, D], of any strides with D without gaps, and, where given,
@@ -141,7 +141,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const Call call = begin("merge_attention out", out, stream);
     check_partial(out, lse);
     check_merged(merged, out, merged_lse);
-    merge({out, lse, merged, merged_lse, base}, call);
+    issue_merge({out, lse, merged, merged_lse, base}, call);
   }
 
   /// The plan that the last merge took. `automatic` takes the one-kernel merge where the ranks can
@@ -255,8 +255,8 @@ class DecodeContextParallelGroup : public GroupCoordinator {
 
   // From here on the call has begun and its arguments are right.
 
-  void gather_query(const TensorView& q, const ConstTensorView& q_nope, const ConstTensorView& q_pe,
-                    const Call& call) {
+  void issue_query(const TensorView& q, const ConstTensorView& q_nope, const ConstTensorView& q_pe,
+                   const Call& call) {
     if (size() == 1) {
       backend().ops().pack_query(q_nope, q_pe, q, call.stream);
       return;
@@ -275,7 +275,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     issue_gather(q.transpose(0, 1), packed, equal(own), 0, call);
   }
 
-  void merge(const MergeArguments& arguments, const Call& call) {
+  void issue_merge(const MergeArguments& arguments, const Call& call) {
     last_ = choose(arguments);
     switch (last_.plan) {
       case MergePlan::one_kernel:
