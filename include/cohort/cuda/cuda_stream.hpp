@@ -137,6 +137,25 @@ inline void CUDART_CB run_again(void* data) noexcept {
   return stream == nullptr || stream == cudaStreamLegacy || stream == cudaStreamPerThread;
 }
 
+/// Throws `UsageError` for the legacy default stream while another capture forbids its use,
+/// `TransportError` for any other failure of a question about a stream's capture.
+inline void check_capture_question(cudaError_t code, const char* call) {
+  if (code == cudaErrorStreamCaptureImplicit) {
+    static_cast<void>(cudaGetLastError());
+    throw UsageError(
+        "stream: the legacy default stream cannot be used while a capture is under way that it "
+        "would have to join; pass a stream of your own");
+  }
+  cuda_check(code, call);
+}
+
+/// Throws as `check_capture_question`.
+[[nodiscard]] inline cudaStreamCaptureStatus capture_status(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_capture_question(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  return status;
+}
+
 /// State of a stream's capture.
 struct CaptureInfo {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
@@ -144,8 +163,7 @@ struct CaptureInfo {
   cudaGraph_t graph = nullptr;
 };
 
-/// Throws `UsageError` for the legacy default stream while another capture forbids its use,
-/// `TransportError` otherwise.
+/// Throws as `check_capture_question`.
 [[nodiscard]] inline CaptureInfo capture_info(cudaStream_t stream) {
   CaptureInfo info;
 #if CUDART_VERSION >= 13000
@@ -155,13 +173,7 @@ struct CaptureInfo {
   const cudaError_t code =
       cudaStreamGetCaptureInfo_v2(stream, &info.status, &info.id, &info.graph, nullptr, nullptr);
 #endif
-  if (code == cudaErrorStreamCaptureImplicit) {
-    static_cast<void>(cudaGetLastError());
-    throw UsageError(
-        "stream: the legacy default stream cannot be used while a capture is under way that it "
-        "would have to join; pass a stream of your own");
-  }
-  cuda_check(code, "cudaStreamGetCaptureInfo");
+  check_capture_question(code, "cudaStreamGetCaptureInfo");
   return info;
 }
 
@@ -225,17 +237,16 @@ class CudaStreamDriver final : public StreamDriver {
                "cudaStreamWaitEvent");
   }
 
-  /// Every call of a group asks this, so it is one CUDA call. A created stream belongs to a device
-  /// whatever the current one is, and answers from any; only the default streams are those of the
-  /// current device.
+  /// Every call of a group asks this, so eagerly it is one CUDA call, and the shortest that
+  /// answers. A created stream belongs to a device whatever the current one is, and answers from
+  /// any; only the default streams are those of the current device.
   [[nodiscard]] CaptureId capture_id(void* native) const override {
     const auto stream = static_cast<cudaStream_t>(native);
     std::optional<DeviceGuard> guard;
     if (detail::is_default_stream(stream)) {
       guard.emplace(device_);
     }
-    const auto info = detail::capture_info(stream);
-    switch (info.status) {
+    switch (detail::capture_status(stream)) {
       case cudaStreamCaptureStatusNone:
         return 0;
       case cudaStreamCaptureStatusInvalidated:
@@ -244,7 +255,7 @@ class CudaStreamDriver final : public StreamDriver {
         break;
     }
     // The runtime numbers captures over the life of the process; 0 is ours for "none".
-    return info.id + 1;
+    return detail::capture_info(stream).id + 1;
   }
 
   void retain_in_capture(void* native, std::shared_ptr<void> object) override {
@@ -306,7 +317,7 @@ class CudaStreamDriver final : public StreamDriver {
   [[nodiscard]] bool idle(void* native) const {
     const DeviceGuard guard(device_);
     const auto stream = static_cast<cudaStream_t>(native);
-    if (detail::capture_info(stream).status != cudaStreamCaptureStatusNone) {
+    if (detail::capture_status(stream) != cudaStreamCaptureStatusNone) {
       throw UsageError("synchronize: the stream is being captured");
     }
     const cudaError_t code = cudaStreamQuery(stream);
