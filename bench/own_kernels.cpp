@@ -103,11 +103,10 @@ void connect_cards(int cards) {
 
 std::vector<Rank> make_ranks(int n, const Options& options) {
   const int ranks_per_card = (n + options.cards - 1) / options.cards;
-  const auto layout = cuda::InboxLayout::make(
-      {.ranks = n,
-       .flag_word_bytes = 4 << 20,
-       .flag_line_bytes = 12 << 20,
-       .max_blocks = options.max_blocks / ranks_per_card});
+  const auto layout = cuda::InboxLayout::make({.ranks = n,
+                                               .flag_word_bytes = 4 << 20,
+                                               .flag_line_bytes = 12 << 20,
+                                               .max_blocks = options.max_blocks / ranks_per_card});
   connect_cards(options.cards);
   std::vector<Rank> ranks(static_cast<std::size_t>(n));
   std::vector<std::byte*> inboxes;

@@ -23,6 +23,19 @@ __device__ __forceinline__ void store_word(const FlatView& view, std::uint32_t w
   *reinterpret_cast<uint2*>(view.base + rank * view.rank_stride + std::int64_t{8} * word) = value;
 }
 
+/// Where a word goes, worked out before it comes.
+struct FlatTarget {
+  std::byte* address;
+
+  __device__ __forceinline__ FlatTarget(const FlatView& view, std::uint32_t word, int rank)
+      : address(view.base + rank * view.rank_stride + std::int64_t{8} * word) {
+    asm volatile("" : "+l"(address));  // not to be put off until the word is there
+  }
+  __device__ __forceinline__ void store(uint2 value) const {
+    *reinterpret_cast<uint2*>(address) = value;
+  }
+};
+
 /// [outer][inner] bytes with a stride between outer indices. Word i holds bytes [8i, 8i+8) of the
 /// payload without gaps; bytes beyond the end read as 0 and are not written.
 struct ByteView {
@@ -51,7 +64,9 @@ struct ByteView {
               (contiguous || (inner_bytes % 8 == 0 && stride % 8 == 0));
   }
 
-  [[nodiscard]] bool is_flat() const { return contiguous && aligned && total % 8 == 0 && total > 0; }
+  [[nodiscard]] bool is_flat() const {
+    return contiguous && aligned && total % 8 == 0 && total > 0;
+  }
   [[nodiscard]] FlatView flat() const { return {base, rank_stride}; }
 
   __device__ __forceinline__ std::byte* word_at(std::uint32_t word) const {
@@ -70,7 +85,7 @@ struct ByteView {
 
 /// The words that the fast path cannot take, byte by byte.
 __device__ __forceinline__ uint2 load_word_bytes(const ByteView& view, std::uint32_t first,
-                                                     std::int64_t offset) {
+                                                 std::int64_t offset) {
   std::uint64_t bits = 0;
 #pragma unroll 1
   for (std::uint32_t k = 0; k < 8 && first + k < view.total; ++k) {
@@ -80,7 +95,7 @@ __device__ __forceinline__ uint2 load_word_bytes(const ByteView& view, std::uint
 }
 
 __device__ __forceinline__ void store_word_bytes(const ByteView& view, std::uint32_t first,
-                                                     uint2 value, std::int64_t offset) {
+                                                 uint2 value, std::int64_t offset) {
   const std::uint64_t bits = value.x | (static_cast<std::uint64_t>(value.y) << 32);
 #pragma unroll 1
   for (std::uint32_t k = 0; k < 8 && first + k < view.total; ++k) {
@@ -105,6 +120,23 @@ __device__ __forceinline__ void store_word(const ByteView& view, std::uint32_t w
   } else {
     store_word_bytes(view, word * 8, value, offset);
   }
+}
+
+struct ByteTarget {
+  const ByteView& view;
+  std::uint32_t word;
+  int rank;
+
+  __device__ __forceinline__ void store(uint2 value) const { store_word(view, word, value, rank); }
+};
+
+__device__ __forceinline__ FlatTarget target_of(const FlatView& view, std::uint32_t word,
+                                                int rank = 0) {
+  return {view, word, rank};
+}
+__device__ __forceinline__ ByteTarget target_of(const ByteView& view, std::uint32_t word,
+                                                int rank = 0) {
+  return {view, word, rank};
 }
 
 inline std::int64_t words_of(std::int64_t bytes) { return ceil_div(bytes, 8); }

@@ -10,6 +10,7 @@
 
 #include "cohort/cuda/kernels.hpp"
 #include "cohort/error.hpp"
+#include "require.hpp"
 
 // Launching, and what the launchers check.
 
@@ -18,12 +19,6 @@ namespace cohort::cuda::detail {
 inline void check_cuda(cudaError_t code, const char* call) {
   if (code != cudaSuccess) {
     throw TransportError({.call = call, .native_code = code}, cudaGetErrorString(code));
-  }
-}
-
-inline void require(bool condition, const char* argument, const std::string& text) {
-  if (!condition) {
-    throw UsageError(fmt::format("{}: {}", argument, text));
   }
 }
 

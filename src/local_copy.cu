@@ -3,7 +3,6 @@
 #include <cstdlib>
 
 #include "elements.cuh"
-#include "require.hpp"
 
 // Strided copy, fill and the sum of pieces.
 

@@ -12,18 +12,19 @@
 // Memory order. Four kinds of words are written by one rank and awaited by another; `volatile`
 // accesses in PTX are relaxed with system scope (PTX ISA, "Memory Consistency Model").
 //
-//  1. Flag words (ll_store, ll_receive). Flag and payload share one 8-byte half of a 16-byte aligned
+//  1. Flag words (ll_store, ll_receive). Flag and payload share one 8-byte half of a 16-byte
+//  aligned
 //     vector access, so whoever sees the flag sees the payload; nothing else is released by it. The
 //     halves are checked apart: no atomicity beyond 8 bytes is assumed. NCCL's LL protocol rests on
 //     the same property (NCCL, src/device/prims_ll.h).
 //  2. Flag lines (line_store, line_load). Eight neighbouring threads of a warp store a whole,
-//     aligned line of 128 bytes with one instruction, and eight threads load it with one. Both travel as
-//     one request, and NVLink and the second-level cache keep a line's request whole, so whoever
-//     sees the flag in its last 8 bytes sees all of it. PTX does not promise this: it is a property
-//     of the hardware, on which NCCL's LL128 protocol rests (NCCL, src/device/prims_ll128.h) and
-//     for which NCCL allows it over NVLink only (src/graph/tuning.cc). So do we: see
-//     `PeerPath::flag_line`.
-//  3. The barrier (barrier_kernel) has fences around its flag words.
+//     aligned line of 128 bytes with one instruction, and eight threads load it with one. Both
+//     travel as one request, and NVLink and the second-level cache keep a line's request whole, so
+//     whoever sees the flag in its last 8 bytes sees all of it. PTX does not promise this: it is a
+//     property of the hardware, on which NCCL's LL128 protocol rests (NCCL,
+//     src/device/prims_ll128.h) and for which NCCL allows it over NVLink only
+//     (src/graph/tuning.cc). So do we: see `PeerPath::flag_line`.
+//  3. The barrier's words (barrier_kernel): a release and an acquire.
 //  4. Epochs and error words. The epoch is read at the start of a launch, behind
 //     cudaGridDependencySynchronize(), which waits for the completion of the launch before and its
 //     memory. Error words are relaxed: each carries its whole meaning in itself.
@@ -45,9 +46,16 @@ struct Group {
   /// From this rank on: peers[k] is the inbox of rank (rank + k) mod n, so that each rank starts
   /// with another peer, and peers[0] is the own one.
   std::byte* peers[kMost];
-  std::int64_t ll_offset;
-  std::int64_t line_offset;
-  std::int64_t lines;
+  // Of flag words and of lines: where the first lane of slot 0 and this rank's own lane lie in
+  // every inbox, and the bytes of a lane and of a slot. Worked out here, because what follows from
+  // the epoch on the device is waited for.
+  std::int64_t ll_first;
+  std::int64_t ll_own;
+  std::int64_t ll_slot;
+  std::int64_t line_first;
+  std::int64_t line_own;
+  std::int64_t line_slot;
+  std::int64_t line_lane;
   std::uint32_t ll_words;
   std::uint32_t delay_seed;
   int rank;
@@ -55,9 +63,13 @@ struct Group {
 
   explicit Group(const PeerTable& t)
       : peers{},
-        ll_offset(t.layout.ll_offset),
-        line_offset(t.layout.line_offset),
-        lines(t.layout.lines),
+        ll_first(t.layout.ll_offset),
+        ll_own(ll_first + t.rank * t.layout.ll_words * 16),
+        ll_slot(t.size * t.layout.ll_words * 16),
+        line_first(t.layout.line_offset),
+        line_own(line_first + t.rank * t.layout.lines * kLineBytes),
+        line_slot(t.size * t.layout.lines * kLineBytes),
+        line_lane(t.layout.lines * kLineBytes),
         ll_words(static_cast<std::uint32_t>(t.layout.ll_words)),
         delay_seed(t.delay_seed),
         rank(t.rank),
@@ -118,10 +130,6 @@ __device__ __forceinline__ void delay_point(const Group<kRanks>& g, const Call& 
   if (__builtin_expect(g.delay_seed != 0, 0)) {
     delay_randomly(g.delay_seed, g.rank, c.flag, point);
   }
-}
-
-__device__ __forceinline__ void system_fence() {
-  asm volatile("fence.acq_rel.sys;" ::: "memory");
 }
 
 /// First statement of every peer kernel, in all threads. Loads of what earlier work has written may
@@ -229,8 +237,14 @@ class Patience {
 template <int kRanks>
 __device__ __forceinline__ std::int64_t ll_place(const Group<kRanks>& g, const Call& c, int source,
                                                  std::uint32_t word) {
-  const auto lane = c.slot * static_cast<std::uint32_t>(g.size()) + static_cast<std::uint32_t>(source);
-  return g.ll_offset + (std::int64_t{lane} * g.ll_words + word) * 16;
+  return g.ll_first + (std::int64_t{g.ll_words} * source + word) * 16 +
+         (c.slot != 0 ? g.ll_slot : 0);
+}
+/// The same in this rank's lane.
+template <int kRanks>
+__device__ __forceinline__ std::int64_t ll_own_place(const Group<kRanks>& g, const Call& c,
+                                                     std::uint32_t word) {
+  return g.ll_own + std::int64_t{16} * word + (c.slot != 0 ? g.ll_slot : 0);
 }
 
 __device__ __forceinline__ void ll_store(std::byte* to, uint2 value, std::uint32_t flag) {
@@ -271,7 +285,7 @@ inline constexpr int kBatch = kRanks > 0 ? kRanks : 8;
 template <int kRanks>
 __device__ __forceinline__ void ll_send_all(const Group<kRanks>& g, const Call& c,
                                             std::uint32_t word, uint2 value) {
-  const std::int64_t place = ll_place(g, c, g.rank, word);
+  const std::int64_t place = ll_own_place(g, c, word);
 #pragma unroll
   for (int k = 1; k < g.size(); ++k) {
     ll_store(g.peers[k] + place, value, c.flag);
@@ -401,10 +415,10 @@ inline constexpr std::uint32_t kGroupWords = kGroupLines * kLineWords;
 
 /// A thread's part of a group of lines.
 struct LinePart {
-  std::uint32_t line;  ///< Of the lane.
-  std::uint32_t word;  ///< First of the two words.
+  std::uint32_t line;    ///< Of the lane.
+  std::uint32_t word;    ///< First of the two words.
   std::uint32_t offset;  ///< Bytes into the line.
-  bool flag;           ///< Has the flag instead of the second word.
+  bool flag;             ///< Has the flag instead of the second word.
 
   __device__ __forceinline__ explicit LinePart(std::uint32_t group) {
     const std::uint32_t thread = threadIdx.x & 31U;
@@ -419,8 +433,14 @@ struct LinePart {
 template <int kRanks>
 __device__ __forceinline__ std::int64_t line_place(const Group<kRanks>& g, const Call& c,
                                                    int source, const LinePart& part) {
-  const auto lane = c.slot * static_cast<std::uint32_t>(g.size()) + static_cast<std::uint32_t>(source);
-  return g.line_offset + (lane * g.lines + part.line) * kLineBytes + part.offset;
+  return g.line_first + g.line_lane * source + kLineBytes * part.line + part.offset +
+         (c.slot != 0 ? g.line_slot : 0);
+}
+/// The same in this rank's lane.
+template <int kRanks>
+__device__ __forceinline__ std::int64_t line_own_place(const Group<kRanks>& g, const Call& c,
+                                                       const LinePart& part) {
+  return g.line_own + kLineBytes * part.line + part.offset + (c.slot != 0 ? g.line_slot : 0);
 }
 
 /// All threads that have a part of the line, together: lines beyond the payload are left out whole.
@@ -474,22 +494,21 @@ inline void check_table(const PeerTable& table) {
               table.rank < table.size && table.layout.ranks == table.size &&
               table.layout.max_blocks >= 1,
           "table",
-          fmt::format("expected a rank of 1 to {} and an inbox for all of them, got rank {} of {} "
-                      "(inbox of {}) with {} blocks",
-                      kMaxPeers, table.rank, table.size, table.layout.ranks,
-                      table.layout.max_blocks));
+          "expected a rank of 1 to {} and an inbox for all of them, got rank {} of {} "
+          "(inbox of {}) with {} blocks",
+          kMaxPeers, table.rank, table.size, table.layout.ranks, table.layout.max_blocks);
 }
 
 inline void check_ll_words(const PeerTable& table, std::int64_t words, const char* call) {
   require(words <= table.layout.ll_words, call,
-          fmt::format("needs {} bytes of flag words a peer, the inbox has {}", words * 8,
-                      table.layout.flag_word_capacity()));
+          "needs {} bytes of flag words a peer, the inbox has {}", words * 8,
+          table.layout.flag_word_capacity());
 }
 
 inline void check_lines(const PeerTable& table, std::int64_t words, const char* call) {
   require(words * 8 <= table.layout.flag_line_capacity(), call,
-          fmt::format("needs {} bytes of flag lines a peer, the inbox has {}", words * 8,
-                      table.layout.flag_line_capacity()));
+          "needs {} bytes of flag lines a peer, the inbox has {}", words * 8,
+          table.layout.flag_line_capacity());
 }
 
 /// What a call asks of an inbox by either path, and what is there: payload bytes a peer.
@@ -507,8 +526,8 @@ inline PeerPath choose_path(std::span<const PathRow> table, const char* call,
   const bool words_fit = needs.words_needed <= needs.words_there;
   const bool lines_fit = needs.lines_needed <= needs.lines_there;
   require(words_fit || lines_fit, call,
-          fmt::format("needs {} bytes a peer, the inbox has {} of flag words and {} of flag lines",
-                      needs.lines_needed, needs.words_there, needs.lines_there));
+          "needs {} bytes a peer, the inbox has {} of flag words and {} of flag lines",
+          needs.lines_needed, needs.words_there, needs.lines_there);
   const auto row = std::find_if(table.begin(), table.end(), [&](const PathRow& candidate) {
     return needs.sent <= candidate.max_bytes_sent;
   });

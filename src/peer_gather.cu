@@ -7,9 +7,9 @@ namespace cohort::cuda {
 namespace detail {
 namespace {
 
-/// Thread r meets rank r. The fences make the signal release what this rank's stream has written,
-/// and its sight acquire what the peer's had.
-__global__ void __launch_bounds__(64) barrier_kernel(const __grid_constant__ Group<0> g) {
+/// Each thread meets one peer, through the first half of a flag word. The release covers what this
+/// rank's stream has written before, and the acquire what the peer's had.
+__global__ void __launch_bounds__(2 * kWarp) barrier_kernel(const __grid_constant__ Group<0> g) {
   Call c;
   Patience patience;
   begin();
@@ -17,20 +17,21 @@ __global__ void __launch_bounds__(64) barrier_kernel(const __grid_constant__ Gro
     return;
   }
   const int k = static_cast<int>(threadIdx.x);
-  const bool meets = k >= 1 && k < g.size();
-  if (meets) {
-    system_fence();
-    ll_store(g.peers[k] + ll_place(g, c, g.rank, 0), make_uint2(0, 0), c.flag);
+  if (k == 0 || k >= g.size()) {
+    return;
   }
+  const std::uint64_t mine = std::uint64_t{c.flag} << 32;
+  asm volatile("st.release.sys.global.u64 [%0],%1;" ::"l"(g.peers[k] + ll_own_place(g, c, 0)),
+               "l"(mine)
+               : "memory");
   delay_point(g, c, 1);
-  if (meets) {
-    const std::byte* word = g.own() + ll_place(g, c, g.rank_at(k), 0);
-    while (ll_differs(ll_load(word), c) != 0) {
-      if (patience.is_over(g, c, g.rank_at(k))) {
-        return;
-      }
+  const std::byte* word = g.own() + ll_place(g, c, g.rank_at(k), 0);
+  while (true) {
+    std::uint64_t theirs;
+    asm volatile("ld.acquire.sys.global.u64 %0,[%1];" : "=l"(theirs) : "l"(word) : "memory");
+    if (theirs == mine || patience.is_over(g, c, g.rank_at(k))) {
+      return;
     }
-    system_fence();
   }
 }
 
@@ -60,15 +61,24 @@ __global__ void __launch_bounds__(kLlThreads)
   delay_point(g, c, 1);
 #pragma unroll 1
   for (std::uint32_t i = first; i < words; i += step) {
-    for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
-      uint2 values[kBatch<kRanks>];
-      if (!ll_receive(g, c, r0, i, values, patience)) {
+    if constexpr (kRanks == 2) {  // one peer: its place is worked out while the word is on its way
+      const auto target = target_of(out, i, g.rank ^ 1);
+      uint2 values[2];
+      if (!ll_receive(g, c, 0, i, values, patience)) {
         return;
       }
+      target.store(g.rank == 0 ? values[1] : values[0]);
+    } else {
+      for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+        uint2 values[kBatch<kRanks>];
+        if (!ll_receive(g, c, r0, i, values, patience)) {
+          return;
+        }
 #pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        if (is_peer(g, r0 + j)) {
-          store_word(out, i, values[j], r0 + j);
+        for (int j = 0; j < kBatch<kRanks>; ++j) {
+          if (is_peer(g, r0 + j)) {
+            store_word(out, i, values[j], r0 + j);
+          }
         }
       }
     }
@@ -113,8 +123,8 @@ using QueryFor = QueryArgs<(kRanks > 0)>;
 
 template <int kRanks>
 __global__ void __launch_bounds__(kLlThreads)
-    query_word_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ QueryFor<kRanks> q,
-                      std::uint32_t used) {
+    query_word_kernel(const __grid_constant__ Group<kRanks> g,
+                      const __grid_constant__ QueryFor<kRanks> q, std::uint32_t used) {
   Call c;
   Patience patience;
   begin();
@@ -158,15 +168,14 @@ __global__ void __launch_bounds__(kLlThreads)
 /// A group of lines on its way to every peer, and into the own part of the output.
 template <int kRanks>
 __device__ __forceinline__ void send_query_lines(const Group<kRanks>& g, const Call& c,
-                                                 const QueryFor<kRanks>& q,
-                                                 std::uint32_t group) {
+                                                 const QueryFor<kRanks>& q, std::uint32_t group) {
   const LinePart part(group);
   const bool has_first = part.word < q.words;
   const bool has_second = !part.flag && part.word + 1 < q.words;
   const uint2 first = has_first ? q.load(part.word) : make_uint2(0, 0);
   const uint2 second = has_second ? q.load(part.word + 1) : make_uint2(0, 0);
   if (part.line * kLineWords < q.words) {
-    const std::int64_t place = line_place(g, c, g.rank, part);
+    const std::int64_t place = line_own_place(g, c, part);
 #pragma unroll
     for (int k = 1; k < g.size(); ++k) {
       line_store(g.peers[k] + place, first, second, c, part);
@@ -228,7 +237,8 @@ __device__ __forceinline__ bool collect_query_lines(const Group<kRanks>& g, cons
 
 template <int kRanks>
 __global__ void __launch_bounds__(kLineThreads<kRanks>)
-    query_line_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ QueryFor<kRanks> q) {
+    query_line_kernel(const __grid_constant__ Group<kRanks> g,
+                      const __grid_constant__ QueryFor<kRanks> q) {
   Call c;
   Patience patience;
   begin();
@@ -255,7 +265,7 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>)
   }
 }
 
-constexpr PathRow kQueryPaths[] = {{96 << 10, PeerPath::flag_word},
+constexpr PathRow kQueryPaths[] = {{128 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
 
 void check_query(const Query& q) {
@@ -263,9 +273,9 @@ void check_query(const Query& q) {
   require(q.batch >= 0 && q.heads >= 1 && q.nope_dim >= 1 && q.nope_dim * element % 16 == 0 &&
               q.pe_dim >= 0 && q.pe_dim * element % 16 == 0,
           "query",
-          fmt::format("expected batch >= 0, heads >= 1 and parts of a multiple of 16 bytes, got "
-                      "batch={} heads={} nope_dim={} pe_dim={} of {}",
-                      q.batch, q.heads, q.nope_dim, q.pe_dim, to_string(q.dtype)));
+          "expected batch >= 0, heads >= 1 and parts of a multiple of 16 bytes, got "
+          "batch={} heads={} nope_dim={} pe_dim={} of {}",
+          q.batch, q.heads, q.nope_dim, q.pe_dim, to_string(q.dtype));
   require(q.batch == 0 || (q.nope != nullptr && (q.pe_dim == 0 || q.pe != nullptr)), "query",
           "null pointer");
   require(q.batch * q.heads * (q.nope_dim + q.pe_dim) * element < (std::int64_t{1} << 31), "query",
@@ -315,11 +325,10 @@ void gather_query(const PeerTable& t, const Query& query, const Rows& out, PeerP
 }  // namespace
 
 void report_gather(int n, std::vector<KernelInfo>& report) {
-  report.push_back(describe("barrier", barrier_kernel, 64));
+  report.push_back(describe("barrier", barrier_kernel, 2 * kWarp));
   with_ranks(n, [&](auto r) {
     report.push_back(describe("all_gather", all_gather_kernel<r(), FlatView>, kLlThreads));
-    report.push_back(
-        describe("all_gather, gaps", all_gather_kernel<r(), ByteView>, kLlThreads));
+    report.push_back(describe("all_gather, gaps", all_gather_kernel<r(), ByteView>, kLlThreads));
     report.push_back(describe("gather_query flag_word", query_word_kernel<r()>, kLlThreads));
     report.push_back(describe("gather_query flag_line", query_line_kernel<r()>, kLineThreads<r()>));
   });
@@ -349,7 +358,7 @@ PeerPath choose_query_path(const InboxLayout& layout, const Query& query) {
 
 void peer_barrier(const PeerTable& table, cudaStream_t stream) {
   check_table(table);
-  launch(barrier_kernel, 1, 64, stream, Group<0>(table));
+  launch(barrier_kernel, 1, 2 * kWarp, stream, Group<0>(table));
 }
 
 void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* in, void* out,
@@ -366,8 +375,8 @@ void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* i
   const Grid grid = ll_grid(words, table);
   with_views(from, to, [&]<class View>(const View& source, const View& target) {
     with_ranks(table.size, [&](auto n) {
-      launch(all_gather_kernel<n(), View>, grid.blocks, grid.threads, stream, Group<n()>(table), source, target,
-             static_cast<std::uint32_t>(words));
+      launch(all_gather_kernel<n(), View>, grid.blocks, grid.threads, stream, Group<n()>(table),
+             source, target, static_cast<std::uint32_t>(words));
     });
   });
 }

@@ -61,15 +61,16 @@ struct MergeArgs {
 template <int kRanks>
 using MergeFor = MergeArgs<(kRanks > 0)>;
 
-/// Sends the LSEs, two a flag word, from word `at` of each lane on. With `words` 0 the one word of an
-/// empty call.
+/// Sends the LSEs, two a flag word, from word `at` of each lane on. With `words` 0 the one word of
+/// an empty call.
 template <int kRanks>
-__device__ __forceinline__ void send_lses(const Group<kRanks>& g, const Call& c, const MergeFor<kRanks>& a,
-                                          std::uint32_t at, std::uint32_t count) {
+__device__ __forceinline__ void send_lses(const Group<kRanks>& g, const Call& c,
+                                          const MergeFor<kRanks>& a, std::uint32_t at,
+                                          std::uint32_t count) {
   const std::uint32_t step = worker_count();
 #pragma unroll 1
   for (std::uint32_t i = worker_number(); i < count; i += step) {
-    const std::int64_t place = ll_place(g, c, g.rank, at + i);
+    const std::int64_t place = ll_own_place(g, c, at + i);
 #pragma unroll
     for (int k = 1; k < g.size(); ++k) {
       const int p = g.rank_at(k);
@@ -137,9 +138,8 @@ __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c
       const int r = r0 + j;
       if (r < g.size()) {
         // More ranks than one batch: their words are there, read them again.
-        const uint4 value = kRanks > 0 || r == g.rank
-                                ? values[j]
-                                : ll_load(g.own() + ll_place(g, c, r, word));
+        const uint4 value =
+            kRanks > 0 || r == g.rank ? values[j] : ll_load(g.own() + ll_place(g, c, r, word));
         sum.add(scales[r], r == g.rank ? own : make_uint2(value.x, value.z));
       }
     }
@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(kLlThreads)
   begin();
   const std::uint32_t first = worker_number();
   const std::uint32_t step = worker_count();
-  // The words for all peers, loaded while the epoch is on its way, where their number is a constant.
+  // The words for all peers, loaded while the epoch is on its way, where their number is a
+  // constant.
   uint2 outgoing[kRanks > 0 ? kRanks : 1];
   const auto load = [&](std::uint32_t i) {
     if constexpr (kRanks > 0) {
@@ -181,7 +182,7 @@ __global__ void __launch_bounds__(kLlThreads)
   send_lses(g, c, a, a.words, lse_words);  // first, because every word of a row needs them
 #pragma unroll 1
   for (std::uint32_t i = first; i < a.words;) {
-    const std::int64_t place = ll_place(g, c, g.rank, i);
+    const std::int64_t place = ll_own_place(g, c, i);
 #pragma unroll
     for (int k = 1; k < g.size(); ++k) {
       ll_store(g.peers[k] + place, kRanks > 0 ? outgoing[k] : a.load(g.rank_at(k), a.place(i)),
@@ -229,7 +230,7 @@ __device__ __forceinline__ void send_lines(const Group<kRanks>& g, const Call& c
       second[j] = has_second ? a.load(p, second_place) : make_uint2(0, 0);
     }
     if (part.line * kLineWords < a.words) {
-      const std::int64_t place = line_place(g, c, g.rank, part);
+      const std::int64_t place = line_own_place(g, c, part);
 #pragma unroll
       for (int j = 1; j < kMost; ++j) {
         line_store(g.peers[k0 + j - 1] + place, first[j], second[j], c, part);
@@ -365,7 +366,7 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>)
   }
 }
 
-constexpr PathRow kMergePaths[] = {{160 << 10, PeerPath::flag_word},
+constexpr PathRow kMergePaths[] = {{96 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
 
 std::int64_t payload_bytes(const MergeShape& s, int n) {
@@ -401,8 +402,7 @@ void merge(const PeerTable& t, const MergeShape& s, const Partial& partial, cons
   with_float_type(s.dtype, "dtype", [&]<class T>(T*) {
     with_ranks(any.out.aligned && any.merged.aligned ? t.size : 0, [&](auto n) {
       const auto args = args_of<(n() > 0)>(t.size, s, partial, merged);
-      const Grid grid =
-          words ? ll_grid(args.words + lse_words, t) : line_grid<n()>(args.words, t);
+      const Grid grid = words ? ll_grid(args.words + lse_words, t) : line_grid<n()>(args.words, t);
       launch(words ? merge_word_kernel<n(), T> : merge_line_kernel<n(), T>, grid.blocks,
              grid.threads, stream, Group<n()>(t), args, static_cast<std::uint32_t>(lse_words));
     });

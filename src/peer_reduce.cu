@@ -22,7 +22,7 @@ class PeerWords {
   }
   __device__ __forceinline__ void send(const Group<kRanks>& g, const Call& c, const View& in,
                                        std::uint32_t word) const {
-    const std::int64_t place = ll_place(g, c, g.rank, word);
+    const std::int64_t place = ll_own_place(g, c, word);
 #pragma unroll
     for (int k = 1; k < g.size(); ++k) {
       ll_store(g.peers[k] + place, kRanks > 0 ? words_[k] : load_word(in, word, g.rank_at(k)),
@@ -82,11 +82,12 @@ __global__ void __launch_bounds__(kLlThreads)
   delay_point(g, c, 1);
 #pragma unroll 1
   for (std::uint32_t i = first; i < words; i += step) {
+    const auto target = target_of(out, i);
     uint2 sum;
     if (!sum_word<T>(g, c, i, load_word(in, i, g.rank), sum, patience)) {
       return;
     }
-    store_word(out, i, sum);
+    target.store(sum);
   }
 }
 
@@ -116,11 +117,12 @@ __global__ void __launch_bounds__(kLlThreads)
   delay_point(g, c, 1);
 #pragma unroll 1
   for (std::uint32_t i = first; i < words; i += step) {
+    const auto target = target_of(out, i);
     uint2 sum;  // the own word is read before it is written: `out` may be `in`
     if (!sum_word<T>(g, c, i, load_word(in, i), sum, patience)) {
       return;
     }
-    store_word(out, i, sum);
+    target.store(sum);
   }
 }
 
@@ -131,8 +133,7 @@ template <int kRanks, class T>
 __global__ void __launch_bounds__(kLlThreads)
     all_reduce_two_step_kernel(const __grid_constant__ Group<kRanks> g,
                                const __grid_constant__ ByteView in,
-                               const __grid_constant__ ByteView out,
-                               std::uint32_t share) {
+                               const __grid_constant__ ByteView out, std::uint32_t share) {
   Call c;
   Patience patience;
   begin();
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(kLlThreads)
   }
 #pragma unroll 1
   for (std::uint32_t i = first; i < share; i += step) {
-    const std::int64_t place = ll_place(g, c, g.rank, i);
+    const std::int64_t place = ll_own_place(g, c, i);
 #pragma unroll
     for (int k = 1; k < g.size(); ++k) {
       const auto word = static_cast<std::uint32_t>(g.rank_at(k)) * share + i;
@@ -187,7 +188,7 @@ constexpr std::int64_t kOneStepBytesSent = 192 << 10;
 
 void check_sum_view(DType dtype, const void* in, const void* out, std::int64_t bytes) {
   require(dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16, "dtype",
-          fmt::format("expected f32, f16 or bf16, got {}", to_string(dtype)));
+          "expected f32, f16 or bf16, got {}", to_string(dtype));
   const auto element = size_of(dtype);
   require(bytes == 0 || (in != nullptr && out != nullptr), "in, out", "null pointer");
   require(reinterpret_cast<std::uintptr_t>(in) % element == 0 &&
@@ -205,8 +206,7 @@ void report_reduce(int n, std::vector<KernelInfo>& report) {
     report.push_back(describe("all_reduce one step bf16",
                               all_reduce_kernel<r(), FlatView, __nv_bfloat16>, kLlThreads));
     report.push_back(describe("all_reduce two steps bf16",
-                              all_reduce_two_step_kernel<r(), __nv_bfloat16>,
-                              kLlThreads));
+                              all_reduce_two_step_kernel<r(), __nv_bfloat16>, kLlThreads));
   });
 }
 
@@ -229,8 +229,8 @@ void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dty
   with_float_type(dtype, "dtype", [&]<class T>(T*) {
     with_views(from, to, [&]<class View>(const View& source, const View& target) {
       with_ranks(table.size, [&](auto n) {
-        launch(reduce_scatter_kernel<n(), View, T>, grid.blocks, grid.threads, stream, Group<n()>(table), source, target,
-               static_cast<std::uint32_t>(words));
+        launch(reduce_scatter_kernel<n(), View, T>, grid.blocks, grid.threads, stream,
+               Group<n()>(table), source, target, static_cast<std::uint32_t>(words));
       });
     });
   });
@@ -255,13 +255,13 @@ void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, co
     with_ranks(table.size, [&](auto n) {
       const Group<n()> group(table);
       if (!one) {
-        launch(all_reduce_two_step_kernel<n(), T>, grid.blocks, grid.threads, stream, group, from, to,
-               static_cast<std::uint32_t>(share));
+        launch(all_reduce_two_step_kernel<n(), T>, grid.blocks, grid.threads, stream, group, from,
+               to, static_cast<std::uint32_t>(share));
         return;
       }
       with_views(from, to, [&]<class View>(const View& source, const View& target) {
-        launch(all_reduce_kernel<n(), View, T>, grid.blocks, grid.threads, stream, group, source, target,
-               static_cast<std::uint32_t>(words));
+        launch(all_reduce_kernel<n(), View, T>, grid.blocks, grid.threads, stream, group, source,
+               target, static_cast<std::uint32_t>(words));
       });
     });
   });

@@ -5,7 +5,6 @@
 
 #include "elements.cuh"
 #include "launch.cuh"
-#include "require.hpp"
 
 namespace cohort::cuda {
 namespace detail {

@@ -157,6 +157,13 @@ if ((gpus < 2)); then
   finish
 fi
 
+# Flag lines over the link, whose stores must arrive whole: 100,000 calls in the long run.
+if [[ -x $bin/gpu_own_kernels ]]; then
+  for n in 2 4; do
+    run "own kernels, $n ranks on 2 cards" "$bin/gpu_own_kernels" --only soak --ranks "$n" --cards 2 \
+      --soak "$( ((full)) && echo 100000 || echo 10000)"
+  done
+fi
 cards=$((gpus < 8 ? gpus : 8))
 for ((n = 2; n <= cards; n *= 2)); do
   ranks "transport, a card a rank" "$n" one "$transport"
@@ -169,6 +176,11 @@ run "transport, one visible card a process" mpirun -n 2 --timeout "$limit" bash 
 ranks "two hosts of two cards" 4 pair CUDA_VISIBLE_DEVICES=0,1 "$transport"
 if [[ -x $decode ]]; then
   for graph in "" --graph; do
+    for plan in staged packed one_kernel; do
+      # shellcheck disable=SC2086
+      ranks "dcp_decode $plan $graph, a card a rank" 2 one "$decode" "${small[@]}" --tp 2 --dcp 2 \
+        --merge "$plan" --symmetric on $graph
+    done
     # shellcheck disable=SC2086
     ranks "dcp_decode on two hosts of two cards $graph" 4 pair CUDA_VISIBLE_DEVICES=0,1 "$decode" \
       "${small[@]}" --tp 4 --dcp 2 --symmetric on $graph

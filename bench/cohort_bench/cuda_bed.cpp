@@ -23,7 +23,7 @@ namespace cohort::bench {
 namespace {
 
 /// Long enough for a host to enqueue a graph behind it.
-constexpr double kHeadStartUs = 40;
+constexpr double kHeadStartUs = 100;
 /// What a layer's local attention takes at small batches.
 constexpr double kAttentionUs = 5;
 

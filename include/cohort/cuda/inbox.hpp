@@ -38,7 +38,8 @@ inline constexpr int kMaxPeers = 32;
 /// Most thread blocks that a peer kernel may be launched with.
 inline constexpr int kMaxPeerBlocks = 512;
 
-/// Copies of the epoch: a launch's blocks read different ones, so that they do not queue up for one.
+/// Copies of the epoch: a launch's blocks read different ones, so that they do not queue up for
+/// one.
 inline constexpr int kEpochRecords = 8;
 
 /// Payload bytes of a flag line, and the line's size.

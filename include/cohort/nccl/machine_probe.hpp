@@ -138,7 +138,8 @@ struct Reach {
   }
   const auto ordinal = visible_ordinal(other.device_uuid);
   if (!ordinal) {
-    const std::uint8_t linked = hidden_nvlink(me.pci_bus_id.data(), other.pci_bus_id.data()) ? 1 : 0;
+    const std::uint8_t linked =
+        hidden_nvlink(me.pci_bus_id.data(), other.pci_bus_id.data()) ? 1 : 0;
     return {1, linked, linked};
   }
   int access = 0;

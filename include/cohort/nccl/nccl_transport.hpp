@@ -445,10 +445,9 @@ class NcclTransport final : public Transport {
     // One block for each multiprocessor is resident whatever the kernel; ranks on one card share.
     const int blocks =
         std::clamp(probe.multiprocessors / probe.ranks_per_device, 1, cuda::kMaxPeerBlocks);
-    auto outcome = CudaPeerKernels::create(group_, device_,
-                                           {.max_blocks = blocks,
-                                            .whole_lines = probe.whole_lines,
-                                            .limit = options_.kernel_limit});
+    auto outcome = CudaPeerKernels::create(
+        group_, device_,
+        {.max_blocks = blocks, .whole_lines = probe.whole_lines, .limit = options_.kernel_limit});
     peers_ = std::move(outcome.kernels);
     capabilities_.peer_import = peers_ != nullptr;
     if (!peers_ && rank_ == 0) {

@@ -17,8 +17,8 @@ void test_layout(Tally& tally) {
                      layout.line_offset >= layout.ll_offset + lanes * layout.ll_words * 16 &&
                      layout.bytes >= layout.line_offset + lanes * layout.lines * 128,
                  fmt::format("regions do not overlap, n={}", n));
-    tally.expect(layout.ll_words == 128 && layout.lines == 42 &&
-                     layout.ll_offset % 256 == 0 && layout.line_offset % 128 == 0,
+    tally.expect(layout.ll_words == 128 && layout.lines == 42 && layout.ll_offset % 256 == 0 &&
+                     layout.line_offset % 128 == 0,
                  fmt::format("regions have room and alignment, n={}", n));
   }
   for (const auto& wrong : {cuda::InboxOptions{.ranks = 0}, cuda::InboxOptions{.ranks = 33},

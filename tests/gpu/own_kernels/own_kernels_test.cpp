@@ -9,11 +9,12 @@
 
 #include "world.cuh"
 
-// own_kernels_test [--soak CALLS] [--seed S] [--ranks N] [--only local|collectives|attention|
-// failures|soak]
+// gpu_own_kernels [--soak CALLS] [--seed S] [--ranks N] [--cards C] [--only local|collectives|
+// attention|failures|soak]
 //
 // Every kernel of the library on one card, without MPI and NCCL. `--soak` is the number of calls of
-// each rank count's soak; the default is a small one.
+// each rank count's soak; the default is a small one. With `--cards` the soak deals its ranks out
+// to that many cards.
 
 namespace {
 
@@ -21,6 +22,7 @@ struct Options {
   std::int64_t soak = 3000;
   std::uint32_t seed = 1;
   int ranks = 0;  ///< 0: all
+  int cards = 1;
   std::string only;
 };
 
@@ -34,6 +36,8 @@ Options parse(int argc, char** argv) {
       options.seed = static_cast<std::uint32_t>(std::atoll(argv[i + 1]));
     } else if (key == "--ranks") {
       options.ranks = std::atoi(argv[i + 1]);
+    } else if (key == "--cards") {
+      options.cards = std::atoi(argv[i + 1]);
     } else if (key == "--only") {
       options.only = argv[i + 1];
     } else {
@@ -44,9 +48,9 @@ Options parse(int argc, char** argv) {
   return options;
 }
 
-bool has_device() {
+bool has_devices(int wanted) {
   int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess && count > 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess && count >= wanted;
 }
 
 }  // namespace
@@ -60,8 +64,8 @@ int main(int argc, char** argv) {
   const Options options = parse(argc, argv);
   Tally tally;
   test_inbox(tally);
-  if (!has_device()) {
-    std::printf("skipped: no CUDA device\n");
+  if (!has_devices(options.cards)) {
+    std::printf("skipped: fewer CUDA devices than %d\n", options.cards);
     tally.skipped = 5;  // the parts that `--only` names
   } else {
     const auto wants = [&](const char* part) {
@@ -87,7 +91,7 @@ int main(int argc, char** argv) {
     }
     for (const int n : counts) {
       if (wants("soak")) {
-        soak(tally, n, options.soak, options.seed + static_cast<std::uint32_t>(n));
+        soak(tally, n, options.cards, options.soak, options.seed + static_cast<std::uint32_t>(n));
       }
     }
   }

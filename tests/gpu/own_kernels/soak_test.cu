@@ -218,17 +218,20 @@ constexpr std::int64_t kMostElements = std::int64_t{1} << 20;
 /// All ranks' buffers, counters and error counts, and how a step is enqueued on all of them.
 class Soak {
  public:
-  Soak(int n, std::uint32_t seed) : world_(n, 320 << 10, 320 << 10, kFirstEpoch), random_(seed) {
+  Soak(int n, int cards, std::uint32_t seed)
+      : world_(n, 320 << 10, 320 << 10, kFirstEpoch, cards), random_(seed) {
     world_.delay(seed | 1U);
     for (int r = 0; r < n; ++r) {
+      world_.enter(r);
       in_.emplace_back(to_size(kMostElements) * 2);
       lse_.emplace_back(to_size(kMostElements) / 8 * 4);
       out_.emplace_back(to_size(kMostElements) * 2 * 2);
       counters_.emplace_back(16);
       COHORT_CHECK(cudaMemset(counters_.back().at(), 0, 16));
+      COHORT_CHECK(cudaDeviceSynchronize());
     }
+    world_.enter(0);
     COHORT_CHECK(cudaStreamCreateWithFlags(&load_stream_, cudaStreamNonBlocking));
-    COHORT_CHECK(cudaDeviceSynchronize());
   }
   Soak(const Soak&) = delete;
   Soak& operator=(const Soak&) = delete;
@@ -290,6 +293,7 @@ class Soak {
         done += graph.calls;
       }
       if (turn % 4 == 0) {
+        world_.enter(0);
         other_load<<<8, 256, 0, load_stream_>>>(load_.at<float>(), 1 << 20);
       }
       if (turn % 16 == 15) {
@@ -397,8 +401,8 @@ class Soak {
 
 }  // namespace
 
-void soak(Tally& tally, int n, std::int64_t calls, std::uint32_t seed) {
-  Soak work(n, seed);
+void soak(Tally& tally, int n, int cards, std::int64_t calls, std::uint32_t seed) {
+  Soak work(n, cards, seed);
   work.add_graph(24);
   work.add_graph(7);
   const std::int64_t done = work.run(calls);
@@ -408,12 +412,12 @@ void soak(Tally& tally, int n, std::int64_t calls, std::uint32_t seed) {
   for (int r = 1; r < n; ++r) {
     even = even && work.world().epoch(r) == work.world().epoch(0);
   }
-  std::printf("soak n=%d: %lld calls, %llu wrong elements\n", n, static_cast<long long>(done),
-              wrong);
+  std::printf("soak n=%d on %d cards: %lld calls, %llu wrong elements\n", n, cards,
+              static_cast<long long>(done), wrong);
   std::fflush(stdout);
   tally.expect(wrong == 0 && healthy && even,
-               fmt::format("soak n={} calls={} wrong={} healthy={} epochs equal={}", n, done, wrong,
-                           healthy, even));
+               fmt::format("soak n={} cards={} calls={} wrong={} healthy={} epochs equal={}", n,
+                           cards, done, wrong, healthy, even));
 }
 
 }  // namespace cohort::test

@@ -20,8 +20,8 @@
 #include "cohort/cuda/kernels.hpp"
 #include "cohort/dtype.hpp"
 
-// N ranks as N streams of one process on one card, over one pointer table: every peer kernel end to
-// end without MPI and without NCCL.
+// N ranks as N streams of one process over one pointer table, on one card or dealt out to several:
+// every peer kernel end to end without MPI and without NCCL.
 
 namespace cohort::test {
 
@@ -110,20 +110,36 @@ inline void finish(cudaStream_t stream, std::chrono::seconds limit = std::chrono
   }
 }
 
-/// All ranks of one group.
+/// Lets every card address the others' memory.
+inline void connect_cards(int cards) {
+  for (int from = 0; from < cards; ++from) {
+    COHORT_CHECK(cudaSetDevice(from));
+    for (int to = 0; to < cards; ++to) {
+      if (to != from && cudaDeviceEnablePeerAccess(to, 0) != cudaSuccess) {
+        const cudaError_t why = cudaGetLastError();
+        check(why == cudaErrorPeerAccessAlreadyEnabled ? cudaSuccess : why,
+              "cudaDeviceEnablePeerAccess");
+      }
+    }
+  }
+}
+
+/// All ranks of one group; rank r on card r mod `cards`.
 class World {
  public:
   World(int n, std::int64_t flag_word_bytes, std::int64_t flag_line_bytes,
-        std::uint64_t after_epoch = 0)
-      : n_(n) {
+        std::uint64_t after_epoch = 0, int cards = 1)
+      : n_(n), cards_(cards) {
     // All blocks of all ranks are resident at once on 132 multiprocessors with room for other load,
     // whichever mixture of kernels the ranks are in: at most one block a multiprocessor.
-    const int blocks = std::max(1, 120 / n);
+    const int blocks = std::max(1, 120 / ((n + cards - 1) / cards));
     layout_ = cuda::InboxLayout::make({.ranks = n,
                                        .flag_word_bytes = flag_word_bytes,
                                        .flag_line_bytes = flag_line_bytes,
                                        .max_blocks = blocks});
+    connect_cards(cards);
     for (int r = 0; r < n; ++r) {
+      enter(r);
       inboxes_.emplace_back(static_cast<std::size_t>(layout_.bytes));
       cudaStream_t stream = nullptr;
       COHORT_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -150,9 +166,9 @@ class World {
   }
 
   void reset(std::chrono::nanoseconds limit, std::uint64_t after_epoch = 0) {
-    for (int r = 0; r < n_; ++r) {
-      cuda::initialize_inbox(table(r), stream(r), limit, after_epoch);
-    }
+    each([&](int, const cuda::PeerTable& t, cudaStream_t s) {
+      cuda::initialize_inbox(t, s, limit, after_epoch);
+    });
     finish_all();
   }
   void finish_all() {
@@ -166,9 +182,12 @@ class World {
       table.delay_seed = seed;
     }
   }
+  /// Makes the rank's card the current one.
+  void enter(int r) const { COHORT_CHECK(cudaSetDevice(r % cards_)); }
   template <class Call>
   void each(const Call& call) {
     for (int r = 0; r < n_; ++r) {
+      enter(r);
       call(r, table(r), stream(r));
     }
   }
@@ -207,6 +226,7 @@ class World {
 
  private:
   int n_;
+  int cards_;
   cuda::InboxLayout layout_;
   std::vector<Buffer> inboxes_;
   std::vector<cudaStream_t> streams_;
@@ -274,6 +294,6 @@ void test_local(Tally& tally);
 void test_collectives(Tally& tally, int n);
 void test_attention(Tally& tally, int n);
 void test_failures(Tally& tally);
-void soak(Tally& tally, int n, std::int64_t calls, std::uint32_t seed);
+void soak(Tally& tally, int n, int cards, std::int64_t calls, std::uint32_t seed);
 
 }  // namespace cohort::test
