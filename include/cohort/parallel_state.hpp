@@ -139,9 +139,15 @@ class ParallelState {
   }
 
   /// Captures what `record` enqueues on `stream`, over all groups, inside a `CaptureScope`. Where
-  /// it throws, the capture is ended and dropped.
+  /// it throws, the capture is ended and dropped. Throws `UsageError` without a stream or function.
   [[nodiscard]] CapturedGraph capture(StreamRef stream, const std::function<void()>& record,
                                       GraphPool* pool = nullptr) {
+    if (!stream.valid()) {
+      throw UsageError("capture stream: expected a stream, got none");
+    }
+    if (!record) {
+      throw UsageError("capture record: expected a function, got an empty one");
+    }
     auto& driver = stream.driver();
     driver.begin_capture(stream.native());
     try {

@@ -5,6 +5,9 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
+
+#include "cohort/error.hpp"
 
 /// \file
 /// Where work runs: a device, and a reference to one of its in-order streams. The core knows
@@ -76,7 +79,8 @@ class StreamDriver {
 };
 
 /// A reference to a stream: cheap to copy, owns nothing. Streams must outlive the tensors that
-/// were allocated on them and the arenas that those came from.
+/// were allocated on them and the arenas that those came from. One that refers to none is for
+/// calls that take it as "without a stream"; its own calls throw `UsageError`.
 class StreamRef {
  public:
   constexpr StreamRef() = default;
@@ -87,17 +91,35 @@ class StreamRef {
   [[nodiscard]] constexpr void* native() const noexcept { return native_; }
   [[nodiscard]] constexpr StreamDriver& driver() const noexcept { return *driver_; }
 
-  void submit(std::function<void()> work) const { driver_->submit(native_, std::move(work)); }
-  void wait_for(StreamRef signaller) const { driver_->wait_for(native_, signaller.native_); }
-  [[nodiscard]] CaptureId capture_id() const { return driver_->capture_id(native_); }
-  void retain_in_capture(std::shared_ptr<void> object) const {
-    driver_->retain_in_capture(native_, std::move(object));
+  /// Throws `UsageError` for an empty function as well.
+  void submit(std::function<void()> work) const {
+    if (!work) {
+      throw UsageError("submit work: expected a function, got an empty one");
+    }
+    checked("submit").submit(native_, std::move(work));
   }
-  void synchronize(std::chrono::milliseconds limit) const { driver_->synchronize(native_, limit); }
+  void wait_for(StreamRef signaller) const {
+    (void)signaller.checked("wait_for signaller");
+    checked("wait_for").wait_for(native_, signaller.native_);
+  }
+  [[nodiscard]] CaptureId capture_id() const { return checked("capture_id").capture_id(native_); }
+  void retain_in_capture(std::shared_ptr<void> object) const {
+    checked("retain_in_capture").retain_in_capture(native_, std::move(object));
+  }
+  void synchronize(std::chrono::milliseconds limit) const {
+    checked("synchronize").synchronize(native_, limit);
+  }
 
   friend constexpr bool operator==(const StreamRef&, const StreamRef&) = default;
 
  private:
+  [[nodiscard]] StreamDriver& checked(const char* call) const {
+    if (driver_ == nullptr) {
+      throw UsageError(std::string(call) + ": expected a stream, got none");
+    }
+    return *driver_;
+  }
+
   StreamDriver* driver_ = nullptr;
   void* native_ = nullptr;
 };

@@ -10,8 +10,8 @@
 
 namespace cohort {
 
-/// What a scope allocates from: an arena, or ordinary memory where the arena is null. Groups and
-/// audiences convert to it.
+/// What a scope allocates from: an arena, or the backend's ordinary memory where the arena is null.
+/// Groups and audiences convert to it.
 struct ScopeTarget {
   SymmetricArena* arena = nullptr;
   Backend* backend = nullptr;
@@ -56,10 +56,16 @@ class SymmetricScope {
   [[nodiscard]] bool is_null() const noexcept { return arena_ == nullptr; }
   [[nodiscard]] StreamRef stream() const noexcept { return stream_; }
 
-  /// Allocates as `cohort::empty` does. Throws as `SymmetricArena::empty` and `Backend::allocate`.
+  /// Allocates as `cohort::empty` does. Throws as `SymmetricArena::empty` and `Backend::allocate`,
+  /// and `UsageError` where the target has neither.
   [[nodiscard]] Tensor empty(const Dims& shape, DType dtype) const {
-    return arena_ != nullptr ? arena_->empty(shape, dtype, stream_)
-                             : backend_->allocate(shape, dtype, stream_);
+    if (arena_ != nullptr) {
+      return arena_->empty(shape, dtype, stream_);
+    }
+    if (backend_ == nullptr) {
+      throw UsageError("SymmetricScope target: expected an arena or a backend, got neither");
+    }
+    return backend_->allocate(shape, dtype, stream_);
   }
 
  private:

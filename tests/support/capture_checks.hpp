@@ -113,6 +113,8 @@ inline void check_capture_errors(ControlPlane& world) {
   check_throws<UsageError>([&] { const CaptureScope scope(state, stream); }, "CaptureScope",
                            "not being captured");
   check_throws<UsageError>([&] { const CaptureScope scope(state, {}); }, "not being captured");
+  check_throws<UsageError>([&] { (void)state.capture({}, [] {}); }, "capture stream");
+  check_throws<UsageError>([&] { (void)state.capture(stream, {}); }, "capture record");
   stream.begin_capture();
   check_throws<UsageError>([&] { (void)bytes(10); }, "arena dcp[0]", "needs an open CaptureScope");
   {

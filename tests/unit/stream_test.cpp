@@ -27,6 +27,19 @@ TEST_CASE("stream references compare by stream", "[stream]") {
   CHECK(a.ref() != StreamRef{});
 }
 
+TEST_CASE("a reference to no stream refuses to work", "[stream]") {
+  const StreamRef none;
+  HostStream stream;
+  CHECK_THROWS_MATCHES(none.submit([] {}), UsageError, says("submit", "got none"));
+  CHECK_THROWS_MATCHES(none.wait_for(stream), UsageError, says("wait_for", "got none"));
+  CHECK_THROWS_MATCHES(stream.ref().wait_for(none), UsageError, says("signaller", "got none"));
+  CHECK_THROWS_MATCHES(none.capture_id(), UsageError, says("capture_id", "got none"));
+  CHECK_THROWS_MATCHES(none.retain_in_capture(nullptr), UsageError, says("got none"));
+  CHECK_THROWS_MATCHES(none.synchronize(std::chrono::milliseconds(1)), UsageError,
+                       says("synchronize", "got none"));
+  CHECK_THROWS_MATCHES(stream.submit({}), UsageError, says("submit work", "empty"));
+}
+
 TEST_CASE("a host stream runs work at once, or at every replay", "[stream]") {
   HostStream stream;
   std::vector<int> seen;

@@ -65,6 +65,12 @@ TEST_CASE("a scope ends with an exception", "[scope]") {
   CHECK(SymmetricScope::current() == nullptr);
 }
 
+TEST_CASE("a scope of nothing refuses to allocate", "[scope]") {
+  const SymmetricScope scope(ScopeTarget{});
+  CHECK(scope.is_null());
+  CHECK_THROWS_MATCHES(empty({1}, DType::f32), UsageError, says("SymmetricScope target"));
+}
+
 TEST_CASE("tensors may leave their scope", "[scope]") {
   Fixture f;
   Tensor kept;
