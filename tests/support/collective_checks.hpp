@@ -186,25 +186,28 @@ inline void check_send_recv(GroupCoordinator& group, Site& site, const Dims& sha
 }
 
 inline constexpr Memory kMemories[] = {Memory::arena, Memory::ordinary, Memory::mixed};
+inline constexpr DType kFloats[] = {DType::f16, DType::bf16, DType::f32};
 
 /// All-gather and reduce-scatter along every dimension, from both ends, of one shape.
 inline void check_along_every_dim(GroupCoordinator& group, const Dims& shape, bool every_mix) {
-  constexpr DType kFloats[] = {DType::f16, DType::bf16, DType::f32};
   const int n = group.size();
-  int turn = 0;
-  for (int dim = -shape.size(); dim < shape.size(); ++dim) {
+  const auto check_mix = [&](int dim, int form, int dtype, int memory) {
     const std::int64_t extent = shape[from_front(dim, shape)];
-    for (const Form form : kForms) {
-      for (const DType dtype : kFloats) {
-        for (const Memory memory : kMemories) {
-          // The short run takes each form and type with each memory by turns.
-          if (!every_mix && ++turn % 9 != (dim < 0 ? 0 : 4)) {
-            continue;
-          }
-          Site site(group, memory);
-          check_all_gather(group, site, shape, dim, std::vector(u(n), extent), dtype, form);
-          check_reduce_scatter(group, site, shape, dim, uneven(extent, n), dtype, form);
+    Site site(group, kMemories[memory]);
+    check_all_gather(group, site, shape, dim, std::vector(u(n), extent), kFloats[dtype],
+                     kForms[form]);
+    check_reduce_scatter(group, site, shape, dim, uneven(extent, n), kFloats[dtype], kForms[form]);
+  };
+  for (int dim = -shape.size(); dim < shape.size(); ++dim) {
+    const int turn = dim + shape.size();
+    for (int form = 0; form < 3; ++form) {
+      if (every_mix) {
+        for (int mix = 0; mix < 9; ++mix) {
+          check_mix(dim, form, mix / 3, mix % 3);
         }
+      } else {  // by turns: six dims, as a shape of three has, take each form with each type and
+                // each memory twice
+        check_mix(dim, form, (form + turn) % 3, (2 * form + turn + turn / 3) % 3);
       }
     }
   }
