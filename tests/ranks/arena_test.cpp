@@ -25,5 +25,6 @@ TEST_CASE("rounds of creating and destroying leave nothing behind") {
   create_and_destroy(world(), full_run() ? 1000 : 100);
   const auto after = Holdings::now();
   CHECK(after.descriptors == before.descriptors);
+  CHECK(after.files == before.files);
   CHECK(after.mappings == 0);
 }

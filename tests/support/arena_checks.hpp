@@ -1,12 +1,15 @@
 #pragma once
 
-#include <dirent.h>
 #include <cohort/cohort.hpp>
-
+#include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <random>
 #include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
 #include <vector>
 
 #include "support/collective_checks.hpp"
@@ -82,25 +85,61 @@ inline void check_audiences(ControlPlane& world) {
   }
 }
 
-/// Random allocations and releases, the same on every rank.
+/// A tensor whose first and last bytes name it, so that another that overlaps it is found out.
+struct Marked {
+  Tensor tensor;
+  std::uint32_t mark = 0;
+
+  Marked(Tensor made, std::uint32_t number) : tensor(std::move(made)), mark(number) {
+    std::memcpy(tensor.data(), &mark, sizeof(mark));
+    std::memcpy(last(), &mark, sizeof(mark));
+  }
+  [[nodiscard]] bool intact() const {
+    return std::memcmp(tensor.data(), &mark, sizeof(mark)) == 0 &&
+           std::memcmp(last(), &mark, sizeof(mark)) == 0;
+  }
+
+ private:
+  [[nodiscard]] std::byte* last() const {
+    return static_cast<std::byte*>(tensor.data()) + tensor.view().bytes() - sizeof(mark);
+  }
+};
+
+/// A million random allocations and releases, the same on every rank: aligned, apart, at equal
+/// offsets, and one block a segment again at the end.
 inline void check_equal_offsets(ControlPlane& world) {
   auto state = make_state(world, {.tp = world.size(), .dcp = world.size()});
   auto& group = state.dcp();
   auto& arena = *group.arena();
   std::mt19937 random(11);
-  std::vector<Tensor> live;
+  std::vector<Marked> live;
   std::uint64_t hash = 0;
-  for (int i = 0; i < 3000; ++i) {
-    if (live.size() < 20 || random() % 2 == 0) {
-      live.push_back(arena.empty({static_cast<std::int64_t>(random() % 50'000)}, DType::u8, {}));
-      hash = hash * 31 + *arena.offset_of(live.back().data());
+  for (std::uint32_t i = 0; i < 1'000'000; ++i) {
+    if (live.size() < 20 || (live.size() < 300 && random() % 2 == 0)) {
+      const auto bytes = static_cast<std::int64_t>(2 * sizeof(i) + random() % 50'000);
+      live.emplace_back(arena.empty({bytes}, DType::u8, {}), i);
+      const auto offset = *arena.offset_of(live.back().tensor.data());
+      check(offset % OffsetAllocator::kAlignment == 0, "aligned");
+      hash = hash * 31 + offset;
     } else {
-      live.erase(live.begin() + static_cast<std::ptrdiff_t>(random() % live.size()));
+      const auto index = random() % live.size();
+      check(live[index].intact(), "a block is its owner's alone");
+      live[index] = std::move(live.back());
+      live.pop_back();
     }
   }
   check_equal_on_ranks(group, hash, "all offsets");
   check_equal_on_ranks(group, arena.history(), "history");
-  check(world.size() == 1 || arena.statistics().segments > 1, "the arena grew more than once");
+  const auto grown = arena.statistics();
+  check(grown.segments > 1, "the arena grew more than once");
+  live.clear();
+  check_equal(arena.statistics().used, std::uint64_t{0}, "all is free");
+  // Each segment holds at least the growth of `make_state`, and is one block again.
+  std::vector<Tensor> whole;
+  for (std::size_t segment = 0; segment < grown.segments; ++segment) {
+    whole.push_back(arena.empty({1 << 20}, DType::u8, {}));
+  }
+  check_equal(arena.statistics().segments, grown.segments, "blocks have coalesced");
 }
 
 inline void check_growth(ControlPlane& world) {
@@ -157,19 +196,28 @@ inline void check_tensor_of_another_arena(ControlPlane& world) {
 struct Holdings {
   std::size_t descriptors = 0;
   std::size_t mappings = 0;
+  std::size_t files = 0;  ///< So named, where shared memory and temporary files are.
 
   [[nodiscard]] static Holdings now() {
     Holdings found;
-    DIR* directory = opendir("/proc/self/fd");
-    while (readdir(directory) != nullptr) {
-      ++found.descriptors;
-    }
-    closedir(directory);
+    found.descriptors = count("/proc/self/fd", "");
+    found.files = count("/dev/shm", "cohort.") +
+                  count(std::filesystem::temp_directory_path().string(), "cohort.");
     std::ifstream maps("/proc/self/maps");
     for (std::string line; std::getline(maps, line);) {
       found.mappings += line.find("cohort.") != std::string::npos ? 1U : 0U;
     }
     return found;
+  }
+
+ private:
+  [[nodiscard]] static std::size_t count(const std::string& directory, std::string_view part) {
+    std::error_code absent;
+    std::size_t entries = 0;
+    for (const auto& entry : std::filesystem::directory_iterator(directory, absent)) {
+      entries += entry.path().filename().string().find(part) != std::string::npos ? 1U : 0U;
+    }
+    return entries;
   }
 };
 

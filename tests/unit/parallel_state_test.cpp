@@ -234,12 +234,13 @@ TEST_CASE("without symmetric memory everything works", "[state]") {
   });
 }
 
-TEST_CASE("a thousand rounds leave no mapping and no descriptor", "[state]") {
+TEST_CASE("a thousand rounds leave no mapping, no descriptor and no file", "[state]") {
   run_ranks(2, [](ControlPlane& world) { create_and_destroy(world, 3); });
   const auto before = Holdings::now();
   run_ranks(2, [](ControlPlane& world) { create_and_destroy(world, 1000); });
   const auto after = Holdings::now();
   CHECK(after.descriptors == before.descriptors);
+  CHECK(after.files == before.files);
   CHECK(after.mappings == 0);
   CHECK(before.mappings == 0);
 }
