@@ -77,7 +77,7 @@ class GroupCoordinator {
   /// World ranks, by rank in the group.
   [[nodiscard]] const std::vector<int>& ranks() const noexcept { return parts_.ranks; }
   [[nodiscard]] const SymmetricDecision& decision() const noexcept { return parts_.decision; }
-  [[nodiscard]] ControlPlane& control() noexcept { return *parts_.control; }
+  [[nodiscard]] ControlPlane& control() const noexcept { return *parts_.control; }
   [[nodiscard]] Backend& backend() const noexcept { return *parts_.backend; }
   /// Where returned tensors and temporaries come from; without windows where the policy says no.
   [[nodiscard]] const std::shared_ptr<SymmetricArena>& arena() const noexcept { return arena_; }
