@@ -30,8 +30,8 @@ except ImportError:
     torch = None
 
 BENCHES = ("all_gather", "reduce_scatter", "all_reduce", "gather_query", "dcp_merge")
-SAMPLE_US = 100.0
-MOST_CALLS = 50
+SAMPLE_US = 1000
+MOST_CALLS = 100
 
 
 def parse_size(text):
