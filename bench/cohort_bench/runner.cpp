@@ -142,8 +142,7 @@ bool Runner::another_round(double started, int round) {
 }
 
 void Runner::run(Case& work) {
-  const double started = now_s();
-  if (stopped_ || work.variants.empty() || is_measured(work) || !another_round(started, 0)) {
+  if (stopped_ || work.variants.empty() || is_measured(work) || !another_round(now_s(), 0)) {
     return;
   }
   const std::string what =
@@ -157,6 +156,7 @@ void Runner::run(Case& work) {
     }
   }
 
+  const double started = now_s();  // warming up, checking and capturing do not count
   const int iters = std::min(work.iters.value_or(options_.iters), options_.iters);
   const double parts = static_cast<double>(calls) * work.parts_per_call;
   for (int round = 0; round < iters && another_round(started, round); ++round) {
