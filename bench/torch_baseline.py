@@ -328,7 +328,8 @@ class Bench:
         mine = "cpu"
         if self.cuda:
             p = torch.cuda.get_device_properties(self.device)
-            mine = f"{p.name} ({getattr(p, 'pci_bus_id', 0):02x})"
+            place = (p.pci_domain_id, p.pci_bus_id, p.pci_device_id)
+            mine = f"{p.name} ({place[0]:04x}:{place[1]:02x}:{place[2]:02x}.0)"
         gpus = [None] * self.size
         dist.all_gather_object(gpus, mine)
         kept = ("NCCL_", "CUDA_", "TORCH_")

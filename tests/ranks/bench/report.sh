@@ -70,6 +70,17 @@ done
 cp README.md once.md
 "$bench/report" base.json --readme README.md --plots plots >output 2>&1
 cmp -s README.md once.md || fail "a second report changed the README"
+{ # PyTorch's rows join those of their machine, and many payloads are shown by turns
+  echo "${meta/'"mpi": "an MPI"'/'"torch": "9.9"'}"
+  row all_gather torch - eager 2048 0 3.0 0
+} >torch.json
+for ((bytes = 4096; bytes <= 1 << 20; bytes *= 2)); do row all_gather raw - eager "$bytes" 0 1.0 0; done >>base.json
+"$bench/report" torch.json base.json --readme README.md --plots plots >output 2>&1 || fail "report with PyTorch"
+for text in '| 2 KiB | 3.00 | 1.00 | 0.40 | \*\*0.40\*\* |' '| 8 KiB | - | 1.00 |' 'PyTorch 9.9; 17 of 17 rows'; do
+  grep -q -- "$text" README.md || { cat README.md; fail "the README has no $text"; }
+done
+[[ $(grep -c '^### ' README.md) == 1 ]] || fail "PyTorch's rows have a section of their own"
+! grep -q '| 4 KiB |' README.md || fail "all of many payloads are shown"
 if python3 -c 'import matplotlib' 2>/dev/null; then
   for picture in latency merge decode; do
     grep -q '<svg' "plots/base-$picture.svg" || fail "no picture of $picture"
