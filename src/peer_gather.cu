@@ -265,6 +265,9 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>)
   }
 }
 
+// bench/results/own_kernels/nvidia-h100-2cards.json: two H100s, NVLink, 2 ranks, 128 heads of
+// 512+64 bf16, graph replay. Flag words took 2.56 and 3.04 us at 72 and 144 KiB sent against 2.64
+// and 2.90 for lines, and lines were faster at every batch beyond.
 constexpr PathRow kQueryPaths[] = {{128 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
 
