@@ -63,7 +63,6 @@ int main(int argc, char** argv) {
   setenv("CUDA_MODULE_LOADING", "EAGER", 1);
   const Options options = parse(argc, argv);
   Tally tally;
-  test_inbox(tally);
   if (!has_devices(options.cards)) {
     std::printf("skipped: fewer CUDA devices than %d\n", options.cards);
     tally.skipped = 5;  // the parts that `--only` names

@@ -289,7 +289,6 @@ inline std::vector<std::byte> random_elements(Random& random, DType dtype, std::
 }
 
 // The parts of the program; each in a file of its own.
-void test_inbox(Tally& tally);
 void test_local(Tally& tally);
 void test_collectives(Tally& tally, int n);
 void test_attention(Tally& tally, int n);

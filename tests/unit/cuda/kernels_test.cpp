@@ -1,0 +1,75 @@
+#include <cohort/cuda/kernels.hpp>
+
+#include "support/catch.hpp"
+
+// What the launchers decide before any launch. The kernels' own tests need a GPU: tests/gpu.
+
+using namespace cohort;
+using cuda::InboxLayout;
+using cuda::MergeShape;
+using cuda::PeerPath;
+
+namespace {
+
+constexpr std::int64_t kKiB = 1024;
+
+/// An inbox of two ranks with room for so many bytes by either path.
+InboxLayout inbox(std::int64_t word_bytes, std::int64_t line_bytes) {
+  return InboxLayout::make(
+      {.ranks = 2, .flag_word_bytes = word_bytes, .flag_line_bytes = line_bytes});
+}
+
+constexpr MergeShape kSmall{1, 128, 512, DType::bf16};
+constexpr MergeShape kLarge{128, 128, 512, DType::bf16};
+
+cuda::Query query(std::int64_t batch) {
+  static const char memory = 0;  // not read
+  return {
+      .nope = &memory, .pe = &memory, .batch = batch, .heads = 64, .nope_dim = 512, .pe_dim = 64};
+}
+
+}  // namespace
+
+TEST_CASE("small merges go in flag words and large ones in flag lines", "[kernels]") {
+  const auto both = inbox(1024 * kKiB, 16 * 1024 * kKiB);
+  CHECK(cuda::choose_merge_path(both, kSmall) == PeerPath::flag_word);
+  CHECK(cuda::choose_merge_path(both, kLarge) == PeerPath::flag_line);
+  CHECK(cuda::choose_query_path(both, query(1)) == PeerPath::flag_word);
+  CHECK(cuda::choose_query_path(both, query(128)) == PeerPath::flag_line);
+}
+
+TEST_CASE("a path that has no room gives way to the other", "[kernels]") {
+  const auto lines = inbox(1 * kKiB, 16 * 1024 * kKiB);
+  const auto words = inbox(16 * 1024 * kKiB, 0);
+  CHECK(cuda::choose_merge_path(lines, kSmall) == PeerPath::flag_line);
+  CHECK(cuda::choose_merge_path(words, kLarge) == PeerPath::flag_word);
+  CHECK(cuda::choose_query_path(lines, query(1)) == PeerPath::flag_line);
+  CHECK(cuda::choose_query_path(words, query(128)) == PeerPath::flag_word);
+}
+
+TEST_CASE("what fits by neither path is refused with the numbers", "[kernels]") {
+  const auto none = inbox(1 * kKiB, 1 * kKiB);
+  CHECK_THROWS_AS(cuda::choose_merge_path(none, kSmall), UsageError);
+  CHECK_THROWS_AS(cuda::choose_query_path(none, query(1)), UsageError);
+  // The LSEs of a merge in lines travel as flag words.
+  CHECK_THROWS_AS(cuda::choose_merge_path(inbox(1 * kKiB, 16 * 1024 * kKiB), kLarge), UsageError);
+}
+
+TEST_CASE("a lane holds the payload, and as flag words the LSEs as well", "[kernels]") {
+  CHECK(cuda::merge_lane_bytes(kSmall, 2, PeerPath::flag_line) == 64 * 512 * 2);
+  CHECK(cuda::merge_lane_bytes(kSmall, 2, PeerPath::flag_word) == 64 * 512 * 2 + 32 * 8);
+  // An empty call still signals.
+  CHECK(cuda::merge_lane_bytes({0, 128, 512, DType::bf16}, 2, PeerPath::flag_word) == 8);
+  CHECK(cuda::query_lane_bytes(query(2), PeerPath::flag_line) == 2 * 64 * 576 * 2);
+  CHECK(cuda::query_lane_bytes(query(0), PeerPath::flag_word) == 8);
+}
+
+TEST_CASE("the tables of paths grow and end with what takes all", "[kernels]") {
+  for (const auto table : {cuda::merge_path_table(), cuda::query_path_table()}) {
+    REQUIRE_FALSE(table.empty());
+    for (std::size_t i = 1; i < table.size(); ++i) {
+      CHECK(table[i - 1].max_bytes_sent < table[i].max_bytes_sent);
+    }
+    CHECK(table.back().max_bytes_sent == INT64_MAX);
+  }
+}

@@ -1,0 +1,28 @@
+#include <cohort/nccl/nccl_transport.hpp>
+
+#include "support/catch.hpp"
+
+// What needs no GPU. The transport's own tests are in tests/gpu.
+
+using namespace cohort;
+
+TEST_CASE("the own kernels take what was measured to be faster, and sums and gathers alone",
+          "[nccl]") {
+  constexpr std::size_t kKiB = 1024;
+  for (const auto collective : {Collective::all_gather, Collective::reduce_scatter}) {
+    CHECK(default_own_max_bytes(collective, 2) == 1024 * kKiB);
+    CHECK(default_own_max_bytes(collective, 8) == 256 * kKiB);
+  }
+  CHECK(default_own_max_bytes(Collective::all_reduce, 2) == 512 * kKiB);
+  CHECK(default_own_max_bytes(Collective::all_reduce, 8) == 256 * kKiB);
+  CHECK(default_own_max_bytes(Collective::all_to_all, 2) == 0);
+  CHECK(default_own_max_bytes(Collective::broadcast, 2) == 0);
+  // What two ranks may take fits the smallest inbox.
+  const auto layout = cuda::InboxLayout::make({.ranks = 2});
+  CHECK(default_own_max_bytes(Collective::all_gather, 2) / 2 <=
+        static_cast<std::size_t>(cuda::max_all_gather_bytes(layout)));
+  CHECK(default_own_max_bytes(Collective::reduce_scatter, 2) / 2 <=
+        static_cast<std::size_t>(cuda::max_reduce_scatter_bytes(layout)));
+  CHECK(default_own_max_bytes(Collective::all_reduce, 2) <=
+        static_cast<std::size_t>(cuda::max_all_reduce_bytes(layout)));
+}
