@@ -12,12 +12,11 @@
 // Memory order. Four kinds of words are written by one rank and awaited by another; `volatile`
 // accesses in PTX are relaxed with system scope (PTX ISA, "Memory Consistency Model").
 //
-//  1. Flag words (ll_store, ll_receive). Flag and payload share one 8-byte half of a 16-byte
-//  aligned
+//  1. Flag words (ll_store, ll_load). Flag and payload share one 8-byte half of a 16-byte aligned
 //     vector access, so whoever sees the flag sees the payload; nothing else is released by it. The
 //     halves are checked apart: no atomicity beyond 8 bytes is assumed. NCCL's LL protocol rests on
 //     the same property (NCCL, src/device/prims_ll.h).
-//  2. Flag lines (line_store, line_load). Eight neighbouring threads of a warp store a whole,
+//  2. Flag lines (line_store, ll_load). Eight neighbouring threads of a warp store a whole,
 //     aligned line of 128 bytes with one instruction, and eight threads load it with one. Both
 //     travel as one request, and NVLink and the second-level cache keep a line's request whole, so
 //     whoever sees the flag in its last 8 bytes sees all of it. PTX does not promise this: it is a
@@ -350,10 +349,11 @@ __device__ __forceinline__ std::uint32_t worker_count() { return gridDim.x * wor
 ///
 /// @param ll_used  Flag words of each lane that this call uses; the same on all ranks.
 ///
-/// The epoch: each block's arrival comes after its threads have read the records (they have
-/// branched on the error word, which came with the same load), and the stores depend on the last
-/// arrival. So no block of this launch observes the new epoch. The arrival is relaxed on purpose:
-/// acquire-release would first wait for sends to be acknowledged by the peers.
+/// The epoch: a thread arrives at the block's barrier with a value computed from what it has read
+/// (`enter`), the block's arrival comes after the barrier, and the stores depend on the last
+/// block's arrival. So no read of this launch can return the new epoch: it would have to depend on
+/// itself, which PTX excludes ("No-Thin-Air"). The arrival is relaxed on purpose: acquire-release
+/// would first wait for sends to be acknowledged by the peers.
 ///
 /// Wiping: a flag word could match by accident if it was last written 2^32 epochs ago. Call e
 /// clears word e/2 mod ll_words of every lane of its own slot unless the call uses that word, in
@@ -392,15 +392,17 @@ __device__ __forceinline__ void keep_books(const Group<kRanks>& g, const Call& c
 template <int kRanks>
 __device__ __forceinline__ bool enter(const Group<kRanks>& g, Call& c, std::uint32_t ll_used) {
   const bool good = read_epoch(g, c);
+  // All threads of the block, as a number that the epoch's load must have returned for.
+  const std::uint32_t all = min(blockDim.x, c.flag | 0x80000000U);
   // A warp that finds the group failed arrives all the same, so that nobody waits for it.
   if (threadIdx.x >= workers()) {
-    asm volatile("barrier.cta.sync 1,%0;" ::"r"(blockDim.x) : "memory");
+    asm volatile("barrier.cta.sync 1,%0;" ::"r"(all) : "memory");
     if (good) {
       keep_books(g, c, ll_used);
     }
     return false;
   }
-  asm volatile("barrier.cta.arrive 1,%0;" ::"r"(blockDim.x) : "memory");
+  asm volatile("barrier.cta.arrive 1,%0;" ::"r"(all) : "memory");
   return good;
 }
 

@@ -45,7 +45,7 @@ struct MachineFacts {
   std::uint8_t windows = 0;
   std::uint8_t win_enable = 0;
   std::uint8_t cumem = 0;
-  std::uint8_t unused = 0;
+  std::uint8_t keeps_lines = 0;
 };
 
 namespace detail {
@@ -122,11 +122,17 @@ namespace detail {
   return std::nullopt;
 }
 
+/// Whether stores of whole lines are known to arrive whole at such a card, over NVLink or from
+/// itself: those that NCCL allows its LL128 protocol on (NCCL, src/graph/tuning.cc).
+[[nodiscard]] constexpr bool keeps_lines_whole(int major, int minor) noexcept {
+  return minor == 0 && (major == 7 || major == 8 || major == 9 || major == 10);
+}
+
 /// How this rank's card reaches another rank's.
 struct Reach {
   std::uint8_t peer = 0;    ///< Loads and stores are possible; also where only a trial can tell.
   std::uint8_t nvlink = 0;  ///< By NVLink.
-  std::uint8_t whole = 0;   ///< A store of a whole line arrives whole: by NVLink or on one card.
+  std::uint8_t whole = 0;   ///< By NVLink or on one card: see `keeps_lines_whole`.
 };
 
 [[nodiscard]] inline Reach reach(int device, const MachineFacts& me, const MachineFacts& other) {
@@ -190,6 +196,7 @@ struct Reach {
       nccl_host_identity(environment.host_id ? environment.host_id->c_str() : nullptr));
   facts.nccl_header_version = NCCL_VERSION_CODE;
   facts.multiprocessors = properties.multiProcessorCount;
+  facts.keeps_lines = detail::keeps_lines_whole(properties.major, properties.minor) ? 1 : 0;
   facts.windows = nccl_has_windows() ? 1 : 0;
   facts.win_enable = environment.win_enable ? 1 : 0;
   facts.cumem = detail::cumem_enabled(device, environment) ? 1 : 0;
@@ -228,7 +235,6 @@ struct GroupProbe {
     return all;
   };
   const detail::Reach all = weakest(detail::gather_values(group, weakest(row)));
-  probe.whole_lines = all.whole != 0;
 
   const auto smallest = [&](auto field) {
     const auto found =
@@ -256,6 +262,7 @@ struct GroupProbe {
     probe.ranks_per_device = std::max(probe.ranks_per_device, sharing);
   }
   probe.multiprocessors = smallest(&MachineFacts::multiprocessors);
+  probe.whole_lines = all.whole != 0 && smallest(&MachineFacts::keeps_lines) != 0;
   probe.capabilities = {.backend = BackendKind::cuda,
                         .transport_windows = smallest(&MachineFacts::windows) != 0,
                         .nccl_header_version = smallest(&MachineFacts::nccl_header_version),
