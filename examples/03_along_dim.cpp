@@ -58,7 +58,8 @@ int main(int argc, char** argv) {
     // x on rank r holds 100 r + 10 row + column.
     const auto x = matrix({2, 2});
     for (std::size_t i = 0; i < 4; ++i) {
-      x[i] = static_cast<float>(100 * world.rank()) + static_cast<float>(10 * (i / 2) + i % 2);
+      const std::size_t place = 10 * (i / 2) + i % 2;
+      x[i] = static_cast<float>(100 * world.rank()) + static_cast<float>(place);
     }
     x.upload();
     show("x", x);

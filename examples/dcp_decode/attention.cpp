@@ -204,7 +204,8 @@ Bounds bounds(const Deviation& seen, std::int64_t width, int ranks) {
   // The merged LSE collects no more than that.
   constexpr double kBf16 = 0x1p-8;
   constexpr double kFp32 = 0x1p-24;
-  const double scores = static_cast<double>(padded(width) / kLanes + 19) * seen.max_score * kFp32;
+  const auto terms = padded(width) / kLanes + 19;
+  const double scores = static_cast<double>(terms) * seen.max_score * kFp32;
   const auto tokens = static_cast<double>(seen.max_tokens);
   const double weight = scores + 4 * kFp32;
   const double partial = 2 * weight + (2 * tokens + 3) * kFp32;

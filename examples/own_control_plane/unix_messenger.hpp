@@ -126,7 +126,7 @@ inline void check_same_user(const Socket& socket, int rank) {
 /// Messages between the processes of one job. Each pair of ranks has a connection; a message is its
 /// length and its bytes. Sends never wait: what a socket does not take is kept and goes out during
 /// later calls.
-class UnixMessenger : public cohort::Messenger {
+class UnixMessenger final : public cohort::Messenger {
  public:
   /// Connects all ranks of `job`; each passes the same name, which no other job on the machine has.
   /// Throws `TimeoutError` naming the ranks that did not come within the limit.
