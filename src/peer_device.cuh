@@ -488,6 +488,32 @@ struct LineRole {
   }
 };
 
+/// Sends and receives a call's lines as this warp's role says: `send(group)`, and `receive(group)`,
+/// which is false in the whole warp if a wait failed.
+template <int kRanks, class Send, class Receive>
+__device__ __forceinline__ void exchange_lines(const Group<kRanks>& g, const Call& c,
+                                               std::uint32_t words, const Send& send,
+                                               const Receive& receive) {
+  const LineRole role(words);
+  std::uint32_t group = role.first;
+  if (role.sends && group < role.groups) {
+    send(group);
+  }
+  if (role.sends) {
+    for (std::uint32_t i = group + role.step; i < role.groups; i += role.step) {
+      send(i);
+    }
+  }
+  if (role.receives) {
+    delay_point(g, c, 1);
+    for (; group < role.groups; group += role.step) {
+      if (!receive(group)) {
+        return;
+      }
+    }
+  }
+}
+
 // --- host side
 // ------------------------------------------------------------------------------------
 

@@ -245,24 +245,9 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>)
   if (!enter(g, c, 0)) {
     return;
   }
-  const LineRole role(q.words);
-  std::uint32_t group = role.first;
-  if (role.sends && group < role.groups) {
-    send_query_lines(g, c, q, group);
-  }
-  if (role.sends) {
-    for (std::uint32_t i = group + role.step; i < role.groups; i += role.step) {
-      send_query_lines(g, c, q, i);
-    }
-  }
-  if (role.receives) {
-    delay_point(g, c, 1);
-    for (; group < role.groups; group += role.step) {
-      if (!collect_query_lines(g, c, q, group, patience)) {
-        return;
-      }
-    }
-  }
+  exchange_lines(
+      g, c, q.words, [&](std::uint32_t group) { send_query_lines(g, c, q, group); },
+      [&](std::uint32_t group) { return collect_query_lines(g, c, q, group, patience); });
 }
 
 // bench/results/own_kernels/nvidia-h100-2cards.json: two H100s, NVLink, 2 ranks, 128 heads of

@@ -346,24 +346,9 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>)
     return;
   }
   send_lses(g, c, a, 0, lse_words);
-  const LineRole role(a.words);
-  std::uint32_t group = role.first;
-  if (role.sends && group < role.groups) {
-    send_lines(g, c, a, group);
-  }
-  if (role.sends) {
-    for (std::uint32_t i = group + role.step; i < role.groups; i += role.step) {
-      send_lines(g, c, a, i);
-    }
-  }
-  if (role.receives) {
-    delay_point(g, c, 1);
-    for (; group < role.groups; group += role.step) {
-      if (!merge_lines<kRanks, T>(g, c, a, group, patience)) {
-        return;
-      }
-    }
-  }
+  exchange_lines(
+      g, c, a.words, [&](std::uint32_t group) { send_lines(g, c, a, group); },
+      [&](std::uint32_t group) { return merge_lines<kRanks, T>(g, c, a, group, patience); });
 }
 
 // bench/results/own_kernels/nvidia-h100-2cards.json: two H100s, NVLink, 2 ranks, H=128 D=512 bf16,
