@@ -6,9 +6,11 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "cohort/dtype.hpp"
 #include "cohort/error.hpp"
+#include "cohort/vectorised.hpp"
 
 /// \file
 /// The arithmetic that merges partial attentions exactly, for the host and for kernels. Kernels
@@ -111,72 +113,133 @@ constexpr float merge_weights_with(const float* lses, int n, const Exp& exp, con
 
 namespace detail {
 
-/// Elements that the host's loops handle at once. A constant trip count lets the compiler vectorise
-/// at -O2 without run-time checks, and 64 accumulators stay in the first-level cache.
+/// Elements that the host's loops handle at once: a constant trip count lets the compiler vectorise
+/// at -O2 without run-time checks.
 inline constexpr std::int64_t kBlock = 64;
 
-// The loops below are templates that are not inlined, and a row's last, partial block is padded and
+// The loops below are called through `vectorised`, and a row's last, partial block is padded and
 // goes through the same code. Where the target has fused multiply-add, the compiler may contract
 // a*b+c in one inlined copy and not in another, or in the vector body and not in the scalar tail.
 // As it is, an element's bits depend neither on the plan that merges it nor on its place in the
-// row.
+// row. Each loop takes whole blocks, and `out` overlaps no row.
 
-/// sums = scale * row, or sums += scale * row.
-template <class T, bool kFirst>
-[[gnu::noinline]] void accumulate_block(float* __restrict sums, const T* __restrict row,
-                                        float scale) noexcept {
-  for (std::int64_t i = 0; i < kBlock; ++i) {
-    const float term = scale * static_cast<float>(row[i]);
-    sums[i] = kFirst ? term : sums[i] + term;
+/// out = scale * row, rounded to the element type.
+template <class T, class Out>
+struct ScaleBlocks {
+  [[gnu::always_inline]] static inline void run(Out* __restrict out, const T* __restrict row,
+                                                float scale, std::int64_t blocks) noexcept {
+    for (std::int64_t k = 0; k < blocks * kBlock; k += kBlock) {
+      for (std::int64_t i = k; i < k + kBlock; ++i) {
+        out[i] = Out(scale * static_cast<float>(row[i]));
+      }
+    }
   }
-}
+};
 
-/// out = sums, rounded to the element type.
-template <class Out>
-[[gnu::noinline]] void store_block(Out* __restrict out, const float* __restrict sums) noexcept {
-  for (std::int64_t i = 0; i < kBlock; ++i) {
-    out[i] = Out(sums[i]);
+/// out = scale_a * a + scale_b * b, rounded to the element type.
+template <class T, class Out>
+struct AddBlocks {
+  [[gnu::always_inline]] static inline void run(Out* __restrict out, const T* __restrict a,
+                                                float scale_a, const T* __restrict b, float scale_b,
+                                                std::int64_t blocks) noexcept {
+    for (std::int64_t k = 0; k < blocks * kBlock; k += kBlock) {
+      for (std::int64_t i = k; i < k + kBlock; ++i) {
+        out[i] = Out(scale_a * static_cast<float>(a[i]) + scale_b * static_cast<float>(b[i]));
+      }
+    }
   }
-}
+};
 
-/// One block of a merge: reads `count` <= kBlock elements of every row that counts.
-/// `row_at(r)` gives rank r's row as `const T*`.
+/// out = sums + scale * row, rounded to the element type.
+template <class T, class Out>
+struct AddToBlock {
+  [[gnu::always_inline]] static inline void run(Out* __restrict out, const float* __restrict sums,
+                                                const T* __restrict row, float scale) noexcept {
+    for (std::int64_t i = 0; i < kBlock; ++i) {
+      out[i] = Out(sums[i] + scale * static_cast<float>(row[i]));
+    }
+  }
+};
+
+/// The ranks that count in a merge: those whose scale is not 0.
+struct Counted {
+  const float* scales;
+  int n;
+
+  [[nodiscard]] int from(int r) const noexcept {
+    while (r < n && scales[r] == 0.0F) {
+      ++r;
+    }
+    return r;
+  }
+};
+
+/// Whole blocks of a merge. `row_at(r)` gives where they begin in rank r's row, as `const T*`.
 template <class T, class Out, class RowAt>
-void merge_block(const RowAt& row_at, const float* scales, int n, std::int64_t offset,
-                 std::int64_t count, Out* out) noexcept {
-  float sums[kBlock] = {};
-  T padded[kBlock] = {};
-  bool first = true;
-  for (int r = 0; r < n; ++r) {
-    if (scales[r] == 0.0F) {
-      continue;
-    }
-    const T* row = row_at(r) + offset;
-    if (count < kBlock) {
-      std::copy_n(row, count, padded);
-      row = padded;
-    }
-    if (first) {
-      accumulate_block<T, true>(sums, row, scales[r]);
-    } else {
-      accumulate_block<T, false>(sums, row, scales[r]);
-    }
-    first = false;
-  }
-  if (count == kBlock) {
-    store_block(out + offset, sums);
+void merge_blocks(const RowAt& row_at, Counted counted, std::int64_t blocks, Out* out) noexcept {
+  const auto& [scales, n] = counted;
+  const int first = counted.from(0);
+  const int second = counted.from(first + 1);
+  const int third = counted.from(second + 1);
+  if (first >= n) {
+    std::fill_n(out, blocks * kBlock, Out(0.0F));
+  } else if (second >= n) {
+    cohort::detail::vectorised<ScaleBlocks<T, Out>>(out, row_at(first), scales[first], blocks);
+  } else if (third >= n) {
+    cohort::detail::vectorised<AddBlocks<T, Out>>(out, row_at(first), scales[first], row_at(second),
+                                                  scales[second], blocks);
   } else {
-    Out rounded[kBlock];
-    store_block(rounded, sums);
-    std::copy_n(rounded, count, out + offset);
+    for (std::int64_t skip = 0; skip < blocks * kBlock; skip += kBlock) {
+      float sums[2][kBlock];
+      float* from = sums[0];
+      float* to = sums[1];
+      cohort::detail::vectorised<AddBlocks<T, float>>(from, row_at(first) + skip, scales[first],
+                                                      row_at(second) + skip, scales[second],
+                                                      std::int64_t{1});
+      int r = third;
+      for (int next = counted.from(r + 1); next < n; next = counted.from(r + 1)) {
+        cohort::detail::vectorised<AddToBlock<T, float>>(to, from, row_at(r) + skip, scales[r]);
+        std::swap(from, to);
+        r = next;
+      }
+      cohort::detail::vectorised<AddToBlock<T, Out>>(out + skip, from, row_at(r) + skip, scales[r]);
+    }
   }
 }
 
+/// Elements [begin, length) of a merge by way of copies of the rows: for a short block, which the
+/// copies pad, and where `out` is one of the rows.
+template <class T, class Out, class RowAt>
+void merge_copies(const RowAt& row_at, Counted counted, std::int64_t begin, std::int64_t length,
+                  Out* out) noexcept {
+  T copies[2][kBlock] = {};  // two, because AddBlocks reads two rows at once
+  int turn = 0;
+  for (; begin < length; begin += kBlock) {
+    const std::int64_t count = std::min(kBlock, length - begin);
+    const auto copy_at = [&](int r) {
+      turn = 1 - turn;
+      std::copy_n(row_at(r) + begin, count, copies[turn]);
+      return static_cast<const T*>(copies[turn]);
+    };
+    Out merged[kBlock];
+    merge_blocks<T>(copy_at, counted, 1, merged);
+    std::copy_n(merged, count, out + begin);
+  }
+}
+
+/// Reads no row whose scale is 0. `out` may be one of the rows if the types are equal.
 template <class T, class Out, class RowAt>
 void merge_row_from(const RowAt& row_at, const float* scales, int n, Out* out,
                     std::int64_t length) noexcept {
-  for (std::int64_t offset = 0; offset < length; offset += kBlock) {
-    merge_block<T>(row_at, scales, n, offset, std::min(kBlock, length - offset), out);
+  const Counted counted{scales, n};
+  bool in_place = false;
+  for (int r = counted.from(0); r < n; r = counted.from(r + 1)) {
+    in_place |= static_cast<const void*>(row_at(r)) == out;
+  }
+  const std::int64_t whole = in_place ? 0 : length / kBlock;
+  merge_blocks<T>(row_at, counted, whole, out);
+  if (whole * kBlock < length) {
+    merge_copies<T>(row_at, counted, whole * kBlock, length, out);
   }
 }
 

@@ -12,6 +12,7 @@
 #include "cohort/error.hpp"
 #include "cohort/host/strided.hpp"
 #include "cohort/transport.hpp"
+#include "cohort/vectorised.hpp"
 
 /// \file
 /// Reduction of one tensor from each rank, element by element in rank order, so results are bitwise
@@ -74,23 +75,30 @@ struct Maximum {
 
 /// out = a op b. `out` overlaps neither.
 template <class T, class Op>
-[[gnu::noinline]] void combine_two(T* __restrict out, const T* __restrict a, const T* __restrict b,
-                                   std::int64_t count) noexcept {
-  std::int64_t i = 0;
-  for (; i + kReduceBlock <= count; i += kReduceBlock) {
-    for (std::int64_t j = 0; j < kReduceBlock; ++j) {
-      out[i + j] = Op::apply(a[i + j], b[i + j]);
+struct CombineTwo {
+  [[gnu::always_inline]] static T combine(T a, T b) noexcept {
+    return static_cast<T>(
+        Op::apply(static_cast<Accumulator<T>>(a), static_cast<Accumulator<T>>(b)));
+  }
+  [[gnu::always_inline]] static void run(T* __restrict out, const T* __restrict a,
+                                         const T* __restrict b, std::int64_t count) noexcept {
+    const std::int64_t whole = count / kReduceBlock * kReduceBlock;
+    for (std::int64_t i = 0; i < whole; i += kReduceBlock) {
+      for (std::int64_t j = 0; j < kReduceBlock; ++j) {
+        out[i + j] = combine(a[i + j], b[i + j]);
+      }
+    }
+    for (std::int64_t i = whole; i < count; ++i) {
+      out[i] = combine(a[i], b[i]);
     }
   }
-  for (; i < count; ++i) {
-    out[i] = Op::apply(a[i], b[i]);
-  }
-}
+};
 
 /// The first operand of a block.
 template <class T>
-void load_block(Accumulator<T>* __restrict sums, const T* __restrict from,
-                std::int64_t count) noexcept {
+[[gnu::always_inline]] inline void load_block(Accumulator<T>* __restrict sums,
+                                              const T* __restrict from,
+                                              std::int64_t count) noexcept {
   if (count == kReduceBlock) {
     for (std::int64_t j = 0; j < kReduceBlock; ++j) {
       sums[j] = static_cast<Accumulator<T>>(from[j]);
@@ -103,8 +111,9 @@ void load_block(Accumulator<T>* __restrict sums, const T* __restrict from,
 }
 
 template <class T, class Op>
-void combine_block(Accumulator<T>* __restrict sums, const T* __restrict from,
-                   std::int64_t count) noexcept {
+[[gnu::always_inline]] inline void combine_block(Accumulator<T>* __restrict sums,
+                                                 const T* __restrict from,
+                                                 std::int64_t count) noexcept {
   if (count == kReduceBlock) {
     for (std::int64_t j = 0; j < kReduceBlock; ++j) {
       sums[j] = Op::apply(sums[j], static_cast<Accumulator<T>>(from[j]));
@@ -117,8 +126,9 @@ void combine_block(Accumulator<T>* __restrict sums, const T* __restrict from,
 }
 
 template <class T>
-void store_block(T* __restrict out, const Accumulator<T>* __restrict sums,
-                 std::int64_t count) noexcept {
+[[gnu::always_inline]] inline void store_block(T* __restrict out,
+                                               const Accumulator<T>* __restrict sums,
+                                               std::int64_t count) noexcept {
   if (count == kReduceBlock) {
     for (std::int64_t j = 0; j < kReduceBlock; ++j) {
       out[j] = static_cast<T>(sums[j]);
@@ -144,24 +154,42 @@ template <class T>
   return a < b + bytes && b < a + bytes;
 }
 
+/// Operands without gaps; `source(r)` is where those of r begin. `out` may be one of them.
+template <class T, class Source>
+struct DenseOperands {
+  T* out;
+  std::size_t n;
+  Source source;
+};
+
+/// out = source(0) op source(1) op ..., a block at a time.
+template <class T, class Op, class Source>
+struct ReduceBlocks {
+  [[gnu::always_inline]] static void run(DenseOperands<T, Source> operands,
+                                         std::int64_t count) noexcept {
+    const auto& [out, n, source] = operands;
+    for (std::int64_t i = 0; i < count; i += kReduceBlock) {
+      const std::int64_t length = std::min(kReduceBlock, count - i);
+      Accumulator<T> sums[kReduceBlock];
+      load_block<T>(sums, as<T>(source(0)) + i, length);
+      for (std::size_t r = 1; r < n; ++r) {
+        combine_block<T, Op>(sums, as<T>(source(r)) + i, length);
+      }
+      store_block<T>(out + i, sums, length);
+    }
+  }
+};
+
 /// `count` elements that lie without gaps in every operand; `source(r)` is where those of r begin.
 template <class T, class Op, class Source>
 void reduce_dense(std::byte* out, std::size_t n, const Source& source, std::int64_t count) {
   const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
-  if constexpr (std::is_same_v<T, Accumulator<T>>) {
-    if (n == 2 && !overlap(out, source(0), bytes) && !overlap(out, source(1), bytes)) {
-      combine_two<T, Op>(as<T>(out), as<T>(source(0)), as<T>(source(1)), count);
-      return;
-    }
-  }
-  for (std::int64_t i = 0; i < count; i += kReduceBlock) {
-    const std::int64_t length = std::min(kReduceBlock, count - i);
-    Accumulator<T> sums[kReduceBlock];
-    load_block<T>(sums, as<T>(source(0)) + i, length);
-    for (std::size_t r = 1; r < n; ++r) {
-      combine_block<T, Op>(sums, as<T>(source(r)) + i, length);
-    }
-    store_block<T>(as<T>(out) + i, sums, length);
+  if (n == 2 && !overlap(out, source(0), bytes) && !overlap(out, source(1), bytes)) {
+    cohort::detail::vectorised<CombineTwo<T, Op>>(as<T>(out), as<T>(source(0)), as<T>(source(1)),
+                                                  count);
+  } else {
+    cohort::detail::vectorised<ReduceBlocks<T, Op, Source>>(
+        DenseOperands<T, Source>{as<T>(out), n, source}, count);
   }
 }
 

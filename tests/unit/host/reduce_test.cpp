@@ -1,7 +1,8 @@
-#include <bit>
 #include <cmath>
 #include <cohort/host/reduce.hpp>
+#include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -66,32 +67,37 @@ TEST_CASE("NaN in any operand gives NaN", "[host]") {
   }
 }
 
-TEST_CASE("every length and any gaps give the bits of the scalar loop", "[host]") {
+TEMPLATE_TEST_CASE("every length and any gaps give the bits of the scalar loop", "[host]", float,
+                   Half, BFloat16, std::int32_t) {
+  using Sum = std::conditional_t<std::is_same_v<TestType, std::int32_t>, std::int32_t, float>;
   for (const std::int64_t count : {1, 15, 16, 63, 64, 65, 127, 128, 200, 1000}) {
     for (const std::size_t n : {1U, 2U, 3U, 5U}) {
       for (const std::int64_t stride : {1, 3}) {
-        std::vector<std::vector<float>> inputs(n);
+        std::vector<std::vector<TestType>> inputs(n);
         for (std::size_t r = 0; r < n; ++r) {
           for (std::int64_t i = 0; i < count * stride; ++i) {
-            inputs[r].push_back(1.0F / static_cast<float>(1 + (i * 31 + static_cast<int>(r)) % 97));
+            inputs[r].push_back(static_cast<TestType>(
+                1000.0F / static_cast<float>(1 + (i * 31 + static_cast<int>(r)) % 97)));
           }
         }
-        std::vector<float> out(static_cast<std::size_t>(count * stride), -1.0F);
+        const TestType untouched(-1);
+        std::vector<TestType> out(static_cast<std::size_t>(count * stride), untouched);
         const Layout layout = collapse(Dims{count}, Dims{stride});
         std::vector<ReadCursor> sources;
         for (const auto& input : inputs) {
-          sources.emplace_back(reinterpret_cast<const std::byte*>(input.data()), layout, 4);
+          sources.emplace_back(reinterpret_cast<const std::byte*>(input.data()), layout,
+                               sizeof(TestType));
         }
-        WriteCursor writer(reinterpret_cast<std::byte*>(out.data()), layout, 4);
-        reduce(DType::f32, ReduceOp::sum, writer, sources, count);
+        WriteCursor writer(reinterpret_cast<std::byte*>(out.data()), layout, sizeof(TestType));
+        reduce(dtype_of<TestType>, ReduceOp::sum, writer, sources, count);
         for (std::int64_t i = 0; i < count * stride; ++i) {
           const auto at = static_cast<std::size_t>(i);
-          float expected = inputs[0][at];
+          Sum sum = static_cast<Sum>(inputs[0][at]);
           for (std::size_t r = 1; r < n; ++r) {
-            expected += inputs[r][at];
+            sum += static_cast<Sum>(inputs[r][at]);
           }
-          expected = i % stride == 0 ? expected : -1.0F;
-          REQUIRE(std::bit_cast<std::uint32_t>(out[at]) == std::bit_cast<std::uint32_t>(expected));
+          const TestType expected = i % stride == 0 ? static_cast<TestType>(sum) : untouched;
+          REQUIRE(std::memcmp(&out[at], &expected, sizeof(TestType)) == 0);
         }
       }
     }
