@@ -1,9 +1,14 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <functional>
+#include <memory>
 #include <utility>
+#include <vector>
 
 #include "benches.hpp"
+#include "cohort/host/host_stream.hpp"
+#include "cohort/host/reduce.hpp"
 #include "statistics.hpp"
 #include "ways.hpp"
 
@@ -96,6 +101,34 @@ void all_gather_case(Session& session, const std::vector<Way>& found, DType dtyp
   session.runner.run(work);
 }
 
+/// The sum alone, of shares that are all this rank's own: what a reduce-scatter of the payload
+/// cannot do without, whoever carries it. On the host only.
+void add_local_sum(Session& session, Case& work, DType dtype, std::int64_t share) {
+  const int n = session.ranks();
+  const Way local{.path = Path::raw};
+  const Buffer in = filled(session, local, {n, share}, dtype, [&](std::int64_t i) {
+    return input_value(static_cast<int>(i / share), i % share, n);
+  });
+  const Buffer out = allocate(session, local, {share}, dtype);
+  std::vector<const std::byte*> shares;
+  for (int r = 0; r < n; ++r) {
+    shares.push_back(static_cast<const std::byte*>(in.view.slice(0, r, 1).data()));
+  }
+  const auto sum = std::make_shared<std::function<void()>>([in, out, shares, dtype] {
+    host::reduce(dtype, ReduceOp::sum, static_cast<std::byte*>(out.view.data()), shares,
+                 out.view.numel());
+  });
+  Variant variant{.path = "local_sum", .call = [&session, sum] {
+                    host::enqueue(session.bed.stream(), [sum] { (*sum)(); });
+                  }};
+  variant.poison = [&session, out] { poison(session, out.view); };
+  variant.wrong = [&session, out, dtype, n] {
+    return count_wrong(dtype, fetch(session, out.view),
+                       [&](std::int64_t i) { return summed_value(i, n); });
+  };
+  add_modes(session, work, variant);
+}
+
 void reduce_scatter_case(Session& session, const std::vector<Way>& found, DType dtype,
                          std::int64_t wanted, Bench bench) {
   const int n = session.ranks();
@@ -131,6 +164,9 @@ void reduce_scatter_case(Session& session, const std::vector<Way>& found, DType 
                          [&](std::int64_t i) { return summed_value(first + i, n); });
     };
     add_modes(session, work, variant);
+  }
+  if (session.bed.kind() == BackendKind::host) {
+    add_local_sum(session, work, dtype, share);
   }
   session.runner.run(work);
 }
