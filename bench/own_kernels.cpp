@@ -223,24 +223,40 @@ class Report {
   std::vector<std::string> rows_;
 };
 
+constexpr std::array kPaths = {cuda::PeerPath::flag_word, cuda::PeerPath::flag_line};
+
+/// Whether an inbox has room for a lane of so many bytes.
+bool fits(const cuda::InboxLayout& layout, std::int64_t lane, cuda::PeerPath path) {
+  return lane <= (path == cuda::PeerPath::flag_word ? layout.flag_word_capacity()
+                                                    : layout.flag_line_capacity());
+}
+
 void time_collectives(Report& report, std::vector<Rank>& ranks) {
   const int n = static_cast<int>(ranks.size());
-  const auto row = [&](const char* op, std::int64_t total, double us) {
-    report.add(fmt::format(R"("op": "{}", "ranks": {}, "total_bytes": {}, "us": {:.3f})", op, n,
-                           total, us));
+  const auto row = [&](const char* op, std::int64_t total, cuda::PeerPath path, double us) {
+    report.add(
+        fmt::format(R"("op": "{}", "ranks": {}, "total_bytes": {}, "path": "{}", "us": {:.3f})", op,
+                    n, total, cuda::to_string(path), us));
   };
-  row("barrier", 0, time_of(ranks, [](const Rank& r) { cuda::peer_barrier(r.table, r.stream); }));
-  for (const std::int64_t total : {2 << 10, 8 << 10, 32 << 10, 64 << 10, 256 << 10}) {
+  row("barrier", 0, cuda::PeerPath::flag_word,
+      time_of(ranks, [](const Rank& r) { cuda::peer_barrier(r.table, r.stream); }));
+  for (std::int64_t total = 2 << 10; total <= 16 << 20; total *= 2) {
     const auto dims = cuda::AlongDim::contiguous(1, total / n, n);
-    row("all_gather", total, time_of(ranks, [&](const Rank& r) {
-          cuda::peer_all_gather(r.table, dims, r.in, r.out, r.stream);
-        }));
-    row("reduce_scatter", total, time_of(ranks, [&](const Rank& r) {
-          cuda::peer_reduce_scatter(r.table, dims, DType::bf16, r.in, r.out, r.stream);
-        }));
-    row("all_reduce", total, time_of(ranks, [&](const Rank& r) {
-          cuda::peer_all_reduce(r.table, total / 2, DType::bf16, r.in, r.out, r.stream);
-        }));
+    for (const auto path : kPaths) {
+      if (fits(ranks[0].table.layout, total / n, path)) {
+        row("all_gather", total, path, time_of(ranks, [&](const Rank& r) {
+              cuda::peer_all_gather(r.table, dims, r.in, r.out, r.stream, path);
+            }));
+        row("reduce_scatter", total, path, time_of(ranks, [&](const Rank& r) {
+              cuda::peer_reduce_scatter(r.table, dims, DType::bf16, r.in, r.out, r.stream, path);
+            }));
+      }
+    }
+    if (total <= 512 << 10) {
+      row("all_reduce", total, cuda::PeerPath::flag_word, time_of(ranks, [&](const Rank& r) {
+            cuda::peer_all_reduce(r.table, total / 2, DType::bf16, r.in, r.out, r.stream);
+          }));
+    }
   }
 }
 
@@ -264,12 +280,9 @@ void time_attention(Report& report, std::vector<Rank>& ranks) {
                          .nope_dim = kDim,
                          .pe_dim = kRope};
     };
-    for (const auto path : {cuda::PeerPath::flag_word, cuda::PeerPath::flag_line}) {
+    for (const auto path : kPaths) {
       const bool words = path == cuda::PeerPath::flag_word;
-      const auto fits = [&](std::int64_t lane) {
-        const auto& layout = ranks[0].table.layout;
-        return lane <= (words ? layout.flag_word_capacity() : layout.flag_line_capacity());
-      };
+      const auto& layout = ranks[0].table.layout;
       const std::int64_t merge_lane = cuda::merge_lane_bytes(shape, n, path);
       const std::int64_t query_lane = cuda::query_lane_bytes(query_of(ranks[0]), path);
       const auto row = [&](const char* op, std::int64_t lane, double us) {
@@ -281,13 +294,13 @@ void time_attention(Report& report, std::vector<Rank>& ranks) {
                         words ? needed * 2 : needed / cuda::kLinePayload * cuda::kLineBytes,
                         static_cast<double>(needed) / us / 1e3));
       };
-      if (fits(merge_lane)) {
+      if (fits(layout, merge_lane, path)) {
         row("merge", merge_lane, time_of(ranks, [&](const Rank& r) {
               cuda::peer_merge(r.table, shape, {r.in, kHeads * kDim, kDim, r.lse, kHeads, 1},
                                {r.out, kHeads / n * kDim, kDim}, r.stream, path);
             }));
       }
-      if (fits(query_lane)) {
+      if (fits(layout, query_lane, path)) {
         row("gather_query", query_lane, time_of(ranks, [&](const Rank& r) {
               cuda::peer_gather_query(r.table, query_of(r), r.out, kHeads * (kDim + kRope),
                                       kDim + kRope, r.stream, path);

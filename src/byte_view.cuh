@@ -23,19 +23,6 @@ __device__ __forceinline__ void store_word(const FlatView& view, std::uint32_t w
   *reinterpret_cast<uint2*>(view.base + rank * view.rank_stride + std::int64_t{8} * word) = value;
 }
 
-/// Where a word goes, worked out before it comes.
-struct FlatTarget {
-  std::byte* address;
-
-  __device__ __forceinline__ FlatTarget(const FlatView& view, std::uint32_t word, int rank)
-      : address(view.base + rank * view.rank_stride + std::int64_t{8} * word) {
-    asm volatile("" : "+l"(address));  // not to be put off until the word is there
-  }
-  __device__ __forceinline__ void store(uint2 value) const {
-    *reinterpret_cast<uint2*>(address) = value;
-  }
-};
-
 /// [outer][inner] bytes with a stride between outer indices. Word i holds bytes [8i, 8i+8) of the
 /// payload without gaps; bytes beyond the end read as 0 and are not written.
 struct ByteView {
@@ -122,24 +109,54 @@ __device__ __forceinline__ void store_word(const ByteView& view, std::uint32_t w
   }
 }
 
-struct ByteTarget {
-  const ByteView& view;
+/// A word to be loaded or stored later, its address worked out now where that is simple.
+template <class View>
+struct WordAt {
+  const View* view;
   std::uint32_t word;
   int rank;
 
-  __device__ __forceinline__ void store(uint2 value) const { store_word(view, word, value, rank); }
+  WordAt() = default;
+  __device__ __forceinline__ WordAt(const View& v, std::uint32_t w, int r = 0)
+      : view(&v), word(w), rank(r) {}
+  __device__ __forceinline__ uint2 load_if(bool wanted) const {
+    return wanted ? load_word(*view, word, rank) : make_uint2(0, 0);
+  }
+  __device__ __forceinline__ void store(uint2 value) const { store_word(*view, word, value, rank); }
+};
+template <>
+struct WordAt<FlatView> {
+  const std::byte* address;
+
+  WordAt() = default;
+  __device__ __forceinline__ WordAt(const FlatView& view, std::uint32_t word, int rank = 0)
+      : address(settled(view.base + rank * view.rank_stride + std::int64_t{8} * word)) {}
+  __device__ __forceinline__ uint2 load_if(bool wanted) const {
+    uint2 value = make_uint2(0, 0);
+    asm volatile("{.reg .pred p; setp.ne.u32 p,%3,0; @p ld.global.v2.u32 {%0,%1},[%2];}"
+                 : "+r"(value.x), "+r"(value.y)
+                 : "l"(address), "r"(static_cast<unsigned>(wanted))
+                 : "memory");
+    return value;
+  }
+  __device__ __forceinline__ void store(uint2 value) const {
+    asm volatile("st.global.v2.u32 [%0],{%1,%2};" ::"l"(address), "r"(value.x), "r"(value.y)
+                 : "memory");
+  }
 };
 
-__device__ __forceinline__ FlatTarget target_of(const FlatView& view, std::uint32_t word,
-                                                int rank = 0) {
-  return {view, word, rank};
-}
-__device__ __forceinline__ ByteTarget target_of(const ByteView& view, std::uint32_t word,
-                                                int rank = 0) {
-  return {view, word, rank};
-}
-
 inline std::int64_t words_of(std::int64_t bytes) { return ceil_div(bytes, 8); }
+
+/// Calls `call` with the number of ranks as a constant where the view is flat; line kernels for
+/// other views exist for any number of ranks only.
+template <class View, class Call>
+void with_line_ranks(int n, const Call& call) {
+  if constexpr (std::is_same_v<View, FlatView>) {
+    with_ranks(n, call);
+  } else {
+    call(std::integral_constant<int, 0>{});
+  }
+}
 
 /// Calls `call(from, to)` with the simplest views that both sides allow.
 template <class Call>

@@ -34,6 +34,13 @@ struct FastDiv {
   }
 };
 
+/// Keeps the compiler from working an address out later than here.
+template <class T>
+__device__ __forceinline__ T* settled(T* address) {
+  asm volatile("" : "+l"(address));
+  return address;
+}
+
 template <class T>
 struct Word;  ///< Unpacks 8 bytes into floats and packs them again.
 

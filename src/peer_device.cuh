@@ -131,32 +131,30 @@ __device__ __forceinline__ void delay_point(const Group<kRanks>& g, const Call& 
   }
 }
 
-/// First statement of every peer kernel, in all threads. Loads of what earlier work has written may
-/// follow at once; `enter` comes before the first store that a peer sees.
-__device__ __forceinline__ void begin() {
+static_assert(offsetof(EpochRecord, epoch) == 0 && offsetof(EpochRecord, error) == 8,
+              "begin() reads both in one load");
+
+/// What a thread finds of its group when a launch begins.
+struct Found {
+  std::uint64_t epoch;  ///< Of the call before.
+  std::uint64_t error;  ///< Not 0 if the group has failed.
+};
+
+/// In all threads of every peer kernel, before anything but arithmetic. Loads of what earlier work
+/// has written may follow at once, while what this one returns is on its way; stores that a peer
+/// sees need the epoch, which `enter` gives.
+template <int kRanks>
+__device__ __forceinline__ Found begin(const Group<kRanks>& g) {
   // Before the first load that depends on earlier work and before the first remote store. Reached
   // by every thread, also of failing groups: otherwise this launch could complete before its
   // predecessor and its successor would see neither's memory.
   cudaGridDependencySynchronize();
-}
-
-static_assert(offsetof(EpochRecord, epoch) == 0 && offsetof(EpochRecord, error) == 8,
-              "read_epoch() reads both in one load");
-
-/// The call's epoch. False if the group has failed.
-template <int kRanks>
-__device__ __forceinline__ bool read_epoch(const Group<kRanks>& g, Call& c) {
-  std::uint64_t previous;
-  std::uint64_t error;
+  Found found;
   asm volatile("ld.volatile.global.v2.u64 {%0,%1},[%2];"
-               : "=l"(previous), "=l"(error)
+               : "=l"(found.epoch), "=l"(found.error)
                : "l"(record(g.own(), blockIdx.x % kEpochRecords))
                : "memory");
-  c.epoch = next_epoch(previous);
-  c.flag = static_cast<std::uint32_t>(c.epoch);
-  c.slot = c.flag & 1U;
-  delay_point(g, c, 0);
-  return error == 0;
+  return found;
 }
 
 // --- bounded waits
@@ -212,25 +210,67 @@ __device__ __forceinline__ std::uint64_t look_at_clock(const Group<kRanks>& g, s
 /// How long a thread goes on polling.
 class Patience {
  public:
-  /// After a poll that missed rank `missing`. True if the wait is over: the limit is reached, or
-  /// another thread or rank has failed.
+  /// Polls between two looks at the clock.
+  static constexpr int kPolls = 256;
+
+  /// After kPolls polls, the last of which missed rank `missing`. True if the wait is over: the
+  /// limit is reached, or another thread or rank has failed.
   template <int kRanks>
   __device__ __forceinline__ bool is_over(const Group<kRanks>& g, const Call& c, int missing) {
-    if (__builtin_expect((++polls_ % kPollsPerLook) != 0, 1)) {
-      return false;
-    }
     start_ = look_at_clock(g, c.epoch, missing, start_);
     return start_ == kWaitIsOver;
   }
 
  private:
-  static constexpr std::uint32_t kPollsPerLook = 256;
-  std::uint32_t polls_ = 0;
   std::uint64_t start_ = 0;
 };
 
+/// Polls until `poll()`, a rank whose words are not there yet, is negative. False if the wait
+/// failed. Polls are a loop of their own, so that the rare look at the clock is not in their way.
+template <int kRanks, class Poll>
+__device__ __forceinline__ bool await(const Group<kRanks>& g, const Call& c, Patience& patience,
+                                      const Poll& poll) {
+  int missing = -1;
+  do {
+#pragma unroll 1
+    for (int i = 0; i < Patience::kPolls; ++i) {
+      missing = poll();
+      if (missing < 0) {
+        return true;
+      }
+    }
+  } while (!patience.is_over(g, c, missing));
+  return false;
+}
+
+/// The same for the threads of a warp together, until nothing is missing in any. False in the whole
+/// warp if the wait failed.
+template <int kRanks, class Poll>
+__device__ __forceinline__ bool await_in_warp(const Group<kRanks>& g, const Call& c,
+                                              Patience& patience, const Poll& poll) {
+  int missing = -1;
+  do {
+#pragma unroll 1
+    for (int i = 0; i < Patience::kPolls; ++i) {
+      missing = poll();
+      if (__all_sync(kFullWarp, missing < 0)) {
+        return true;
+      }
+    }
+  } while (!__any_sync(kFullWarp, patience.is_over(g, c, missing)));
+  return false;
+}
+
 // --- flag words
 // -----------------------------------------------------------------------------------
+
+/// The threads of a block that do the call's work: all but its last warp, which keeps the books.
+__device__ __forceinline__ std::uint32_t workers() { return blockDim.x - kWarp; }
+/// This thread's number among all workers of the launch, and how many there are.
+__device__ __forceinline__ std::uint32_t worker_number() {
+  return blockIdx.x * workers() + threadIdx.x;
+}
+__device__ __forceinline__ std::uint32_t worker_count() { return gridDim.x * workers(); }
 
 /// Where a word of the lane of `source` lies in every inbox.
 template <int kRanks>
@@ -250,6 +290,16 @@ __device__ __forceinline__ void ll_store(std::byte* to, uint2 value, std::uint32
   asm volatile("st.volatile.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(to), "r"(value.x), "r"(flag),
                "r"(value.y), "r"(flag)
                : "memory");
+}
+
+/// The same where it is wanted, without a branch.
+__device__ __forceinline__ void ll_store_if(bool wanted, std::byte* to, uint2 value,
+                                            std::uint32_t flag) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p,%5,0; @p st.volatile.global.v4.u32 [%0],{%1,%2,%3,%4};}" ::"l"(
+          to),
+      "r"(value.x), "r"(flag), "r"(value.y), "r"(flag), "r"(static_cast<unsigned>(wanted))
+      : "memory");
 }
 
 __device__ __forceinline__ uint4 ll_load(const std::byte* from) {
@@ -276,6 +326,42 @@ __device__ __forceinline__ std::uint32_t ll_differs(uint4 v, const Call& c) {
   return (v.y ^ c.flag) | (v.w ^ c.flag);
 }
 
+/// Where a thread's first word goes in every peer's inbox, worked out before `begin`: what lies
+/// between the arrival of the epoch and the first store delays every rank. For a constant number of
+/// ranks; where there is none, the first word is sent like all others.
+template <int kRanks>
+class FirstPlaces {
+ public:
+  __device__ __forceinline__ FirstPlaces(const Group<kRanks>& g, std::uint32_t word)
+      : slot_bytes_(g.ll_slot) {
+#pragma unroll
+    for (int k = 1; k < kRanks; ++k) {
+      at_[k] = settled(g.peers[k] + g.ll_own + std::int64_t{16} * word);
+    }
+  }
+  /// To peers[k], `after` words behind the place, without a branch.
+  __device__ __forceinline__ void store_if(bool wanted, const Call& c, int k, uint2 value,
+                                           std::uint32_t after = 0) const {
+    ll_store_if(wanted, at_[k] + (c.slot != 0 ? slot_bytes_ : 0) + std::int64_t{16} * after, value,
+                c.flag);
+  }
+
+ private:
+  std::int64_t slot_bytes_;
+  std::byte* at_[kRanks > 0 ? kRanks : 1];
+};
+
+/// Whether a thread sends the first of its `words` words as soon as it has the epoch.
+template <int kRanks>
+__device__ __forceinline__ bool sends_ahead(std::uint32_t words) {
+  return kRanks > 0 && threadIdx.x < workers() && worker_number() < words;
+}
+/// The first word that it has left to send then.
+template <int kRanks>
+__device__ __forceinline__ std::uint32_t second_word() {
+  return worker_number() + (kRanks > 0 ? worker_count() : 0);
+}
+
 /// Ranks that a thread polls at once: all of them where the number is a constant.
 template <int kRanks>
 inline constexpr int kBatch = kRanks > 0 ? kRanks : 8;
@@ -298,33 +384,39 @@ __device__ __forceinline__ bool is_peer(const Group<kRanks>& g, int rank) {
 }
 
 /// Waits for a word of each of the ranks [first, first + kBatch) but this one, and returns their
-/// payload by rank. All loads of a round are in flight together. False if the wait failed.
+/// payload by rank; what stands at this one means nothing. All loads of a round are in flight
+/// together. False if the wait failed.
 template <int kRanks>
 __device__ __forceinline__ bool ll_receive(const Group<kRanks>& g, const Call& c, int first,
                                            std::uint32_t word, uint2 (&values)[kBatch<kRanks>],
                                            Patience& patience) {
+  if constexpr (kRanks == 2) {  // one peer, one load
+    const int peer = g.rank ^ 1;
+    const std::byte* from = g.own() + ll_place(g, c, peer, word);
+    return await(g, c, patience, [&] {
+      const uint4 v = ll_load(from);
+      values[0] = values[1] = make_uint2(v.x, v.z);
+      return ll_differs(v, c) != 0 ? peer : -1;
+    });
+  }
   const std::byte* lane = g.own() + ll_place(g, c, first, word);
   const std::int64_t lane_bytes = std::int64_t{g.ll_words} * 16;
   uint4 words[kBatch<kRanks>] = {};
-  while (true) {
-    std::uint32_t wrong = 0;
-    int missing = first;
+  const auto poll = [&] {
+    int missing = -1;
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
       ll_load_if(is_peer(g, first + j), lane + j * lane_bytes, words[j]);
     }
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
-      const std::uint32_t differs = is_peer(g, first + j) ? ll_differs(words[j], c) : 0;
-      missing = differs != 0 ? first + j : missing;
-      wrong |= differs;
+      const bool differs = is_peer(g, first + j) && ll_differs(words[j], c) != 0;
+      missing = differs ? first + j : missing;
     }
-    if (wrong == 0) {
-      break;
-    }
-    if (patience.is_over(g, c, missing)) {
-      return false;
-    }
+    return missing;
+  };
+  if (!await(g, c, patience, poll)) {
+    return false;
   }
 #pragma unroll
   for (int j = 0; j < kBatch<kRanks>; ++j) {
@@ -335,14 +427,6 @@ __device__ __forceinline__ bool ll_receive(const Group<kRanks>& g, const Call& c
 
 // --- entering a call
 // -------------------------------------------------------------------------------
-
-/// The threads of a block that do the call's work: all but its last warp, which keeps the books.
-__device__ __forceinline__ std::uint32_t workers() { return blockDim.x - kWarp; }
-/// This thread's number among all workers of the launch, and how many there are.
-__device__ __forceinline__ std::uint32_t worker_number() {
-  return blockIdx.x * workers() + threadIdx.x;
-}
-__device__ __forceinline__ std::uint32_t worker_count() { return gridDim.x * workers(); }
 
 /// Makes this call's epoch the last one and wipes one old flag word of each lane. One warp of every
 /// block, when all threads of the block have read the epoch.
@@ -389,13 +473,26 @@ __device__ __forceinline__ void keep_books(const Group<kRanks>& g, const Call& c
 /// Enters the call, in all threads of all blocks: gives workers its epoch, and has the last warp
 /// keep the books meanwhile. False in threads that have no more to do: those of the last warp, and
 /// all where the group has failed. Loads of what earlier work has written may be under way.
-template <int kRanks>
-__device__ __forceinline__ bool enter(const Group<kRanks>& g, Call& c, std::uint32_t ll_used) {
-  const bool good = read_epoch(g, c);
+///
+/// @param send_first  Called with whether to send, as soon as the epoch is there: sends what the
+///                    thread sends first, without a branch.
+template <int kRanks, class SendFirst>
+__device__ __forceinline__ bool enter(const Group<kRanks>& g, const Found& found, Call& c,
+                                      std::uint32_t ll_used, const SendFirst& send_first) {
+  c.epoch = next_epoch(found.epoch);
+  c.flag = static_cast<std::uint32_t>(c.epoch);
+  c.slot = c.flag & 1U;
+  const bool good = found.error == 0;
+  const bool works = threadIdx.x < workers();
+  send_first(good && works && g.delay_seed == 0);
+  if (__builtin_expect(g.delay_seed != 0, 0)) {
+    delay_point(g, c, 0);
+    send_first(good && works);
+  }
   // All threads of the block, as a number that the epoch's load must have returned for.
   const std::uint32_t all = min(blockDim.x, c.flag | 0x80000000U);
   // A warp that finds the group failed arrives all the same, so that nobody waits for it.
-  if (threadIdx.x >= workers()) {
+  if (!works) {
     asm volatile("barrier.cta.sync 1,%0;" ::"r"(all) : "memory");
     if (good) {
       keep_books(g, c, ll_used);
@@ -404,6 +501,12 @@ __device__ __forceinline__ bool enter(const Group<kRanks>& g, Call& c, std::uint
   }
   asm volatile("barrier.cta.arrive 1,%0;" ::"r"(all) : "memory");
   return good;
+}
+
+template <int kRanks>
+__device__ __forceinline__ bool enter(const Group<kRanks>& g, const Found& found, Call& c,
+                                      std::uint32_t ll_used) {
+  return enter(g, found, c, ll_used, [](bool) {});
 }
 
 // --- flag lines
@@ -445,7 +548,8 @@ __device__ __forceinline__ std::int64_t line_own_place(const Group<kRanks>& g, c
   return g.line_own + kLineBytes * part.line + part.offset + (c.slot != 0 ? g.line_slot : 0);
 }
 
-/// All threads that have a part of the line, together: lines beyond the payload are left out whole.
+/// All threads that have a part of the line, in one instruction: see `line_mask`. Lines beyond the
+/// payload are left out whole.
 __device__ __forceinline__ void line_store(std::byte* to, uint2 first, uint2 second, const Call& c,
                                            const LinePart& part) {
   const auto low = static_cast<std::uint32_t>(c.epoch);
@@ -461,6 +565,29 @@ __device__ __forceinline__ std::uint32_t line_differs(uint4 v, const Call& c,
   const auto low = static_cast<std::uint32_t>(c.epoch);
   const auto high = static_cast<std::uint32_t>(c.epoch >> 32);
   return part.flag ? (v.z ^ low) | (v.w ^ high) : 0;
+}
+
+/// Waits for a warp's part of a line of each of the ranks [first, first + kBatch) but this one;
+/// values by rank. `any` is false in threads whose line lies beyond the payload. False in the whole
+/// warp if the wait failed.
+template <int kRanks>
+__device__ __forceinline__ bool receive_lines(const Group<kRanks>& g, const Call& c, int first,
+                                              const LinePart& part, bool any,
+                                              uint4 (&values)[kBatch<kRanks>], Patience& patience) {
+  return await_in_warp(g, c, patience, [&] {
+    int missing = -1;
+#pragma unroll
+    for (int j = 0; j < kBatch<kRanks>; ++j) {
+      ll_load_if(any && is_peer(g, first + j), g.own() + line_place(g, c, first + j, part),
+                 values[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch<kRanks>; ++j) {
+      const bool differs = any && is_peer(g, first + j) && line_differs(values[j], c, part) != 0;
+      missing = differs ? first + j : missing;
+    }
+    return missing;
+  });
 }
 
 /// What a warp does in a call with lines. While every group has a warp of its own, that warp sends
@@ -486,28 +613,95 @@ struct LineRole {
     first = place * gridDim.x + blockIdx.x;
     step = (splits && !sends ? warps - senders : senders) * gridDim.x;
   }
+  /// Whether the warp sends a group at all.
+  __device__ __forceinline__ bool leads() const { return sends && first < groups; }
 };
 
-/// Sends and receives a call's lines as this warp's role says: `send(group)`, and `receive(group)`,
-/// which is false in the whole warp if a wait failed.
-template <int kRanks, class Send, class Receive>
-__device__ __forceinline__ void exchange_lines(const Group<kRanks>& g, const Call& c,
-                                               std::uint32_t words, const Send& send,
-                                               const Receive& receive) {
-  const LineRole role(words);
-  std::uint32_t group = role.first;
-  if (role.sends && group < role.groups) {
-    send(group);
+/// The threads of the warp whose lines hold payload. Brings the warp together, so that a store of
+/// whole lines that follows is one instruction.
+__device__ __forceinline__ unsigned line_mask(const LinePart& part, std::uint32_t words) {
+  return __ballot_sync(kFullWarp, part.line * kLineWords < words);
+}
+__device__ __forceinline__ bool is_in(unsigned mask) {
+  return (mask >> (threadIdx.x & 31U) & 1U) != 0;
+}
+
+/// What a thread sends of a group of lines: two words for each peer, by k, or two for all.
+template <int kPairs>
+struct LineWords {
+  uint2 first[kPairs];
+  uint2 second[kPairs];
+};
+
+/// Two words for each peer where the number of ranks is a constant; elsewhere they are loaded when
+/// they are sent.
+template <int kRanks>
+using PeerLineWords = LineWords<(kRanks > 0 ? kRanks : 1)>;
+
+/// What differs by peer: `word_for(rank, word)` is a word of what the rank shall have.
+template <int kRanks, class WordFor>
+__device__ __forceinline__ PeerLineWords<kRanks> load_for_peers(const Group<kRanks>& g,
+                                                                std::uint32_t words,
+                                                                std::uint32_t group,
+                                                                const WordFor& word_for) {
+  const LinePart part(group);
+  const bool has_second = !part.flag && part.word + 1 < words;
+  PeerLineWords<kRanks> loaded = {};
+#pragma unroll
+  for (int k = 1; k < kRanks; ++k) {
+    const int rank = g.rank_at(k);
+    loaded.first[k] = part.word < words ? word_for(rank, part.word) : make_uint2(0, 0);
+    loaded.second[k] = has_second ? word_for(rank, part.word + 1) : make_uint2(0, 0);
   }
-  if (role.sends) {
-    for (std::uint32_t i = group + role.step; i < role.groups; i += role.step) {
-      send(i);
+  return loaded;
+}
+
+template <int kRanks, class WordFor>
+__device__ __forceinline__ void send_to_peers(const Group<kRanks>& g, const Call& c,
+                                              std::uint32_t words, std::uint32_t group,
+                                              const PeerLineWords<kRanks>& loaded,
+                                              const WordFor& word_for) {
+  const LinePart part(group);
+  const unsigned mask = line_mask(part, words);
+  if (!is_in(mask)) {
+    return;
+  }
+  const bool has_second = !part.flag && part.word + 1 < words;
+  const std::int64_t place = line_own_place(g, c, part);
+#pragma unroll
+  for (int k = 1; k < g.size(); ++k) {
+    if constexpr (kRanks > 0) {
+      line_store(g.peers[k] + place, loaded.first[k], loaded.second[k], c, part);
+    } else {
+      const int rank = g.rank_at(k);
+      const uint2 first = part.word < words ? word_for(rank, part.word) : make_uint2(0, 0);
+      const uint2 second = has_second ? word_for(rank, part.word + 1) : make_uint2(0, 0);
+      __syncwarp(mask);
+      line_store(g.peers[k] + place, first, second, c, part);
+    }
+  }
+}
+
+/// Sends and receives a call's lines as this warp's role says. `load(group)` gives what the thread
+/// sends and `send(group, loaded)` sends it; `receive(group)` is false in the whole warp if a wait
+/// failed.
+///
+/// @param first  What the thread has loaded of the role's first group, if it leads.
+template <int kRanks, class Loaded, class Load, class Send, class Receive>
+__device__ __forceinline__ void exchange_lines(const Group<kRanks>& g, const Call& c,
+                                               const LineRole& role, const Loaded& first,
+                                               const Load& load, const Send& send,
+                                               const Receive& receive) {
+  if (role.leads()) {
+    send(role.first, first);
+    for (std::uint32_t i = role.first + role.step; i < role.groups; i += role.step) {
+      send(i, load(i));
     }
   }
   if (role.receives) {
     delay_point(g, c, 1);
-    for (; group < role.groups; group += role.step) {
-      if (!receive(group)) {
+    for (std::uint32_t i = role.first; i < role.groups; i += role.step) {
+      if (!receive(i)) {
         return;
       }
     }
@@ -561,6 +755,21 @@ inline PeerPath choose_path(std::span<const PathRow> table, const char* call,
   });
   const bool wants_words = row != table.end() && row->path == PeerPath::flag_word;
   return (wants_words ? words_fit : !lines_fit) ? PeerPath::flag_word : PeerPath::flag_line;
+}
+
+/// The path of an all-gather or a reduce-scatter: as asked for, or by size. The inbox has room.
+inline PeerPath share_path(const PeerTable& table, std::int64_t share_bytes, PeerPath path,
+                           const char* call) {
+  const std::int64_t words = ceil_div(share_bytes, 8);
+  if (path == PeerPath::automatic) {
+    path = choose_share_path(table.layout, share_bytes);
+  }
+  if (path == PeerPath::flag_word || words == 0) {
+    check_ll_words(table, std::max<std::int64_t>(words, 1), call);
+    return PeerPath::flag_word;
+  }
+  check_lines(table, words, call);
+  return PeerPath::flag_line;
 }
 
 struct Grid {

@@ -1,7 +1,7 @@
 #include "byte_view.cuh"
 #include "peer_device.cuh"
 
-// All-gather through flag words, the query gather through flag words or lines, and the barrier.
+// All-gather and query gather through flag words or lines, and the barrier.
 
 namespace cohort::cuda {
 namespace detail {
@@ -12,8 +12,8 @@ namespace {
 __global__ void __launch_bounds__(2 * kWarp) barrier_kernel(const __grid_constant__ Group<0> g) {
   Call c;
   Patience patience;
-  begin();
-  if (!enter(g, c, 1)) {
+  const Found found = begin(g);
+  if (!enter(g, found, c, 1)) {
     return;
   }
   const int k = static_cast<int>(threadIdx.x);
@@ -26,54 +26,56 @@ __global__ void __launch_bounds__(2 * kWarp) barrier_kernel(const __grid_constan
                : "memory");
   delay_point(g, c, 1);
   const std::byte* word = g.own() + ll_place(g, c, g.rank_at(k), 0);
-  while (true) {
+  await(g, c, patience, [&] {
     std::uint64_t theirs;
     asm volatile("ld.acquire.sys.global.u64 %0,[%1];" : "=l"(theirs) : "l"(word) : "memory");
-    if (theirs == mine || patience.is_over(g, c, g.rank_at(k))) {
-      return;
-    }
-  }
+    return theirs != mine ? g.rank_at(k) : -1;
+  });
 }
 
 template <int kRanks, class View>
-__global__ void __launch_bounds__(kLlThreads)
+__global__ void __launch_bounds__(kLlThreads, 1)
     all_gather_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ View in,
                       const __grid_constant__ View out, std::uint32_t words) {
   Call c;
   Patience patience;
-  begin();
   const std::uint32_t first = worker_number();
   const std::uint32_t step = worker_count();
-  // Loaded while the epoch is on its way.
-  uint2 value = first < words ? load_word(in, first) : make_uint2(0, 0);
-  if (!enter(g, c, words)) {
+  const bool has_first = sends_ahead<kRanks>(words);
+  const WordAt<View> source(in, first);
+  const FirstPlaces<kRanks> places(g, first);
+  const Found found = begin(g);
+  const uint2 value = source.load_if(has_first);  // while the epoch is on its way
+  const auto send_first = [&](bool wanted) {
+#pragma unroll
+    for (int k = 1; k < kRanks; ++k) {
+      places.store_if(wanted && has_first, c, k, value);
+    }
+  };
+  if (!enter(g, found, c, words, send_first)) {
     return;
   }
+  if (has_first) {
+    store_word(out, first, value, g.rank);
+  }
 #pragma unroll 1
-  for (std::uint32_t i = first; i < words;) {
-    ll_send_all(g, c, i, value);
-    store_word(out, i, value, g.rank);
-    i += step;
-    if (i < words) {
-      value = load_word(in, i);
-    }
+  for (std::uint32_t i = second_word<kRanks>(); i < words; i += step) {
+    const uint2 next = load_word(in, i);
+    ll_send_all(g, c, i, next);
+    store_word(out, i, next, g.rank);
   }
   delay_point(g, c, 1);
 #pragma unroll 1
   for (std::uint32_t i = first; i < words; i += step) {
-    if constexpr (kRanks == 2) {  // one peer: its place is worked out while the word is on its way
-      const auto target = target_of(out, i, g.rank ^ 1);
-      uint2 values[2];
-      if (!ll_receive(g, c, 0, i, values, patience)) {
+    const WordAt<View> peer_part(out, i, g.rank ^ 1);  // the only one's of two ranks
+    for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+      uint2 values[kBatch<kRanks>];
+      if (!ll_receive(g, c, r0, i, values, patience)) {
         return;
       }
-      target.store(g.rank == 0 ? values[1] : values[0]);
-    } else {
-      for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
-        uint2 values[kBatch<kRanks>];
-        if (!ll_receive(g, c, r0, i, values, patience)) {
-          return;
-        }
+      if constexpr (kRanks == 2) {
+        peer_part.store(values[0]);
+      } else {
 #pragma unroll
         for (int j = 0; j < kBatch<kRanks>; ++j) {
           if (is_peer(g, r0 + j)) {
@@ -122,29 +124,37 @@ template <int kRanks>
 using QueryFor = QueryArgs<(kRanks > 0)>;
 
 template <int kRanks>
-__global__ void __launch_bounds__(kLlThreads)
+__global__ void __launch_bounds__(kLlThreads, 1)
     query_word_kernel(const __grid_constant__ Group<kRanks> g,
                       const __grid_constant__ QueryFor<kRanks> q, std::uint32_t used) {
   Call c;
   Patience patience;
-  begin();
   const std::uint32_t first = worker_number();
   const std::uint32_t step = worker_count();
+  // `used` is `words`, or 1 in an empty call, which signals nevertheless.
+  const bool has_first = sends_ahead<kRanks>(used);
+  const FirstPlaces<kRanks> places(g, first);
+  const Found found = begin(g);
   // Loaded while the epoch is on its way.
-  uint2 value = first < q.words ? q.load(first) : make_uint2(0, 0);
-  if (!enter(g, c, used)) {
+  const uint2 value = has_first && first < q.words ? q.load(first) : make_uint2(0, 0);
+  const auto send_first = [&](bool wanted) {
+#pragma unroll
+    for (int k = 1; k < kRanks; ++k) {
+      places.store_if(wanted && has_first, c, k, value);
+    }
+  };
+  if (!enter(g, found, c, used, send_first)) {
     return;
   }
-  // `used` is `words`, or 1 in an empty call, which signals nevertheless.
+  if (has_first && first < q.words) {
+    q.store(g.rank, first, value);
+  }
 #pragma unroll 1
-  for (std::uint32_t i = first; i < used;) {
-    ll_send_all(g, c, i, value);
+  for (std::uint32_t i = second_word<kRanks>(); i < used; i += step) {
+    const uint2 next = i < q.words ? q.load(i) : make_uint2(0, 0);
+    ll_send_all(g, c, i, next);
     if (i < q.words) {
-      q.store(g.rank, i, value);
-    }
-    i += step;
-    if (i < q.words) {
-      value = q.load(i);
+      q.store(g.rank, i, next);
     }
   }
   delay_point(g, c, 1);
@@ -165,69 +175,67 @@ __global__ void __launch_bounds__(kLlThreads)
   }
 }
 
-/// A group of lines on its way to every peer, and into the own part of the output.
-template <int kRanks>
-__device__ __forceinline__ void send_query_lines(const Group<kRanks>& g, const Call& c,
-                                                 const QueryFor<kRanks>& q, std::uint32_t group) {
+/// The share of this rank, and every rank's, word by word.
+template <class View>
+struct ShareArgs {
+  View in;
+  View out;
+  std::uint32_t words;
+
+  __device__ __forceinline__ uint2 load(std::uint32_t word) const { return load_word(in, word); }
+  __device__ __forceinline__ void store(int rank, std::uint32_t word, uint2 value) const {
+    store_word(out, word, value, rank);
+  }
+};
+
+template <class Args>
+__device__ __forceinline__ LineWords<1> load_lines(const Args& a, std::uint32_t group) {
   const LinePart part(group);
-  const bool has_first = part.word < q.words;
-  const bool has_second = !part.flag && part.word + 1 < q.words;
-  const uint2 first = has_first ? q.load(part.word) : make_uint2(0, 0);
-  const uint2 second = has_second ? q.load(part.word + 1) : make_uint2(0, 0);
-  if (part.line * kLineWords < q.words) {
+  const bool has_second = !part.flag && part.word + 1 < a.words;
+  return {{part.word < a.words ? a.load(part.word) : make_uint2(0, 0)},
+          {has_second ? a.load(part.word + 1) : make_uint2(0, 0)}};
+}
+
+/// A group of lines on its way to every peer, and into the own part of the output.
+template <int kRanks, class Args>
+__device__ __forceinline__ void send_lines(const Group<kRanks>& g, const Call& c, const Args& a,
+                                           std::uint32_t group, const LineWords<1>& loaded) {
+  const LinePart part(group);
+  if (is_in(line_mask(part, a.words))) {
     const std::int64_t place = line_own_place(g, c, part);
 #pragma unroll
     for (int k = 1; k < g.size(); ++k) {
-      line_store(g.peers[k] + place, first, second, c, part);
+      line_store(g.peers[k] + place, loaded.first[0], loaded.second[0], c, part);
     }
   }
-  if (has_first) {
-    q.store(g.rank, part.word, first);
+  if (part.word < a.words) {
+    a.store(g.rank, part.word, loaded.first[0]);
   }
-  if (has_second) {
-    q.store(g.rank, part.word + 1, second);
+  if (!part.flag && part.word + 1 < a.words) {
+    a.store(g.rank, part.word + 1, loaded.second[0]);
   }
 }
 
 /// Waits for the same group of lines of every peer and stores it. False in the whole warp if a wait
 /// failed.
-template <int kRanks>
-__device__ __forceinline__ bool collect_query_lines(const Group<kRanks>& g, const Call& c,
-                                                    const QueryFor<kRanks>& q, std::uint32_t group,
-                                                    Patience& patience) {
+template <int kRanks, class Args>
+__device__ __forceinline__ bool collect_lines(const Group<kRanks>& g, const Call& c, const Args& a,
+                                              std::uint32_t group, Patience& patience) {
   const LinePart part(group);
-  const bool any = part.line * kLineWords < q.words;
+  const bool any = part.line * kLineWords < a.words;
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
     uint4 values[kBatch<kRanks>] = {};
-    while (true) {
-      std::uint32_t wrong = 0;
-      int missing = -1;
-#pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        ll_load_if(any && is_peer(g, r0 + j), g.own() + line_place(g, c, r0 + j, part), values[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        const std::uint32_t differs =
-            any && is_peer(g, r0 + j) ? line_differs(values[j], c, part) : 0;
-        missing = differs != 0 ? r0 + j : missing;
-        wrong |= differs;
-      }
-      if (__all_sync(kFullWarp, wrong == 0)) {
-        break;
-      }
-      if (__any_sync(kFullWarp, patience.is_over(g, c, missing))) {
-        return false;
-      }
+    if (!receive_lines(g, c, r0, part, any, values, patience)) {
+      return false;
     }
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
       if (is_peer(g, r0 + j)) {
-        if (part.word < q.words) {
-          q.store(r0 + j, part.word, low(values[j]));
+        if (part.word < a.words) {
+          a.store(r0 + j, part.word, low(values[j]));
         }
-        if (!part.flag && part.word + 1 < q.words) {
-          q.store(r0 + j, part.word + 1, high(values[j]));
+        if (!part.flag && part.word + 1 < a.words) {
+          a.store(r0 + j, part.word + 1, high(values[j]));
         }
       }
     }
@@ -235,25 +243,36 @@ __device__ __forceinline__ bool collect_query_lines(const Group<kRanks>& g, cons
   return true;
 }
 
-template <int kRanks>
-__global__ void __launch_bounds__(kLineThreads<kRanks>)
-    query_line_kernel(const __grid_constant__ Group<kRanks> g,
-                      const __grid_constant__ QueryFor<kRanks> q) {
+/// The all-gather and the query gather.
+template <int kRanks, class Args>
+__global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
+    gather_line_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ Args a) {
   Call c;
   Patience patience;
-  begin();
-  if (!enter(g, c, 0)) {
+  const LineRole role(a.words);
+  const auto load = [&](std::uint32_t group) { return load_lines(a, group); };
+  const Found found = begin(g);
+  LineWords<1> first = {};
+  if (role.leads()) {
+    first = load(role.first);  // while the epoch is on its way
+  }
+  if (!enter(g, found, c, 0)) {
     return;
   }
   exchange_lines(
-      g, c, q.words, [&](std::uint32_t group) { send_query_lines(g, c, q, group); },
-      [&](std::uint32_t group) { return collect_query_lines(g, c, q, group, patience); });
+      g, c, role, first, load,
+      [&](std::uint32_t group, const LineWords<1>& loaded) { send_lines(g, c, a, group, loaded); },
+      [&](std::uint32_t group) { return collect_lines(g, c, a, group, patience); });
 }
 
 // bench/results/own_kernels/nvidia-h100-2cards.json: two H100s, NVLink, 2 ranks, 128 heads of
 // 512+64 bf16, graph replay. Flag words took 2.56 and 3.04 us at 72 and 144 KiB sent against 2.64
 // and 2.90 for lines, and lines were faster at every batch beyond.
 constexpr PathRow kQueryPaths[] = {{128 << 10, PeerPath::flag_word},
+                                   {INT64_MAX, PeerPath::flag_line}};
+
+// All-gathers and reduce-scatters.
+constexpr PathRow kSharePaths[] = {{96 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
 
 void check_query(const Query& q) {
@@ -305,7 +324,8 @@ void gather_query(const PeerTable& t, const Query& query, const Rows& out, PeerP
       launch(query_word_kernel<n()>, grid.blocks, grid.threads, stream, Group<n()>(t), args, used);
     } else {
       const Grid grid = line_grid<n()>(args.words, t);
-      launch(query_line_kernel<n()>, grid.blocks, grid.threads, stream, Group<n()>(t), args);
+      launch(gather_line_kernel<n(), QueryFor<n()>>, grid.blocks, grid.threads, stream,
+             Group<n()>(t), args);
     }
   });
 }
@@ -318,7 +338,10 @@ void report_gather(int n, std::vector<KernelInfo>& report) {
     report.push_back(describe("all_gather", all_gather_kernel<r(), FlatView>, kLlThreads));
     report.push_back(describe("all_gather, gaps", all_gather_kernel<r(), ByteView>, kLlThreads));
     report.push_back(describe("gather_query flag_word", query_word_kernel<r()>, kLlThreads));
-    report.push_back(describe("gather_query flag_line", query_line_kernel<r()>, kLineThreads<r()>));
+    report.push_back(describe("gather_query flag_line", gather_line_kernel<r(), QueryFor<r()>>,
+                              kLineThreads<r()>));
+    report.push_back(describe("all_gather flag_line", gather_line_kernel<r(), ShareArgs<FlatView>>,
+                              kLineThreads<r()>));
   });
 }
 
@@ -327,6 +350,7 @@ void report_gather(int n, std::vector<KernelInfo>& report) {
 using namespace detail;
 
 std::span<const PathRow> query_path_table() noexcept { return kQueryPaths; }
+std::span<const PathRow> share_path_table() noexcept { return kSharePaths; }
 
 std::int64_t query_lane_bytes(const Query& query, PeerPath path) {
   check_query(query);
@@ -344,27 +368,48 @@ PeerPath choose_query_path(const InboxLayout& layout, const Query& query) {
                       .lines_there = layout.flag_line_capacity()});
 }
 
+PeerPath choose_share_path(const InboxLayout& layout, std::int64_t share_bytes) {
+  const std::int64_t bytes = std::max<std::int64_t>(words_of(share_bytes), 1) * 8;
+  return choose_path(kSharePaths, "all_gather or reduce_scatter",
+                     {.sent = bytes * (layout.ranks - 1),
+                      .words_needed = bytes,
+                      .words_there = layout.flag_word_capacity(),
+                      .lines_needed = bytes,
+                      .lines_there = layout.flag_line_capacity()});
+}
+
 void peer_barrier(const PeerTable& table, cudaStream_t stream) {
   check_table(table);
   launch(barrier_kernel, 1, 2 * kWarp, stream, Group<0>(table));
 }
 
 void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* in, void* out,
-                     cudaStream_t stream) {
+                     cudaStream_t stream, PeerPath path) {
   check_table(table);
   const std::int64_t bytes = dims.outer * dims.inner_bytes;
   require(dims.outer >= 0 && dims.inner_bytes >= 0, "dims", "negative extent");
   require(bytes == 0 || (in != nullptr && out != nullptr), "in, out", "null pointer");
-  const std::int64_t words = std::max<std::int64_t>(words_of(bytes), 1);
-  check_ll_words(table, words, "peer_all_gather");
   const ByteView from(in, dims.outer, dims.inner_bytes, dims.share_outer_stride, 0);
   const ByteView to(out, dims.outer, dims.inner_bytes, dims.full_outer_stride,
                     dims.full_rank_stride);
-  const Grid grid = ll_grid(words, table);
+  const std::int64_t words = words_of(bytes);
+  if (share_path(table, bytes, path, "peer_all_gather") == PeerPath::flag_line) {
+    with_views(from, to, [&]<class View>(const View& source, const View& target) {
+      const ShareArgs<View> args{source, target, static_cast<std::uint32_t>(words)};
+      with_line_ranks<View>(table.size, [&](auto n) {
+        const Grid grid = line_grid<n()>(words, table);
+        launch(gather_line_kernel<n(), ShareArgs<View>>, grid.blocks, grid.threads, stream,
+               Group<n()>(table), args);
+      });
+    });
+    return;
+  }
+  const std::int64_t used = std::max<std::int64_t>(words, 1);  // an empty call signals nevertheless
+  const Grid grid = ll_grid(used, table);
   with_views(from, to, [&]<class View>(const View& source, const View& target) {
     with_ranks(table.size, [&](auto n) {
       launch(all_gather_kernel<n(), View>, grid.blocks, grid.threads, stream, Group<n()>(table),
-             source, target, static_cast<std::uint32_t>(words));
+             source, target, static_cast<std::uint32_t>(used));
     });
   });
 }

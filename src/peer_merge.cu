@@ -47,6 +47,12 @@ struct MergeArgs {
     const std::uint32_t head = row - batch * heads.divisor;
     return *lse.at(batch, static_cast<std::uint32_t>(rank) * heads.divisor + head);
   }
+  /// Those of rows 2i and 2i+1.
+  __device__ __forceinline__ uint2 load_lses(int rank, std::uint32_t i) const {
+    const float first = 2 * i < rows ? load_lse(rank, 2 * i) : 0.0F;
+    const float second = 2 * i + 1 < rows ? load_lse(rank, 2 * i + 1) : 0.0F;
+    return make_uint2(__float_as_uint(first), __float_as_uint(second));
+  }
   __device__ __forceinline__ void store(const MergePlace& p, uint2 value) const {
     store_as(merged.row(p.batch, p.head) + p.byte, value, kAligned || merged.aligned);
   }
@@ -61,26 +67,38 @@ struct MergeArgs {
 template <int kRanks>
 using MergeFor = MergeArgs<(kRanks > 0)>;
 
-/// Sends the LSEs, two a flag word, from word `at` of each lane on. With `words` 0 the one word of
-/// an empty call.
+/// Sends the LSEs, two a flag word, from word `at` of each lane on: words `first` and every
+/// worker_count()th. With `words` 0 the one word of an empty call.
 template <int kRanks>
 __device__ __forceinline__ void send_lses(const Group<kRanks>& g, const Call& c,
                                           const MergeFor<kRanks>& a, std::uint32_t at,
-                                          std::uint32_t count) {
+                                          std::uint32_t first, std::uint32_t count) {
   const std::uint32_t step = worker_count();
 #pragma unroll 1
-  for (std::uint32_t i = worker_number(); i < count; i += step) {
+  for (std::uint32_t i = first; i < count; i += step) {
     const std::int64_t place = ll_own_place(g, c, at + i);
 #pragma unroll
     for (int k = 1; k < g.size(); ++k) {
-      const int p = g.rank_at(k);
-      const float first = 2 * i < a.rows ? a.load_lse(p, 2 * i) : 0.0F;
-      const float second = 2 * i + 1 < a.rows ? a.load_lse(p, 2 * i + 1) : 0.0F;
-      ll_store(g.peers[k] + place, make_uint2(__float_as_uint(first), __float_as_uint(second)),
-               c.flag);
+      ll_store(g.peers[k] + place, a.load_lses(g.rank_at(k), i), c.flag);
     }
   }
 }
+
+/// The first LSEs that a thread sends to each peer, loaded while the epoch is on its way.
+template <int kRanks>
+struct FirstLses {
+  uint2 lses[Group<kRanks>::kMost];
+  bool any;
+
+  __device__ __forceinline__ FirstLses(const Group<kRanks>& g, const MergeFor<kRanks>& a,
+                                       std::uint32_t count)
+      : any(sends_ahead<kRanks>(count)) {
+#pragma unroll
+    for (int k = 1; k < kRanks; ++k) {
+      lses[k] = any ? a.load_lses(g.rank_at(k), worker_number()) : make_uint2(0, 0);
+    }
+  }
+};
 
 __device__ __forceinline__ float lse_of(uint4 flag_word, std::uint32_t row) {
   return __uint_as_float((row & 1U) != 0 ? flag_word.z : flag_word.x);
@@ -98,9 +116,8 @@ __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c
   uint4 values[kBatch<kRanks>] = {};
   const auto receive = [&](int r0) {
     uint4 lses[kBatch<kRanks>] = {};
-    while (true) {
-      std::uint32_t wrong = 0;
-      int missing = r0;
+    return await(g, c, patience, [&] {
+      int missing = -1;
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
         const bool wanted = is_peer(g, r0 + j);
@@ -109,21 +126,16 @@ __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c
       }
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
-        const std::uint32_t differs =
-            is_peer(g, r0 + j) ? ll_differs(values[j], c) | ll_differs(lses[j], c) : 0;
-        missing = differs != 0 ? r0 + j : missing;
-        wrong |= differs;
-        if (r0 + j < g.size()) {
-          scales[r0 + j] = r0 + j == g.rank ? own_lse : lse_of(lses[j], place.row);
+        const int r = r0 + j;
+        const bool differs =
+            is_peer(g, r) && (ll_differs(values[j], c) | ll_differs(lses[j], c)) != 0;
+        missing = differs ? r : missing;
+        if (r < g.size()) {
+          scales[r] = r == g.rank ? own_lse : lse_of(lses[j], place.row);
         }
       }
-      if (wrong == 0) {
-        return true;
-      }
-      if (patience.is_over(g, c, missing)) {
-        return false;
-      }
-    }
+      return missing;
+    });
   };
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
     if (!receive(r0)) {
@@ -153,12 +165,12 @@ __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c
 
 /// Lane: `words` words of payload, then the LSEs.
 template <int kRanks, class T>
-__global__ void __launch_bounds__(kLlThreads)
+__global__ void __launch_bounds__(kLlThreads, 1)
     merge_word_kernel(const __grid_constant__ Group<kRanks> g,
                       const __grid_constant__ MergeFor<kRanks> a, std::uint32_t lse_words) {
   Call c;
   Patience patience;
-  begin();
+  const Found found = begin(g);
   const std::uint32_t first = worker_number();
   const std::uint32_t step = worker_count();
   // The words for all peers, loaded while the epoch is on its way, where their number is a
@@ -176,10 +188,10 @@ __global__ void __launch_bounds__(kLlThreads)
   if (first < a.words) {
     load(first);
   }
-  if (!enter(g, c, a.words + lse_words)) {
+  if (!enter(g, found, c, a.words + lse_words)) {
     return;
   }
-  send_lses(g, c, a, a.words, lse_words);  // first, because every word of a row needs them
+  send_lses(g, c, a, a.words, first, lse_words);  // first, because every word of a row needs them
 #pragma unroll 1
   for (std::uint32_t i = first; i < a.words;) {
     const std::int64_t place = ll_own_place(g, c, i);
@@ -210,35 +222,6 @@ __global__ void __launch_bounds__(kLlThreads)
   }
 }
 
-/// A group of lines for every peer on its way.
-template <int kRanks>
-__device__ __forceinline__ void send_lines(const Group<kRanks>& g, const Call& c,
-                                           const MergeFor<kRanks>& a, std::uint32_t group) {
-  const LinePart part(group);
-  const bool has_first = part.word < a.words;
-  const bool has_second = !part.flag && part.word + 1 < a.words;
-  const MergePlace first_place = a.place(part.word);
-  const MergePlace second_place = a.place(part.word + 1);
-  constexpr int kMost = kRanks > 0 ? kRanks : 2;  // in flight together
-  for (int k0 = 1; k0 < g.size(); k0 += kMost - 1) {
-    uint2 first[kMost];
-    uint2 second[kMost];
-#pragma unroll
-    for (int j = 1; j < kMost; ++j) {
-      const int p = g.rank_at(k0 + j - 1);
-      first[j] = has_first ? a.load(p, first_place) : make_uint2(0, 0);
-      second[j] = has_second ? a.load(p, second_place) : make_uint2(0, 0);
-    }
-    if (part.line * kLineWords < a.words) {
-      const std::int64_t place = line_own_place(g, c, part);
-#pragma unroll
-      for (int j = 1; j < kMost; ++j) {
-        line_store(g.peers[k0 + j - 1] + place, first[j], second[j], c, part);
-      }
-    }
-  }
-}
-
 /// Merges a group of lines. A group spans at most 31 rows, because a row has at least two words:
 /// thread i has the LSEs of the group's row i and hands their scales to those that need them. False
 /// in the whole warp if a wait failed.
@@ -264,8 +247,7 @@ __device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& 
   uint4 values[kBatch<kRanks>] = {};
   const auto receive = [&](int r0, bool again) {
     uint4 lses[kBatch<kRanks>] = {};
-    while (true) {
-      std::uint32_t wrong = 0;
+    return await_in_warp(g, c, patience, [&] {
       int missing = -1;
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
@@ -282,18 +264,12 @@ __device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& 
                     (has_row && !again ? ll_differs(lses[j], c) : 0);
         }
         missing = differs != 0 ? r : missing;
-        wrong |= differs;
         if (r < g.size() && !again) {
           scales[r] = r == g.rank ? own_lse : lse_of(lses[j], row);
         }
       }
-      if (__all_sync(kFullWarp, wrong == 0)) {
-        return true;
-      }
-      if (__any_sync(kFullWarp, patience.is_over(g, c, missing))) {
-        return false;
-      }
-    }
+      return missing;
+    });
   };
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
     if (!receive(r0, false)) {
@@ -336,18 +312,39 @@ __device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& 
 
 /// Payload in lines, LSEs in flag words.
 template <int kRanks, class T>
-__global__ void __launch_bounds__(kLineThreads<kRanks>)
+__global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
     merge_line_kernel(const __grid_constant__ Group<kRanks> g,
                       const __grid_constant__ MergeFor<kRanks> a, std::uint32_t lse_words) {
   Call c;
   Patience patience;
-  begin();
-  if (!enter(g, c, lse_words)) {
+  const LineRole role(a.words);
+  const auto word_for = [&](int rank, std::uint32_t word) { return a.load(rank, a.place(word)); };
+  const auto load = [&](std::uint32_t group) {
+    return load_for_peers(g, a.words, group, word_for);
+  };
+  const FirstPlaces<kRanks> places(g, worker_number());
+  const Found found = begin(g);
+  // Loaded while the epoch is on its way.
+  const FirstLses<kRanks> lses(g, a, lse_words);
+  PeerLineWords<kRanks> first = {};
+  if (role.leads()) {
+    first = load(role.first);
+  }
+  const auto send_first = [&](bool wanted) {
+#pragma unroll
+    for (int k = 1; k < kRanks; ++k) {
+      places.store_if(wanted && lses.any, c, k, lses.lses[k]);
+    }
+  };
+  if (!enter(g, found, c, lse_words, send_first)) {
     return;
   }
-  send_lses(g, c, a, 0, lse_words);
+  send_lses(g, c, a, 0, second_word<kRanks>(), lse_words);
   exchange_lines(
-      g, c, a.words, [&](std::uint32_t group) { send_lines(g, c, a, group); },
+      g, c, role, first, load,
+      [&](std::uint32_t group, const PeerLineWords<kRanks>& loaded) {
+        send_to_peers(g, c, a.words, group, loaded, word_for);
+      },
       [&](std::uint32_t group) { return merge_lines<kRanks, T>(g, c, a, group, patience); });
 }
 

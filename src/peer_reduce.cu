@@ -1,38 +1,11 @@
 #include "byte_view.cuh"
 #include "peer_device.cuh"
 
-// Reduce-scatter and all-reduce through flag words.
+// Reduce-scatter through flag words or lines, and all-reduce through flag words.
 
 namespace cohort::cuda {
 namespace detail {
 namespace {
-
-/// The words for all peers, loaded while the epoch is on its way. Where the number of ranks is no
-/// constant they are loaded when they are sent.
-template <int kRanks, class View>
-class PeerWords {
- public:
-  __device__ __forceinline__ void load(const Group<kRanks>& g, const View& in, std::uint32_t word) {
-    if constexpr (kRanks > 0) {
-#pragma unroll
-      for (int k = 1; k < kRanks; ++k) {
-        words_[k] = load_word(in, word, g.rank_at(k));
-      }
-    }
-  }
-  __device__ __forceinline__ void send(const Group<kRanks>& g, const Call& c, const View& in,
-                                       std::uint32_t word) const {
-    const std::int64_t place = ll_own_place(g, c, word);
-#pragma unroll
-    for (int k = 1; k < g.size(); ++k) {
-      ll_store(g.peers[k] + place, kRanks > 0 ? words_[k] : load_word(in, word, g.rank_at(k)),
-               c.flag);
-    }
-  }
-
- private:
-  uint2 words_[kRanks > 0 ? kRanks : 1];
-};
 
 /// The ranks' sum of a word, in rank order. False if the wait for a peer's failed.
 template <class T, int kRanks>
@@ -47,7 +20,8 @@ __device__ __forceinline__ bool sum_word(const Group<kRanks>& g, const Call& c, 
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
       if (r0 + j < g.size()) {
-        total.add(r0 + j == g.rank ? own : values[j]);
+        const bool mine = r0 + j == g.rank;
+        total.add(make_uint2(mine ? own.x : values[j].x, mine ? own.y : values[j].y));
       }
     }
   }
@@ -56,33 +30,48 @@ __device__ __forceinline__ bool sum_word(const Group<kRanks>& g, const Call& c, 
 }
 
 template <int kRanks, class View, class T>
-__global__ void __launch_bounds__(kLlThreads)
+__global__ void __launch_bounds__(kLlThreads, 1)
     reduce_scatter_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ View in,
                           const __grid_constant__ View out, std::uint32_t words) {
   Call c;
   Patience patience;
-  begin();
   const std::uint32_t first = worker_number();
   const std::uint32_t step = worker_count();
-  PeerWords<kRanks, View> outgoing;
-  if (first < words) {
-    outgoing.load(g, in, first);
+  const bool has_first = sends_ahead<kRanks>(words);
+  constexpr int kMost = Group<kRanks>::kMost;
+  WordAt<View> sources[kMost];
+  uint2 outgoing[kMost];
+#pragma unroll
+  for (int k = 1; k < kRanks; ++k) {
+    sources[k] = WordAt<View>(in, first, g.rank_at(k));
   }
-  if (!enter(g, c, words)) {
+  const FirstPlaces<kRanks> places(g, first);
+  const Found found = begin(g);
+#pragma unroll
+  for (int k = 1; k < kRanks; ++k) {
+    outgoing[k] = sources[k].load_if(has_first);  // while the epoch is on its way
+  }
+  const auto send_first = [&](bool wanted) {
+#pragma unroll
+    for (int k = 1; k < kRanks; ++k) {
+      places.store_if(wanted && has_first, c, k, outgoing[k]);
+    }
+  };
+  if (!enter(g, found, c, words, send_first)) {
     return;
   }
 #pragma unroll 1
-  for (std::uint32_t i = first; i < words;) {
-    outgoing.send(g, c, in, i);
-    i += step;
-    if (i < words) {
-      outgoing.load(g, in, i);
+  for (std::uint32_t i = second_word<kRanks>(); i < words; i += step) {
+    const std::int64_t place = ll_own_place(g, c, i);
+#pragma unroll
+    for (int k = 1; k < g.size(); ++k) {
+      ll_store(g.peers[k] + place, load_word(in, i, g.rank_at(k)), c.flag);
     }
   }
   delay_point(g, c, 1);
 #pragma unroll 1
   for (std::uint32_t i = first; i < words; i += step) {
-    const auto target = target_of(out, i);
+    const WordAt<View> target(out, i);
     uint2 sum;
     if (!sum_word<T>(g, c, i, load_word(in, i, g.rank), sum, patience)) {
       return;
@@ -91,33 +80,99 @@ __global__ void __launch_bounds__(kLlThreads)
   }
 }
 
+/// Sums a group of lines, in rank order. False in the whole warp if a wait failed.
+template <class T, int kRanks, class View>
+__device__ __forceinline__ bool sum_lines(const Group<kRanks>& g, const Call& c, const View& in,
+                                          const View& out, std::uint32_t words, std::uint32_t group,
+                                          Patience& patience) {
+  const LinePart part(group);
+  const bool has_first = part.word < words;
+  const bool has_second = !part.flag && part.word + 1 < words;
+  const uint2 own_first = has_first ? load_word(in, part.word, g.rank) : make_uint2(0, 0);
+  const uint2 own_second = has_second ? load_word(in, part.word + 1, g.rank) : make_uint2(0, 0);
+  Sum<T> first;
+  Sum<T> second;
+  for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+    uint4 values[kBatch<kRanks>] = {};
+    if (!receive_lines(g, c, r0, part, part.line * kLineWords < words, values, patience)) {
+      return false;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch<kRanks>; ++j) {
+      if (r0 + j < g.size()) {
+        const bool mine = r0 + j == g.rank;
+        first.add(make_uint2(mine ? own_first.x : values[j].x, mine ? own_first.y : values[j].y));
+        second.add(
+            make_uint2(mine ? own_second.x : values[j].z, mine ? own_second.y : values[j].w));
+      }
+    }
+  }
+  if (has_first) {
+    store_word(out, part.word, first.result());
+  }
+  if (has_second) {
+    store_word(out, part.word + 1, second.result());
+  }
+  return true;
+}
+
+template <int kRanks, class View, class T>
+__global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
+    reduce_scatter_line_kernel(const __grid_constant__ Group<kRanks> g,
+                               const __grid_constant__ View in, const __grid_constant__ View out,
+                               std::uint32_t words) {
+  Call c;
+  Patience patience;
+  const LineRole role(words);
+  const auto word_for = [&](int rank, std::uint32_t word) { return load_word(in, word, rank); };
+  const auto load = [&](std::uint32_t group) { return load_for_peers(g, words, group, word_for); };
+  const Found found = begin(g);
+  PeerLineWords<kRanks> first = {};
+  if (role.leads()) {
+    first = load(role.first);  // while the epoch is on its way
+  }
+  if (!enter(g, found, c, 0)) {
+    return;
+  }
+  exchange_lines(
+      g, c, role, first, load,
+      [&](std::uint32_t group, const PeerLineWords<kRanks>& loaded) {
+        send_to_peers(g, c, words, group, loaded, word_for);
+      },
+      [&](std::uint32_t group) { return sum_lines<T>(g, c, in, out, words, group, patience); });
+}
+
 /// Everyone sends everything to everyone and reduces it all: one flight.
 template <int kRanks, class View, class T>
-__global__ void __launch_bounds__(kLlThreads)
+__global__ void __launch_bounds__(kLlThreads, 1)
     all_reduce_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ View in,
                       const __grid_constant__ View out, std::uint32_t words) {
   Call c;
   Patience patience;
-  begin();
   const std::uint32_t first = worker_number();
   const std::uint32_t step = worker_count();
-  // Loaded while the epoch is on its way.
-  uint2 value = first < words ? load_word(in, first) : make_uint2(0, 0);
-  if (!enter(g, c, words)) {
+  const bool has_first = sends_ahead<kRanks>(words);
+  const WordAt<View> source(in, first);
+  const FirstPlaces<kRanks> places(g, first);
+  const Found found = begin(g);
+  const uint2 value = source.load_if(has_first);  // while the epoch is on its way
+  const auto send_first = [&](bool wanted) {
+#pragma unroll
+    for (int k = 1; k < kRanks; ++k) {
+      places.store_if(wanted && has_first, c, k, value);
+    }
+  };
+  if (!enter(g, found, c, words, send_first)) {
     return;
   }
 #pragma unroll 1
-  for (std::uint32_t i = first; i < words;) {
-    ll_send_all(g, c, i, value);
-    i += step;
-    if (i < words) {
-      value = load_word(in, i);
-    }
+  for (std::uint32_t i = second_word<kRanks>(); i < words; i += step) {
+    ll_send_all(g, c, i, load_word(in, i));
   }
   delay_point(g, c, 1);
 #pragma unroll 1
   for (std::uint32_t i = first; i < words; i += step) {
-    const auto target = target_of(out, i);
+    const WordAt<View> target(out, i);
     uint2 sum;  // the own word is read before it is written: `out` may be `in`
     if (!sum_word<T>(g, c, i, load_word(in, i), sum, patience)) {
       return;
@@ -130,17 +185,17 @@ __global__ void __launch_bounds__(kLlThreads)
 /// second step follow the first's in each lane. A thread passes on the very word that it has
 /// reduced, so no block waits for another of its launch.
 template <int kRanks, class T>
-__global__ void __launch_bounds__(kLlThreads)
+__global__ void __launch_bounds__(kLlThreads, 1)
     all_reduce_two_step_kernel(const __grid_constant__ Group<kRanks> g,
                                const __grid_constant__ ByteView in,
                                const __grid_constant__ ByteView out, std::uint32_t share) {
   Call c;
   Patience patience;
-  begin();
+  const Found found = begin(g);
   const std::uint32_t first = worker_number();
   const std::uint32_t step = worker_count();
   const auto own_share = static_cast<std::uint32_t>(g.rank) * share;
-  if (!enter(g, c, 2 * share)) {
+  if (!enter(g, found, c, 2 * share)) {
     return;
   }
 #pragma unroll 1
@@ -203,6 +258,9 @@ void report_reduce(int n, std::vector<KernelInfo>& report) {
   with_ranks(n, [&](auto r) {
     report.push_back(describe("reduce_scatter bf16",
                               reduce_scatter_kernel<r(), FlatView, __nv_bfloat16>, kLlThreads));
+    report.push_back(describe("reduce_scatter flag_line bf16",
+                              reduce_scatter_line_kernel<r(), FlatView, __nv_bfloat16>,
+                              kLineThreads<r()>));
     report.push_back(describe("all_reduce one step bf16",
                               all_reduce_kernel<r(), FlatView, __nv_bfloat16>, kLlThreads));
     report.push_back(describe("all_reduce two steps bf16",
@@ -215,22 +273,34 @@ void report_reduce(int n, std::vector<KernelInfo>& report) {
 using namespace detail;
 
 void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dtype, const void* in,
-                         void* out, cudaStream_t stream) {
+                         void* out, cudaStream_t stream, PeerPath path) {
   check_table(table);
   require(dims.outer >= 0 && dims.inner_bytes >= 0, "dims", "negative extent");
   const std::int64_t bytes = dims.outer * dims.inner_bytes;
   check_sum_view(dtype, in, out, bytes);
-  const std::int64_t words = std::max<std::int64_t>(words_of(bytes), 1);
-  check_ll_words(table, words, "peer_reduce_scatter");
   const ByteView from(in, dims.outer, dims.inner_bytes, dims.full_outer_stride,
                       dims.full_rank_stride);
   const ByteView to(out, dims.outer, dims.inner_bytes, dims.share_outer_stride, 0);
-  const Grid grid = ll_grid(words, table);
+  const std::int64_t words = words_of(bytes);
+  if (share_path(table, bytes, path, "peer_reduce_scatter") == PeerPath::flag_line) {
+    with_float_type(dtype, "dtype", [&]<class T>(T*) {
+      with_views(from, to, [&]<class View>(const View& source, const View& target) {
+        with_line_ranks<View>(table.size, [&](auto n) {
+          const Grid grid = line_grid<n()>(words, table);
+          launch(reduce_scatter_line_kernel<n(), View, T>, grid.blocks, grid.threads, stream,
+                 Group<n()>(table), source, target, static_cast<std::uint32_t>(words));
+        });
+      });
+    });
+    return;
+  }
+  const std::int64_t used = std::max<std::int64_t>(words, 1);  // an empty call signals nevertheless
+  const Grid grid = ll_grid(used, table);
   with_float_type(dtype, "dtype", [&]<class T>(T*) {
     with_views(from, to, [&]<class View>(const View& source, const View& target) {
       with_ranks(table.size, [&](auto n) {
         launch(reduce_scatter_kernel<n(), View, T>, grid.blocks, grid.threads, stream,
-               Group<n()>(table), source, target, static_cast<std::uint32_t>(words));
+               Group<n()>(table), source, target, static_cast<std::uint32_t>(used));
       });
     });
   });

@@ -26,6 +26,10 @@ namespace {
   if (world.size() > 1) {
     parts.transport = parts.backend->connect(*parts.control);
     found = parts.transport->capabilities();
+    if (PeerKernels* kernels = parts.transport->peer_kernels(); config.own && kernels != nullptr) {
+      constexpr std::size_t kLargestOwnCollective = std::size_t{16} << 20;
+      kernels->reserve(kLargestOwnCollective);
+    }
   }
   const SymmetricOptions options{
       .enabled = config.symmetric, .selection = Selection::all(), .peer_mapping = config.own};

@@ -71,6 +71,9 @@ class CudaPeerKernels final : public PeerKernels {
     DescriptorRoute route = DescriptorRoute::automatic;
   };
 
+  /// Bytes of flag lines to a peer before anything is reserved: as many as flag words carry.
+  static constexpr std::int64_t kFirstLineBytes = cuda::InboxOptions{}.flag_word_bytes;
+
   /// The kernels, or why the ranks' memory cannot be mapped; equal on all ranks.
   struct Outcome {
     std::unique_ptr<CudaPeerKernels> kernels;
@@ -84,7 +87,8 @@ class CudaPeerKernels final : public PeerKernels {
                                    group.size(), cuda::kMaxPeers)};
     }
     std::unique_ptr<CudaPeerKernels> kernels(new CudaPeerKernels(group, device, options));
-    if (auto refusal = kernels->build(0); !refusal.empty()) {
+    if (auto refusal = kernels->build(options.whole_lines ? kFirstLineBytes : 0);
+        !refusal.empty()) {
       return {nullptr, std::move(refusal)};
     }
     return {std::move(kernels), {}};
@@ -172,7 +176,7 @@ class CudaPeerKernels final : public PeerKernels {
   // types alone, which are equal on all ranks, and never on a rank's strides.
 
   [[nodiscard]] bool can_all_gather(std::size_t share_bytes) const {
-    return static_cast<std::int64_t>(share_bytes) <= cuda::max_all_gather_bytes(table().layout);
+    return static_cast<std::int64_t>(share_bytes) <= cuda::max_share_bytes(table().layout);
   }
   void all_gather(const cuda::AlongDim& dims, const void* in, void* out, cudaStream_t stream) {
     cuda::peer_all_gather(table(), dims, in, out, stream);
@@ -181,7 +185,7 @@ class CudaPeerKernels final : public PeerKernels {
 
   [[nodiscard]] bool can_reduce_scatter(std::size_t share_bytes, DType dtype, ReduceOp op) const {
     return detail::is_kernel_sum(dtype, op) &&
-           static_cast<std::int64_t>(share_bytes) <= cuda::max_reduce_scatter_bytes(table().layout);
+           static_cast<std::int64_t>(share_bytes) <= cuda::max_share_bytes(table().layout);
   }
   void reduce_scatter(const cuda::AlongDim& dims, DType dtype, const void* in, void* out,
                       cudaStream_t stream) {

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <cstddef>
@@ -136,7 +137,7 @@ void pack_query(const Query& query, void* out, std::int64_t out_batch_stride,
 
 /// How a peer kernel moves its bytes.
 enum class PeerPath : std::uint8_t {
-  automatic,  ///< By size; see `choose_merge_path` and `choose_query_path`.
+  automatic,  ///< By size; see `choose_merge_path`, `choose_query_path`, `choose_share_path`.
   flag_word,  ///< Every 8 bytes travel with their epoch as a flag: one flight, twice the bytes.
   /// Every 120 bytes travel with their epoch in one line of 128: one flight, 1/15 more bytes. Needs
   /// links that keep a line's store whole, as NVLink and a card's own memory do; elsewhere the
@@ -152,16 +153,19 @@ struct PathRow {
   PeerPath path;
 };
 
-/// The merge's and the query gather's size tables.
+/// The size tables of the merge, the query gather, and all-gathers and reduce-scatters.
 [[nodiscard]] std::span<const PathRow> merge_path_table() noexcept;
 [[nodiscard]] std::span<const PathRow> query_path_table() noexcept;
+[[nodiscard]] std::span<const PathRow> share_path_table() noexcept;
 
 /// The path of a call: the table's, or the nearest that the inbox has room for.
 /// @throw UsageError with the bytes needed and the bytes there, if the inbox has room for none.
 [[nodiscard]] PeerPath choose_merge_path(const InboxLayout& layout, const MergeShape& shape);
 [[nodiscard]] PeerPath choose_query_path(const InboxLayout& layout, const Query& query);
+/// Of an all-gather or a reduce-scatter; `share_bytes` is one rank's.
+[[nodiscard]] PeerPath choose_share_path(const InboxLayout& layout, std::int64_t share_bytes);
 
-/// Bytes of one lane that a call needs, for `InboxOptions`: flag words, or a bulk lane.
+/// Bytes of one lane that a call needs, for `InboxOptions`: flag words, or flag lines.
 [[nodiscard]] std::int64_t merge_lane_bytes(const MergeShape& shape, int n, PeerPath path);
 [[nodiscard]] std::int64_t query_lane_bytes(const Query& query, PeerPath path);
 
@@ -185,11 +189,8 @@ struct AlongDim {
 
 /// Most bytes that one rank's share (all-gather, reduce-scatter) or the whole buffer (all-reduce)
 /// may have.
-[[nodiscard]] constexpr std::int64_t max_all_gather_bytes(const InboxLayout& layout) noexcept {
-  return layout.ll_words * 8;
-}
-[[nodiscard]] constexpr std::int64_t max_reduce_scatter_bytes(const InboxLayout& layout) noexcept {
-  return layout.ll_words * 8;
+[[nodiscard]] constexpr std::int64_t max_share_bytes(const InboxLayout& layout) noexcept {
+  return std::max(layout.flag_word_capacity(), layout.flag_line_capacity());
 }
 [[nodiscard]] constexpr std::int64_t max_all_reduce_bytes(const InboxLayout& layout) noexcept {
   // In two steps a lane holds a share of the input and a share of the result.
@@ -198,12 +199,13 @@ struct AlongDim {
 
 /// in [outer][inner] -> out [outer][n][inner] on every rank. Moves bytes.
 void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* in, void* out,
-                     cudaStream_t stream);
+                     cudaStream_t stream, PeerPath path = PeerPath::automatic);
 
 /// in [outer][n][inner] -> out [outer][inner]: the ranks' sum of this rank's share, in rank order,
-/// accumulated in fp32 and rounded once. f32, f16, bf16. `out` may be this rank's share of `in`.
+/// accumulated in fp32 and rounded once, whatever the path. f32, f16, bf16. `out` may be this
+/// rank's share of `in`.
 void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dtype, const void* in,
-                         void* out, cudaStream_t stream);
+                         void* out, cudaStream_t stream, PeerPath path = PeerPath::automatic);
 
 /// out[i] = sum over the ranks of in[i], in rank order, accumulated in fp32 and rounded once; the
 /// same bits on every rank. `out` may be `in`. f32, f16, bf16.

@@ -45,18 +45,18 @@
 
 namespace cohort {
 
-/// Total bytes up to which the own kernels take a collective, where no option says otherwise.
-/// Between two cards they beat NCCL, registered buffers or not, at every size that an inbox has
-/// room for: bench/results/nvidia-h100-80gb-hbm3-2ranks.json, where 1 MiB takes them half of NCCL's
-/// time. For more ranks, each of which sends to all others, nothing is measured beyond what two
-/// need.
+/// Total bytes up to which the own kernels take a collective that an inbox has room for, where no
+/// option says otherwise. Between two cards they beat NCCL, registered buffers or not, at every
+/// size: bench/results/nvidia-h100-80gb-hbm3-2ranks.json. They hold more multiprocessors than NCCL
+/// does, so calls that take tens of microseconds are left to it. For more ranks, each of which
+/// sends to all others, nothing is measured beyond what two need.
 [[nodiscard]] constexpr std::size_t default_own_max_bytes(Collective collective,
                                                           int ranks) noexcept {
   constexpr std::size_t kKiB = 1024;
   switch (collective) {
     case Collective::all_gather:
     case Collective::reduce_scatter:
-      return (ranks == 2 ? 1024 : 256) * kKiB;
+      return (ranks == 2 ? 4096 : 256) * kKiB;
     case Collective::all_reduce:
       return (ranks == 2 ? 512 : 256) * kKiB;
     case Collective::all_to_all:

@@ -8,6 +8,10 @@
 namespace cohort::test {
 namespace {
 
+using cuda::PeerPath;
+
+constexpr PeerPath kPaths[] = {PeerPath::flag_word, PeerPath::flag_line};
+
 /// One side of `AlongDim` with `gap` bytes after each outer index, at `shift` bytes of a buffer.
 struct Case {
   std::int64_t outer;
@@ -24,9 +28,9 @@ cuda::AlongDim dims_of(const Case& c, int n) {
   return {c.outer, inner, inner + gap, n * (inner + gap), inner + gap};
 }
 
-std::string name(const char* op, const Case& c, int n) {
-  return fmt::format("{} n={} outer={} inner={} gap={} shift={} {}", op, n, c.outer, c.inner, c.gap,
-                     c.shift, to_string(c.dtype));
+std::string name(const char* op, const Case& c, int n, PeerPath path) {
+  return fmt::format("{} {} n={} outer={} inner={} gap={} shift={} {}", op, cuda::to_string(path),
+                     n, c.outer, c.inner, c.gap, c.shift, to_string(c.dtype));
 }
 
 struct Sides {
@@ -50,7 +54,7 @@ std::vector<Buffer> make_buffers(int n, std::size_t bytes) {
   return buffers;
 }
 
-bool all_gather_right(World& world, const Case& c, Random& random) {
+bool all_gather_right(World& world, const Case& c, PeerPath path, Random& random) {
   const int n = world.size();
   const Sides s = sides_of(c, n);
   std::vector<std::vector<std::byte>> in;
@@ -63,7 +67,7 @@ bool all_gather_right(World& world, const Case& c, Random& random) {
   }
   world.run([&](int r, const cuda::PeerTable& t, cudaStream_t stream) {
     cuda::peer_all_gather(t, dims_of(c, n), from[to_size(r)].at(s.shift),
-                          to[to_size(r)].at(s.shift), stream);
+                          to[to_size(r)].at(s.shift), stream, path);
   });
   const std::size_t row = to_size(c.inner + c.gap) * s.element;
   std::vector<std::byte> want(s.full_span * s.element, std::byte{0xff});
@@ -93,7 +97,7 @@ bool is_sum(DType dtype, double got, const std::vector<double>& terms) {
          roundoff(dtype) * std::abs(sum) + static_cast<double>(terms.size()) * 0x1p-23 * magnitude;
 }
 
-bool reduce_scatter_right(World& world, const Case& c, Random& random, bool exact) {
+bool reduce_scatter_right(World& world, const Case& c, PeerPath path, Random& random, bool exact) {
   const int n = world.size();
   const Sides s = sides_of(c, n);
   std::vector<std::vector<std::byte>> in;
@@ -106,7 +110,7 @@ bool reduce_scatter_right(World& world, const Case& c, Random& random, bool exac
   }
   world.run([&](int r, const cuda::PeerTable& t, cudaStream_t stream) {
     cuda::peer_reduce_scatter(t, dims_of(c, n), c.dtype, from[to_size(r)].at(s.shift),
-                              to[to_size(r)].at(s.shift), stream);
+                              to[to_size(r)].at(s.shift), stream, path);
   });
   bool good = true;
   for (int r = 0; r < n; ++r) {
@@ -161,12 +165,14 @@ bool all_reduce_right(World& world, std::int64_t count, DType dtype, bool in_pla
   return good;
 }
 
-/// Elements around the boundaries of words (8 bytes), blocks and grids.
+/// Elements around the boundaries of words (8 bytes), lines (15 words), groups of lines, blocks and
+/// grids.
 std::vector<std::int64_t> counts_of(const World& world, DType dtype) {
   const auto per_word = 8 / static_cast<std::int64_t>(size_of(dtype));
   const std::int64_t grid = std::int64_t{512} * world.layout().max_blocks;
   std::vector<std::int64_t> counts = {0, 1, 2, 3, 4, 5, 7, 8, 9};
-  for (const std::int64_t words : {std::int64_t{64}, std::int64_t{128}, std::int64_t{512}, grid}) {
+  for (const std::int64_t words : {std::int64_t{15}, std::int64_t{60}, std::int64_t{64},
+                                   std::int64_t{128}, std::int64_t{512}, grid}) {
     for (const std::int64_t delta : {-1, 0, 1}) {
       counts.push_back(words * per_word + delta);
     }
@@ -181,8 +187,11 @@ void test_sizes(Tally& tally, World& world, Random& random) {
     for (const std::int64_t count : counts_of(world, dtype)) {
       const bool exact = random() % 2 == 0;
       const Case c{1, count, 0, 0, dtype};
-      tally.expect(all_gather_right(world, c, random), name("all_gather", c, n));
-      tally.expect(reduce_scatter_right(world, c, random, exact), name("reduce_scatter", c, n));
+      for (const PeerPath path : kPaths) {
+        tally.expect(all_gather_right(world, c, path, random), name("all_gather", c, n, path));
+        tally.expect(reduce_scatter_right(world, c, path, random, exact),
+                     name("reduce_scatter", c, n, path));
+      }
       tally.expect(all_reduce_right(world, count, dtype, random() % 2 == 0, random, exact),
                    fmt::format("all_reduce n={} count={} {}", n, count, to_string(dtype)));
     }
@@ -195,22 +204,44 @@ void test_strides(Tally& tally, World& world, Random& random) {
                         Case{16, 1, 0, 0, DType::bf16}, Case{9, 12, 4, 0, DType::bf16},
                         Case{4, 64, 0, 1, DType::bf16}, Case{6, 5, 3, 3, DType::f16},
                         Case{7, 6, 2, 0, DType::f32}, Case{33, 100, 0, 1, DType::f32}}) {
-    tally.expect(all_gather_right(world, c, random), name("all_gather", c, n));
-    tally.expect(reduce_scatter_right(world, c, random, true), name("reduce_scatter", c, n));
+    for (const PeerPath path : kPaths) {
+      tally.expect(all_gather_right(world, c, path, random), name("all_gather", c, n, path));
+      tally.expect(reduce_scatter_right(world, c, path, random, true),
+                   name("reduce_scatter", c, n, path));
+    }
   }
+}
+
+/// More groups of lines than warps, so that some warps send and others receive.
+void test_large(Tally& tally, int n) {
+  constexpr std::int64_t kWarps = 31;
+  constexpr std::int64_t kGroupBytes = 480;
+  const std::int64_t blocks = World(n, 0, 0).layout().max_blocks;
+  const std::int64_t bytes = 2 * blocks * kWarps * kGroupBytes;
+  World world(n, 8 << 10, bytes + 1024);
+  Random random(static_cast<unsigned>(n));
+  for (const Case& c :
+       {Case{1, bytes / 2 + 1, 0, 0, DType::bf16}, Case{2, bytes / 8, 4, 0, DType::f32}}) {
+    tally.expect(all_gather_right(world, c, PeerPath::automatic, random),
+                 name("large all_gather", c, n, PeerPath::automatic));
+    tally.expect(reduce_scatter_right(world, c, PeerPath::automatic, random, true),
+                 name("large reduce_scatter", c, n, PeerPath::automatic));
+  }
+  tally.expect(world.healthy(), fmt::format("large payloads set no error word, n={}", n));
 }
 
 /// Calls whose grids differ, across the wrap of the lower half of the epoch.
 void test_wrap(Tally& tally, int n) {
   const std::uint64_t start = (std::uint64_t{1} << 32) - 8;
-  World world(n, 64 << 10, 0, start);
+  World world(n, 64 << 10, 64 << 10, start);
   Random random(static_cast<unsigned>(n));
   std::uint64_t epoch = start;
   bool good = true;
   for (int i = 0; i < 24; ++i) {
     const Case c{1, i % 3 == 0 ? 8 : 3000, 0, 0, DType::bf16};
-    good = good && (i % 2 == 0 ? all_gather_right(world, c, random)
-                               : reduce_scatter_right(world, c, random, true));
+    const PeerPath path = kPaths[i / 2 % 2];
+    good = good && (i % 2 == 0 ? all_gather_right(world, c, path, random)
+                               : reduce_scatter_right(world, c, path, random, true));
     epoch = cuda::next_epoch(epoch);
     for (int r = 0; r < n; ++r) {
       good = good && world.epoch(r) == epoch;
@@ -230,7 +261,7 @@ void test_barrier(Tally& tally, World& world) {
 }  // namespace
 
 void test_collectives(Tally& tally, int n) {
-  World world(n, 768 << 10, 0);
+  World world(n, 768 << 10, 768 << 10);
   Random random(static_cast<unsigned>(100 + n));
   test_sizes(tally, world, random);
   test_strides(tally, world, random);
@@ -240,6 +271,7 @@ void test_collectives(Tally& tally, int n) {
   test_barrier(tally, world);
   tally.expect(world.healthy(), fmt::format("no error word set, n={}", n));
   test_wrap(tally, n);
+  test_large(tally, n);
 }
 
 }  // namespace cohort::test

@@ -46,11 +46,21 @@ std::vector<Operation> operations() {
   const auto dims = cuda::AlongDim::contiguous(1, 4096, kRanks);
   return {
       {"barrier", [](auto& t, auto*, auto*, auto s) { cuda::peer_barrier(t, s); }},
-      {"all_gather",
-       [=](auto& t, auto* in, auto* out, auto s) { cuda::peer_all_gather(t, dims, in, out, s); }},
-      {"reduce_scatter",
+      {"all_gather flag_word",
        [=](auto& t, auto* in, auto* out, auto s) {
-         cuda::peer_reduce_scatter(t, dims, DType::bf16, in, out, s);
+         cuda::peer_all_gather(t, dims, in, out, s, PeerPath::flag_word);
+       }},
+      {"all_gather flag_line",
+       [=](auto& t, auto* in, auto* out, auto s) {
+         cuda::peer_all_gather(t, dims, in, out, s, PeerPath::flag_line);
+       }},
+      {"reduce_scatter flag_word",
+       [=](auto& t, auto* in, auto* out, auto s) {
+         cuda::peer_reduce_scatter(t, dims, DType::bf16, in, out, s, PeerPath::flag_word);
+       }},
+      {"reduce_scatter flag_line",
+       [=](auto& t, auto* in, auto* out, auto s) {
+         cuda::peer_reduce_scatter(t, dims, DType::bf16, in, out, s, PeerPath::flag_line);
        }},
       {"all_reduce one step",
        [](auto& t, auto* in, auto* out, auto s) {
@@ -126,7 +136,7 @@ void test_refusals(Tally& tally, World& world, std::byte* memory) {
     tally.expect(is_refused(call), what);
   };
   refuses("an all-gather beyond the inbox is refused", [&] {
-    const auto bytes = cuda::max_all_gather_bytes(t.layout) + 8;
+    const auto bytes = cuda::max_share_bytes(t.layout) + 8;
     cuda::peer_all_gather(t, cuda::AlongDim::contiguous(1, bytes, kRanks), memory, memory, nullptr);
   });
   refuses("an integer sum is refused",

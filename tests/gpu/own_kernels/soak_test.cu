@@ -360,9 +360,9 @@ class Soak {
     const auto dims = cuda::AlongDim::contiguous(s.outer, s.inner * 2, n);
     switch (s.kind) {
       case Kind::gather:
-        return cuda::peer_all_gather(t, dims, in, out, stream);
+        return cuda::peer_all_gather(t, dims, in, out, stream, s.path);
       case Kind::scatter:
-        return cuda::peer_reduce_scatter(t, dims, DType::bf16, in, out, stream);
+        return cuda::peer_reduce_scatter(t, dims, DType::bf16, in, out, stream, s.path);
       case Kind::reduce:
         return cuda::peer_all_reduce(t, s.outer * s.inner, DType::bf16, in, out, stream);
       case Kind::query:

@@ -36,6 +36,9 @@ TEST_CASE("small merges go in flag words and large ones in flag lines", "[kernel
   CHECK(cuda::choose_merge_path(both, kLarge) == PeerPath::flag_line);
   CHECK(cuda::choose_query_path(both, query(1)) == PeerPath::flag_word);
   CHECK(cuda::choose_query_path(both, query(128)) == PeerPath::flag_line);
+  CHECK(cuda::choose_share_path(both, 0) == PeerPath::flag_word);
+  CHECK(cuda::choose_share_path(both, 32 * kKiB) == PeerPath::flag_word);
+  CHECK(cuda::choose_share_path(both, 1024 * kKiB) == PeerPath::flag_line);
 }
 
 TEST_CASE("a path that has no room gives way to the other", "[kernels]") {
@@ -45,12 +48,16 @@ TEST_CASE("a path that has no room gives way to the other", "[kernels]") {
   CHECK(cuda::choose_merge_path(words, kLarge) == PeerPath::flag_word);
   CHECK(cuda::choose_query_path(lines, query(1)) == PeerPath::flag_line);
   CHECK(cuda::choose_query_path(words, query(128)) == PeerPath::flag_word);
+  CHECK(cuda::choose_share_path(lines, 2 * kKiB) == PeerPath::flag_line);
+  CHECK(cuda::choose_share_path(words, 1024 * kKiB) == PeerPath::flag_word);
 }
 
 TEST_CASE("what fits by neither path is refused with the numbers", "[kernels]") {
   const auto none = inbox(1 * kKiB, 1 * kKiB);
   CHECK_THROWS_AS(cuda::choose_merge_path(none, kSmall), UsageError);
   CHECK_THROWS_AS(cuda::choose_query_path(none, query(1)), UsageError);
+  CHECK_THROWS_AS(cuda::choose_share_path(none, cuda::max_share_bytes(none) + 1), UsageError);
+  CHECK(cuda::max_share_bytes(inbox(1 * kKiB, 2 * kKiB)) >= 2 * kKiB);
   // The LSEs of a merge in lines travel as flag words.
   CHECK_THROWS_AS(cuda::choose_merge_path(inbox(1 * kKiB, 16 * 1024 * kKiB), kLarge), UsageError);
 }
@@ -65,7 +72,8 @@ TEST_CASE("a lane holds the payload, and as flag words the LSEs as well", "[kern
 }
 
 TEST_CASE("the tables of paths grow and end with what takes all", "[kernels]") {
-  for (const auto table : {cuda::merge_path_table(), cuda::query_path_table()}) {
+  for (const auto table :
+       {cuda::merge_path_table(), cuda::query_path_table(), cuda::share_path_table()}) {
     REQUIRE_FALSE(table.empty());
     for (std::size_t i = 1; i < table.size(); ++i) {
       CHECK(table[i - 1].max_bytes_sent < table[i].max_bytes_sent);

@@ -10,19 +10,16 @@ TEST_CASE("the own kernels take what was measured to be faster, and sums and gat
           "[nccl]") {
   constexpr std::size_t kKiB = 1024;
   for (const auto collective : {Collective::all_gather, Collective::reduce_scatter}) {
-    CHECK(default_own_max_bytes(collective, 2) == 1024 * kKiB);
+    CHECK(default_own_max_bytes(collective, 2) == 4096 * kKiB);
     CHECK(default_own_max_bytes(collective, 8) == 256 * kKiB);
   }
   CHECK(default_own_max_bytes(Collective::all_reduce, 2) == 512 * kKiB);
   CHECK(default_own_max_bytes(Collective::all_reduce, 8) == 256 * kKiB);
   CHECK(default_own_max_bytes(Collective::all_to_all, 2) == 0);
   CHECK(default_own_max_bytes(Collective::broadcast, 2) == 0);
-  // What two ranks may take fits the smallest inbox.
+  // The smallest inbox has room for a MiB, and for what all-reduce may take.
   const auto layout = cuda::InboxLayout::make({.ranks = 2});
-  CHECK(default_own_max_bytes(Collective::all_gather, 2) / 2 <=
-        static_cast<std::size_t>(cuda::max_all_gather_bytes(layout)));
-  CHECK(default_own_max_bytes(Collective::reduce_scatter, 2) / 2 <=
-        static_cast<std::size_t>(cuda::max_reduce_scatter_bytes(layout)));
+  CHECK(cuda::max_share_bytes(layout) == 512 * 1024);
   CHECK(default_own_max_bytes(Collective::all_reduce, 2) <=
         static_cast<std::size_t>(cuda::max_all_reduce_bytes(layout)));
 }
