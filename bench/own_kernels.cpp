@@ -13,12 +13,15 @@
 #include <string>
 #include <vector>
 
+#include "own_kernels/floor_kernels.hpp"
+
 // own_kernels [--ranks N] [--cards C] [--max-blocks N] [--json FILE]
 //
 // The library's own kernels, N ranks as N streams of this process: what the kernels themselves
 // cost. On one card every inbox is local and no link is involved; with `--cards` rank r runs on
 // card r mod C, and the cards reach each other by peer access. Graph replays of 50 calls; medians
-// of 15. And the local kernels' bandwidth against cudaMemcpyAsync on 64 MiB.
+// of 15. With two ranks also the floors: kernels that do as little as an exchange allows. And the
+// local kernels' bandwidth against cudaMemcpyAsync on 64 MiB.
 
 namespace {
 
@@ -260,6 +263,48 @@ void time_collectives(Report& report, std::vector<Rank>& ranks) {
   }
 }
 
+/// What an exchange between two ranks cannot do without.
+void time_floors(Report& report, std::vector<Rank>& ranks) {
+  namespace bench = cohort::bench;
+  if (ranks.size() != 2) {
+    return;
+  }
+  std::array<bench::FloorRank, 2> floors;
+  for (std::size_t r = 0; r < 2; ++r) {
+    make_current(ranks[r]);
+    floors[r] = {.own = device_memory(bench::kFloorBytes),
+                 .in = ranks[r].in,
+                 .out = ranks[r].out,
+                 .rank = static_cast<int>(r)};
+    check(cudaMemset(floors[r].own, 0, static_cast<std::size_t>(bench::kFloorBytes)), "cudaMemset");
+    check(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+  floors[0].peer = floors[1].own;
+  floors[1].peer = floors[0].own;
+  const auto row = [&](const char* op, bench::Floor floor, std::int64_t total) {
+    std::array<std::uint32_t, 2> calls = {};
+    const double us = time_of(ranks, [&](const Rank& rank) {
+      const auto r = static_cast<std::size_t>(rank.table.rank);
+      if (calls[r] % kCalls == 0) {
+        bench::launch_floor_round(floors[r], rank.stream);
+      }
+      bench::launch_floor(floor, floors[r], total / 2, calls[r]++ % kCalls, rank.stream);
+    });
+    report.add(
+        fmt::format(R"("op": "{}", "ranks": 2, "total_bytes": {}, "us": {:.3f})", op, total, us));
+  };
+  row("floor: empty kernel", bench::Floor::empty, 2 << 10);
+  row("floor: send", bench::Floor::send, 2 << 10);
+  row("floor: exchange", bench::Floor::exchange, 2 << 10);
+  for (const std::int64_t total : {2 << 10, 8 << 10, 64 << 10, 256 << 10}) {
+    row("floor: all_gather", bench::Floor::gather, total);
+  }
+  for (std::size_t r = 0; r < 2; ++r) {
+    make_current(ranks[r]);
+    cudaFree(floors[r].own);
+  }
+}
+
 void time_attention(Report& report, std::vector<Rank>& ranks) {
   const int n = static_cast<int>(ranks.size());
   constexpr std::int64_t kHeads = 128;
@@ -459,6 +504,7 @@ int main(int argc, char** argv) {
   Report report;
   for (const int n : options.counts) {
     auto ranks = make_ranks(n, options);
+    time_floors(report, ranks);
     time_collectives(report, ranks);
     time_attention(report, ranks);
     free_ranks(ranks);

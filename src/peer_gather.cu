@@ -266,12 +266,14 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
 }
 
 // bench/results/own_kernels/nvidia-h100-2cards.json: two H100s, NVLink, 2 ranks, 128 heads of
-// 512+64 bf16, graph replay. Flag words took 2.56 and 3.04 us at 72 and 144 KiB sent against 2.64
-// and 2.90 for lines, and lines were faster at every batch beyond.
+// 512+64 bf16, graph replay. Flag words took 2.42 and 2.85 us at 72 and 144 KiB sent against 2.50
+// and 2.74 for lines, and lines were faster at every batch beyond.
 constexpr PathRow kQueryPaths[] = {{128 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
 
-// All-gathers and reduce-scatters.
+// The same file: all-gathers and reduce-scatters in flag words took 2.18 and 2.21 us at 64 KiB sent
+// against 2.29 and 2.34 in lines, 2.67 and 2.70 at 128 KiB against 2.53 and 2.54, and lines were
+// faster at every size beyond.
 constexpr PathRow kSharePaths[] = {{96 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
 

@@ -349,8 +349,8 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
 }
 
 // bench/results/own_kernels/nvidia-h100-2cards.json: two H100s, NVLink, 2 ranks, H=128 D=512 bf16,
-// graph replay. Flag words took 2.96 and 3.53 us at B=1 and 2 (64 and 128 KiB sent) against 3.05
-// and 3.26 for lines, and lines were faster at every batch beyond.
+// graph replay. Flag words took 2.96 and 3.57 us at B=1 and 2 (64 and 128 KiB sent) against 3.00
+// and 3.20 for lines, and lines were faster at every batch beyond.
 constexpr PathRow kMergePaths[] = {{96 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
 
