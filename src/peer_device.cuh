@@ -339,11 +339,9 @@ class FirstPlaces {
       at_[k] = settled(g.peers[k] + g.ll_own + std::int64_t{16} * word);
     }
   }
-  /// To peers[k], `after` words behind the place, without a branch.
-  __device__ __forceinline__ void store_if(bool wanted, const Call& c, int k, uint2 value,
-                                           std::uint32_t after = 0) const {
-    ll_store_if(wanted, at_[k] + (c.slot != 0 ? slot_bytes_ : 0) + std::int64_t{16} * after, value,
-                c.flag);
+  /// To peers[k], without a branch.
+  __device__ __forceinline__ void store_if(bool wanted, const Call& c, int k, uint2 value) const {
+    ll_store_if(wanted, at_[k] + (c.slot != 0 ? slot_bytes_ : 0), value, c.flag);
   }
 
  private:
@@ -757,13 +755,21 @@ inline PeerPath choose_path(std::span<const PathRow> table, const char* call,
   return (wants_words ? words_fit : !lines_fit) ? PeerPath::flag_word : PeerPath::flag_line;
 }
 
-/// The path of an all-gather or a reduce-scatter: as asked for, or by size. The inbox has room.
-inline PeerPath share_path(const PeerTable& table, std::int64_t share_bytes, PeerPath path,
-                           const char* call) {
-  const std::int64_t words = ceil_div(share_bytes, 8);
-  if (path == PeerPath::automatic) {
-    path = choose_share_path(table.layout, share_bytes);
-  }
+/// The same for a call that needs `bytes` a peer by either path.
+inline PeerPath choose_path(std::span<const PathRow> table, const char* call,
+                            const InboxLayout& layout, std::int64_t bytes) {
+  return choose_path(table, call,
+                     {.sent = bytes * (layout.ranks - 1),
+                      .words_needed = bytes,
+                      .words_there = layout.flag_word_capacity(),
+                      .lines_needed = bytes,
+                      .lines_there = layout.flag_line_capacity()});
+}
+
+/// The path that a call of so many words a peer takes, for which the inbox has room: the one given,
+/// but flag words where there are none, because an empty call signals nevertheless.
+inline PeerPath checked_path(const PeerTable& table, PeerPath path, std::int64_t words,
+                             const char* call) {
   if (path == PeerPath::flag_word || words == 0) {
     check_ll_words(table, std::max<std::int64_t>(words, 1), call);
     return PeerPath::flag_word;

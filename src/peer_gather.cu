@@ -313,12 +313,7 @@ void gather_query(const PeerTable& t, const Query& query, const Rows& out, PeerP
   const auto any = args_of<false>(query, out);
   const bool aligned = any.nope.aligned && (query.pe_dim == 0 || any.pe.aligned) && out.aligned;
   const std::uint32_t used = std::max(any.words, 1U);  // an empty call signals nevertheless
-  const bool words = path == PeerPath::flag_word || any.words == 0;
-  if (words) {
-    check_ll_words(t, used, "peer_gather_query");
-  } else {
-    check_lines(t, any.words, "peer_gather_query");
-  }
+  const bool words = checked_path(t, path, any.words, "peer_gather_query") == PeerPath::flag_word;
   with_ranks(aligned ? t.size : 0, [&](auto n) {
     const auto args = args_of<(n() > 0)>(query, out);
     if (words) {
@@ -361,23 +356,13 @@ std::int64_t query_lane_bytes(const Query& query, PeerPath path) {
 }
 
 PeerPath choose_query_path(const InboxLayout& layout, const Query& query) {
-  const std::int64_t bytes = query_lane_bytes(query, PeerPath::flag_word);
-  return choose_path(kQueryPaths, "peer_gather_query",
-                     {.sent = bytes * (layout.ranks - 1),
-                      .words_needed = bytes,
-                      .words_there = layout.flag_word_capacity(),
-                      .lines_needed = bytes,
-                      .lines_there = layout.flag_line_capacity()});
+  return choose_path(kQueryPaths, "peer_gather_query", layout,
+                     query_lane_bytes(query, PeerPath::flag_word));
 }
 
 PeerPath choose_share_path(const InboxLayout& layout, std::int64_t share_bytes) {
-  const std::int64_t bytes = std::max<std::int64_t>(words_of(share_bytes), 1) * 8;
-  return choose_path(kSharePaths, "all_gather or reduce_scatter",
-                     {.sent = bytes * (layout.ranks - 1),
-                      .words_needed = bytes,
-                      .words_there = layout.flag_word_capacity(),
-                      .lines_needed = bytes,
-                      .lines_there = layout.flag_line_capacity()});
+  return choose_path(kSharePaths, "all_gather or reduce_scatter", layout,
+                     std::max<std::int64_t>(words_of(share_bytes), 1) * 8);
 }
 
 void peer_barrier(const PeerTable& table, cudaStream_t stream) {
@@ -395,7 +380,9 @@ void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* i
   const ByteView to(out, dims.outer, dims.inner_bytes, dims.full_outer_stride,
                     dims.full_rank_stride);
   const std::int64_t words = words_of(bytes);
-  if (share_path(table, bytes, path, "peer_all_gather") == PeerPath::flag_line) {
+  const PeerPath chosen =
+      path == PeerPath::automatic ? choose_share_path(table.layout, bytes) : path;
+  if (checked_path(table, chosen, words, "peer_all_gather") == PeerPath::flag_line) {
     with_views(from, to, [&]<class View>(const View& source, const View& target) {
       const ShareArgs<View> args{source, target, static_cast<std::uint32_t>(words)};
       with_line_ranks<View>(table.size, [&](auto n) {

@@ -282,7 +282,9 @@ void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dty
                       dims.full_rank_stride);
   const ByteView to(out, dims.outer, dims.inner_bytes, dims.share_outer_stride, 0);
   const std::int64_t words = words_of(bytes);
-  if (share_path(table, bytes, path, "peer_reduce_scatter") == PeerPath::flag_line) {
+  const PeerPath chosen =
+      path == PeerPath::automatic ? choose_share_path(table.layout, bytes) : path;
+  if (checked_path(table, chosen, words, "peer_reduce_scatter") == PeerPath::flag_line) {
     with_float_type(dtype, "dtype", [&]<class T>(T*) {
       with_views(from, to, [&]<class View>(const View& source, const View& target) {
         with_line_ranks<View>(table.size, [&](auto n) {

@@ -1,8 +1,6 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <functional>
-#include <memory>
 #include <utility>
 #include <vector>
 
@@ -114,13 +112,12 @@ void add_local_sum(Session& session, Case& work, DType dtype, std::int64_t share
   for (int r = 0; r < n; ++r) {
     shares.push_back(static_cast<const std::byte*>(in.view.slice(0, r, 1).data()));
   }
-  const auto sum = std::make_shared<std::function<void()>>([in, out, shares, dtype] {
+  const auto sum = [in, out, shares, dtype] {
     host::reduce(dtype, ReduceOp::sum, static_cast<std::byte*>(out.view.data()), shares,
                  out.view.numel());
-  });
-  Variant variant{.path = "local_sum", .call = [&session, sum] {
-                    host::enqueue(session.bed.stream(), [sum] { (*sum)(); });
-                  }};
+  };
+  Variant variant{.path = "local_sum",
+                  .call = [&session, sum] { host::enqueue(session.bed.stream(), sum); }};
   variant.poison = [&session, out] { poison(session, out.view); };
   variant.wrong = [&session, out, dtype, n] {
     return count_wrong(dtype, fetch(session, out.view),
