@@ -148,7 +148,7 @@ class HostBackend final : public Backend {
     return {view, std::move(buffer), 0};
   }
 
-  [[nodiscard]] std::unique_ptr<Transport> connect(ControlPlane& group) override;
+  [[nodiscard]] inline std::unique_ptr<Transport> connect(ControlPlane& group) override;
 
  private:
   static constexpr std::size_t kPage = 4096;

@@ -38,13 +38,13 @@ class HostPeerKernels final : public PeerKernels {
   /// larger ones as long as one row fits.
   void reserve(std::size_t) override {}
 
-  [[nodiscard]] std::string merge_obstacle(const MergeArguments& arguments) const override;
-  void merge_attention(const MergeArguments& arguments, StreamRef stream) override;
+  [[nodiscard]] inline std::string merge_obstacle(const MergeArguments& arguments) const override;
+  inline void merge_attention(const MergeArguments& arguments, StreamRef stream) override;
 
-  [[nodiscard]] std::string gather_obstacle(const ConstTensorView& q_nope,
-                                            const ConstTensorView& q_pe) const override;
-  void gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe, const TensorView& q,
-                    StreamRef stream) override;
+  [[nodiscard]] inline std::string gather_obstacle(const ConstTensorView& q_nope,
+                                                   const ConstTensorView& q_pe) const override;
+  inline void gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
+                           const TensorView& q, StreamRef stream) override;
 
  private:
   /// Where a rank's partial attention of this rank's heads lies, in bytes.

@@ -74,19 +74,19 @@ class HostGraph : public ExecutableGraph {
 /// The driver of all host streams of the process.
 class HostStreamDriver final : public StreamDriver {
  public:
-  void submit(void* native, std::function<void()> work) override;
+  inline void submit(void* native, std::function<void()> work) override;
   /// A stream that waits for a capturing one joins its capture, as on a device.
   /// Throws `UsageError` where both take part in different captures.
-  void wait_for(void* waiter, void* signaller) override;
-  [[nodiscard]] CaptureId capture_id(void* native) const override;
-  void retain_in_capture(void* native, std::shared_ptr<void> object) override;
+  inline void wait_for(void* waiter, void* signaller) override;
+  [[nodiscard]] inline CaptureId capture_id(void* native) const override;
+  inline void retain_in_capture(void* native, std::shared_ptr<void> object) override;
   /// Throws `UsageError` where the stream is capturing already.
-  void begin_capture(void* native) override;
+  inline void begin_capture(void* native) override;
   /// Ends the capture for every stream that joined it. Throws `UsageError` where `native` did not
   /// begin it.
-  [[nodiscard]] std::unique_ptr<ExecutableGraph> end_capture(void* native) override;
+  [[nodiscard]] inline std::unique_ptr<ExecutableGraph> end_capture(void* native) override;
   /// Returns at once: submitted work has run. Throws `UsageError` while capturing.
-  void synchronize(void* native, std::chrono::milliseconds limit) override;
+  inline void synchronize(void* native, std::chrono::milliseconds limit) override;
 
  private:
   static HostStream& stream(void* native);

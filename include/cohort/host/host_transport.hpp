@@ -56,7 +56,7 @@ class HostTransport final : public Transport {
     return kernels_ ? &*kernels_ : nullptr;
   }
 
-  [[nodiscard]] std::unique_ptr<Window> register_segment(Segment& segment) override;
+  [[nodiscard]] inline std::unique_ptr<Window> register_segment(Segment& segment) override;
 
   void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
                   std::span<const std::int64_t> sizes, StreamRef stream) override {
@@ -149,8 +149,8 @@ class HostTransport final : public Transport {
 
   /// "local" in a group of one; "exchange" over the control plane; "direct" where peers read this
   /// rank's input in its window, "slot" where it goes through the inbox slot.
-  [[nodiscard]] std::string path(Collective collective, const ConstTensorView& in,
-                                 const TensorView& out, int dim) const override;
+  [[nodiscard]] inline std::string path(Collective collective, const ConstTensorView& in,
+                                        const TensorView& out, int dim) const override;
 
   /// Host work is done when its call returns. Throws `TransportError` after a failed call.
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) override {
