@@ -18,6 +18,7 @@
 #include "cohort/cuda/handles.hpp"
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
+#include "cohort/poll_pause.hpp"
 #include "cohort/stream.hpp"
 
 /// \file
@@ -26,28 +27,6 @@
 namespace cohort {
 
 namespace detail {
-
-/// How a loop that polls a device waits: busy for the first moments, which is where short work
-/// ends, then yielding, then asleep in short naps so that other ranks get the core.
-class PollPause {
- public:
-  void operator()() {
-    ++rounds_;
-    if (rounds_ < kBusyRounds) {
-      return;
-    }
-    if (rounds_ < kYieldRounds) {
-      std::this_thread::yield();
-      return;
-    }
-    std::this_thread::sleep_for(std::chrono::microseconds(50));
-  }
-
- private:
-  static constexpr int kBusyRounds = 64;
-  static constexpr int kYieldRounds = 512;
-  int rounds_ = 0;
-};
 
 /// What graphs held and hold no longer. CUDA calls a user object's destructor on a thread of its
 /// own from which no CUDA function may be called, so what the graph held is handed to a thread of

@@ -2,7 +2,6 @@
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
-#include <sched.h>
 
 #include <algorithm>
 #include <atomic>
@@ -22,21 +21,13 @@
 #include "cohort/error.hpp"
 #include "cohort/host/shared_memory.hpp"
 #include "cohort/host/signal_pad.hpp"
+#include "cohort/poll_pause.hpp"
 
 /// \file
 /// How the ranks of a group on one machine meet: steps with one signal each way, inbox slots that
 /// alternate, and channels between pairs. Every wait ends at the time limit.
 
 namespace cohort::host {
-
-/// Tells the processor that the thread spins.
-inline void relax() noexcept {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
 
 /// The shared memory of one group and this rank's place in it.
 ///
@@ -234,10 +225,8 @@ class Rendezvous {
   // A peer that runs answers within a few µs; 300 pauses are about 4 µs on Zen 4 and 13 µs on
   // Skylake and later, whose pause takes 140 cycles (Intel's optimization reference manual, 2.5.4).
   static constexpr int kSpins = 300;
-  static constexpr int kYieldsPerLook = 32;  // looks at clock and peers
   // After this long nobody is about to come; polling then leaves the processor to others.
   static constexpr std::chrono::milliseconds kYieldFor{200};
-  static constexpr std::chrono::microseconds kNap{100};
 
   static std::size_t index(int rank) noexcept { return static_cast<std::size_t>(rank); }
 
@@ -261,7 +250,7 @@ class Rendezvous {
       if (ready()) {
         return;
       }
-      relax();
+      cohort::detail::relax();
     }
     wait_long(ready, arrived, peer);
   }
@@ -269,13 +258,8 @@ class Rendezvous {
   template <class Ready, class Arrived>
   [[gnu::noinline]] void wait_long(const Ready& ready, const Arrived& arrived, int peer) {
     const auto start = Clock::now();
-    while (true) {
-      for (int i = 0; i < kYieldsPerLook; ++i) {
-        if (ready()) {
-          return;
-        }
-        sched_yield();
-      }
+    cohort::detail::PollPause pause(kYieldFor, 0);  // `wait` has spun
+    while (!ready()) {
       const auto waited = Clock::now() - start;
       const auto presence = pad(peer).presence.load(std::memory_order_acquire);
       if (ready()) {  // after the look at the peer: it may have come, then left
@@ -287,9 +271,7 @@ class Rendezvous {
       if (waited > limit_) {
         fail_late(arrived);
       }
-      if (waited > kYieldFor) {
-        std::this_thread::sleep_for(kNap);
-      }
+      pause();
     }
   }
 

@@ -14,13 +14,13 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
+#include "cohort/poll_pause.hpp"
 
 /// \file
 /// The control plane of ranks that meet over MPI: tagged point-to-point messages on a communicator
@@ -56,30 +56,9 @@ inline void mpi_check(int code, const char* call, int rank = -1, const std::stri
   return initialized != 0 && finalized == 0;
 }
 
-/// The pause between two polls: none at first, then the processor for others, then short sleeps,
-/// so that ranks that share a core make progress.
-class PollPause {
- public:
-  void operator()() noexcept {
-    ++polls_;
-    if (polls_ <= kSpins) {
-      return;
-    }
-    if (polls_ <= kSpins + kYields) {
-      std::this_thread::yield();
-      return;
-    }
-    std::this_thread::sleep_for(std::chrono::microseconds(
-        std::min<std::int64_t>(kLongestSleep, 5 * (polls_ - kSpins - kYields))));
-  }
-
- private:
-  static constexpr std::int64_t kSpins = 32;
-  static constexpr std::int64_t kYields = 64;
-  static constexpr std::int64_t kLongestSleep = 100;  // µs
-
-  std::int64_t polls_ = 0;
-};
+/// Ranks that wait for messages often share a core with those that are to send them, and MPI moves
+/// messages only while it is called: napping begins early.
+inline constexpr std::chrono::microseconds kMpiYieldFor{50};
 
 /// Datatype and count for a run of bytes whose number may exceed an `int`: MPI 3 counts in `int`.
 class MpiByteRun {
@@ -132,7 +111,7 @@ class MpiByteRun {
   auto target = std::make_unique<MPI_Comm>(MPI_COMM_NULL);
   mpi_check(MPI_Comm_idup(parent, target.get(), &request), "MPI_Comm_idup");
   const Deadline deadline = Clock::now() + limit;
-  PollPause pause;
+  PollPause pause(kMpiYieldFor);
   for (int done = 0;;) {
     mpi_check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), "MPI_Test");
     if (done != 0) {
@@ -208,7 +187,7 @@ class MpiMessenger : public Messenger {
   std::optional<Bytes> receive(int from, Deadline deadline) override {
     check_open("MPI_Improbe");
     reap();
-    detail::PollPause pause;
+    detail::PollPause pause(detail::kMpiYieldFor);
     for (int polls = 1;; ++polls) {
       if (auto message = poll(from)) {
         return message;
@@ -225,7 +204,7 @@ class MpiMessenger : public Messenger {
   /// Beyond the eager limit MPI moves a message only while both ends are inside of MPI.
   bool flush(int to, Deadline deadline) override {
     check_open("MPI_Test");
-    detail::PollPause pause;
+    detail::PollPause pause(detail::kMpiYieldFor);
     for (reap(); has_unfinished(to); reap()) {
       if (Clock::now() >= deadline) {
         return false;
@@ -335,7 +314,7 @@ class MpiMessenger : public Messenger {
   bool drain() noexcept {
     try {
       const Deadline deadline = Clock::now() + limit_;
-      detail::PollPause pause;
+      detail::PollPause pause(detail::kMpiYieldFor);
       for (reap(); !sent_.empty(); reap()) {
         if (Clock::now() >= deadline) {
           log(LogLevel::error,

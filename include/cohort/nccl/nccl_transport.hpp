@@ -32,6 +32,7 @@
 #include "cohort/nccl/nccl_check.hpp"
 #include "cohort/nccl/nccl_window.hpp"
 #include "cohort/nccl/visibility_guard.hpp"
+#include "cohort/poll_pause.hpp"
 #include "cohort/tensor.hpp"
 #include "cohort/transport.hpp"
 

@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "support/fast_signals.hpp"
 #include "support/ranks.hpp"
 
 using namespace cohort;
@@ -210,6 +211,23 @@ TEST_CASE("a time-out over MPI names the rank that is late, and survivors go on"
     survivors.push_back(late);
     CHECK_THROWS_MATCHES(plane.subgroup(survivors, 2, "closed")->all_gather({}), TransportError,
                          says("the MPI session of this control plane has ended"));
+  }
+  world().barrier();
+}
+
+TEST_CASE("a time-out over MPI ends at its limit under signals that come faster than naps end") {
+  if (skip_all_if(world_size() < 2, "needs two ranks")) {
+    return;
+  }
+  const int late = world_size() - 1;
+  auto plane = own_plane(1s);
+  if (world_rank() == late) {
+    std::this_thread::sleep_for(3s);
+  } else {
+    const FastSignals signals;
+    const auto start = Clock::now();
+    CHECK_THROWS_AS(plane.all_gather(message_of(1, 1)), TimeoutError);
+    CHECK(Clock::now() - start < 3s);
   }
   world().barrier();
 }
