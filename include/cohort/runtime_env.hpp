@@ -67,6 +67,14 @@ inline constexpr std::array kEnvVariables = {
     EnvVariable{"NCCL_CUMEM_ENABLE", EnvVariable::Use::read_by_cohort, "0, 1, -2",
                 "-2, NCCL probes the driver",
                 "0 makes ncclMemAlloc fall back to cudaMalloc; windows are refused then."},
+    EnvVariable{
+        "NCCL_SYM_NOWIN_ENABLE", EnvVariable::Use::read_by_cohort, "0, 1", "0",
+        "1 lets NCCL take symmetric kernels without windows too, from 2.29.2 on; such calls "
+        "are then guarded as well."},
+    EnvVariable{"NCCL_SYM_KERNEL", EnvVariable::Use::read_by_cohort, "a kernel's name",
+                "NCCL's cost model",
+                "Makes NCCL take one symmetric kernel, from 2.29.2 on without windows too; guarded "
+                "as well."},
     EnvVariable{"NCCL_HOSTID", EnvVariable::Use::read_by_cohort, "any text",
                 "host name and boot id",
                 "What NCCL takes for the host's identity; ranks that differ in it are on different "
@@ -266,8 +274,9 @@ struct RuntimeSettings {
 
 /// NCCL's variables that bear on windows, understood as NCCL does.
 struct NcclEnv {
-  bool win_enable = true;        ///< NCCL_WIN_ENABLE is not 0.
-  bool cumem_forbidden = false;  ///< NCCL_CUMEM_ENABLE is 0; otherwise the driver decides.
+  bool win_enable = true;            ///< NCCL_WIN_ENABLE is not 0.
+  bool cumem_forbidden = false;      ///< NCCL_CUMEM_ENABLE is 0; otherwise the driver decides.
+  bool symmetric_asked_for = false;  ///< NCCL_SYM_NOWIN_ENABLE is not 0, or NCCL_SYM_KERNEL is set.
   std::optional<std::string> host_id = {};  ///< NCCL_HOSTID
 };
 
@@ -275,17 +284,19 @@ struct NcclEnv {
 /// or overflowing value, so nothing here is an error.
 /// Source: `ncclLoadParam` in NCCL's misc/param.cc.
 [[nodiscard]] inline NcclEnv read_nccl_env(const EnvLookup& lookup = process_env) {
-  const auto is_zero = [&lookup](const char* name) {
+  const auto value = [&lookup](const char* name, long long otherwise) {
     const auto text = lookup(name);
     if (!text || text->empty()) {
-      return false;
+      return otherwise;
     }
     errno = 0;
-    const long long value = std::strtoll(text->c_str(), nullptr, 0);
-    return errno == 0 && value == 0;
+    const long long number = std::strtoll(text->c_str(), nullptr, 0);
+    return errno == 0 ? number : otherwise;
   };
-  return {.win_enable = !is_zero("NCCL_WIN_ENABLE"),
-          .cumem_forbidden = is_zero("NCCL_CUMEM_ENABLE"),
+  return {.win_enable = value("NCCL_WIN_ENABLE", 1) != 0,
+          .cumem_forbidden = value("NCCL_CUMEM_ENABLE", 1) == 0,
+          .symmetric_asked_for = value("NCCL_SYM_NOWIN_ENABLE", 0) != 0 ||
+                                 !lookup("NCCL_SYM_KERNEL").value_or("").empty(),
           .host_id = lookup("NCCL_HOSTID")};
 }
 

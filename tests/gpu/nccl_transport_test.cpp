@@ -664,7 +664,7 @@ TEST_CASE("in windows NCCL takes its symmetric path, and the guard precedes it",
   }
   CHECK(count_with(names, "ncclSym") == 3);
   CHECK(count_with(names, "visibility_guard") ==
-        (has_visibility_fault(found.nccl_runtime_version) ? 3 : 0));
+        (has_trait(NcclTrait::early_start, found.nccl_runtime_version) ? 3 : 0));
 
   auto host = tensor(DType::bf16, {kCount});
   for (int round = 0; round < 5; ++round) {

@@ -190,6 +190,11 @@ TEST_CASE("NCCL's variables are understood as NCCL does", "[runtime_env]") {
   CHECK(read_nccl_env(from({{"NCCL_CUMEM_ENABLE", "0"}})).cumem_forbidden);
   CHECK_FALSE(read_nccl_env(from({{"NCCL_CUMEM_ENABLE", "-2"}})).cumem_forbidden);
   CHECK_FALSE(read_nccl_env(from({{"NCCL_CUMEM_ENABLE", "99999999999999999999"}})).cumem_forbidden);
+  CHECK_FALSE(read_nccl_env(from({})).symmetric_asked_for);
+  CHECK_FALSE(read_nccl_env(from({{"NCCL_SYM_NOWIN_ENABLE", "0"}})).symmetric_asked_for);
+  CHECK_FALSE(read_nccl_env(from({{"NCCL_SYM_KERNEL", ""}})).symmetric_asked_for);
+  CHECK(read_nccl_env(from({{"NCCL_SYM_NOWIN_ENABLE", "1"}})).symmetric_asked_for);
+  CHECK(read_nccl_env(from({{"NCCL_SYM_KERNEL", "AllGather_ST"}})).symmetric_asked_for);
 }
 
 TEST_CASE("the table documents exactly what is read and set", "[runtime_env]") {

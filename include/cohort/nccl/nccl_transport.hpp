@@ -33,6 +33,7 @@
 #include "cohort/nccl/nccl_window.hpp"
 #include "cohort/nccl/visibility_guard.hpp"
 #include "cohort/poll_pause.hpp"
+#include "cohort/runtime_env.hpp"
 #include "cohort/tensor.hpp"
 #include "cohort/transport.hpp"
 
@@ -150,10 +151,7 @@ class NcclTransport final : public Transport {
         gather_packed(call, in, out, dim);
       }
     } else if (fits(in, out, dim)) {
-      guard(Collective::all_gather, in, out, ReduceOp::sum, call.stream);
-      nccl(ncclAllGather(in.data(), out.data(), count(in), nccl_type(in.dtype()),
-                         communicator_->get(), call.stream),
-           "ncclAllGather");
+      nccl_all_gather(in, in.data(), out.data(), call.stream);
     } else {
       gather_packed(call, in, out, dim);
     }
@@ -177,10 +175,7 @@ class NcclTransport final : public Transport {
         scatter_packed(call, in, out, dim, op);
       }
     } else if (fits(out, in, dim)) {
-      guard(Collective::reduce_scatter, in, out, op, call.stream);
-      nccl(ncclReduceScatter(in.data(), out.data(), count(out), nccl_type(in.dtype()), nccl_op(op),
-                             communicator_->get(), call.stream),
-           "ncclReduceScatter");
+      nccl_reduce_scatter(out, in.data(), out.data(), op, call.stream);
     } else {
       scatter_packed(call, in, out, dim, op);
     }
@@ -200,8 +195,8 @@ class NcclTransport final : public Transport {
     if (own(Collective::all_reduce, in, out, op)) {
       peers_->all_reduce(in.numel(), in.dtype(), packed.in, packed.out, call.stream);
     } else {
-      guard_pointers(Collective::all_reduce, packed.in, in.bytes(), packed.out, out.bytes(),
-                     in.dtype(), op, call.stream);
+      guard(Collective::all_reduce, packed.in, in.bytes(), packed.out, out.bytes(), in.dtype(), op,
+            call.stream);
       nccl(ncclAllReduce(packed.in, packed.out, count(in), nccl_type(in.dtype()), nccl_op(op),
                          communicator_->get(), call.stream),
            "ncclAllReduce");
@@ -313,9 +308,9 @@ class NcclTransport final : public Transport {
          "ncclAllReduce");
   }
 
-  /// "own", "nccl symmetric" or "nccl", with ", packed" where this rank's tensors do not lie as the
-  /// path needs them; "copy" in a group of one, "none" where there is nothing to move. Reductions
-  /// are taken to be sums.
+  /// "own", "nccl symmetric", "nccl" or, where NCCL's cost model decides, "nccl, maybe symmetric";
+  /// with ", packed" where this rank's tensors do not lie as the path needs them; "copy" in a group
+  /// of one, "none" where there is nothing to move. Reductions are taken to be sums.
   [[nodiscard]] std::string path(Collective collective, const ConstTensorView& in,
                                  const TensorView& out, int dim) const override {
     if (in.numel() == 0 && out.numel() == 0) {
@@ -333,10 +328,9 @@ class NcclTransport final : public Transport {
     const bool direct = !along   ? in.is_contiguous() && out.is_contiguous()
                         : is_own ? detail::along_dim(share, full, dim).has_value()
                                  : fits(share, full, dim);
-    const bool symmetric = equal && direct && is_symmetric(collective, in, out, ReduceOp::sum);
-    return std::string(is_own      ? "own"
-                       : symmetric ? "nccl symmetric"
-                                   : "nccl") +
+    return std::string(is_own  ? "own"
+                       : equal ? nccl_path(collective, in, out, direct)
+                               : "nccl") +
            (direct ? "" : ", packed");
   }
 
@@ -503,25 +497,62 @@ class NcclTransport final : public Transport {
     return false;
   }
 
-  [[nodiscard]] bool is_symmetric(Collective collective, const ConstTensorView& in,
-                                  const TensorView& out, ReduceOp op) const {
-    return has_symmetric_kernel(collective, in.dtype(), op) &&
-           communicator_->in_window(in.data(), in.bytes()) &&
-           communicator_->in_window(out.data(), out.bytes());
+  /// What NCCL does with a call of these buffers.
+  [[nodiscard]] SymmetricPath symmetric(Collective collective, const void* in, std::size_t in_bytes,
+                                        const void* out, std::size_t out_bytes, DType dtype,
+                                        ReduceOp op) const {
+    if (!has_symmetric_kernel(collective, dtype, op)) {
+      return SymmetricPath::never;
+    }
+    return symmetric_path(nccl_version_,
+                          {.in = communicator_->in_window(in, in_bytes),
+                           .out = communicator_->in_window(out, out_bytes)},
+                          symmetric_asked_for_);
   }
 
-  void guard(Collective collective, const ConstTensorView& in, const TensorView& out, ReduceOp op,
-             cudaStream_t stream) const {
-    guard_pointers(collective, in.data(), in.bytes(), out.data(), out.bytes(), in.dtype(), op,
-                   stream);
+  /// Scratch memory, which packed calls go through, lies in no window.
+  [[nodiscard]] const char* nccl_path(Collective collective, const ConstTensorView& in,
+                                      const TensorView& out, bool direct) const {
+    switch (symmetric(collective, direct ? in.data() : nullptr, in.bytes(),
+                      direct ? out.data() : nullptr, out.bytes(), in.dtype(), ReduceOp::sum)) {
+      case SymmetricPath::never:
+        break;
+      case SymmetricPath::possible:
+        return "nccl, maybe symmetric";
+      case SymmetricPath::certain:
+        return "nccl symmetric";
+    }
+    return "nccl";
   }
-  void guard_pointers(Collective collective, const void* in, std::size_t in_bytes, const void* out,
-                      std::size_t out_bytes, DType dtype, ReduceOp op, cudaStream_t stream) const {
-    if (options_.visibility_guard && has_symmetric_kernel(collective, dtype, op) &&
-        needs_visibility_guard(nccl_version_, communicator_->in_window(in, in_bytes),
-                               communicator_->in_window(out, out_bytes))) {
+
+  void guard(Collective collective, const void* in, std::size_t in_bytes, const void* out,
+             std::size_t out_bytes, DType dtype, ReduceOp op, cudaStream_t stream) const {
+    if (options_.visibility_guard &&
+        needs_visibility_guard(nccl_version_,
+                               symmetric(collective, in, in_bytes, out, out_bytes, dtype, op))) {
       cuda::launch_visibility_guard(stream);
     }
+  }
+
+  /// Of equal shares of the type and size of `share`, without gaps.
+  void nccl_all_gather(const ConstTensorView& share, const void* in, void* out,
+                       cudaStream_t stream) {
+    guard(Collective::all_gather, in, share.bytes(), out, whole(share), share.dtype(),
+          ReduceOp::sum, stream);
+    nccl(ncclAllGather(in, out, count(share), nccl_type(share.dtype()), communicator_->get(),
+                       stream),
+         "ncclAllGather");
+  }
+  void nccl_reduce_scatter(const ConstTensorView& share, const void* in, void* out, ReduceOp op,
+                           cudaStream_t stream) {
+    guard(Collective::reduce_scatter, in, whole(share), out, share.bytes(), share.dtype(), op,
+          stream);
+    nccl(ncclReduceScatter(in, out, count(share), nccl_type(share.dtype()), nccl_op(op),
+                           communicator_->get(), stream),
+         "ncclReduceScatter");
+  }
+  [[nodiscard]] std::size_t whole(const ConstTensorView& share) const noexcept {
+    return share.bytes() * static_cast<std::size_t>(size_);
   }
 
   /// The group orders its calls, so one has the scratch memory to itself. Whether the stream is
@@ -551,9 +582,7 @@ class NcclTransport final : public Transport {
           cuda::AlongDim::contiguous(1, static_cast<std::int64_t>(in.bytes()), size_), share,
           gathered, call.stream);
     } else {
-      nccl(ncclAllGather(share, gathered, count(in), nccl_type(in.dtype()), communicator_->get(),
-                         call.stream),
-           "ncclAllGather");
+      nccl_all_gather(in, share, gathered, call.stream);
     }
     const auto dims = shares_of(in.shape(), in.numel(), out, dim);
     detail::copy_joined(gathered, in.dtype(), out.data(), out.dtype(), dims, call.stream);
@@ -574,9 +603,7 @@ class NcclTransport final : public Transport {
           cuda::AlongDim::contiguous(1, static_cast<std::int64_t>(out.bytes()), size_), in.dtype(),
           scratch, share, call.stream);
     } else {
-      nccl(ncclReduceScatter(scratch, share, count(out), nccl_type(in.dtype()), nccl_op(op),
-                             communicator_->get(), call.stream),
-           "ncclReduceScatter");
+      nccl_reduce_scatter(out, scratch, share, op, call.stream);
     }
     if (!direct) {
       detail::copy_view(TensorView(share, out.dtype(), out.shape(), out.device()), out,
@@ -743,6 +770,7 @@ class NcclTransport final : public Transport {
   int rank_;
   int size_;
   int nccl_version_ = 0;
+  bool symmetric_asked_for_ = read_nccl_env().symmetric_asked_for;
   SymmetricCapabilities capabilities_;
   std::shared_ptr<Communicator> communicator_;
   UniqueMemory barrier_word_;

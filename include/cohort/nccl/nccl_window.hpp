@@ -17,9 +17,10 @@
 #include "cohort/transport.hpp"
 
 /// \file
-/// Segments of ncclMemAlloc and their registration as symmetric windows. NCCL has windows from
-/// 2.27 on. The two functions are referenced weakly, so that a program that was built with them
-/// also starts with an older library, and the policy then says why there are none.
+/// Segments of ncclMemAlloc, which NCCL has from 2.19 on, and their registration as symmetric
+/// windows. NCCL has windows from 2.27 on. The two functions are referenced weakly, so that a
+/// program that was built with them also starts with an older library, down to 2.19, and the policy
+/// then says why there are none.
 
 #if NCCL_VERSION_CODE >= 22700
 extern "C" {

@@ -1,7 +1,11 @@
 #pragma once
 
+#include <cstdint>
+
+#include "cohort/nccl/known_faults.hpp"
+
 /// \file
-/// Whether a collective needs a kernel between it and its producer. Pure.
+/// Whether NCCL takes a call over its symmetric path, and what must precede it there. Pure.
 ///
 /// NCCL launches the kernels of its symmetric path with programmatic stream serialization, and in
 /// some versions does not wait for the memory of the kernel before. If that one triggers its
@@ -13,27 +17,45 @@
 /// that pack and correct: the end of its last block lets the collective start, and the memory
 /// barrier that makes its writes visible runs after that (NVIDIA/cccl, issue 9134). What does not
 /// wait for the kernel itself may read in between.
-///
-/// The range was found on the released versions: 2.28.3 shows wrong elements, and 2.30.7 is the
-/// first whose symmetric kernels wait.
 
 namespace cohort {
 
-/// First version with the fault, and first without, as `ncclGetVersion` gives them.
-inline constexpr int kVisibilityFaultBegin = 22800;
-inline constexpr int kVisibilityFaultEnd = 23007;
+/// Where the buffers of a call lie: whole in one window of the communicator, or not.
+struct InWindows {
+  bool in = false;
+  bool out = false;
+};
 
-/// Whether the NCCL that was loaded has the fault.
-[[nodiscard]] constexpr bool has_visibility_fault(int nccl_runtime_version) noexcept {
-  return nccl_runtime_version >= kVisibilityFaultBegin &&
-         nccl_runtime_version < kVisibilityFaultEnd;
+/// What is known beforehand of a call's path.
+enum class SymmetricPath : std::uint8_t {
+  never,     ///< NCCL's ordinary path.
+  possible,  ///< NCCL's cost model decides.
+  certain,
+};
+
+/// NCCL's rule for a call that it has symmetric kernels for. `asked_for`: the process has set
+/// NCCL_SYM_NOWIN_ENABLE or NCCL_SYM_KERNEL, which versions that are content with one window heed
+/// without any.
+[[nodiscard]] constexpr SymmetricPath symmetric_path(int nccl_runtime_version, InWindows windows,
+                                                     bool asked_for = false) noexcept {
+  if (!has_trait(NcclTrait::windows, nccl_runtime_version)) {
+    return SymmetricPath::never;
+  }
+  if (windows.in && windows.out) {
+    return SymmetricPath::certain;
+  }
+  if (!has_trait(NcclTrait::one_window_suffices, nccl_runtime_version)) {
+    return SymmetricPath::never;
+  }
+  // Kernels that pass flags with the data yield to the ordinary path where NCCL's cost model says
+  // so, others never; which it would be depends on the collective and the size.
+  return windows.in || windows.out || asked_for ? SymmetricPath::possible : SymmetricPath::never;
 }
 
-/// Whether a collective must be preceded by the guard: only the symmetric path has the fault, and
-/// it is taken only where input and output both lie in windows of the communicator.
-[[nodiscard]] constexpr bool needs_visibility_guard(int nccl_runtime_version, bool in_in_window,
-                                                    bool out_in_window) noexcept {
-  return in_in_window && out_in_window && has_visibility_fault(nccl_runtime_version);
+/// Whether a call must be preceded by the guard.
+[[nodiscard]] constexpr bool needs_visibility_guard(int nccl_runtime_version,
+                                                    SymmetricPath path) noexcept {
+  return path != SymmetricPath::never && has_trait(NcclTrait::early_start, nccl_runtime_version);
 }
 
 }  // namespace cohort
