@@ -359,7 +359,8 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
                   .history = history_};
     std::unique_ptr<Segment> segment;
     try {
-      segment = backend_->allocate_segment(size);
+      segment =
+          audience_.empty() ? backend_->allocate_workspace(size) : backend_->allocate_segment(size);
     } catch (const Error& error) {
       if (audience_.empty()) {
         throw;

@@ -119,6 +119,10 @@ struct SymmetricCapabilities {
   int machines = 0;          ///< Distinct boot ids; `NCCL_HOSTID` plays no part.
   bool peer_access = false;  ///< Every device can load from and store to every other; host: true.
   bool peer_import = false;  ///< Every rank imported a trial segment of every other.
+
+  /// What stood in the way of `peer_import` or of the host's `transport_windows`: the first cause
+  /// with its rank and native code, the same text on every rank; empty where nobody knows more.
+  std::string obstacle = {};
 };
 
 enum class Reason : std::uint8_t {
@@ -202,7 +206,9 @@ namespace detail {
     return refused(Reason::out_of_peer_reach, "not every device can access every other's memory");
   }
   if (!found.peer_import) {
-    return refused(Reason::out_of_peer_reach, "a rank could not import a segment of another rank");
+    return refused(Reason::out_of_peer_reach,
+                   found.obstacle.empty() ? "a rank could not import a segment of another rank"
+                                          : found.obstacle);
   }
   return granted();
 }
@@ -247,7 +253,9 @@ namespace detail {
     return reach_windows_nccl(found);
   }
   if (!found.transport_windows) {
-    return refused(Reason::no_window_support, "segments are not memory files here");
+    return refused(Reason::no_window_support,
+                   fmt::format("segments are not memory files here{}{}",
+                               found.obstacle.empty() ? "" : ": ", found.obstacle));
   }
   return reach_peers(found);
 }

@@ -216,6 +216,10 @@ class Backend {
 
   /// Local. Sizes are multiples of `segment_granularity`. Throws `TransportError`.
   [[nodiscard]] virtual std::unique_ptr<Segment> allocate_segment(std::size_t bytes) = 0;
+  /// The same for memory that will never be registered.
+  [[nodiscard]] virtual std::unique_ptr<Segment> allocate_workspace(std::size_t bytes) {
+    return allocate_segment(bytes);
+  }
   [[nodiscard]] virtual std::size_t segment_granularity() const noexcept = 0;
   /// Ordinary memory, in stream order where the device allows. Throws `TransportError`.
   [[nodiscard]] virtual Tensor allocate(const Dims& shape, DType dtype, StreamRef stream) = 0;

@@ -1,8 +1,10 @@
 #include <cohort/machine.hpp>
 
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <string>
 
 #include "support/catch.hpp"
@@ -14,6 +16,19 @@ TEST_CASE("the boot id is the kernel's: 36 characters that stay", "[machine]") {
   CHECK(id.size() == 36);
   CHECK(id[8] == '-');
   CHECK(boot_id() == id);
+}
+
+TEST_CASE("a boot id that cannot be read says why", "[machine]") {
+  const pid_t child = fork();
+  if (child == 0) {
+    const rlimit none{0, 0};
+    setrlimit(RLIMIT_NOFILE, &none);
+    const BootId id = read_boot_id();
+    _exit(id.text.empty() && id.error == EMFILE ? 0 : 1);
+  }
+  int status = -1;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
 }
 
 TEST_CASE("the namespace is the one that /proc names, also in a child", "[machine]") {

@@ -280,6 +280,20 @@ TEST_CASE("refusals name the fact", "[policy]") {
   CHECK_THAT(line([](auto& found) { found.peer_import = false; }), contains("import"));
 }
 
+TEST_CASE("a refusal carries the cause that the ranks found", "[policy]") {
+  const SymmetricOptions options{.enabled = true};
+  const std::string cause = "rank 1 with rank 0: readlink failed with code 13: Permission denied";
+  SymmetricCapabilities found = good_cuda();
+  found.peer_import = false;
+  found.obstacle = cause;
+  CHECK(decide(options, kDcp, kLayout, found).peer_mapping.detail == cause);
+  found.backend = BackendKind::host;
+  CHECK(decide(options, kDcp, kLayout, found).nccl_windows.detail == cause);
+  found.transport_windows = false;
+  CHECK(decide(options, kDcp, kLayout, found).nccl_windows.detail ==
+        "segments are not memory files here: " + cause);
+}
+
 TEST_CASE("warnings are for what the machine denies, not for what the user chose", "[policy]") {
   SymmetricCapabilities far = good_cuda();
   far.nccl_hosts = 2;

@@ -27,6 +27,7 @@
 #include "cohort/control_plane.hpp"
 #include "cohort/cuda/process_identity.hpp"
 #include "cohort/error.hpp"
+#include "cohort/system_calls.hpp"
 
 /// \file
 /// File descriptors between the ranks of a group on one machine: taken over by `pidfd_getfd` where
@@ -34,35 +35,6 @@
 /// processes of the same user that the control plane named. Needs no CUDA.
 
 namespace cohort {
-
-/// Owns a file descriptor.
-class UniqueFd {
- public:
-  UniqueFd() = default;
-  explicit UniqueFd(int descriptor) noexcept : descriptor_(descriptor) {}
-  UniqueFd(UniqueFd&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}
-  UniqueFd& operator=(UniqueFd&& other) noexcept {
-    if (this != &other) {
-      reset();
-      descriptor_ = std::exchange(other.descriptor_, -1);
-    }
-    return *this;
-  }
-  UniqueFd(const UniqueFd&) = delete;
-  UniqueFd& operator=(const UniqueFd&) = delete;
-  ~UniqueFd() { reset(); }
-
-  [[nodiscard]] int get() const noexcept { return descriptor_; }
-  [[nodiscard]] explicit operator bool() const noexcept { return descriptor_ >= 0; }
-  void reset() noexcept {
-    if (descriptor_ >= 0) {
-      ::close(std::exchange(descriptor_, -1));
-    }
-  }
-
- private:
-  int descriptor_ = -1;
-};
 
 /// How descriptors may travel. `automatic` tries pidfd_getfd first; `socket` is for tests and for
 /// machines where taking descriptors over is audited.

@@ -51,12 +51,19 @@ namespace host {
 
 /// What a rank tells its group when a transport is made.
 struct Introduction {
-  std::array<char, 64> machine{};
+  std::array<char, 64> machine{};    ///< "" where this rank could not find out.
+  std::array<char, 192> obstacle{};  ///< Why this rank offers no pad; "" where it does.
   MemoryHandle pad;
-  std::uint64_t slot_bytes = 0;
-  std::uint64_t has_pad = 0;
+  std::uint64_t has_memory_files = 0;
 };
 static_assert(std::is_trivially_copyable_v<Introduction>);
+
+/// Cuts a text that is too long; the last character stays zero.
+template <std::size_t N>
+inline void copy_text(std::string_view text, std::array<char, N>& to) noexcept {
+  to = {};
+  std::copy_n(text.begin(), std::min(text.size(), N - 1), to.begin());
+}
 
 /// Ordinary memory of one tensor. A graph in whose capture it was allocated keeps it as well.
 class HostBuffer : public MemoryOwner, public std::enable_shared_from_this<HostBuffer> {
@@ -118,20 +125,12 @@ class HostBackend final : public Backend {
 
   /// Takes the pages at once: a machine without memory fails here, not at the first access.
   [[nodiscard]] std::unique_ptr<Segment> allocate_segment(std::size_t bytes) override {
-    if (bytes == 0 || bytes % kPage != 0) {
-      throw UsageError(
-          fmt::format("segment: expected a positive multiple of {} bytes, got {}", kPage, bytes));
-    }
-    if (!budget_->take(bytes)) {
-      throw TransportError({.call = "memfd_create", .native_code = ENOMEM},
-                           fmt::format("{} bytes are more than what the segment limit of {} bytes "
-                                       "leaves",
-                                       bytes, options_.segment_limit));
-    }
-    std::shared_ptr<void> hold(nullptr,
-                               [budget = budget_, bytes](void*) { budget->give_back(bytes); });
+    auto hold = budgeted(bytes);
     return std::make_unique<HostSegment>(make_shared_memory(bytes, Commit::at_once),
                                          std::move(hold));
+  }
+  [[nodiscard]] std::unique_ptr<Segment> allocate_workspace(std::size_t bytes) override {
+    return std::make_unique<PrivateSegment>(bytes, budgeted(bytes));
   }
 
   [[nodiscard]] Tensor allocate(const Dims& shape, DType dtype, StreamRef stream) override {
@@ -157,68 +156,62 @@ class HostBackend final : public Backend {
     return (bytes + kPage - 1) / kPage * kPage;
   }
 
-  [[nodiscard]] Introduction introduce(const SharedMemory* pad) const;
+  /// Checks a segment's size and takes it from the limit for as long as the result lives.
+  [[nodiscard]] std::shared_ptr<void> budgeted(std::size_t bytes) const {
+    if (bytes == 0 || bytes % kPage != 0) {
+      throw UsageError(
+          fmt::format("segment: expected a positive multiple of {} bytes, got {}", kPage, bytes));
+    }
+    if (!budget_->take(bytes)) {
+      throw TransportError({.call = "segment", .native_code = ENOMEM},
+                           fmt::format("{} bytes are more than what the segment limit of {} bytes "
+                                       "leaves",
+                                       bytes, options_.segment_limit));
+    }
+    return {nullptr, [budget = budget_, bytes](void*) { budget->give_back(bytes); }};
+  }
+
+  /// This rank's pad where it can offer one.
+  [[nodiscard]] std::shared_ptr<SharedMemory> make_pad(const PadGeometry& geometry,
+                                                       Introduction& mine) const;
+  [[nodiscard]] Introduction introduce() const;
 
   HostOptions options_;
   std::shared_ptr<SegmentBudget> budget_;
   HostOps ops_;
 };
 
-inline Introduction HostBackend::introduce(const SharedMemory* pad) const {
+inline Introduction HostBackend::introduce() const {
   Introduction mine;
-  const std::string machine = options_.machine.empty() ? boot_id() : options_.machine;
-  std::copy_n(machine.begin(), std::min(machine.size(), mine.machine.size() - 1),
-              mine.machine.begin());
-  mine.slot_bytes = options_.slot_bytes;
-  mine.has_pad = pad != nullptr ? 1 : 0;
-  if (pad != nullptr) {
-    mine.pad = pad->handle();
+  const BootId boot = read_boot_id();
+  const std::string machine = options_.machine.empty() ? boot.text : options_.machine;
+  copy_text(machine, mine.machine);
+  if (machine.empty()) {
+    copy_text(fmt::format("the boot id could not be read: {}", std::strerror(boot.error)),
+              mine.obstacle);
+  } else if (!options_.map_peers) {
+    copy_text("HostOptions::map_peers is false", mine.obstacle);
   }
   return mine;
 }
 
-/// Every rank's pad, or why one could not be mapped.
-struct PadImport {
-  std::vector<std::shared_ptr<SharedMemory>> pads;
-  std::string failure;
-};
-
-[[nodiscard]] inline PadImport import_pads(const std::vector<Introduction>& all, int rank) {
-  PadImport result;
-  const auto& mine = all[static_cast<std::size_t>(rank)];
-  for (std::size_t r = 0; r < all.size() && result.failure.empty(); ++r) {
-    if (all[r].has_pad == 0) {
-      result.failure = fmt::format("rank {} offers no memory", r);
-    } else if (all[r].machine != mine.machine) {
-      result.failure = fmt::format("rank {} is on another machine", r);
-    } else {
-      try {
-        result.pads.push_back(import_shared_memory(all[r].pad));
-      } catch (const Error& error) {
-        result.failure = fmt::format("rank {}: {}", r, error.what());
-      }
-    }
+inline std::shared_ptr<SharedMemory> HostBackend::make_pad(const PadGeometry& geometry,
+                                                           Introduction& mine) const {
+  try {
+    auto pad = make_shared_memory(geometry.bytes(), Commit::at_first_access);
+    Rendezvous::construct(*pad, geometry);
+    mine.pad = pad->handle();
+    return pad;
+  } catch (const TransportError& error) {
+    mine.has_memory_files = 0;
+    copy_text(error.what(), mine.obstacle);
+    return nullptr;
   }
-  return result;
 }
 
-inline std::unique_ptr<Transport> HostBackend::connect(ControlPlane& group) {
-  const auto n = static_cast<std::size_t>(group.size());
-  PadGeometry geometry{.ranks = group.size(),
-                       .slot_bytes = std::max(options_.slot_bytes, round_up(n * 256))};
-  std::shared_ptr<SharedMemory> own;
-  bool has_memory_files = true;
-  try {
-    if (group.size() > 1) {
-      own = make_shared_memory(geometry.bytes(), Commit::at_first_access);
-      Rendezvous::construct(*own, geometry);
-    }
-  } catch (const TransportError& error) {
-    has_memory_files = false;  // a fact for the policy, which says so in the group's warning
-    log(LogLevel::warning, error.what());
-  }
-
-  const Introduction mine = introduce(options_.map_peers ? own.get() : nullptr);
+/// Every rank's introduction, by rank. Collective.
+[[nodiscard]] inline std::vector<Introduction> exchange_introductions(ControlPlane& group,
+                                                                      const Introduction& mine) {
   std::vector<Introduction> all;
   for (const auto& bytes : group.all_gather(std::as_bytes(std::span(&mine, 1)))) {
     Introduction theirs;
@@ -230,44 +223,101 @@ inline std::unique_ptr<Transport> HostBackend::connect(ControlPlane& group) {
     std::memcpy(&theirs, bytes.data(), sizeof(theirs));
     all.push_back(theirs);
   }
-  PadImport imported = group.size() > 1 ? import_pads(all, group.rank()) : PadImport{};
+  return all;
+}
 
-  // Reach counts only if every rank has it, so the verdicts are compared before anyone relies on
-  // it.
+/// What the introductions say against mapping, the same text on every rank; empty where nothing.
+[[nodiscard]] inline std::string obstacle_among(std::span<const Introduction> all) {
+  for (std::size_t r = 0; r < all.size(); ++r) {
+    if (all[r].obstacle[0] != '\0') {
+      return fmt::format("rank {}: {}", r, all[r].obstacle.data());
+    }
+  }
+  return "";
+}
+
+/// Machines that the ranks name; a rank that could not find out is counted with the others.
+[[nodiscard]] inline int count_machines(std::span<const Introduction> all) {
+  std::set<std::string> machines;
+  for (const auto& introduction : all) {
+    if (introduction.machine[0] != '\0') {
+      machines.insert(introduction.machine.data());
+    }
+  }
+  return std::max(1, static_cast<int>(machines.size()));
+}
+
+/// Every rank's pad, or why one could not be mapped.
+struct PadImport {
+  std::vector<std::shared_ptr<SharedMemory>> pads;
+  std::string failure;
+};
+
+[[nodiscard]] inline PadImport import_pads(std::span<const Introduction> all) {
+  PadImport result;
+  for (std::size_t r = 0; r < all.size() && result.failure.empty(); ++r) {
+    try {
+      result.pads.push_back(import_shared_memory(all[r].pad));
+    } catch (const Error& error) {
+      result.failure = fmt::format("with rank {}: {}", r, error.what());
+    }
+  }
+  return result;
+}
+
+/// The first text that is not empty, with its rank; the same on every rank. Collective.
+[[nodiscard]] inline std::string first_text(ControlPlane& group, const std::string& mine) {
+  std::string first;
+  int rank = 0;
+  for (const auto& bytes : group.all_gather(std::as_bytes(std::span(mine)))) {
+    if (first.empty() && !bytes.empty()) {
+      first =
+          fmt::format("rank {} {}", rank,
+                      std::string_view(reinterpret_cast<const char*>(bytes.data()), bytes.size()));
+    }
+    ++rank;
+  }
+  return first;
+}
+
+inline std::unique_ptr<Transport> HostBackend::connect(ControlPlane& group) {
+  const auto n = static_cast<std::size_t>(group.size());
+  const PadGeometry geometry{.ranks = group.size(),
+                             .slot_bytes = std::max(options_.slot_bytes, round_up(n * 256))};
+  Introduction mine = introduce();
+  mine.has_memory_files = 1;
+  std::shared_ptr<SharedMemory> own;
+  if (group.size() > 1) {
+    own = make_pad(geometry, mine);
+  }
+  const auto all = exchange_introductions(group, mine);
   ControlPlane* only = &group;
   agree(std::span(&only, 1),
         {.place = "options of the host transport", .bytes = geometry.slot_bytes});
-  const std::array<std::uint8_t, 2> verdict{imported.failure.empty(), has_memory_files};
-  bool reach = true;
-  for (const auto& theirs : group.all_gather(std::as_bytes(std::span(verdict)))) {
-    reach = reach && theirs[0] == std::byte{1};
-    has_memory_files = has_memory_files && theirs[1] == std::byte{1};
-  }
-  if (!reach && !imported.failure.empty()) {
-    log(LogLevel::info,
-        fmt::format("group {}: no peer mapping: {}", group.name(), imported.failure));
-  }
 
-  std::set<std::string> machines;
-  for (const auto& introduction : all) {
-    machines.insert(introduction.machine.data());
-  }
-  const SymmetricCapabilities capabilities{.backend = BackendKind::host,
-                                           .transport_windows = has_memory_files,
-                                           .machines = static_cast<int>(machines.size()),
-                                           .peer_access = true,
-                                           .peer_import = reach};
+  SymmetricCapabilities found{
+      .backend = BackendKind::host,
+      .transport_windows = std::all_of(all.begin(), all.end(),
+                                       [](const auto& rank) { return rank.has_memory_files != 0; }),
+      .machines = count_machines(all),
+      .peer_access = true,
+      .obstacle = obstacle_among(all)};
   auto windows = std::make_shared<WindowTable>();
   std::unique_ptr<PeerAccess> access;
-  if (reach && group.size() > 1) {
-    own->close_file();  // all have mapped it
-    access = std::make_unique<PeerAccess>(
-        std::make_unique<Rendezvous>(std::move(imported.pads), geometry, group.rank(), group.name(),
-                                     group.limit()),
-        windows);
+  if (group.size() > 1 && found.machines == 1 && found.obstacle.empty()) {
+    // Reach counts only if every rank has it, so the ranks compare before anyone relies on it.
+    auto imported = import_pads(all);
+    found.obstacle = first_text(group, imported.failure);
+    found.peer_import = found.obstacle.empty();
+    if (found.peer_import) {
+      own->close_file();  // all have mapped it
+      access = std::make_unique<PeerAccess>(
+          std::make_unique<Rendezvous>(std::move(imported.pads), geometry, group.rank(),
+                                       group.name(), group.limit()),
+          windows);
+    }
   }
-  return std::make_unique<HostTransport>(group, capabilities, std::move(access),
-                                         std::move(windows));
+  return std::make_unique<HostTransport>(group, found, std::move(access), std::move(windows));
 }
 
 }  // namespace host

@@ -3,7 +3,6 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/mman.h>
-#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -13,18 +12,19 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <fstream>
-#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <utility>
 
 #include "cohort/error.hpp"
+#include "cohort/host/memory_limits.hpp"
 #include "cohort/log.hpp"
 #include "cohort/machine.hpp"
+#include "cohort/system_calls.hpp"
 
 /// \file
 /// Memory that several processes of one user map: an anonymous memory file (memfd_create(2)), found
@@ -51,42 +51,16 @@ static_assert(std::is_trivially_copyable_v<MemoryHandle>);
 
 [[nodiscard]] inline Cookie make_cookie() {
   Cookie cookie{};
-  if (getrandom(cookie.data(), sizeof(cookie), 0) != static_cast<ssize_t>(sizeof(cookie))) {
-    throw TransportError({.call = "getrandom", .native_code = errno}, std::strerror(errno));
+  if (const int code = os::random_bytes(std::as_writable_bytes(std::span(cookie))); code != 0) {
+    throw TransportError({.call = "getrandom", .native_code = code}, std::strerror(code));
   }
   return cookie;
 }
 
-/// A file descriptor, closed on destruction.
-class FileDescriptor {
- public:
-  FileDescriptor() = default;
-  explicit FileDescriptor(int fd) noexcept : fd_(fd) {}
-  FileDescriptor(FileDescriptor&& other) noexcept : fd_(std::exchange(other.fd_, -1)) {}
-  FileDescriptor& operator=(FileDescriptor&& other) noexcept {
-    std::swap(fd_, other.fd_);
-    return *this;
-  }
-  FileDescriptor(const FileDescriptor&) = delete;
-  FileDescriptor& operator=(const FileDescriptor&) = delete;
-  ~FileDescriptor() { close(); }
-
-  [[nodiscard]] int get() const noexcept { return fd_; }
-
-  void close() noexcept {
-    if (fd_ >= 0 && ::close(std::exchange(fd_, -1)) != 0) {
-      log(LogLevel::warning, "close of a memory file failed: " + std::string(strerror(errno)));
-    }
-  }
-
- private:
-  int fd_ = -1;
-};
-
 /// One mapping of a memory file, made or imported. Unmapped on destruction.
 class SharedMemory {
  public:
-  SharedMemory(FileDescriptor fd, std::size_t bytes, const Cookie& cookie)
+  SharedMemory(UniqueFd fd, std::size_t bytes, const Cookie& cookie)
       : fd_(std::move(fd)), bytes_(bytes), cookie_(cookie) {
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
     if (memory == MAP_FAILED) {
@@ -129,16 +103,23 @@ class SharedMemory {
   }
 
   /// Gives up the descriptor; mappings stay, imports are over.
-  void close_file() noexcept { fd_.close(); }
+  void close_file() noexcept { fd_.reset(); }
 
  private:
-  FileDescriptor fd_;
+  UniqueFd fd_;
   std::size_t bytes_;
   Cookie cookie_;
   std::byte* data_ = nullptr;
 };
 
 namespace detail {
+
+/// What an error says of memory that did not suffice.
+[[nodiscard]] inline std::string left_text(const CommitResult& result) {
+  return result.error == ENOMEM && result.left != kNoLimit
+             ? fmt::format(" (this machine or its container has {} bytes left)", result.left)
+             : "";
+}
 
 [[nodiscard]] inline std::string memory_file_name(const Cookie& cookie) {
   return fmt::format("cohort.{:016x}{:016x}", cookie[0], cookie[1]);
@@ -170,27 +151,6 @@ class MemoryRegistry {
   std::map<Cookie, std::weak_ptr<SharedMemory>> known_;
 };
 
-/// Bytes that can be taken without swapping or, in a container, without crossing its limit; no
-/// limit where the system does not say. Sources: proc_meminfo(5), and cgroup v2's memory controller
-/// in the kernel's admin guide.
-[[nodiscard]] inline std::uint64_t available_memory() {
-  std::uint64_t available = std::numeric_limits<std::uint64_t>::max();
-  std::ifstream meminfo("/proc/meminfo");
-  for (std::string word; meminfo >> word;) {
-    if (std::uint64_t kilobytes = 0; word == "MemAvailable:" && meminfo >> kilobytes) {
-      available = kilobytes << 10;
-      break;
-    }
-  }
-  std::uint64_t limit = 0;
-  std::uint64_t current = 0;
-  if (std::ifstream("/sys/fs/cgroup/memory.max") >> limit &&
-      std::ifstream("/sys/fs/cgroup/memory.current") >> current) {
-    available = std::min(available, limit > current ? limit - current : 0);
-  }
-  return available;
-}
-
 }  // namespace detail
 
 /// Whether the pages are taken at once. Later, a machine without memory kills the process at the
@@ -201,40 +161,77 @@ enum class Commit : std::uint8_t { at_once, at_first_access };
 [[nodiscard]] inline std::shared_ptr<SharedMemory> make_shared_memory(std::size_t bytes,
                                                                       Commit commit) {
   const Cookie cookie = make_cookie();
-  const auto fail = [bytes](const char* call, int code) {
-    throw TransportError(
-        {.call = call, .native_code = code},
-        fmt::format("allocating a memory file of {} bytes: {}", bytes, std::strerror(code)));
+  const auto fail = [bytes](const char* call, int code, const std::string& more = {}) {
+    throw TransportError({.call = call, .native_code = code},
+                         fmt::format("allocating a memory file of {} bytes: {}{}", bytes,
+                                     std::strerror(code), more));
   };
-  FileDescriptor fd(
-      memfd_create(detail::memory_file_name(cookie).c_str(), MFD_CLOEXEC | MFD_ALLOW_SEALING));
-  if (fd.get() < 0) {
+  UniqueFd fd = os::memory_file(detail::memory_file_name(cookie));
+  if (!fd) {
     fail("memfd_create", errno);
   }
-  const auto length = static_cast<off_t>(bytes);
-  if (length < 0) {
-    fail("ftruncate", EFBIG);
-  }
-  if (ftruncate(fd.get(), length) != 0) {
-    fail("ftruncate", errno);
+  if (const int code = os::set_length(fd.get(), bytes); code != 0) {
+    fail("ftruncate", code);
   }
   // A file whose size cannot change spares peers a SIGBUS.
-  if (fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+  if (os::repeat([&] {
+        return fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL);
+      }) != 0) {
     fail("fcntl(F_ADD_SEALS)", errno);
   }
-  if (commit == Commit::at_once && bytes > 0) {
-    // The kernel would hand out pages until it kills processes: a memory file has no limit.
-    if (bytes > detail::available_memory()) {
-      fail("posix_fallocate", ENOMEM);
-    }
-    if (const int code = posix_fallocate(fd.get(), 0, length); code != 0) {
-      fail("posix_fallocate", code);
+  if (commit == Commit::at_once) {
+    const auto result = detail::commit(bytes, [&](std::size_t first, std::size_t piece) {
+      return os::take_pages(fd.get(), first, piece);
+    });
+    if (result.error != 0) {
+      fail("fallocate", result.error, detail::left_text(result));
     }
   }
   auto memory = std::make_shared<SharedMemory>(std::move(fd), bytes, cookie);
   detail::MemoryRegistry::instance().add(memory);
   return memory;
 }
+
+/// Memory of this process alone, for what no peer maps: it needs no memory file, which a sandbox
+/// may refuse. Its pages are taken at once. Unmapped on destruction.
+class PrivateMemory {
+ public:
+  /// Zeros. Throws `TransportError` with errno.
+  explicit PrivateMemory(std::size_t bytes) : bytes_(bytes) {
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) {
+      fail("mmap", {.error = errno});
+    }
+    data_ = static_cast<std::byte*>(memory);
+    const auto result = detail::commit(bytes, [&](std::size_t first, std::size_t piece) {
+      return os::take_pages(data_ + first, piece);
+    });
+    if (result.error != 0) {
+      munmap(data_, bytes_);
+      fail("madvise", result);
+    }
+  }
+  PrivateMemory(const PrivateMemory&) = delete;
+  PrivateMemory& operator=(const PrivateMemory&) = delete;
+  ~PrivateMemory() {
+    if (munmap(data_, bytes_) != 0) {
+      log(LogLevel::warning, "munmap of memory failed: " + std::string(strerror(errno)));
+    }
+  }
+
+  [[nodiscard]] std::byte* data() const noexcept { return data_; }
+  [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
+
+ private:
+  [[noreturn]] void fail(const char* call, const detail::CommitResult& result) const {
+    throw TransportError({.call = call, .native_code = result.error},
+                         fmt::format("allocating {} bytes: {}{}", bytes_,
+                                     std::strerror(result.error), detail::left_text(result)));
+  }
+
+  std::size_t bytes_;
+  std::byte* data_ = nullptr;
+};
 
 /// Maps a peer's memory file. Local. Throws `TransportError` that says what stood in the way.
 ///
@@ -260,7 +257,7 @@ enum class Commit : std::uint8_t { at_once, at_first_access };
   }
   const auto check_name = [&](const std::string& link) {
     std::array<char, 128> name{};
-    if (readlink(link.c_str(), name.data(), name.size() - 1) < 0) {
+    if (os::repeat([&] { return readlink(link.c_str(), name.data(), name.size() - 1); }) < 0) {
       refuse("readlink", errno, std::strerror(errno));
     }
     if (name.data() !=
@@ -270,8 +267,8 @@ enum class Commit : std::uint8_t { at_once, at_first_access };
   };
   const std::string path = fmt::format("/proc/{}/fd/{}", handle.pid, handle.fd);
   check_name(path);  // first, because opening a stranger's file may have effects
-  FileDescriptor fd(open(path.c_str(), O_RDWR | O_CLOEXEC));
-  if (fd.get() < 0) {
+  UniqueFd fd = os::open_file(path, O_RDWR);
+  if (!fd) {
     refuse("open", errno, std::strerror(errno));
   }
   check_name(fmt::format("/proc/self/fd/{}", fd.get()));

@@ -36,6 +36,21 @@ class HostSegment : public Segment {
   std::shared_ptr<void> hold_;
 };
 
+/// Memory of an arena that nobody else maps.
+class PrivateSegment : public Segment {
+ public:
+  /// @param hold  Kept as long as the segment.
+  PrivateSegment(std::size_t bytes, std::shared_ptr<void> hold)
+      : memory_(bytes), hold_(std::move(hold)) {}
+
+  [[nodiscard]] void* data() const noexcept override { return memory_.data(); }
+  [[nodiscard]] std::size_t bytes() const noexcept override { return memory_.bytes(); }
+
+ private:
+  PrivateMemory memory_;
+  std::shared_ptr<void> hold_;
+};
+
 /// The windows of one group, by number (equal on all ranks) and by this rank's addresses.
 class WindowTable {
  public:

@@ -67,6 +67,18 @@ TEST_CASE("segments come in pages and within the limit", "[host]") {
   CHECK(backend->allocate_segment(16384)->data() != nullptr);
 }
 
+TEST_CASE("a workspace is memory of the process alone, within the same limit", "[host]") {
+  auto backend = host_backend({.segment_limit = 16384});
+  const auto files = open_files();
+  const auto first = backend->allocate_workspace(12288);
+  CHECK(first->bytes() == 12288);
+  CHECK(static_cast<const char*>(first->data())[12287] == 0);
+  CHECK(open_files() == files);
+  CHECK(mapped_files() == 0);
+  CHECK_THROWS_MATCHES(backend->allocate_workspace(8192), TransportError, says("limit of 16384"));
+  CHECK_THROWS_MATCHES(backend->allocate_workspace(100), UsageError, says("4096", "100"));
+}
+
 TEST_CASE("options that differ are named before anyone relies on them", "[host]") {
   run_ranks(3, [](ControlPlane& plane) {
     auto backend =
@@ -80,6 +92,8 @@ TEST_CASE("one rank that maps nobody takes the whole group over the control plan
     Site site(plane, {.map_peers = plane.rank() != 1}, Memory::ordinary);
     check(!site.transport->capabilities().peer_import, "no reach");
     check(site.transport->capabilities().transport_windows, "memory files work");
+    check(site.transport->capabilities().obstacle == "rank 1: HostOptions::map_peers is false",
+          "the cause");
     check_all_gather(site, plane, Dims{2, 3}, 0, {1, 2, 3}, DType::f32, Form::contiguous);
   });
 }

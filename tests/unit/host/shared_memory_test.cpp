@@ -1,10 +1,13 @@
 #include <sched.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cohort/host/shared_memory.hpp>
+#include <csignal>
 #include <filesystem>
 #include <memory>
 #include <optional>
@@ -17,6 +20,61 @@ using namespace cohort::host;
 using namespace cohort::test;
 
 namespace {
+
+/// Kernels that are not at hand, by what they answer.
+enum class Kernel {
+  this_one,
+  before_6_3,      // does not know MFD_NOEXEC_SEAL
+  noexec_required  // vm.memfd_noexec=2
+};
+Kernel kernel = Kernel::this_one;
+/// Whether fallocate ends with any signal that could come, as older kernels do; and always where it
+/// asks for more than 64 MiB.
+bool interrupts = false;
+
+}  // namespace
+
+extern "C" int memfd_create(const char* name, unsigned flags) noexcept {
+  constexpr unsigned kNoExecSeal = 8;
+  if (kernel == Kernel::before_6_3 && (flags & kNoExecSeal) != 0) {
+    errno = EINVAL;
+    return -1;
+  }
+  if (kernel == Kernel::noexec_required && (flags & kNoExecSeal) == 0) {
+    errno = EACCES;
+    return -1;
+  }
+  return static_cast<int>(syscall(SYS_memfd_create, name, flags));
+}
+
+extern "C" int fallocate(int fd, int mode, off_t first, off_t bytes) {
+  if (interrupts) {
+    sigset_t blocked;
+    pthread_sigmask(SIG_SETMASK, nullptr, &blocked);
+    if (sigismember(&blocked, SIGALRM) == 0 || bytes > off_t{64} << 20) {
+      errno = EINTR;
+      return -1;
+    }
+  }
+  return static_cast<int>(syscall(SYS_fallocate, fd, mode, first, bytes));
+}
+extern "C" int posix_fallocate(int fd, off_t first, off_t bytes) {
+  return fallocate(fd, 0, first, bytes) == 0 ? 0 : errno;
+}
+
+namespace {
+
+/// What `body` returns in a process of its own; its signal, negative, where one ended it.
+template <class Body>
+int in_child(const Body& body) {
+  const pid_t child = fork();
+  if (child == 0) {
+    _exit(body());
+  }
+  int status = -1;
+  REQUIRE(waitpid(child, &status, 0) == child);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -WTERMSIG(status);
+}
 
 std::ptrdiff_t open_files() {
   return std::distance(std::filesystem::directory_iterator("/proc/self/fd"),
@@ -37,8 +95,8 @@ class Owner {
     }
     close(to_parent[1]);
     close(to_child[0]);
-    go_on_ = FileDescriptor(to_child[1]);
-    const FileDescriptor from(to_parent[0]);
+    go_on_ = UniqueFd(to_child[1]);
+    const UniqueFd from(to_parent[0]);
     MemoryHandle handle;
     if (read(from.get(), &handle, sizeof(handle)) == static_cast<ssize_t>(sizeof(handle))) {
       handle_ = handle;
@@ -82,7 +140,7 @@ class Owner {
   }
 
   pid_t child_ = -1;
-  FileDescriptor go_on_;
+  UniqueFd go_on_;
   std::optional<MemoryHandle> handle_;
 };
 
@@ -105,6 +163,65 @@ TEST_CASE("its size cannot change, so peers never fault", "[host]") {
 TEST_CASE("an allocation that the system refuses says how much and why", "[host]") {
   CHECK_THROWS_MATCHES(make_shared_memory(std::size_t{1} << 62, Commit::at_once), TransportError,
                        says("4611686018427387904 bytes"));
+}
+
+TEST_CASE("memory files work where they must not be executable, and before that was known",
+          "[host]") {
+  for (const Kernel each : {Kernel::before_6_3, Kernel::noexec_required}) {
+    kernel = each;
+    const auto memory = make_shared_memory(4096, Commit::at_once);
+    CHECK(memory->bytes() == 4096);
+    CHECK(ftruncate(static_cast<int>(memory->handle().fd), 0) != 0);
+  }
+  kernel = Kernel::this_one;
+}
+
+TEST_CASE("pages are taken however often signals come", "[host]") {
+  constexpr std::size_t kBytes = std::size_t{160} << 20;
+  interrupts = true;
+  {
+    const auto memory = make_shared_memory(kBytes, Commit::at_once);
+    struct stat status {};
+    REQUIRE(fstat(static_cast<int>(memory->handle().fd), &status) == 0);
+    CHECK(static_cast<std::size_t>(status.st_blocks) * 512 == kBytes);
+  }
+  interrupts = false;
+}
+
+TEST_CASE("a limit of file sizes is an error, not the end of the process", "[host]") {
+  CHECK(in_child([] {
+          const rlimit limit{4096, 4096};
+          setrlimit(RLIMIT_FSIZE, &limit);
+          try {
+            (void)make_shared_memory(8192, Commit::at_once);
+          } catch (const TransportError& error) {
+            return error.site().native_code == EFBIG ? 0 : 1;
+          }
+          return 2;
+        }) == 0);
+}
+
+TEST_CASE("a memory file takes no standard stream's number", "[host]") {
+  CHECK(in_child([] {
+          close(0);
+          close(1);
+          close(2);
+          const auto memory = make_shared_memory(4096, Commit::at_once);
+          return memory->handle().fd > 2 && fcntl(0, F_GETFD) < 0 && fcntl(1, F_GETFD) < 0 &&
+                         fcntl(2, F_GETFD) < 0
+                     ? 0
+                     : 1;
+        }) == 0);
+}
+
+TEST_CASE("private memory starts as zeros and needs no file", "[host]") {
+  const auto before = open_files();
+  const PrivateMemory memory(8192);
+  CHECK(open_files() == before);
+  CHECK(std::all_of(memory.data(), memory.data() + 8192,
+                    [](std::byte b) { return b == std::byte{0}; }));
+  CHECK_THROWS_MATCHES(PrivateMemory(std::size_t{1} << 50), TransportError,
+                       says("1125899906842624 bytes", "Cannot allocate memory"));
 }
 
 TEST_CASE("one process maps a file once, and nothing is left", "[host]") {
@@ -145,7 +262,7 @@ TEST_CASE("whatever is not the file is refused", "[host]") {
   refused([](MemoryHandle& h) { ++h.inode; }, "not the memory file");
   refused([](MemoryHandle& h) { h.bytes += 4096; }, "not the memory file");
   refused([](MemoryHandle& h) { h.fd = 999; }, "No such file");
-  const FileDescriptor stranger(open("/dev/null", O_RDONLY | O_CLOEXEC));
+  const UniqueFd stranger(open("/dev/null", O_RDONLY | O_CLOEXEC));
   refused(
       [&](MemoryHandle& h) {
         h.pid = getpid();

@@ -1,0 +1,154 @@
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+
+#include <array>
+#include <cohort/cohort.hpp>
+#include <cstddef>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "support/catch.hpp"
+#include "support/fast_signals.hpp"
+#include "support/ranks.hpp"
+
+/// \file
+/// Groups on machines that refuse something. Each case changes its process for good, so each is a
+/// run of its own.
+
+using namespace cohort;
+using namespace cohort::test;
+
+namespace {
+
+/// The warnings of this rank while it lives.
+class Warnings {
+ public:
+  Warnings() {
+    set_log_sink([this](LogLevel level, std::string_view text) {
+      if (level == LogLevel::warning) {
+        texts_.emplace_back(text);
+      }
+    });
+  }
+  ~Warnings() { set_log_sink({}); }
+
+  [[nodiscard]] const std::vector<std::string>& texts() const { return texts_; }
+
+ private:
+  std::vector<std::string> texts_;
+};
+
+/// A system call fails with `code` in this process from here on. False where that is not permitted.
+bool refuse(unsigned call, unsigned code) {
+  std::array<sock_filter, 4> filter{{BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+                                     BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 1),
+                                     BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | code),
+                                     BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW)}};
+  const sock_fprog program{.len = filter.size(), .filter = filter.data()};
+  return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 &&
+         prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
+}
+
+/// No descriptor is left to this process while it lives.
+class NoDescriptors {
+ public:
+  NoDescriptors() {
+    getrlimit(RLIMIT_NOFILE, &before_);
+    const rlimit none{.rlim_cur = 0, .rlim_max = before_.rlim_max};
+    setrlimit(RLIMIT_NOFILE, &none);
+  }
+  ~NoDescriptors() { setrlimit(RLIMIT_NOFILE, &before_); }
+
+ private:
+  rlimit before_{};
+};
+
+ParallelState form(bool windows) {
+  return ParallelState::create(world(), {.layout = {.tp = world_size(), .dcp = world_size()},
+                                         .backend = host_backend(),
+                                         .symmetric = {.enabled = windows}});
+}
+
+/// A gather and a merge with answers that are known; everything that an engine's step does.
+void check_steps(ParallelState& state) {
+  auto& group = state.dcp();
+  const int n = world_size();
+  const Tensor x = state.backend().allocate({2, 3}, DType::f32, {});
+  std::fill_n(x.data_as<float>(), 6, static_cast<float>(1 + world_rank()));
+  const Tensor all = group.all_gather(x, 0);
+  REQUIRE(all.shape() == Dims{2 * n, 3});
+  for (int i = 0; i < 6 * n; ++i) {
+    CHECK(all.data_as<float>()[i] == static_cast<float>(1 + i / 6));
+  }
+
+  const std::int64_t heads = 2 * n;
+  group.reserve_for({.batch = 4, .heads = heads, .value = 8, .dtype = DType::f32});
+  const Tensor out = state.backend().allocate({4, heads, 8}, DType::f32, {});
+  const Tensor lse = state.backend().allocate({4, heads}, DType::f32, {});
+  std::fill_n(out.data_as<float>(), out.numel(), static_cast<float>(world_rank()));
+  std::fill_n(lse.data_as<float>(), lse.numel(), 0.0F);
+  const Tensor merged = group.merge_attention(out, lse);
+  REQUIRE(merged.shape() == Dims{4, 2, 8});
+  for (int i = 0; i < merged.numel(); ++i) {
+    CHECK(merged.data_as<float>()[i] == Approx(static_cast<float>(n - 1) / 2));  // ranks' mean
+  }
+}
+
+}  // namespace
+
+TEST_CASE("without memory files the control plane carries everything", "[.no_memory_files]") {
+  if (skip_all_if(!refuse(SYS_memfd_create, EPERM), "seccomp filters are not permitted")) {
+    return;
+  }
+  const Warnings warnings;
+  {
+    auto state = form(false);
+    check_steps(state);
+    state.shutdown();
+  }
+  CHECK(warnings.texts().empty());  // nobody asked for symmetric memory
+  auto state = form(true);
+  const auto& decision = state.dcp().decision();
+  CHECK_FALSE(decision.nccl_windows.on);
+  CHECK_FALSE(decision.peer_mapping.on);
+  CHECK_THAT(decision.nccl_windows.detail,
+             contains("segments are not memory files", "rank 0: memfd_create failed with code 1",
+                      "Operation not permitted"));
+  check_steps(state);
+  state.shutdown();
+  REQUIRE(warnings.texts().size() == (world_rank() == 0 ? 1 : 0));
+  if (world_rank() == 0) {
+    CHECK_THAT(warnings.texts()[0], contains("dcp", "memfd_create", "Operation not permitted"));
+  }
+}
+
+TEST_CASE("a rank without descriptors is named with the cause", "[.no_descriptors]") {
+  const auto state = [] {
+    if (world_rank() != 1) {
+      return form(true);
+    }
+    const NoDescriptors none;
+    return form(true);
+  };
+  auto formed = state();
+  CHECK_THAT(formed.dcp().decision().peer_mapping.detail,
+             contains("rank 1: ", "Too many open files"));
+  CHECK_THAT(formed.dcp().decision().peer_mapping.detail, !contains("machines"));
+  check_steps(formed);
+  formed.shutdown();
+}
+
+TEST_CASE("groups form and grow under signals that come all the time", "[.signals]") {
+  const FastSignals signals;
+  auto state = form(true);
+  CHECK(state.dcp().decision().nccl_windows.on);
+  state.dcp().reserve(std::size_t{80} << 20);
+  check_steps(state);
+  state.shutdown();
+}
