@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cohort/error.hpp"
+#include "cohort/graph_part.hpp"
 #include "cohort/stream.hpp"
 #include "cohort/symmetric_arena.hpp"
 
@@ -67,11 +68,23 @@ class CaptureScope {
       stream.retain_in_capture(part->lease());
       entered_.push_back(std::make_unique<Entered>(arena, capture_, part));
       part->begin();
+      if (pool == nullptr) {
+        own_.push_back(part);
+      }
     }
   }
   CaptureScope(const CaptureScope&) = delete;
   CaptureScope& operator=(const CaptureScope&) = delete;
   ~CaptureScope() = default;
+
+  /// Local. The caller ends the capture and throws its graph away: what the capture took goes back
+  /// now, without the other ranks, so that a rank on which a capture failed may repeat it. Memory
+  /// of a pool stays with the pool.
+  void drop() noexcept {
+    for (const auto& part : own_) {
+      part->drop();
+    }
+  }
 
  private:
   /// One arena's share of the scope.
@@ -93,6 +106,7 @@ class CaptureScope {
 
   CaptureId capture_;
   std::vector<std::unique_ptr<Entered>> entered_;
+  std::vector<std::shared_ptr<GraphPart>> own_;  // of no pool
 };
 
 }  // namespace cohort

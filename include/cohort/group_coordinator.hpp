@@ -375,7 +375,7 @@ class GroupCoordinator {
     ControlPlane* control = parts_.control.get();
     agree(std::span(&control, 1), {.place = fmt::format("{} in group {}", call, parts_.name),
                                    .sequence = debug_sequence_++,
-                                   .history = arena_->history()});
+                                   .history = arena_->history_to_agree_on()});
   }
 
  private:

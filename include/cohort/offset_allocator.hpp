@@ -1,21 +1,22 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <utility>
 #include <vector>
 
 /// \file
 /// A deterministic sub-allocator over offsets: it never touches the memory that it hands out, so it
 /// serves host and device segments alike and is tested without either.
 ///
-/// Two-level segregated fit: M. Masmano, I. Ripoll, A. Crespo and J. Real, "TLSF: a new dynamic
-/// memory allocator for real-time systems", ECRTS 2004. Allocation and release take constant time;
-/// neighbours coalesce at once. The same calls give the same offsets on every rank.
+/// Best fit, and of equal fits the lowest offset; neighbours coalesce at once. Where a block goes
+/// is therefore a function of which blocks are live, not of how they came to be: ranks with the
+/// same live blocks go on alike even if they released others in different orders. Free blocks are
+/// in a treap (R. Seidel and C. R. Aragon, "Randomized search trees", Algorithmica 16, 1996) whose
+/// priorities are a hash of the offset, so allocation and release take O(log n) expected.
 
 namespace cohort {
 
@@ -29,6 +30,8 @@ class OffsetAllocator {
 
   /// Alignment of every offset and size, in bytes.
   static constexpr std::uint64_t kAlignment = 256;
+  /// The largest request that any memory could serve, in bytes.
+  static constexpr std::uint64_t kMaxRequest = std::uint64_t{1} << 60;
 
   struct Statistics {
     std::uint64_t capacity = 0;      ///< Bytes of all ranges.
@@ -38,13 +41,12 @@ class OffsetAllocator {
     std::uint64_t live_blocks = 0;
   };
 
-  OffsetAllocator() { heads_.fill(kNone); }
-
   /// The size that a request takes; requests of 0 take one unit, so every block has an offset of
-  /// its own.
+  /// its own. What is beyond `kMaxRequest` stays beyond it.
   [[nodiscard]] static constexpr std::uint64_t rounded(std::uint64_t bytes) noexcept {
+    constexpr std::uint64_t kMost = std::numeric_limits<std::uint64_t>::max() / kAlignment;
     const std::uint64_t units = bytes / kAlignment + (bytes % kAlignment != 0 ? 1 : 0);
-    return std::max<std::uint64_t>(units, 1) * kAlignment;
+    return std::clamp<std::uint64_t>(units, 1, kMost) * kAlignment;
   }
 
   /// Adds free space [offset, offset + bytes), both multiples of `kAlignment`, disjoint from what
@@ -74,21 +76,32 @@ class OffsetAllocator {
 
   /// A block of at least `bytes`, or nothing where no free block is large enough.
   [[nodiscard]] std::optional<Block> allocate(std::uint64_t bytes) {
-    if (bytes > kMaxRequest) {
-      return std::nullopt;
-    }
     const std::uint64_t size = rounded(bytes);
-    const std::uint32_t found = find(size);
+    const std::uint32_t found = bytes > kMaxRequest ? kNone : find(size);
     if (found == kNone) {
       return std::nullopt;
     }
-    remove_free(found);
-    split(found, size);
-    nodes_[found].used = true;
-    statistics_.used += size;
-    statistics_.peak = std::max(statistics_.peak, statistics_.used);
-    ++statistics_.live_blocks;
-    return found;
+    return take(found, size);
+  }
+
+  /// A block of at least `bytes` directly behind a live one, or nothing where that is not free.
+  [[nodiscard]] std::optional<Block> allocate_behind(Block block, std::uint64_t bytes) {
+    const std::uint64_t size = rounded(bytes);
+    const std::uint32_t next = nodes_[block].next;
+    if (next == kNone || nodes_[next].used || nodes_[next].size < size) {
+      return std::nullopt;
+    }
+    return take(next, size);
+  }
+
+  /// Bytes of the free block that ends at `end`; 0 where there is none.
+  [[nodiscard]] std::uint64_t free_before(std::uint64_t end) const noexcept {
+    for (const auto& node : nodes_) {
+      if (node.size != 0 && !node.used && node.offset + node.size == end) {
+        return node.size;
+      }
+    }
+    return 0;
   }
 
   /// Returns a live block, which then carries `marks` besides those of the neighbours it joins.
@@ -97,6 +110,7 @@ class OffsetAllocator {
     nodes_[block].marks = marks;
     statistics_.used -= nodes_[block].size;
     --statistics_.live_blocks;
+    unlink(block);
     insert_free(coalesce(block));
   }
 
@@ -105,34 +119,35 @@ class OffsetAllocator {
   /// The marks of the free space that a live block was cut from.
   [[nodiscard]] Marks marks(Block block) const noexcept { return nodes_[block].marks; }
 
-  /// Forgets the marks of all free space.
-  void clear_marks() noexcept {
+  /// Calls `visit(block)` for every live block, in the order in which they were allocated.
+  template <class Visit>
+  void for_each_live(const Visit& visit) const {
+    for (std::uint32_t block = oldest_; block != kNone; block = nodes_[block].right) {
+      visit(Block{block});
+    }
+  }
+
+  /// Forgets the marks of all free space, and says which there were.
+  Marks clear_marks() noexcept {
+    Marks all = 0;
     for (auto& node : nodes_) {
       if (!node.used) {
-        node.marks = 0;
+        all |= std::exchange(node.marks, 0);
       }
     }
+    return all;
   }
 
   [[nodiscard]] Statistics statistics() const noexcept {
     Statistics result = statistics_;
-    if (levels_ != 0) {
-      const auto level = static_cast<std::size_t>(std::bit_width(levels_) - 1);
-      const auto slot = static_cast<std::size_t>(std::bit_width(slots_[level]) - 1);
-      for (auto node = heads_[level * kSlots + slot]; node != kNone;
-           node = nodes_[node].next_free) {
-        result.largest_free = std::max(result.largest_free, nodes_[node].size);
-      }
+    for (std::uint32_t node = root_; node != kNone; node = nodes_[node].right) {
+      result.largest_free = nodes_[node].size;
     }
     return result;
   }
 
  private:
   static constexpr std::uint32_t kNone = std::numeric_limits<std::uint32_t>::max();
-  static constexpr std::uint64_t kMaxRequest = std::uint64_t{1} << 60;
-  static constexpr unsigned kSlotBits = 5;
-  static constexpr std::size_t kSlots = std::size_t{1} << kSlotBits;
-  static constexpr std::size_t kLevels = 64;
 
   struct Node {
     std::uint64_t offset = 0;
@@ -140,34 +155,12 @@ class OffsetAllocator {
     Marks marks = 0;
     std::uint32_t previous = kNone;  // neighbours in memory
     std::uint32_t next = kNone;
-    std::uint32_t previous_free = kNone;  // the list of one size class
-    std::uint32_t next_free = kNone;
+    // Of a free block its children in the treap, of a live one those allocated before and after it,
+    // of a node without a block (right only) the next such node.
+    std::uint32_t left = kNone;
+    std::uint32_t right = kNone;
     bool used = false;
   };
-
-  struct Class {
-    std::size_t level = 0;
-    std::size_t slot = 0;
-  };
-
-  /// The size class of a block: the power of two below it in units, and one of 32 steps between
-  /// that and the next.
-  [[nodiscard]] static constexpr Class class_of(std::uint64_t size) noexcept {
-    const std::uint64_t units = size / kAlignment;
-    const auto width = static_cast<unsigned>(std::bit_width(units));
-    if (width <= kSlotBits) {
-      return {0, static_cast<std::size_t>(units)};
-    }
-    const unsigned level = width - kSlotBits;
-    return {level, static_cast<std::size_t>(units >> (level - 1)) & (kSlots - 1)};
-  }
-
-  [[nodiscard]] static constexpr bool is_class_minimum(std::uint64_t size) noexcept {
-    const std::uint64_t units = size / kAlignment;
-    const auto width = static_cast<unsigned>(std::bit_width(units));
-    return width <= kSlotBits + 1 ||
-           (units & ((std::uint64_t{1} << (width - kSlotBits - 1)) - 1)) == 0;
-  }
 
   std::uint32_t new_node(const Node& node) {
     if (unused_ == kNone) {
@@ -175,78 +168,114 @@ class OffsetAllocator {
       return static_cast<std::uint32_t>(nodes_.size() - 1);
     }
     const std::uint32_t index = unused_;
-    unused_ = nodes_[index].next_free;
+    unused_ = nodes_[index].right;
     nodes_[index] = node;
     return index;
   }
 
-  /// The free block to use for `size`: the head of the smallest class whose every block fits.
-  /// Where there is none, the class of `size` itself is searched, so that space is never refused
-  /// although a block that fits exists.
+  /// Makes the front of a free block live.
+  Block take(std::uint32_t found, std::uint64_t size) {
+    remove_free(found);
+    split(found, size);
+    nodes_[found].used = true;
+    link(found);
+    statistics_.used += size;
+    statistics_.peak = std::max(statistics_.peak, statistics_.used);
+    ++statistics_.live_blocks;
+    return found;
+  }
+
+  // The list of live blocks.
+
+  void link(std::uint32_t index) noexcept {
+    nodes_[index].left = newest_;
+    nodes_[index].right = kNone;
+    (newest_ == kNone ? oldest_ : nodes_[newest_].right) = index;
+    newest_ = index;
+  }
+
+  void unlink(std::uint32_t index) noexcept {
+    const auto [before, after] = std::pair(nodes_[index].left, nodes_[index].right);
+    (before == kNone ? oldest_ : nodes_[before].right) = after;
+    (after == kNone ? newest_ : nodes_[after].left) = before;
+  }
+
+  // The treap of free blocks, ordered by size and then by offset.
+
+  [[nodiscard]] bool less(std::uint32_t a, std::uint32_t b) const noexcept {
+    const Node& x = nodes_[a];
+    const Node& y = nodes_[b];
+    return x.size != y.size ? x.size < y.size : x.offset < y.offset;
+  }
+
+  [[nodiscard]] std::uint64_t priority(std::uint32_t index) const noexcept {
+    std::uint64_t hash = nodes_[index].offset * 0x9e3779b97f4a7c15ULL;
+    hash ^= hash >> 32;
+    return hash * 0xd6e8feb86659fd93ULL;
+  }
+
+  /// The smallest free block of at least `size`, of several the one with the lowest offset.
   [[nodiscard]] std::uint32_t find(std::uint64_t size) const noexcept {
-    const Class own = class_of(size);
-    Class from = own;
-    if (!is_class_minimum(size)) {
-      from.slot += 1;
-      if (from.slot == kSlots) {
-        from = {own.level + 1, 0};
-      }
-    }
-    if (from.level < kLevels) {
-      const std::uint32_t in_level =
-          slots_[from.level] & (~std::uint32_t{0} << static_cast<unsigned>(from.slot));
-      if (in_level != 0) {
-        return heads_[from.level * kSlots + static_cast<std::size_t>(std::countr_zero(in_level))];
-      }
-      const std::uint64_t above =
-          from.level + 1 < kLevels ? levels_ & (~std::uint64_t{0} << (from.level + 1)) : 0;
-      if (above != 0) {
-        const auto level = static_cast<std::size_t>(std::countr_zero(above));
-        return heads_[level * kSlots + static_cast<std::size_t>(std::countr_zero(slots_[level]))];
-      }
-    }
-    for (auto node = heads_[own.level * kSlots + own.slot]; node != kNone;
-         node = nodes_[node].next_free) {
+    std::uint32_t best = kNone;
+    for (std::uint32_t node = root_; node != kNone;) {
       if (nodes_[node].size >= size) {
-        return node;
+        best = node;
+        node = nodes_[node].left;
+      } else {
+        node = nodes_[node].right;
       }
     }
-    return kNone;
+    return best;
   }
 
   void insert_free(std::uint32_t index) noexcept {
-    const auto [level, slot] = class_of(nodes_[index].size);
-    auto& head = heads_[level * kSlots + slot];
-    nodes_[index].previous_free = kNone;
-    nodes_[index].next_free = head;
-    if (head != kNone) {
-      nodes_[head].previous_free = index;
+    const std::uint64_t own = priority(index);
+    std::uint32_t* place = &root_;
+    while (*place != kNone && priority(*place) >= own) {
+      place = less(index, *place) ? &nodes_[*place].left : &nodes_[*place].right;
     }
-    head = index;
-    slots_[level] |= std::uint32_t{1} << static_cast<unsigned>(slot);
-    levels_ |= std::uint64_t{1} << static_cast<unsigned>(level);
+    // What was here falls apart into what comes before and what comes after the new node.
+    std::uint32_t rest = *place;
+    *place = index;
+    std::uint32_t* before = &nodes_[index].left;
+    std::uint32_t* after = &nodes_[index].right;
+    while (rest != kNone) {
+      if (less(rest, index)) {
+        *before = rest;
+        before = &nodes_[rest].right;
+        rest = *before;
+      } else {
+        *after = rest;
+        after = &nodes_[rest].left;
+        rest = *after;
+      }
+    }
+    *before = kNone;
+    *after = kNone;
   }
 
   void remove_free(std::uint32_t index) noexcept {
-    Node& node = nodes_[index];
-    const auto [level, slot] = class_of(node.size);
-    if (node.next_free != kNone) {
-      nodes_[node.next_free].previous_free = node.previous_free;
+    std::uint32_t* place = &root_;
+    while (*place != index) {
+      place = less(index, *place) ? &nodes_[*place].left : &nodes_[*place].right;
     }
-    if (node.previous_free != kNone) {
-      nodes_[node.previous_free].next_free = node.next_free;
-      return;
-    }
-    heads_[level * kSlots + slot] = node.next_free;
-    if (node.next_free == kNone) {
-      slots_[level] &= ~(std::uint32_t{1} << static_cast<unsigned>(slot));
-      if (slots_[level] == 0) {
-        levels_ &= ~(std::uint64_t{1} << static_cast<unsigned>(level));
+    std::uint32_t before = nodes_[index].left;
+    std::uint32_t after = nodes_[index].right;
+    while (before != kNone && after != kNone) {
+      if (priority(before) >= priority(after)) {
+        *place = before;
+        place = &nodes_[before].right;
+        before = *place;
+      } else {
+        *place = after;
+        place = &nodes_[after].left;
+        after = *place;
       }
     }
+    *place = before != kNone ? before : after;
   }
 
-  /// Cuts `size` off the front of a block that is in no list; the rest becomes free.
+  /// Cuts `size` off the front of a block that is not in the treap; the rest becomes free.
   void split(std::uint32_t index, std::uint64_t size) {
     if (nodes_[index].size == size) {
       return;
@@ -264,7 +293,7 @@ class OffsetAllocator {
     insert_free(rest);
   }
 
-  /// Joins a block that is in no list with its free neighbours. Returns the joint block.
+  /// Joins a block that is not in the treap with its free neighbours. Returns the joint block.
   std::uint32_t coalesce(std::uint32_t index) noexcept {
     if (const auto next = nodes_[index].next; next != kNone && !nodes_[next].used) {
       remove_free(next);
@@ -285,15 +314,15 @@ class OffsetAllocator {
     if (nodes_[index].next != kNone) {
       nodes_[nodes_[index].next].previous = index;
     }
-    nodes_[next] = {.next_free = unused_};
+    nodes_[next] = {.right = unused_};
     unused_ = next;
   }
 
   std::vector<Node> nodes_;
-  std::uint32_t unused_ = kNone;  // nodes without a block, linked by next_free
-  std::array<std::uint32_t, kLevels * kSlots> heads_{};
-  std::array<std::uint32_t, kLevels> slots_{};
-  std::uint64_t levels_ = 0;
+  std::uint32_t unused_ = kNone;  // nodes without a block, linked by `right`
+  std::uint32_t root_ = kNone;    // of the treap
+  std::uint32_t oldest_ = kNone;  // of the live blocks
+  std::uint32_t newest_ = kNone;
   Statistics statistics_;
 };
 

@@ -151,8 +151,13 @@ class ParallelState {
     auto& driver = stream.driver();
     driver.begin_capture(stream.native());
     try {
-      const CaptureScope scope(*captures_, stream, pool);
-      record();
+      CaptureScope scope(*captures_, stream, pool);
+      try {
+        record();
+      } catch (...) {
+        scope.drop();
+        throw;
+      }
     } catch (...) {
       drop_capture(stream);
       throw;

@@ -50,6 +50,31 @@ struct ArenaStatistics {
   bool frozen = false;
 };
 
+/// Memory that captured graphs lease of an arena, as the arena sees it. Implemented by `GraphPart`.
+class CaptureMemory : public MemoryOwner {
+ public:
+  /// A tensor of the graph that is being captured, in the order of `stream`.
+  [[nodiscard]] virtual Tensor empty(const Dims& shape, DType dtype, StreamRef stream,
+                                     CaptureId capture) = 0;
+  /// Hash of where its live blocks lie.
+  [[nodiscard]] virtual std::uint64_t history() const noexcept = 0;
+};
+
+/// What a part of an arena that graphs use has taken of it. Kept until the part and all its graphs
+/// are gone.
+struct GraphExtents {
+  struct Extent {
+    OffsetAllocator::Block block = 0;
+    OffsetAllocator::Marks users = 0;  ///< Streams that used it before the graphs.
+  };
+
+  std::weak_ptr<CaptureMemory> part;
+  std::atomic<int> leases = 0;  ///< Graphs that are alive.
+  std::vector<Extent> extents;
+
+  [[nodiscard]] bool ended() const noexcept { return part.expired() && leases == 0; }
+};
+
 class GraphPart;
 
 /// Memory for one audience: every segment carries a window of each of its groups, and a block has
@@ -77,7 +102,11 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
       : backend_(&backend),
         name_(std::move(name)),
         audience_(std::move(audience)),
-        options_(options) {}
+        options_(options),
+        needs_equal_offsets_(
+            std::any_of(audience_.begin(), audience_.end(), [](const AudienceMember& member) {
+              return member.transport != nullptr && member.transport->needs_equal_offsets();
+            })) {}
 
   ~SymmetricArena() override { close(); }
 
@@ -104,15 +133,13 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// Throws as growth does, and `UsageError` when frozen.
   void reserve(std::size_t bytes) {
     throw_if_closed();
+    throw_if_too_large(bytes);
     agree_before("reservation in", bytes);
     make_room(bytes);
   }
 
   /// Local, by every rank at the same point: from here on the arena never grows.
-  void freeze() noexcept {
-    frozen_ = true;
-    history_ = detail::mix(history_, kFreeze);
-  }
+  void freeze() noexcept { frozen_ = true; }
 
   /// Collective. Returns the memory of graphs that every rank has destroyed. Throws as growth does.
   void reclaim() {
@@ -147,7 +174,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
 
   /// A capture begins: allocations on its streams come from `part` until `leave_capture`.
   /// Throws `UsageError` where the capture has entered already.
-  void enter_capture(CaptureId capture, std::shared_ptr<GraphPart> part) {
+  void enter_capture(CaptureId capture, std::shared_ptr<CaptureMemory> part) {
     throw_if_closed();
     for (const auto& active : captures_) {
       if (active.id == capture) {
@@ -158,6 +185,20 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   }
   void leave_capture(CaptureId capture) noexcept {
     std::erase_if(captures_, [&](const ActiveCapture& active) { return active.id == capture; });
+  }
+
+  /// Work that `stream` gets from here on comes after the eager uses of what captures have taken
+  /// since the last call. A captured stream cannot wait for them, so the first launch does.
+  /// Throws `UsageError` where such a use was on a stream that is being captured now.
+  void order_launch(StreamRef stream) {
+    if (const auto users = std::exchange(before_launch_, 0); users != 0) {
+      try {
+        order_behind(users, stream);
+      } catch (...) {
+        before_launch_ |= users;
+        throw;
+      }
+    }
   }
 
   /// Where an address lies: bytes from the arena's start, equal on every rank for a symmetric
@@ -173,12 +214,36 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     return std::nullopt;
   }
 
-  /// Hash of every allocation and release so far; equal on every rank that made the same calls.
-  [[nodiscard]] std::uint64_t history() const noexcept { return history_; }
+  /// Whether a group of the audience takes equal offsets for granted: see
+  /// `Transport::needs_equal_offsets`.
+  [[nodiscard]] bool needs_equal_offsets() const noexcept { return needs_equal_offsets_; }
+
+  /// Hash of what decides where later blocks lie, and of where the live ones do: the segments, and
+  /// the live blocks in the order of their allocation. Equal on ranks whose live tensors lie at
+  /// equal offsets, whatever else they allocated and released and in which order; an arena in which
+  /// nothing lives is as new. Takes time in proportion to the live blocks.
+  [[nodiscard]] std::uint64_t history() const noexcept {
+    std::uint64_t hash = detail::mix(detail::kHashSeed, frozen_ ? 1 : 0);
+    for (const auto& segment : segments_) {
+      hash = detail::mix(hash, segment->bytes());
+    }
+    hash = live_hash(space_, hash);
+    // Unordered, because parts without memory, which do not count, differ between the ranks.
+    std::uint64_t parts = 0;
+    for (const auto& held : parts_) {
+      if (const auto part = held->part.lock(); part != nullptr && !held->extents.empty()) {
+        parts += detail::mix(number_of(*held), part->history());
+      }
+    }
+    return detail::mix(hash, parts);
+  }
+  /// The history where it must agree, otherwise the same number on all ranks.
+  [[nodiscard]] std::uint64_t history_to_agree_on() const noexcept {
+    return needs_equal_offsets_ ? history() : 0;
+  }
 
   void release(std::uint64_t block) noexcept override {
     const auto id = static_cast<OffsetAllocator::Block>(block);
-    history_ = detail::mix(history_, ~space_.offset(id));
     space_.free(id, users_[id]);
   }
 
@@ -192,23 +257,26 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   // A segment's blocks are numbered from its own multiple of 2^44, so that no block spans two
   // segments and one allocator serves them all.
   static constexpr unsigned kSegmentBits = 44;
-  static constexpr std::uint64_t kFreeze = 0x667265657a65ULL;
   static constexpr unsigned kLastMark = 63;
-
-  /// What captured graphs hold of this arena.
-  struct Part {
-    std::uint64_t id = 0;
-    std::weak_ptr<GraphPart> part;
-    std::shared_ptr<std::atomic<int>> leases;
-    std::vector<OffsetAllocator::Block> extents;
-
-    [[nodiscard]] bool ended() const noexcept { return part.expired() && *leases == 0; }
-  };
 
   struct ActiveCapture {
     CaptureId id = 0;
-    std::shared_ptr<GraphPart> part;
+    std::shared_ptr<CaptureMemory> part;
   };
+
+  [[nodiscard]] static std::uint64_t live_hash(const OffsetAllocator& space,
+                                               std::uint64_t hash) noexcept {
+    space.for_each_live([&](OffsetAllocator::Block block) {
+      hash = detail::mix(hash, space.offset(block) ^ std::rotl(space.size(block), 32));
+    });
+    return hash;
+  }
+
+  /// Names a part that has taken memory: its first offset, which no other has while it lives, and
+  /// which does not depend on captures that came to nothing.
+  [[nodiscard]] std::uint64_t number_of(const GraphExtents& held) const noexcept {
+    return space_.offset(held.extents.front().block);
+  }
 
   [[nodiscard]] void* address(std::uint64_t offset) const noexcept {
     const auto segment = static_cast<std::size_t>(offset >> kSegmentBits);
@@ -219,6 +287,12 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   void throw_if_closed() const {
     if (closed_) {
       throw UsageError(fmt::format("arena {}: used after its group was shut down", name_));
+    }
+  }
+
+  void throw_if_too_large(std::size_t bytes) const {
+    if (bytes > std::size_t{1} << (kSegmentBits - 1)) {
+      throw UsageError(fmt::format("arena {}: a segment of {} bytes is too large", name_, bytes));
     }
   }
 
@@ -235,6 +309,19 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
         "{} bytes are needed; {} of {} are free, in blocks of at most {}; the peak so far is {}",
         OffsetAllocator::rounded(bytes), space.capacity - space.used, space.capacity,
         space.largest_free, space.peak);
+  }
+
+  /// What graphs hold that were destroyed on this rank, as the end of a message; empty for nothing.
+  [[nodiscard]] std::string reclaimable() const {
+    std::uint64_t bytes = 0;
+    for (const auto& held : parts_) {
+      for (const auto& extent : held->extents) {
+        bytes += held->ended() ? space_.size(extent.block) : 0;
+      }
+    }
+    return bytes == 0 ? std::string()
+                      : fmt::format("; destroyed graphs hold {}, which reclaim_graphs() gives back",
+                                    bytes);
   }
 
   void agree_on(const Intent& intent) {
@@ -286,44 +373,101 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     throw_if_closed();
     auto block = space_.allocate(bytes);
     if (!block) {
-      throw_if_frozen(bytes);
+      throw_if_too_large(bytes);
+      if (!leases_anything()) {
+        throw_if_frozen(bytes);  // otherwise destroyed graphs may have left room
+      }
       agree_before("growth of", bytes);
       make_room(bytes);
       block = space_.allocate(bytes);
     }
-    const auto own = mark_of(stream);
-    if (const auto others = space_.marks(*block) & ~own; others != 0) {
-      wait_for_users(*block, others, stream);
+    try {
+      if (users_.size() <= *block) {
+        users_.resize(std::max<std::size_t>(*block + 1, users_.size() * 2));
+      }
+      const auto own = mark_of(stream);
+      users_[*block] = own;
+      if (const auto others = space_.marks(*block) & ~own; others != 0) {
+        order_behind(others, stream);
+      }
+    } catch (...) {
+      space_.free(*block, space_.marks(*block));
+      throw;
     }
-    if (users_.size() <= *block) {
-      users_.resize(std::max<std::size_t>(*block + 1, users_.size() * 2));
-    }
-    users_[*block] = own;
-    history_ = detail::mix(history_, space_.offset(*block) ^ std::rotl(space_.size(*block), 32));
     return *block;
   }
 
-  /// Orders a block's next use, on `stream`, after the uses by `users`.
-  void wait_for_users(OffsetAllocator::Block block, OffsetAllocator::Marks users,
-                      StreamRef stream) {
-    try {
-      for_each_stream(users, stream, [&](StreamRef user) {
-        if (user.capture_id() != 0) {
-          throw UsageError(fmt::format(
-              "arena {}: free memory was last used on a stream that is being captured, which "
-              "nothing outside of the capture can wait for",
-              name_));
-        }
-        if (stream.valid()) {
-          stream.wait_for(user);
-        } else {
-          user.synchronize(kDefaultTimeLimit);
-        }
-      });
-    } catch (...) {
-      space_.free(block, space_.marks(block));
-      throw;
+  [[nodiscard]] bool leases_anything() const noexcept {
+    return std::any_of(parts_.begin(), parts_.end(),
+                       [](const auto& held) { return !held->extents.empty(); });
+  }
+
+  /// Orders what `stream` gets next after what these users have so far.
+  void order_behind(OffsetAllocator::Marks users, StreamRef stream) const {
+    for_each_stream(users, stream, [&](StreamRef user) {
+      if (user.capture_id() != 0) {
+        throw UsageError(
+            fmt::format("arena {}: memory was last used on a stream that is being captured, which "
+                        "nothing outside of the capture can wait for",
+                        name_));
+      }
+      if (stream.valid()) {
+        stream.wait_for(user);
+      } else {
+        user.synchronize(kDefaultTimeLimit);
+      }
+    });
+  }
+
+  /// The same for `stream` within a capture: it waits for streams of the capture, the launch for
+  /// the others.
+  void order_within(CaptureId capture, OffsetAllocator::Marks users, StreamRef stream) {
+    for_each_stream(users, stream, [&](StreamRef user) {
+      if (user.capture_id() == capture) {
+        stream.wait_for(user);
+      } else {
+        before_launch_ |= mark_of(user);
+      }
+    });
+  }
+
+  /// Takes memory for a part of graphs into its `space`, so that a block of `bytes` fits there:
+  /// what its free end lacks, where the arena is free behind it, otherwise a block of its own. So
+  /// graphs that share a part need no more than the largest, and no more than they allocate.
+  void extend(GraphExtents& held, OffsetAllocator& space, std::size_t bytes) {
+    throw_if_closed();
+    if (audience_.empty()) {
+      reclaim_agreed();  // nobody to agree with
     }
+    std::optional<OffsetAllocator::Block> taken;
+    for (const auto& extent : held.extents) {
+      const auto end = space_.offset(extent.block) + space_.size(extent.block);
+      taken = space_.allocate_behind(extent.block,
+                                     OffsetAllocator::rounded(bytes) - space.free_before(end));
+      if (taken) {
+        break;
+      }
+    }
+    if (!taken) {
+      taken = space_.allocate(bytes);
+    }
+    if (!taken) {
+      throw UsageError(fmt::format(
+          "arena {} cannot grow during a graph capture: {}; reserve() them before the capture{}",
+          name_, room(bytes), reclaimable()));
+    }
+    const auto users = space_.marks(*taken);
+    held.extents.push_back({*taken, users});
+    space.add_range(space_.offset(*taken), space_.size(*taken));
+    before_launch_ |= users;
+  }
+
+  /// Takes back what a part has, which nothing uses any more.
+  void give_back(GraphExtents& held) noexcept {
+    for (const auto& extent : held.extents) {
+      space_.free(extent.block, extent.users);
+    }
+    held.extents.clear();
   }
 
   /// Compares what the ranks are about to do, so that one that is elsewhere is named with the
@@ -332,7 +476,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     agree_on({.place = fmt::format("{} arena {}", what, name_),
               .sequence = segments_.size(),
               .bytes = bytes,
-              .history = history_});
+              .history = history_to_agree_on()});
   }
 
   /// Grows unless a block of `bytes` fits. The ranks have agreed on it.
@@ -356,7 +500,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     Intent intent{.place = fmt::format("allocation of a segment of arena {}", name_),
                   .sequence = segments_.size(),
                   .bytes = size,
-                  .history = history_};
+                  .history = history_to_agree_on()};
     std::unique_ptr<Segment> segment;
     try {
       segment =
@@ -371,7 +515,6 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     register_segment(*segment, intent);
     segments_.push_back(std::move(segment));
     space_.add_range(std::uint64_t{segments_.size() - 1} << kSegmentBits, size);
-    history_ = detail::mix(history_, size);
   }
 
   /// Registers with every group, in the audience's order, then makes sure that all ranks could.
@@ -401,122 +544,12 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   std::vector<OffsetAllocator::Marks> users_;     // by block: the streams that use it
   std::vector<StreamRef> streams_;
   std::size_t last_stream_ = 0;
-  std::vector<Part> parts_;
+  std::vector<std::shared_ptr<GraphExtents>> parts_;
   std::vector<ActiveCapture> captures_;
-  std::uint64_t next_part_ = 0;
-  std::uint64_t history_ = detail::kHashSeed;
+  OffsetAllocator::Marks before_launch_ = 0;  // streams that used what captures have taken since
+  bool needs_equal_offsets_;
   bool frozen_ = false;
   bool closed_ = false;
-};
-
-/// The part of an arena that the graphs of one `GraphPool` share. Blocks freed within a capture are
-/// reused within it, in stream order; what the graphs have touched stays out of the arena until
-/// they, the pool and every tensor are gone.
-class GraphPart : public MemoryOwner, public std::enable_shared_from_this<GraphPart> {
- public:
-  GraphPart(std::shared_ptr<SymmetricArena> arena, std::uint64_t id)
-      : arena_(std::move(arena)), id_(id) {}
-
-  /// The part of a new pool.
-  [[nodiscard]] static std::shared_ptr<GraphPart> create(
-      const std::shared_ptr<SymmetricArena>& arena) {
-    auto part = std::make_shared<GraphPart>(arena, arena->next_part_++);
-    arena->parts_.push_back({.id = part->id_,
-                             .part = part,
-                             .leases = std::make_shared<std::atomic<int>>(0),
-                             .extents = {}});
-    return part;
-  }
-
-  /// Keeps the part out of the arena for as long as it lives. Its end is safe on any thread and
-  /// calls no driver, because it may come from a graph's destruction callback.
-  class Lease {
-   public:
-    explicit Lease(std::shared_ptr<std::atomic<int>> count) : count_(std::move(count)) {
-      ++*count_;
-    }
-    Lease(const Lease&) = delete;
-    Lease& operator=(const Lease&) = delete;
-    ~Lease() { --*count_; }
-
-   private:
-    std::shared_ptr<std::atomic<int>> count_;
-  };
-
-  [[nodiscard]] std::shared_ptr<Lease> lease() { return std::make_shared<Lease>(record().leases); }
-
-  /// A capture begins: graphs of one pool are never in flight together, so no free block is in use.
-  void begin() noexcept { space_.clear_marks(); }
-
-  [[nodiscard]] Tensor empty(const Dims& shape, DType dtype, StreamRef stream) {
-    const std::size_t bytes = static_cast<std::size_t>(numel(shape)) * size_of(dtype);
-    auto block = space_.allocate(bytes);
-    if (!block) {
-      add_extent(bytes, stream);
-      block = space_.allocate(bytes);
-    }
-    const auto own = arena_->mark_of(stream);
-    arena_->for_each_stream(space_.marks(*block) & ~own, stream,
-                            [&](StreamRef user) { stream.wait_for(user); });
-    if (users_.size() <= *block) {
-      users_.resize(*block + 1);
-    }
-    users_[*block] = own;
-    arena_->history_ = detail::mix(arena_->history_, space_.offset(*block));
-    const TensorView view(arena_->address(space_.offset(*block)), dtype, shape,
-                          arena_->backend().device());
-    return {view, shared_from_this(), *block};
-  }
-
-  void release(std::uint64_t block) noexcept override {
-    const auto id = static_cast<OffsetAllocator::Block>(block);
-    arena_->history_ = detail::mix(arena_->history_, ~space_.offset(id));
-    space_.free(id, users_[id]);
-  }
-
-  void record_stream(std::uint64_t block, StreamRef stream) override {
-    users_[block] |= arena_->mark_of(stream);
-  }
-
- private:
-  /// Extents are not cut finer than this where the arena has room, so that blocks can coalesce.
-  static constexpr std::size_t kExtentBytes = std::size_t{256} << 10;
-
-  [[nodiscard]] SymmetricArena::Part& record() {
-    return *std::find_if(arena_->parts_.begin(), arena_->parts_.end(),
-                         [&](const auto& part) { return part.id == id_; });
-  }
-
-  void add_extent(std::size_t bytes, StreamRef stream) {
-    auto& arena = *arena_;
-    arena.throw_if_closed();
-    auto extent = arena.space_.allocate(std::max(bytes, kExtentBytes));
-    if (!extent) {
-      extent = arena.space_.allocate(bytes);
-    }
-    if (!extent) {
-      throw UsageError(fmt::format(
-          "arena {} cannot grow during a graph capture: {}; reserve() them before the capture",
-          arena.name_, arena.room(bytes)));
-    }
-    const auto offset = arena.space_.offset(*extent);
-    record().extents.push_back(*extent);
-    // A captured stream cannot wait for work outside its capture, so the host does.
-    const auto users = arena.space_.marks(*extent) & ~arena.mark_of(stream);
-    arena.for_each_stream(users, stream, [&](StreamRef user) {
-      // What a stream did before it joined this capture comes before the graph's launch.
-      if (user.capture_id() != stream.capture_id()) {
-        user.synchronize(kDefaultTimeLimit);
-      }
-    });
-    arena.history_ = detail::mix(arena.history_, offset);
-    space_.add_range(offset, arena.space_.size(*extent));
-  }
-
-  std::shared_ptr<SymmetricArena> arena_;
-  std::uint64_t id_;
-  OffsetAllocator space_;
-  std::vector<OffsetAllocator::Marks> users_;
 };
 
 inline Tensor SymmetricArena::empty(const Dims& shape, DType dtype, StreamRef stream,
@@ -525,7 +558,7 @@ inline Tensor SymmetricArena::empty(const Dims& shape, DType dtype, StreamRef st
     for (const auto& active : captures_) {
       if (active.id == capture) {
         throw_if_closed();
-        return active.part->empty(shape, dtype, stream);
+        return active.part->empty(shape, dtype, stream, capture);
       }
     }
     throw UsageError(fmt::format(
@@ -541,9 +574,9 @@ inline Tensor SymmetricArena::empty(const Dims& shape, DType dtype, StreamRef st
 
 inline void SymmetricArena::reclaim_agreed() {
   std::vector<std::uint64_t> ended;
-  for (const auto& part : parts_) {
-    if (part.ended()) {
-      ended.push_back(part.id);
+  for (const auto& held : parts_) {
+    if (held->ended() && !held->extents.empty()) {
+      ended.push_back(number_of(*held));
     }
   }
   // A graph ends at a moment of its own on each rank; only what has ended everywhere goes back. An
@@ -561,14 +594,14 @@ inline void SymmetricArena::reclaim_agreed() {
       }
     }
   }
-  std::erase_if(parts_, [&](const Part& part) {
-    if (std::find(ended.begin(), ended.end(), part.id) == ended.end()) {
+  std::erase_if(parts_, [&](const auto& held) {
+    if (held->extents.empty()) {
+      return held->ended();
+    }
+    if (std::find(ended.begin(), ended.end(), number_of(*held)) == ended.end()) {
       return false;
     }
-    for (const auto extent : part.extents) {
-      history_ = detail::mix(history_, ~space_.offset(extent));
-      space_.free(extent);
-    }
+    give_back(*held);
     return true;
   });
 }

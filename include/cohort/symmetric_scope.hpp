@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include "cohort/error.hpp"
+#include "cohort/log.hpp"
 #include "cohort/symmetric_arena.hpp"
 
 /// \file
@@ -23,7 +24,7 @@ enum class ScopeMode : std::uint8_t { enabled, disabled };
 class SymmetricScope;
 
 namespace detail {
-inline constinit thread_local const SymmetricScope* current_scope = nullptr;
+inline constinit thread_local SymmetricScope* current_scope = nullptr;
 }  // namespace detail
 
 /// While it lives, `cohort::empty` on this thread allocates from its arena, in the order of its
@@ -47,7 +48,18 @@ class SymmetricScope {
   }
   SymmetricScope(const SymmetricScope&) = delete;
   SymmetricScope& operator=(const SymmetricScope&) = delete;
-  ~SymmetricScope() { detail::current_scope = outer_; }
+  /// Scopes may end in any order: what is open still counts, innermost first.
+  ~SymmetricScope() {
+    SymmetricScope** place = &detail::current_scope;
+    while (*place != nullptr && *place != this) {
+      place = &(*place)->outer_;
+    }
+    if (*place == nullptr) {
+      log(LogLevel::error, "a SymmetricScope ended on another thread than it began on");
+      return;
+    }
+    *place = outer_;
+  }
 
   /// The innermost scope of this thread, or null.
   [[nodiscard]] static const SymmetricScope* current() noexcept { return detail::current_scope; }
@@ -72,7 +84,7 @@ class SymmetricScope {
   SymmetricArena* arena_;
   Backend* backend_;
   StreamRef stream_;
-  const SymmetricScope* outer_;
+  SymmetricScope* outer_;
 };
 
 /// An uninitialised contiguous tensor from the innermost scope of this thread: symmetric memory, or

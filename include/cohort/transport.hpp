@@ -168,6 +168,11 @@ class Transport {
   /// `TransportError`, `SymmetryError` and `TimeoutError`.
   [[nodiscard]] virtual std::unique_ptr<Window> register_segment(Segment& segment) = 0;
 
+  /// Whether a call may take for granted that a buffer of a window lies at the same offset on every
+  /// rank, so that it goes wrong silently where it does not. Where each rank tells the others its
+  /// own offsets, or nothing is addressed by offset, arenas need not stay alike.
+  [[nodiscard]] virtual bool needs_equal_offsets() const noexcept { return false; }
+
   /// Makes room for collectives whose layout the transport has to pack, with up to `bytes` of input
   /// and output together, so that they can be captured without having run before. Local; not within
   /// a capture. A transport that packs nothing has nothing to do.

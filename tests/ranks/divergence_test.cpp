@@ -9,6 +9,10 @@ TEST_CASE("another size is named") { check_other_size(world()); }
 
 TEST_CASE("another order is named") { check_other_order(world()); }
 
+TEST_CASE("releases in other orders leave offsets equal") { check_other_releases(world()); }
+
+TEST_CASE("arenas recover from what one rank did") { check_recovery(world()); }
+
 TEST_CASE("a failed allocation is named") { check_failed_allocation(world()); }
 
 TEST_CASE("a failed allocation is known in both groups of an audience") {

@@ -1,8 +1,11 @@
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cohort/cohort.hpp>
 #include <functional>
+#include <random>
+#include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
@@ -53,21 +56,101 @@ inline void check_other_size(ControlPlane& world) {
   check_works_on(state.dcp());
 }
 
-/// Offsets would differ although nothing failed so far: the next growth notices.
+/// Offsets would differ although nothing failed so far: the next growth notices, where that
+/// matters.
 inline void check_other_order(ControlPlane& world) {
   const int last = world.size() - 1;
-  auto state = make_state(world, {.tp = world.size(), .dcp = world.size()});
+  for (const bool matters : {true, false}) {
+    auto state = make_state(world, {.tp = world.size(), .dcp = world.size()},
+                            {.backend = host_backend({.needs_equal_offsets = matters})});
+    auto& arena = *state.dcp().arena();
+    state.dcp().reserve(1 << 20);
+    const bool other = world.rank() == last;
+    {
+      const Tensor a = arena.empty({other ? 5000 : 1000}, DType::u8, {});
+      const Tensor b = arena.empty({other ? 1000 : 5000}, DType::u8, {});
+      const auto grow = [&] { (void)arena.empty({4 << 20}, DType::u8, {}); };
+      if (matters) {
+        check_blames(last, grow, "growth of arena dcp[0]", "history");
+      } else {
+        grow();
+      }
+      check_works_on(state.tp());
+    }
+    (void)arena.empty({8 << 20}, DType::u8, {});  // nothing lives that lay elsewhere
+    check_works_on(state.dcp());
+  }
+}
+
+/// A language that collects its garbage releases when it likes. What counts is what lives.
+inline void check_other_releases(ControlPlane& world) {
+  auto state = make_state(world, {.tp = world.size(), .dcp = world.size()},
+                          {.backend = host_backend({.needs_equal_offsets = true})});
   auto& arena = *state.dcp().arena();
-  state.dcp().reserve(1 << 20);
-  const bool other = world.rank() == last;
-  const Tensor a = arena.empty({other ? 5000 : 1000}, DType::u8, {});
-  const Tensor b = arena.empty({other ? 1000 : 5000}, DType::u8, {});
-  check_blames(
-      last, [&] { (void)arena.empty({4 << 20}, DType::u8, {}); }, "growth of arena dcp[0]",
-      "history");
-  // Memory of the arena is lost to symmetry, but the group's calls are not.
-  Site site(state.dcp(), Memory::ordinary);
-  state.tp().barrier();
+  std::mt19937 alike(5);
+  std::mt19937 own(static_cast<unsigned>(world.rank()));
+  std::vector<Tensor> live;
+  for (int round = 0; round < 200; ++round) {
+    for (int i = 0; i < 12; ++i) {
+      live.push_back(arena.empty({static_cast<std::int64_t>(alike() % 20'000)}, DType::u8, {}));
+    }
+    std::vector<Tensor> garbage;
+    for (int i = 0; i < 10; ++i) {
+      const auto index = alike() % live.size();
+      garbage.push_back(std::move(live[index]));
+      live.erase(live.begin() + static_cast<std::ptrdiff_t>(index));
+    }
+    std::shuffle(garbage.begin(), garbage.end(), own);
+    while (!garbage.empty()) {
+      garbage.pop_back();
+    }
+    state.dcp().reserve(static_cast<std::size_t>(round) * 50'000);  // compares histories
+  }
+  for (const Tensor& tensor : live) {
+    const auto offset = *arena.offset_of(tensor.data());
+    for (const auto& bytes :
+         state.dcp().control().all_gather(std::as_bytes(std::span(&offset, 1)))) {
+      check(std::memcmp(bytes.data(), &offset, sizeof(offset)) == 0, "offsets are equal");
+    }
+  }
+}
+
+/// Calls with arguments that differ and captures that fail on one rank spoil nothing for good.
+inline void check_recovery(ControlPlane& world) {
+  auto state = make_state(world, {.tp = world.size(), .dcp = world.size()},
+                          {.backend = host_backend({.needs_equal_offsets = true})});
+  auto& dcp = state.dcp();
+  auto& arena = *dcp.arena();
+  dcp.reserve(8 << 20);
+  const Tensor lives = arena.empty({1000}, DType::u8, {});
+  Site site(dcp, Memory::ordinary);
+  const auto x = site.filled({4096}, DType::f32);
+  const bool other = world.rank() == world.size() - 1;
+  check_throws<SymmetryError>([&] { (void)dcp.all_gather(x.slice(0, 0, other ? 32 : 64), 0); },
+                              "all_gather");
+  dcp.reserve(12 << 20);
+
+  HostStream stream;
+  for (int attempt = 0; attempt < (other ? 3 : 0); ++attempt) {
+    check_throws<std::logic_error>(
+        [&] {
+          (void)state.capture(stream, [&] {
+            const Tensor taken = arena.empty({attempt * 100'000}, DType::u8, stream);
+            throw std::logic_error("the engine's own");
+          });
+        },
+        "the engine's own");
+  }
+  const auto used = arena.statistics().used;
+  for (int round = 0; round < 2; ++round) {
+    {
+      auto graph = state.capture(stream, [&] { (void)dcp.all_gather(x, 0, stream); });
+      graph.launch(stream);
+    }
+    state.reclaim_graphs();
+    check_equal(arena.statistics().used, used, "the graph's memory is back");
+  }
+  dcp.reserve(16 << 20);
 }
 
 /// One rank has no memory left. It fails on all, and what fits works on.

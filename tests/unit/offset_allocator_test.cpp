@@ -78,6 +78,92 @@ TEST_CASE("sizes are rounded up to the alignment, and nothing takes a unit", "[o
   CHECK(OffsetAllocator::rounded(1) == 256);
   CHECK(OffsetAllocator::rounded(256) == 256);
   CHECK(OffsetAllocator::rounded(257) == 512);
+  CHECK(OffsetAllocator::rounded(~std::uint64_t{0}) > OffsetAllocator::kMaxRequest);
+}
+
+TEST_CASE("where a block goes depends on what lives, not on what was", "[offset_allocator]") {
+  std::mt19937_64 random(23);
+  OffsetAllocator one;
+  OffsetAllocator other;
+  for (const std::uint64_t range : {0U, 1U, 2U}) {
+    one.add_range(range << 44, 4096 * kUnit);
+    other.add_range(range << 44, 4096 * kUnit);
+  }
+  using Pair = std::pair<OffsetAllocator::Block, OffsetAllocator::Block>;
+  std::vector<Pair> live;
+  bool equal = true;
+  const auto allocate = [&] {
+    const auto size = random_size(random) % (64 * kUnit);
+    const auto a = one.allocate(size);
+    const auto b = other.allocate(size);
+    equal = equal && a.has_value() == b.has_value() && (!a || one.offset(*a) == other.offset(*b));
+    if (a && b) {
+      live.emplace_back(*a, *b);
+    }
+  };
+  for (int round = 0; round < 2000; ++round) {
+    while (live.size() < 300) {
+      allocate();
+    }
+    std::shuffle(live.begin(), live.end(), random);
+    std::vector<Pair> dead(live.end() - 150, live.end());
+    live.resize(live.size() - 150);
+    for (const auto& pair : dead) {
+      one.free(pair.first);
+    }
+    std::shuffle(dead.begin(), dead.end(), random);
+    for (const auto& pair : dead) {
+      other.free(pair.second);
+    }
+    // What one of them alone takes and returns leaves no trace.
+    if (const auto own = one.allocate(random_size(random))) {
+      one.free(*own);
+    }
+  }
+  CHECK(equal);
+}
+
+TEST_CASE("live blocks are visited in the order of their allocation", "[offset_allocator]") {
+  OffsetAllocator allocator;
+  allocator.add_range(0, 64 * kUnit);
+  std::vector<OffsetAllocator::Block> blocks;
+  for (int i = 0; i < 5; ++i) {
+    blocks.push_back(*allocator.allocate(kUnit));
+  }
+  const auto visited = [&] {
+    std::vector<std::uint64_t> offsets;
+    allocator.for_each_live(
+        [&](auto block) { offsets.push_back(allocator.offset(block) / kUnit); });
+    return offsets;
+  };
+  CHECK(visited() == std::vector<std::uint64_t>{0, 1, 2, 3, 4});
+  allocator.free(blocks[2]);
+  allocator.free(blocks[0]);
+  CHECK(visited() == std::vector<std::uint64_t>{1, 3, 4});
+  blocks[0] = *allocator.allocate(kUnit);
+  CHECK(visited() == std::vector<std::uint64_t>{1, 3, 4, 0});
+  for (const int i : {4, 0, 1, 3}) {
+    allocator.free(blocks[static_cast<std::size_t>(i)]);
+  }
+  CHECK(visited().empty());
+}
+
+TEST_CASE("a block can be had directly behind another", "[offset_allocator]") {
+  OffsetAllocator allocator;
+  allocator.add_range(0, 16 * kUnit);
+  const auto a = *allocator.allocate(4 * kUnit);
+  CHECK(allocator.free_before(16 * kUnit) == 12 * kUnit);
+  CHECK(allocator.free_before(4 * kUnit) == 0);
+  const auto b = allocator.allocate_behind(a, 2 * kUnit);
+  REQUIRE(b);
+  CHECK(allocator.offset(*b) == 4 * kUnit);
+  CHECK_FALSE(allocator.allocate_behind(a, kUnit));  // b is there
+  CHECK_FALSE(allocator.allocate_behind(*b, 11 * kUnit));
+  const auto c = allocator.allocate_behind(*b, 10 * kUnit);
+  REQUIRE(c);
+  CHECK_FALSE(allocator.allocate_behind(*c, kUnit));
+  allocator.free(a);
+  CHECK(allocator.free_before(4 * kUnit) == 4 * kUnit);
 }
 
 TEST_CASE("a million random operations keep to the model", "[offset_allocator]") {
@@ -218,6 +304,7 @@ TEST_CASE("marks unite when blocks coalesce and follow the space", "[offset_allo
   const auto joint = *allocator.allocate(7 * kUnit);
   CHECK(allocator.marks(joint) == 0b111);
   allocator.free(joint, 0b1000);
-  allocator.clear_marks();
+  CHECK(allocator.clear_marks() == 0b1000);
+  CHECK(allocator.clear_marks() == 0);
   CHECK(allocator.marks(*allocator.allocate(7 * kUnit)) == 0);
 }

@@ -250,6 +250,8 @@ TEST_CASE("ranks that differ get errors that name them", "[divergence]") {
     DYNAMIC_SECTION(n << " ranks") {
       run_ranks(n, check_other_size);
       run_ranks(n, check_other_order);
+      run_ranks(n, check_other_releases);
+      run_ranks(n, check_recovery);
       run_ranks(n, check_failed_allocation);
       run_ranks(n, check_other_options);
       run_ranks(n, [](ControlPlane& world) { check_other_call(world, false); });

@@ -85,6 +85,21 @@ TEST_CASE("a stream that waits for a capturing one joins its capture", "[stream]
   CHECK(seen == std::vector{1});
 }
 
+TEST_CASE("streams that joined a capture keep nothing of it", "[stream]") {
+  HostStream origin;
+  HostStream joined;
+  const auto object = std::make_shared<int>(1);
+  origin.begin_capture();
+  joined.ref().wait_for(origin);
+  joined.submit([object] {});
+  joined.ref().retain_in_capture(object);
+  origin.ref().wait_for(joined);
+  auto graph = origin.end_capture();
+  CHECK(object.use_count() == 3);
+  graph.reset();
+  CHECK(object.use_count() == 1);
+}
+
 TEST_CASE("a capture keeps what it retains until its graph goes", "[stream]") {
   HostStream stream;
   auto object = std::make_shared<int>(1);

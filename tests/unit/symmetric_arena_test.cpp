@@ -1,5 +1,6 @@
 #include "cohort/symmetric_arena.hpp"
 
+#include <cohort/graph_part.hpp>
 #include <cohort/host/host_backend.hpp>
 #include <memory>
 #include <random>
@@ -24,7 +25,12 @@ class CountingDriver : public StreamDriver {
   };
 
   void submit(void*, std::function<void()> work) override { work(); }
-  void wait_for(void* waiter, void* signaller) override { waits.emplace_back(waiter, signaller); }
+  void wait_for(void* waiter, void* signaller) override {
+    if (failing) {
+      throw TimeoutError("the driver's own", {});
+    }
+    waits.emplace_back(waiter, signaller);
+  }
   [[nodiscard]] CaptureId capture_id(void* native) const override {
     return static_cast<State*>(native)->capture;
   }
@@ -34,6 +40,8 @@ class CountingDriver : public StreamDriver {
   void synchronize(void* native, std::chrono::milliseconds) override {
     synchronized.push_back(native);
   }
+
+  bool failing = false;
 
   using Wait = std::pair<void*, void*>;
   std::vector<Wait> waits;
@@ -123,7 +131,135 @@ TEST_CASE("memory beyond the address space is refused", "[arena]") {
                        says("arena work", "too large"));
   CHECK_THROWS_AS(work.arena->empty({std::int64_t{1} << 62, 4}, DType::f64, {}), UsageError);
   CHECK_THROWS_AS(work.arena->empty({-1}, DType::f64, {}), UsageError);
+  for (const std::size_t bytes : {~std::size_t{0}, ~std::size_t{0} - 511, std::size_t{1} << 61}) {
+    CHECK_THROWS_MATCHES(work.arena->reserve(bytes), UsageError, says("arena work", "too large"));
+  }
+  CHECK(work.arena->statistics().segments == 0);
   CHECK(bytes_of(*work.arena, 10).numel() == 10);
+}
+
+TEST_CASE("a wait that fails loses no memory", "[arena][streams]") {
+  Workspace work(4096);
+  CountingDriver driver;
+  CountingDriver::State states[2];
+  bytes_of(*work.arena, 4096, {driver, &states[0]}).reset();
+  driver.failing = true;
+  CHECK_THROWS_AS(bytes_of(*work.arena, 4096, {driver, &states[1]}), TimeoutError);
+  CHECK(work.arena->statistics().used == 0);
+  driver.failing = false;
+  CHECK(bytes_of(*work.arena, 4096, {driver, &states[1]}).numel() == 4096);
+  CHECK(driver.waits.size() == 1);  // the user is remembered
+
+  states[0].capture = 1;
+  states[1].capture = 1;
+  const auto part = GraphPart::create(work.arena);
+  part->empty({4096}, DType::u8, {driver, &states[0]}, 1).reset();
+  driver.failing = true;
+  CHECK_THROWS_AS(part->empty({4096}, DType::u8, {driver, &states[1]}, 1), TimeoutError);
+  driver.failing = false;
+  CHECK(part->empty({4096}, DType::u8, {driver, &states[1]}, 1).numel() == 4096);
+  CHECK(work.arena->statistics().used == 4096);
+}
+
+TEST_CASE("a capture takes what was used eagerly without a word to the driver",
+          "[arena][streams]") {
+  Workspace work(4096);
+  CountingDriver driver;
+  CountingDriver::State states[3];
+  const StreamRef warm(driver, &states[0]);
+  const StreamRef captured(driver, &states[1]);
+  const StreamRef other(driver, &states[2]);
+  auto& arena = *work.arena;
+  bytes_of(arena, 4096, warm).reset();
+  states[1].capture = 5;
+  const auto part = GraphPart::create(work.arena);
+  arena.enter_capture(5, part);
+  part->begin();
+  bytes_of(arena, 4096, captured).reset();
+  arena.leave_capture(5);
+  states[1].capture = 0;
+  CHECK(driver.waits.empty());
+  CHECK(driver.synchronized.empty());
+
+  // The graph's launch comes behind them; later ones follow it.
+  states[0].capture = 6;
+  CHECK_THROWS_MATCHES(arena.order_launch(captured), UsageError, says("being captured"));
+  states[0].capture = 0;
+  arena.order_launch(other);
+  CHECK(driver.waits == std::vector<CountingDriver::Wait>{{&states[2], &states[0]}});
+  arena.order_launch(captured);
+  CHECK(driver.waits.size() == 1);
+
+  // A tensor of the graph is read eagerly, and its memory is used by the pool's next graph.
+  states[1].capture = 7;
+  arena.enter_capture(7, part);
+  part->begin();
+  auto kept = bytes_of(arena, 4096, captured);
+  arena.leave_capture(7);
+  states[1].capture = 0;
+  arena.order_launch(captured);
+  driver.waits.clear();
+  kept.record_stream(warm);
+  kept.reset();
+  states[1].capture = 8;
+  arena.enter_capture(8, part);
+  part->begin();
+  const auto next = bytes_of(arena, 4096, captured);
+  arena.leave_capture(8);
+  states[1].capture = 0;
+  CHECK(driver.waits.empty());
+  arena.order_launch(captured);
+  CHECK(driver.waits == std::vector<CountingDriver::Wait>{{&states[1], &states[0]}});
+}
+
+TEST_CASE("frozen arenas give out what destroyed graphs had, and messages tell of it", "[arena]") {
+  Workspace work(4096);
+  CountingDriver driver;
+  CountingDriver::State state;
+  const StreamRef stream(driver, &state);
+  auto& arena = *work.arena;
+  arena.reserve(kMiB);
+  const auto capture = [&](std::int64_t bytes) {
+    auto part = GraphPart::create(work.arena);
+    state.capture = 9;
+    arena.enter_capture(9, part);
+    try {
+      bytes_of(arena, bytes, stream).reset();
+    } catch (...) {
+      arena.leave_capture(9);
+      state.capture = 0;
+      throw;
+    }
+    arena.leave_capture(9);
+    state.capture = 0;
+    return part;
+  };
+  auto graph = capture(kMiB);
+  arena.freeze();
+  CHECK_THROWS_MATCHES(bytes_of(arena, kMiB / 2, stream), UsageError, says("frozen and exhausted"));
+  graph.reset();
+  CHECK(bytes_of(arena, kMiB / 2, stream).numel() == kMiB / 2);
+  CHECK(arena.statistics().segments == 1);
+  for (int i = 0; i < 3; ++i) {
+    capture(kMiB).reset();  // without an audience nobody else need have ended it
+  }
+}
+
+TEST_CASE("graphs of a pool cost what the largest costs, whatever came first", "[arena]") {
+  Workspace work(16 * kMiB);
+  CountingDriver driver;
+  CountingDriver::State state;
+  const StreamRef stream(driver, &state);
+  work.arena->reserve(16 * kMiB);
+  const auto part = GraphPart::create(work.arena);
+  for (CaptureId graph = 1; graph <= 40; ++graph) {
+    state.capture = graph;
+    part->begin();
+    const auto bytes = static_cast<std::int64_t>(graph) * 10'240;
+    const auto a = part->empty({bytes}, DType::u8, stream, graph);
+    const auto b = part->empty({bytes / 2}, DType::u8, stream, graph);
+  }
+  CHECK(work.arena->statistics().used == 40 * (10'240 + 5'120));
 }
 
 TEST_CASE("a backend without memory says so", "[arena]") {

@@ -1,5 +1,6 @@
 #include "cohort/symmetric_scope.hpp"
 
+#include <optional>
 #include <thread>
 #include <type_traits>
 
@@ -62,6 +63,21 @@ TEST_CASE("a scope ends with an exception", "[scope]") {
         throw UsageError("anything");
       }(),
       UsageError);
+  CHECK(SymmetricScope::current() == nullptr);
+}
+
+TEST_CASE("scopes may end in any order", "[scope]") {
+  Fixture f;
+  std::optional<SymmetricScope> scopes[3];
+  for (auto& scope : scopes) {
+    scope.emplace(f.target(f.outer));
+  }
+  scopes[1].reset();
+  CHECK(SymmetricScope::current() == &*scopes[2]);
+  scopes[0].reset();
+  CHECK(SymmetricScope::current() == &*scopes[2]);
+  CHECK(empty({4}, DType::f32).numel() == 4);
+  scopes[2].reset();
   CHECK(SymmetricScope::current() == nullptr);
 }
 

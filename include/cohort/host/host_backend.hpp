@@ -45,6 +45,9 @@ struct HostOptions {
   /// Takes the place of the boot id: ranks with different names are on different machines. For
   /// rehearsing a layout of several machines on one.
   std::string machine = {};
+  /// Arenas are kept as strictly alike as for transports that compute a peer's address from the own
+  /// offset. For rehearsing a program that will run on such a one.
+  bool needs_equal_offsets = false;
 };
 
 namespace host {
@@ -317,7 +320,8 @@ inline std::unique_ptr<Transport> HostBackend::connect(ControlPlane& group) {
           windows);
     }
   }
-  return std::make_unique<HostTransport>(group, found, std::move(access), std::move(windows));
+  return std::make_unique<HostTransport>(group, found, std::move(access), std::move(windows),
+                                         options_.needs_equal_offsets);
 }
 
 }  // namespace host

@@ -191,7 +191,8 @@ inline std::unique_ptr<ExecutableGraph> HostStreamDriver::end_capture(void* nati
   }
   const auto capture = std::exchange(captured.capture_, nullptr);
   capture->ended = true;
-  return std::make_unique<host::HostGraph>(capture->recording);
+  // Streams that joined still refer to the capture; what it recorded is the graph's alone.
+  return std::make_unique<host::HostGraph>(std::move(capture->recording));
 }
 
 inline void HostStreamDriver::synchronize(void* native, std::chrono::milliseconds) {

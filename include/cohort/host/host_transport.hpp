@@ -36,11 +36,13 @@ class HostTransport final : public Transport {
  public:
   /// @param access  Null where not every rank maps every other's memory, and for a group of one.
   HostTransport(ControlPlane& control, const SymmetricCapabilities& capabilities,
-                std::unique_ptr<PeerAccess> access, std::shared_ptr<WindowTable> windows)
+                std::unique_ptr<PeerAccess> access, std::shared_ptr<WindowTable> windows,
+                bool needs_equal_offsets = false)
       : control_(control),
         capabilities_(capabilities),
         windows_(std::move(windows)),
         access_(std::move(access)),
+        needs_equal_offsets_(needs_equal_offsets),
         exchange_(control) {
     if (access_ != nullptr) {
       peers_.emplace(*access_);
@@ -55,6 +57,9 @@ class HostTransport final : public Transport {
   [[nodiscard]] PeerKernels* peer_kernels() noexcept override {
     return kernels_ ? &*kernels_ : nullptr;
   }
+
+  /// Ranks show each other where their tensors lie.
+  [[nodiscard]] bool needs_equal_offsets() const noexcept override { return needs_equal_offsets_; }
 
   [[nodiscard]] inline std::unique_ptr<Window> register_segment(Segment& segment) override;
 
@@ -203,6 +208,7 @@ class HostTransport final : public Transport {
   SymmetricCapabilities capabilities_;
   std::shared_ptr<WindowTable> windows_;
   std::unique_ptr<PeerAccess> access_;
+  bool needs_equal_offsets_;
   std::optional<PeerCollectives> peers_;
   std::optional<HostPeerKernels> kernels_;
   ExchangeCollectives exchange_;

@@ -124,6 +124,9 @@ class NcclTransport final : public Transport {
   /// Null in a group of one.
   [[nodiscard]] Communicator* communicator() noexcept { return communicator_.get(); }
 
+  /// Symmetric kernels compute a peer's address from the own offset.
+  [[nodiscard]] bool needs_equal_offsets() const noexcept override { return true; }
+
   void reserve_scratch(std::size_t bytes) override { workspace_.reserve(bytes + 2 * kAlignment); }
 
   [[nodiscard]] std::unique_ptr<Window> register_segment(Segment& segment) override {
