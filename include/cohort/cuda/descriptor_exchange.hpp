@@ -75,10 +75,6 @@ template <class T>
   return texts;
 }
 
-[[nodiscard]] inline std::string errno_text(const char* call, int code) {
-  return fmt::format("{}: {}", call, std::generic_category().message(code));
-}
-
 /// Takes a descriptor over from the process that `owner` names. Sets `problem` where it cannot.
 [[nodiscard]] inline UniqueFd take_descriptor(const ProcessIdentity& owner, int descriptor,
                                               const ProcessIdentity& me, std::string& problem) {
@@ -87,9 +83,10 @@ template <class T>
     problem = "the processes have different process namespaces";
     return {};
   }
-  const UniqueFd process(static_cast<int>(::syscall(SYS_pidfd_open, owner.pid, 0U)));
+  const UniqueFd process = os::keep(
+      static_cast<int>(os::repeat([&] { return ::syscall(SYS_pidfd_open, owner.pid, 0U); })));
   if (!process) {
-    problem = errno_text("pidfd_open", errno);
+    problem = os::error_text("pidfd_open", errno);
     return {};
   }
   // The descriptor of the process pins it, so what /proc says of the number is about the process.
@@ -100,9 +97,10 @@ template <class T>
     problem = fmt::format("process {} is not the one that the group named, or another user's", pid);
     return {};
   }
-  UniqueFd taken(static_cast<int>(::syscall(SYS_pidfd_getfd, process.get(), descriptor, 0U)));
+  UniqueFd taken = os::keep(static_cast<int>(
+      os::repeat([&] { return ::syscall(SYS_pidfd_getfd, process.get(), descriptor, 0U); })));
   if (!taken) {
-    problem = errno_text("pidfd_getfd", errno);
+    problem = os::error_text("pidfd_getfd", errno);
   }
   return taken;
 #else
@@ -114,33 +112,23 @@ template <class T>
 #endif
 }
 
-/// Waits until the socket can be read, but not beyond the deadline.
-[[nodiscard]] inline bool readable(int socket, Deadline deadline) {
-  while (true) {
-    const auto left =
-        std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now()).count();
-    pollfd entry{.fd = socket, .events = POLLIN, .revents = 0};
-    const int ready = ::poll(&entry, 1, static_cast<int>(std::clamp<long long>(left, 0, 1000)));
-    if (ready > 0) {
-      return true;
-    }
-    if ((ready < 0 && errno != EINTR) || left <= 0) {
-      return false;
-    }
-  }
-}
-
-/// Whether the process at the other end of a connected Unix socket is the one that was named. Its
-/// number compares only where both processes count in the same namespace.
-[[nodiscard]] inline bool is_peer(int socket, const ProcessIdentity& named,
-                                  const ProcessIdentity& me) {
+/// Who is at the other end of a connected Unix socket, as the kernel knows it; nobody, with a user
+/// that no process has, where it does not say.
+[[nodiscard]] inline ucred peer_of(int socket) noexcept {
   ucred credentials{};
   socklen_t size = sizeof(credentials);
   if (::getsockopt(socket, SOL_SOCKET, SO_PEERCRED, &credentials, &size) != 0) {
-    return false;
+    return {.pid = 0, .uid = static_cast<uid_t>(-1), .gid = static_cast<gid_t>(-1)};
   }
-  return credentials.uid == me.uid && named.uid == me.uid &&
-         (named.pid_namespace != me.pid_namespace || credentials.pid == named.pid);
+  return credentials;
+}
+
+/// Whether the peer is the process that was named. Its number compares only where both processes
+/// count in the same namespace.
+[[nodiscard]] inline bool is_peer(const ucred& peer, const ProcessIdentity& named,
+                                  const ProcessIdentity& me) noexcept {
+  return peer.uid == me.uid && named.uid == me.uid &&
+         (named.pid_namespace != me.pid_namespace || peer.pid == named.pid);
 }
 
 /// What an importer says first on its connection.
@@ -163,12 +151,12 @@ struct DescriptorRequest {
 /// Listens under `name`; empty with `problem` where it cannot.
 [[nodiscard]] inline UniqueFd listen_for_requests(std::uint64_t name, int backlog,
                                                   std::string& problem) {
-  UniqueFd listener(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  UniqueFd listener = os::unix_socket();
   socklen_t size = 0;
   const sockaddr_un address = socket_address(name, size);
   if (!listener || ::bind(listener.get(), reinterpret_cast<const sockaddr*>(&address), size) != 0 ||
       ::listen(listener.get(), backlog) != 0) {
-    problem = errno_text("listening on a Unix socket", errno);
+    problem = os::error_text("listening on a Unix socket", errno);
     return {};
   }
   return listener;
@@ -189,11 +177,11 @@ struct DescriptorRequest {
   header->cmsg_type = SCM_RIGHTS;
   header->cmsg_len = CMSG_LEN(sizeof(int));
   std::memcpy(CMSG_DATA(header), &descriptor, sizeof(int));
-  return ::sendmsg(socket, &message, MSG_NOSIGNAL) == 1;
+  return os::send_now(socket, message) == 1;
 }
 
 [[nodiscard]] inline UniqueFd receive_descriptor(int socket, Deadline deadline) {
-  if (!readable(socket, deadline)) {
+  if (!os::wait_ready(socket, POLLIN, deadline)) {
     return {};
   }
   char byte = 0;
@@ -204,7 +192,7 @@ struct DescriptorRequest {
   message.msg_iovlen = 1;
   message.msg_control = control.data();
   message.msg_controllen = control.size();
-  if (::recvmsg(socket, &message, MSG_CMSG_CLOEXEC) != 1) {
+  if (os::receive_now(socket, message) != 1) {
     return {};
   }
   const cmsghdr* header = CMSG_FIRSTHDR(&message);
@@ -214,61 +202,78 @@ struct DescriptorRequest {
   }
   int descriptor = -1;
   std::memcpy(&descriptor, CMSG_DATA(header), sizeof(int));
-  return UniqueFd(descriptor);
+  return os::keep(descriptor);
 }
 
-/// One rank's part in passing descriptors over sockets. All ranks first connect, then serve, then
-/// receive; no step waits for a later one of another rank, so the order cannot deadlock.
+/// One rank's part in passing descriptors over sockets. All ranks first connect and say with whom
+/// they could, then serve, then receive; no step waits for a later one of another rank, so the
+/// order cannot deadlock. No socket blocks, and every wait ends at the deadline.
 class SocketExchange {
  public:
   SocketExchange(std::span<const ProcessIdentity> ranks, int rank, Deadline deadline)
-      : ranks_(ranks), rank_(rank), deadline_(deadline), connections_(ranks.size()) {}
+      : ranks_(ranks),
+        rank_(rank),
+        deadline_(deadline),
+        connect_deadline_(connect_deadline(deadline)),
+        connections_(ranks.size()) {}
 
-  /// Asks rank `from`, which listens under `name`.
-  void request(int from, std::uint64_t name) {
+  /// Asks rank `from`, which listens under `name`. False where that is refused; the peers are to
+  /// learn it, because the exporter would wait.
+  bool request(int from, std::uint64_t name) {
     const auto index = static_cast<std::size_t>(from);
-    UniqueFd connection(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    UniqueFd connection = os::unix_socket();
+    if (!connection) {
+      fail(os::error_text("socket", errno), from);
+      return false;
+    }
     socklen_t size = 0;
     const sockaddr_un address = socket_address(name, size);
-    const DescriptorRequest request{.secret = ranks_[index].secret, .rank = rank_};
-    if (!connection ||
-        ::connect(connection.get(), reinterpret_cast<const sockaddr*>(&address), size) != 0) {
-      fail(errno_text("connecting a Unix socket", errno), from);
-    } else if (!is_peer(connection.get(), ranks_[index], me())) {
-      fail("the socket belongs to a process that the group did not name", from);
-    } else if (::send(connection.get(), &request, sizeof(request), MSG_NOSIGNAL) !=
-               static_cast<ssize_t>(sizeof(request))) {
-      fail(errno_text("send", errno), from);
-    } else {
-      connections_[index] = std::move(connection);
+    if (const int code = os::connect_within(
+            connection.get(), reinterpret_cast<const sockaddr*>(&address), size, connect_deadline_);
+        code != 0) {
+      fail(os::error_text("connecting a Unix socket", code), from);
+      return false;
     }
+    if (!is_peer(peer_of(connection.get()), ranks_[index], me())) {
+      fail("the socket belongs to a process that the group did not name", from);
+      return false;
+    }
+    const DescriptorRequest request{.secret = ranks_[index].secret, .rank = rank_};
+    if (os::send_now(connection.get(), &request, sizeof(request)) !=
+        static_cast<ssize_t>(sizeof(request))) {
+      fail(os::error_text("send", errno), from);
+      return false;
+    }
+    connections_[index] = std::move(connection);
+    return true;
   }
 
-  /// Answers the requests of `expected` ranks, and nobody else's.
+  /// Answers the requests of `expected` ranks, and nobody else's. A connection of a process that is
+  /// none of theirs is closed before anything of it is read; one that says nothing stays open
+  /// beside the others, so that it costs them nothing.
   void serve(int listener, int descriptor, std::vector<int> expected) {
+    std::vector<UniqueFd> silent;
     while (!expected.empty()) {
-      if (!readable(listener, deadline_)) {
-        fail("no request came within the time limit", expected.front());
+      std::vector<pollfd> entries{{.fd = listener, .events = POLLIN, .revents = 0}};
+      for (const auto& connection : silent) {
+        entries.push_back({.fd = connection.get(), .events = POLLIN, .revents = 0});
+      }
+      if (!os::wait_ready(entries, deadline_)) {
+        fail(errno == ETIMEDOUT ? "no request came within the time limit"
+                                : os::error_text("poll", errno),
+             expected.front());
         return;
       }
-      const UniqueFd connection(::accept4(listener, nullptr, nullptr, SOCK_CLOEXEC));
-      DescriptorRequest request;
-      // A stranger that connects and says nothing must not use up the group's time.
-      const Deadline patience = std::min(deadline_, Clock::now() + std::chrono::seconds(2));
-      if (!connection || !readable(connection.get(), patience) ||
-          ::recv(connection.get(), &request, sizeof(request), MSG_WAITALL) !=
-              static_cast<ssize_t>(sizeof(request))) {
-        continue;
+      for (std::size_t i = silent.size(); i > 0; --i) {  // from behind, because some are removed
+        if (entries[i].revents != 0) {
+          const auto at = silent.begin() + static_cast<std::ptrdiff_t>(i - 1);
+          answer(at->get(), descriptor, expected);
+          silent.erase(at);
+        }
       }
-      const auto from = std::find(expected.begin(), expected.end(), request.rank);
-      if (from == expected.end() || request.secret != me().secret ||
-          !is_peer(connection.get(), ranks_[static_cast<std::size_t>(*from)], me())) {
-        continue;  // a stranger: it gets nothing
+      if (entries[0].revents != 0 && !welcome(listener, expected, silent)) {
+        return;
       }
-      if (!send_descriptor(connection.get(), descriptor)) {
-        fail(errno_text("sendmsg", errno), *from);
-      }
-      expected.erase(from);
     }
   }
 
@@ -290,15 +295,70 @@ class SocketExchange {
   [[nodiscard]] const ProcessIdentity& me() const {
     return ranks_[static_cast<std::size_t>(rank_)];
   }
+
+  /// Accepts the next connection. False where this process cannot.
+  bool welcome(int listener, const std::vector<int>& expected, std::vector<UniqueFd>& silent) {
+    UniqueFd connection = os::accept_now(listener);
+    if (!connection) {
+      if (errno == EAGAIN || errno == ECONNABORTED) {
+        return true;
+      }
+      fail(os::error_text("accept", errno), expected.front());
+      return false;
+    }
+    const ucred peer = peer_of(connection.get());
+    const bool known = std::any_of(expected.begin(), expected.end(), [&](int rank) {
+      return is_peer(peer, ranks_[static_cast<std::size_t>(rank)], me());
+    });
+    if (known) {
+      if (silent.size() >= kMostSilent) {
+        silent.erase(silent.begin());
+      }
+      silent.push_back(std::move(connection));
+    }
+    return true;
+  }
+
+  /// Gives the descriptor to whom it is meant for. A request comes in one piece, or it is none.
+  void answer(int connection, int descriptor, std::vector<int>& expected) {
+    DescriptorRequest request;
+    if (os::receive_now(connection, &request, sizeof(request)) !=
+            static_cast<ssize_t>(sizeof(request)) ||
+        request.secret != me().secret) {
+      return;
+    }
+    const auto from = std::find(expected.begin(), expected.end(), request.rank);
+    if (from == expected.end() ||
+        !is_peer(peer_of(connection), ranks_[static_cast<std::size_t>(*from)], me())) {
+      return;
+    }
+    if (!send_descriptor(connection, descriptor)) {
+      fail(os::error_text("sendmsg", errno), *from);
+    }
+    expected.erase(from);
+  }
+
   void fail(const std::string& text, int peer) {
     if (problem_.empty()) {
       problem_ = fmt::format("rank {} with rank {}: {}", rank_, peer, text);
     }
   }
 
+  /// The peers listen already, so only a queue that strangers fill makes a connection wait. Ends
+  /// well before a peer's wait for this rank does.
+  static Deadline connect_deadline(Deadline deadline) {
+    constexpr std::chrono::seconds kPatience{1};
+    const auto now = Clock::now();
+    return now + std::min<Clock::duration>(kPatience, (deadline - now) / 4);
+  }
+  /// Processes of this user that are in other namespaces cannot be told from ranks by their number
+  /// and may be silent; the eldest goes first.
+  static constexpr std::size_t kMostSilent = 256;
+
   std::span<const ProcessIdentity> ranks_;
   int rank_;
   Deadline deadline_;
+  Deadline connect_deadline_;
   std::vector<UniqueFd> connections_;
   std::string problem_;
 };
@@ -341,7 +401,7 @@ class SocketExchange {
       continue;
     }
     if (identities[r].same_process(identities[self])) {
-      received.descriptors[r] = UniqueFd(::fcntl(offers[r].descriptor, F_DUPFD_CLOEXEC, 0));
+      received.descriptors[r] = os::duplicate(offers[r].descriptor);
     } else if (route == DescriptorRoute::automatic) {
       received.descriptors[r] =
           detail::take_descriptor(identities[r], offers[r].descriptor, identities[self], problem);
@@ -365,18 +425,26 @@ class SocketExchange {
   const std::uint64_t name = detail::random_word();
   UniqueFd listener;
   if (!mine.empty()) {
-    listener = detail::listen_for_requests(name, static_cast<int>(size), problem);
+    listener = detail::listen_for_requests(name, SOMAXCONN, problem);
   }
   // A rank that cannot listen announces no name, and its peers do not wait for it.
   const auto names = detail::gather_values(group, mine.empty() || !listener ? 0 : name);
   detail::SocketExchange exchange(identities, group.rank(), Clock::now() + group.limit());
+  std::string asked(size, '0');  // '1' where this rank has connected to a rank
   for (std::size_t r = 0; r < size; ++r) {
-    if (wanted[r] == '1' && received.refusal.empty() && names[r] != 0) {
-      exchange.request(static_cast<int>(r), names[r]);
+    if (wanted[r] == '1' && received.refusal.empty() && names[r] != 0 &&
+        exchange.request(static_cast<int>(r), names[r])) {
+      asked[r] = '1';
     }
   }
+  const auto connected = detail::gather_texts(group, asked);
+  std::erase_if(mine, [&](int rank) {
+    const auto& theirs = connected[static_cast<std::size_t>(rank)];
+    return theirs.size() != size || theirs[self] != '1';
+  });
   if (listener) {
     exchange.serve(listener.get(), descriptor, mine);
+    listener.reset();  // who was not served learns it
   }
   exchange.receive(received.descriptors);
   for (std::size_t r = 0; r < size && received.refusal.empty(); ++r) {
