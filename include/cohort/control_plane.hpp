@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "cohort/error.hpp"
+#include "cohort/owner_process.hpp"
 #include "cohort/runtime_env.hpp"
 
 /// \file
@@ -229,6 +230,7 @@ class Mailbox {
   explicit Mailbox(std::shared_ptr<Messenger> messenger) : messenger_(std::move(messenger)) {}
 
   [[nodiscard]] Messenger& messenger() noexcept { return *messenger_; }
+  [[nodiscard]] const OwnerProcess& owner() const noexcept { return owner_; }
 
   void send(int to, const FrameTrailer& trailer, Bytes payload) {
     const std::lock_guard lock(mutex_);
@@ -317,6 +319,7 @@ class Mailbox {
     pending_[{from, trailer.channel}].push_back({trailer, std::move(message)});
   }
 
+  OwnerProcess owner_;
   std::shared_ptr<Messenger> messenger_;
   std::mutex mutex_;
   std::map<std::pair<int, std::uint64_t>, std::deque<Frame>> pending_;
@@ -473,6 +476,7 @@ class MessageControlPlane : public ControlPlane {
   }
 
   void throw_if_poisoned(detail::ControlCall call) const {
+    mailbox_->owner().check(name_);
     if (poisoned_) {
       throw TransportError({.call = std::string(to_string(call)), .rank = rank_, .group = name_},
                            "an earlier call of this control plane failed, so its ranks are no "

@@ -7,11 +7,13 @@
 #include <cstdint>
 #include <cstring>
 #include <fstream>
+#include <mutex>
 #include <random>
 #include <sstream>
 #include <string>
 
 #include "cohort/machine.hpp"
+#include "cohort/owner_process.hpp"
 
 /// \file
 /// Who a rank is on its machine, as a plain value that ranks send each other. Needs no CUDA.
@@ -64,16 +66,30 @@ namespace detail {
   return (std::uint64_t{device()} << 32) | device();
 }
 
+/// A random number that the threads of a process share, and a forked child does not.
+[[nodiscard]] inline std::uint64_t process_key() {
+  struct Key {
+    OwnerProcess owner;
+    std::uint64_t word = random_word();
+  };
+  static std::mutex mutex;
+  static Key key;
+  const std::lock_guard lock(mutex);
+  if (!key.owner.is_here()) {
+    key = Key{};
+  }
+  return key.word;
+}
+
 }  // namespace detail
 
 /// This rank's identity, with a fresh secret.
 [[nodiscard]] inline ProcessIdentity this_process() {
-  static const std::uint64_t key = detail::random_word();
   ProcessIdentity me;
   const std::string boot = cohort::boot_id();
   std::memcpy(me.boot_id.data(), boot.data(), std::min(boot.size(), me.boot_id.size() - 1));
   me.secret = {detail::random_word(), detail::random_word()};
-  me.process_key = key;
+  me.process_key = detail::process_key();
   me.pid_namespace = cohort::pid_namespace();
   me.start_time = detail::process_start_time("self");
   me.pid = static_cast<std::int64_t>(::getpid());

@@ -276,7 +276,6 @@ inline void HostPeerKernels::merge(const MergeArguments& arguments) {
   access_.await_all(call);
 
   bool through_slots = !exposed;
-  bool read_exposed = false;
   for (int r = 0; r < access_.size(); ++r) {
     const Ticket& ticket = meeting_.ticket_of(r);
     places_[u(r)] = r == access_.rank() ? Place::nowhere : ticket.place;
@@ -284,7 +283,6 @@ inline void HostPeerKernels::merge(const MergeArguments& arguments) {
       partials_[u(r)] = own_partial(arguments, shape);
     } else if (ticket.place == Place::direct) {
       partials_[u(r)] = exposed_partial(ticket, r, shape);
-      read_exposed = true;
     } else {
       through_slots = true;
     }
@@ -306,7 +304,7 @@ inline void HostPeerKernels::merge(const MergeArguments& arguments) {
     }
     merge_rows(arguments, shape, first, count);
   }
-  access_.finish(read_exposed, exposed);
+  access_.finish(exposed);
 }
 
 inline void HostPeerKernels::gather_query(const ConstTensorView& q_nope,
@@ -392,13 +390,11 @@ inline void HostPeerKernels::gather(const ConstTensorView& q_nope, const ConstTe
   const int rank = access_.rank();
   place(rank, 0, rows, whole(q_nope).cursor(element), whole(q_pe).cursor(element));
   bool through_slots = !exposed;
-  bool read_exposed = false;
   for (int step = 1; step < access_.size(); ++step) {
     const int r = (rank + step) % access_.size();
     const Ticket& ticket = access_.await(r, call);
     places_[u(r)] = ticket.place;
     if (ticket.place == Place::direct) {
-      read_exposed = true;
       const Dims strides{std::span(ticket.strides).first(3)};
       const Dims pe_strides{std::span(ticket.strides).subspan(3, 3)};
       place(r, 0, rows,
@@ -425,7 +421,7 @@ inline void HostPeerKernels::gather(const ConstTensorView& q_nope, const ConstTe
       }
     }
   }
-  access_.finish(read_exposed, exposed);
+  access_.finish(exposed);
 }
 
 }  // namespace cohort::host

@@ -21,6 +21,7 @@
 #include "cohort/host/peer_access.hpp"
 #include "cohort/host/peer_collectives.hpp"
 #include "cohort/host/window.hpp"
+#include "cohort/owner_process.hpp"
 #include "cohort/symmetric_policy.hpp"
 #include "cohort/transport.hpp"
 
@@ -157,12 +158,16 @@ class HostTransport final : public Transport {
   [[nodiscard]] inline std::string path(Collective collective, const ConstTensorView& in,
                                         const TensorView& out, int dim) const override;
 
-  /// Host work is done when its call returns. Throws `TransportError` after a failed call.
+  /// Host work is done when its call returns. Throws `TransportError` after a failed call, of this
+  /// rank or of a peer.
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) override {
     if (stream.valid()) {
       stream.synchronize(limit);
     }
     check_usable("synchronize");
+    if (access_ != nullptr) {
+      access_->meeting().check_peers();
+    }
   }
 
  private:
@@ -177,7 +182,10 @@ class HostTransport final : public Transport {
   void check_usable(std::string_view call) const {
     if (access_ != nullptr) {
       access_->meeting().check_usable(call);
-    } else if (exchange_.poisoned()) {
+      return;
+    }
+    owner_.check(control_.name());
+    if (exchange_.poisoned()) {
       throw TransportError(
           {.call = std::string(call), .rank = control_.rank(), .group = control_.name()},
           "an earlier call of this group failed; form the group anew");
@@ -204,6 +212,7 @@ class HostTransport final : public Transport {
     }
   }
 
+  OwnerProcess owner_;
   ControlPlane& control_;
   SymmetricCapabilities capabilities_;
   std::shared_ptr<WindowTable> windows_;

@@ -7,6 +7,7 @@
 #include <memory>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "cohort/error.hpp"
 #include "cohort/host/rendezvous.hpp"
@@ -33,7 +34,9 @@ inline constexpr std::size_t kPieceBytes = 256 * 1024;
 class PeerAccess {
  public:
   PeerAccess(std::unique_ptr<Rendezvous> meeting, std::shared_ptr<WindowTable> windows)
-      : meeting_(std::move(meeting)), windows_(std::move(windows)) {}
+      : meeting_(std::move(meeting)), windows_(std::move(windows)) {
+    read_.reserve(2 * static_cast<std::size_t>(size()));
+  }
 
   [[nodiscard]] Rendezvous& meeting() noexcept { return *meeting_; }
   [[nodiscard]] const Rendezvous& meeting() const noexcept { return *meeting_; }
@@ -72,6 +75,7 @@ class PeerAccess {
   const Ticket& await(int peer, const Call& call) {
     const Ticket& ticket = meeting_->await(peer);
     if (!(ticket.call == call)) {
+      read_.clear();  // of no use to anyone: every rank throws
       meeting_->await_all();
       meeting_->fail_unless_same();
     }
@@ -86,7 +90,7 @@ class PeerAccess {
     }
   }
 
-  /// A peer's memory at a window's offset.
+  /// A peer's memory at a window's offset, to be read until `finish` or `confirm_read`.
   [[nodiscard]] const std::byte* peer_memory(const WindowOffset& where, int peer) {
     const std::byte* memory = windows_->at(where, peer);
     if (memory == nullptr) {
@@ -95,6 +99,9 @@ class PeerAccess {
           fmt::format("group {}: rank {} uses window {}, which rank {} has deregistered",
                       meeting_->group(), peer, where.window, rank()),
           {rank()});
+    }
+    if (peer != rank() && (read_.empty() || read_.back() != peer)) {
+      read_.push_back(peer);
     }
     return memory;
   }
@@ -110,10 +117,20 @@ class PeerAccess {
                : Dims(std::span(ticket.strides.data(), static_cast<std::size_t>(shape.size())));
   }
 
+  /// Throws `TransportError` if a peer whose memory this call has read gave up before the reading
+  /// was over: its caller may have written there.
+  void confirm_read() {
+    for (const int peer : read_) {
+      meeting_->check_still_exposed(peer);
+    }
+    read_.clear();
+  }
+
   /// Ends a call in whose last step peers may still read this rank's tensors (`own_exposed`), or
-  /// wait for this rank to have read theirs (`read_exposed`).
-  void finish(bool read_exposed, bool own_exposed) {
-    if (read_exposed) {
+  /// wait for this rank to have read theirs. Throws as `confirm_read`.
+  void finish(bool own_exposed) {
+    if (!read_.empty()) {
+      confirm_read();
       meeting_->finish_reading();
     }
     if (own_exposed) {
@@ -124,6 +141,8 @@ class PeerAccess {
  private:
   std::unique_ptr<Rendezvous> meeting_;
   std::shared_ptr<WindowTable> windows_;
+  std::vector<int>
+      read_;  ///< Peers whose exposed memory the call reads. Kept: calls do not allocate.
 };
 
 /// The elements [first, first + extent) of a view along `dim`, as a layout and its first byte.

@@ -132,7 +132,6 @@ inline void PeerCollectives::all_gather(const ConstTensorView& in, const TensorV
   }
   meeting_.enter(call, showing);
 
-  bool read_exposed = false;
   std::int64_t longest = exposed ? 0 : in.numel();
   std::int64_t first = std::accumulate(sizes.begin(), sizes.begin() + rank, std::int64_t{0});
   for (int step = 0; step < n; ++step) {  // the own part while the peers arrive
@@ -151,7 +150,6 @@ inline void PeerCollectives::all_gather(const ConstTensorView& in, const TensorV
       shape[dim] = sizes[u(r)];
       copy(to.base, to.layout, access_.peer_tensor(ticket, r),
            collapse(shape, PeerAccess::peer_strides(ticket, shape)), element);
-      read_exposed = true;
     } else {
       const std::int64_t count = std::min(piece, to.layout.numel);
       copy(to.base, to.layout, meeting_.slot_of(r), dense_layout(count), element, count);
@@ -159,7 +157,7 @@ inline void PeerCollectives::all_gather(const ConstTensorView& in, const TensorV
     }
   }
   if (longest <= piece) {
-    access_.finish(read_exposed, exposed);
+    access_.finish(exposed);
     return;
   }
   for (std::int64_t done = piece; done < longest; done += piece) {
@@ -177,6 +175,7 @@ inline void PeerCollectives::all_gather(const ConstTensorView& in, const TensorV
       }
     }
   }
+  access_.confirm_read();  // a later step tells the peers that they were read
 }
 
 /// Where this rank finds its part of a peer's input, in the current step.
@@ -231,16 +230,14 @@ void PeerCollectives::scatter(const Call& call, const ConstTensorView& in, int d
   const std::int64_t own_first =
       std::accumulate(sizes.begin(), sizes.begin() + rank, std::int64_t{0});
   bool through_slots = !exposed;
-  bool read_exposed = false;
   for (int r = 0; r < n; ++r) {
     places_[u(r)] = meeting_.ticket_of(r).place;
     through_slots |= places_[u(r)] == Place::slot;
-    read_exposed |= r != rank && places_[u(r)] == Place::direct;
     sources_[u(r)] = scatter_source(r, in, dim, own_first, sizes[u(rank)], pitch);
   }
   if (!through_slots || longest <= pitch) {
     consume(0, own_count);
-    access_.finish(read_exposed, exposed);
+    access_.finish(exposed);
     return;
   }
   for (std::int64_t done = 0; done < longest; done += pitch) {
@@ -261,7 +258,7 @@ void PeerCollectives::scatter(const Call& call, const ConstTensorView& in, int d
       consume(done, std::min(pitch, own_count - done));
     }
   }
-  access_.finish(read_exposed, exposed);
+  access_.finish(exposed);
 }
 
 /// `scatter` and `reduce` for what a decode step sends: short tensors without gaps, whose parts
@@ -300,7 +297,6 @@ inline bool PeerCollectives::reduce_scatter_dense(const Call& call, const ConstT
   }
   meeting_.enter(call, showing);
   access_.await_all(call);
-  bool read_exposed = false;
   bool dense = true;
   for (int r = 0; r < n; ++r) {
     const Ticket& ticket = meeting_.ticket_of(r);
@@ -308,7 +304,6 @@ inline bool PeerCollectives::reduce_scatter_dense(const Call& call, const ConstT
       peer_ins_[u(r)] = own + own_skip;
     } else if (ticket.place == Place::direct) {
       peer_ins_[u(r)] = access_.peer_tensor(ticket, r) + own_skip;
-      read_exposed = true;
       dense = dense && ticket.dense;
     } else {
       peer_ins_[u(r)] = meeting_.slot_of(r) + u(rank) * u(longest) * element;
@@ -325,7 +320,7 @@ inline bool PeerCollectives::reduce_scatter_dense(const Call& call, const ConstT
     auto writer = whole(out).cursor(element);
     reduce(in.dtype(), op, writer, sources_, out.numel());
   }
-  access_.finish(read_exposed, exposed);
+  access_.finish(exposed);
   return true;
 }
 
@@ -464,7 +459,7 @@ inline void PeerCollectives::reduce_parts(const Call& call, const ConstTensorVie
       copy(writer, reader, length(r));
     }
   }
-  access_.finish(direct, direct);
+  access_.finish(direct);
 }
 
 inline void PeerCollectives::broadcast(const TensorView& tensor, int root) {
@@ -500,7 +495,7 @@ inline void PeerCollectives::broadcast(const TensorView& tensor, int root) {
       read_slot(root, own.cursor(element, done), count);
     }
     if (direct || done + piece >= tensor.numel()) {
-      access_.finish(direct && !giver, direct && giver);
+      access_.finish(direct && giver);
       return;
     }
   }

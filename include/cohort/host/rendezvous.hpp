@@ -21,6 +21,7 @@
 #include "cohort/error.hpp"
 #include "cohort/host/shared_memory.hpp"
 #include "cohort/host/signal_pad.hpp"
+#include "cohort/owner_process.hpp"
 #include "cohort/poll_pause.hpp"
 
 /// \file
@@ -56,6 +57,9 @@ class Rendezvous {
   Rendezvous(const Rendezvous&) = delete;
   Rendezvous& operator=(const Rendezvous&) = delete;
   ~Rendezvous() {
+    if (!owner_.is_here()) {
+      return;
+    }
     auto expected = Presence::here;
     pad(rank_).presence.compare_exchange_strong(expected, Presence::left,
                                                 std::memory_order_release);
@@ -75,8 +79,10 @@ class Rendezvous {
   [[nodiscard]] const std::string& group() const noexcept { return group_; }
   [[nodiscard]] bool poisoned() const noexcept { return poisoned_; }
 
-  /// Throws `TransportError` if an earlier call ended in an error that left the ranks apart.
+  /// Throws `TransportError` if an earlier call ended in an error that left the ranks apart, and
+  /// `UsageError` in a forked child.
   void check_usable(std::string_view call) const {
+    owner_.check(group_);
     if (poisoned_) {
       throw TransportError({.call = std::string(call), .rank = rank_, .group = group_},
                            "an earlier call of this group failed; form the group anew");
@@ -88,6 +94,18 @@ class Rendezvous {
   void poison() noexcept {
     poisoned_ = true;
     pad(rank_).presence.store(Presence::gave_up, std::memory_order_release);
+    // The caller may write where peers still read. Whoever sees that sees the word above as well:
+    // pairs with the fence of `check_still_exposed`.
+    std::atomic_thread_fence(std::memory_order_release);
+  }
+
+  /// Throws `TransportError` where a peer has ended its part in the group after an error.
+  void check_peers() {
+    for (int r = 0; r < size(); ++r) {
+      if (const auto presence = presence_of(r); r != rank_ && presence == Presence::gave_up) {
+        fail_departed(r, presence);
+      }
+    }
   }
 
   // --- steps
@@ -144,6 +162,16 @@ class Rendezvous {
   }
   [[nodiscard]] const std::byte* slot_of(int peer) const noexcept {
     return peers_[index(peer)] + geometry_.slot(epoch_);
+  }
+
+  /// After reading a peer's exposed tensors: throws `TransportError` if the peer stopped waiting
+  /// for its readers meanwhile, or before, so that its caller may have written there.
+  void check_still_exposed(int peer) {
+    // Orders the loads of the tensors before that of the word; pairs with the fence of `poison`.
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (const auto presence = presence_of(peer); presence != Presence::here) {
+      fail_departed(peer, presence);
+    }
   }
 
   /// This rank has finished reading its peers' exposed tensors of this call.
@@ -237,6 +265,9 @@ class Rendezvous {
     return *std::launder(reinterpret_cast<ChannelEnd*>(
         peers_[index(owner)] + geometry_.channel_ends() + index(peer) * sizeof(ChannelEnd)));
   }
+  [[nodiscard]] Presence presence_of(int r) const noexcept {
+    return pad(r).presence.load(std::memory_order_acquire);
+  }
   [[nodiscard]] bool has_entered(const Ticket& ticket) const noexcept {
     return ticket.epoch.load(std::memory_order_acquire) >= epoch_;
   }
@@ -261,7 +292,7 @@ class Rendezvous {
     cohort::detail::PollPause pause(kYieldFor, 0);  // `wait` has spun
     while (!ready()) {
       const auto waited = Clock::now() - start;
-      const auto presence = pad(peer).presence.load(std::memory_order_acquire);
+      const auto presence = presence_of(peer);
       if (ready()) {  // after the look at the peer: it may have come, then left
         return;
       }
@@ -300,6 +331,7 @@ class Rendezvous {
                                                : "gave up after an error of its own"));
   }
 
+  OwnerProcess owner_;
   std::vector<std::shared_ptr<SharedMemory>> pads_;
   PadGeometry geometry_;
   int rank_;

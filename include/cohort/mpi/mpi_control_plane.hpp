@@ -20,6 +20,7 @@
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
+#include "cohort/owner_process.hpp"
 #include "cohort/poll_pause.hpp"
 
 /// \file
@@ -224,6 +225,9 @@ class MpiMessenger : public Messenger {
   /// Waits until all messages have left this rank, then frees the communicator; later calls of the
   /// messenger throw. False where messages were abandoned: `MPI_Finalize` might hang then.
   bool close() noexcept {
+    if (!owner_.is_here()) {
+      comm_ = MPI_COMM_NULL;  // MPI's state and its messages are the parent's
+    }
     if (comm_ == MPI_COMM_NULL) {
       return !abandoned_;
     }
@@ -254,6 +258,7 @@ class MpiMessenger : public Messenger {
   };
 
   void check_open(const char* call) const {
+    owner_.check("control plane over MPI");
     if (comm_ == MPI_COMM_NULL) {
       throw TransportError({.call = call, .rank = rank_},
                            "the MPI session of this control plane "
@@ -346,6 +351,7 @@ class MpiMessenger : public Messenger {
     }
   }
 
+  OwnerProcess owner_;
   std::chrono::milliseconds limit_;
   MPI_Comm comm_ = MPI_COMM_NULL;
   int rank_ = 0;

@@ -18,6 +18,7 @@
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
 #include "cohort/mpi/mpi_control_plane.hpp"
+#include "cohort/owner_process.hpp"
 
 /// \file
 /// Start and end of MPI as an object, and the control plane over its ranks.
@@ -39,8 +40,9 @@ namespace detail {
 /// Ends the process by `MPI_Abort` when it exits. Not at once: an exception that is in flight still
 /// reaches the handler that reports it.
 inline void abort_mpi_at_exit() noexcept {
+  static const OwnerProcess owner;
   static const int registered = std::atexit([] {
-    if (mpi_is_up()) {
+    if (owner.is_here() && mpi_is_up()) {
       std::fflush(nullptr);  // MPI_Abort leaves by _exit
       MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
     }
@@ -104,7 +106,7 @@ class MpiRuntime {
 
   /// `orderly`: every rank is known to come too. `MPI_Finalize` would otherwise wait for good.
   void leave(bool orderly) noexcept {
-    if (left_) {
+    if (left_ || !owner_.is_here()) {
       return;
     }
     left_ = true;
@@ -121,6 +123,7 @@ class MpiRuntime {
   }
 
  private:
+  OwnerProcess owner_;
   bool owned_ = false;
   bool left_ = false;
 };
@@ -134,7 +137,7 @@ class MpiRuntime {
 /// `MPI_Finalize`. After a time-out, a transport error, or when an exception leaves its scope, the
 /// process leaves by `MPI_Abort` at its exit, which ends the whole job: `MPI_Finalize` would wait
 /// for ranks that never come. Where the engine owns MPI, that is left to the engine, as
-/// `must_abort` tells it.
+/// `must_abort` tells it. In a forked child the session does nothing: MPI is the parent's.
 ///
 /// Create it in the main thread, before any group; destroy it after the last.
 class MpiSession {
@@ -151,6 +154,9 @@ class MpiSession {
   MpiSession& operator=(const MpiSession&) = delete;
 
   ~MpiSession() {
+    if (!owner_.is_here()) {
+      return;
+    }
     const bool unwinding = std::uncaught_exceptions() > exceptions_;
     if (unwinding) {
       world_.messenger().abandon();
@@ -202,6 +208,7 @@ class MpiSession {
     }
   }
 
+  OwnerProcess owner_;
   int exceptions_ = std::uncaught_exceptions();
   detail::MpiRuntime runtime_;
   MpiControlPlane world_;

@@ -5,10 +5,13 @@
 #include "cohort/mpi/mpi_session.hpp"
 
 #include <mpi.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -169,6 +172,32 @@ int goodbye(int argc, char** argv) {
   return 0;
 }
 
+std::optional<MpiSession> of_the_program;  // its destructor runs at the exit of every child as well
+
+// Children that exit end neither MPI nor wait for the other ranks.
+int forked(int argc, char** argv) {
+  auto& session = of_the_program.emplace(argc, argv);
+  auto& world = session.world();
+  const int rank = world.rank();
+  std::fflush(nullptr);
+  const pid_t child = fork();
+  if (child == 0) {
+    try {
+      world.barrier();
+    } catch (const UsageError&) {
+      std::exit(3);
+    }
+    std::exit(4);
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  check(WIFEXITED(status) && WEXITSTATUS(status) == 3, "the child's call is refused, and it exits");
+  world.barrier();
+  check(!session.must_abort(), "nothing went wrong");
+  ok("forked", rank);
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -191,6 +220,9 @@ int main(int argc, char** argv) {
   if (mode == "goodbye") {
     return goodbye(argc, argv);
   }
-  std::puts("usage: mpi_session own|engine|thread_level|late|unwinding|goodbye");
+  if (mode == "forked") {
+    return forked(argc, argv);
+  }
+  std::puts("usage: mpi_session own|engine|thread_level|late|unwinding|goodbye|forked");
   return 2;
 }

@@ -5,6 +5,8 @@
 #include <string>
 
 #include "support/catch.hpp"
+#include "support/forked.hpp"
+#include "support/threads.hpp"
 
 using namespace cohort;
 
@@ -17,6 +19,16 @@ TEST_CASE("a process knows itself", "[process_identity]") {
   CHECK(a.start_time == detail::process_start_time(std::to_string(::getpid())));
   CHECK(a.same_process(b));
   CHECK(a.secret != b.secret);  // one for each rank, also where ranks are threads
+}
+
+TEST_CASE("a forked child is another process", "[process_identity]") {
+  const ProcessIdentity parent = this_process();
+  test::run_in_child([&] {
+    const ProcessIdentity child = this_process();
+    test::check(child.same_machine(parent) && !child.same_process(parent), "not the parent");
+    test::check(child.same_process(this_process()), "one and the same");
+  });
+  CHECK(parent.same_process(this_process()));
 }
 
 TEST_CASE("machines are told apart by boot id, never by guesses", "[process_identity]") {

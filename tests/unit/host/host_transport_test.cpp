@@ -1,9 +1,13 @@
+#include <atomic>
 #include <chrono>
 #include <cohort/host/host_transport.hpp>
+#include <cstring>
+#include <optional>
 #include <thread>
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/forked.hpp"
 #include "support/host_site.hpp"
 
 using namespace cohort;
@@ -129,6 +133,111 @@ TEST_CASE("a rank that never comes is named, and the group is unusable afterward
                                      "earlier call");
       },
       300ms);
+}
+
+TEST_CASE("whoever comes late to memory that a peer gave up learns it, in every call", "[host]") {
+  const auto call = GENERATE(values<void (*)(Transport&, const TensorView&, const TensorView&)>({
+      [](Transport& it, const TensorView& in, const TensorView& out) {
+        it.all_gather(in, out, 0, equal_sizes(2, in.shape()[0]), {});
+      },
+      [](Transport& it, const TensorView& in, const TensorView& out) {
+        it.reduce_scatter(in, out.slice(0, 0, 32), 0, equal_sizes(2, 32), ReduceOp::sum, {});
+      },
+      [](Transport& it, const TensorView& in, const TensorView& out) {
+        it.all_to_all(in, out.slice(0, 0, 64), {});
+      },
+      [](Transport& it, const TensorView& in, const TensorView&) { it.broadcast(in, 0, {}); },
+      [](Transport& it, const TensorView& in, const TensorView& out) {
+        const TensorView partial(in.data(), DType::f32, Dims{8, 4, 1024});
+        const TensorView lse(in.data(), DType::f32, Dims{8, 4});
+        const TensorView merged(out.data(), DType::f32, Dims{8, 2, 1024});
+        it.peer_kernels()->merge_attention({.out = partial, .lse = lse, .merged = merged}, {});
+      },
+      [](Transport& it, const TensorView& in, const TensorView& out) {
+        const TensorView nope(in.data(), DType::f32, Dims{8, 4, 512});
+        const TensorView pe(in.data(), DType::f32, Dims{8, 4, 64});
+        const TensorView q(out.data(), DType::f32, Dims{8, 8, 576});
+        it.peer_kernels()->gather_query(nope, pe, q, {});
+      },
+  }));
+  std::atomic<bool> gave_up{false};
+  run_ranks(
+      2,
+      [&](ControlPlane& plane) {
+        Site site(plane, {}, Memory::mixed);  // rank 1's input passes the slot: it waits for nobody
+        const auto in = site.tensor(Dims{64, 1024}, DType::f32, Form::contiguous);
+        const auto out = site.tensor(Dims{128, 1024}, DType::f32, Form::contiguous);
+        if (plane.rank() == 0) {
+          check_throws<TimeoutError>([&] { call(*site.transport, in, out); }, "rank 1 did not");
+          std::memset(in.data(), 0x77, in.bytes());  // the caller's again
+          gave_up = true;
+        } else {
+          while (!gave_up) {
+            std::this_thread::sleep_for(1ms);
+          }
+          check_throws<TransportError>([&] { call(*site.transport, in, out); }, "rank 0 gave up");
+          check_throws<TransportError>([&] { site.transport->barrier({}); }, "earlier call");
+        }
+        plane.barrier();
+      },
+      300ms);
+}
+
+TEST_CASE("synchronize tells of a peer that gave up, and not of one that has left", "[host]") {
+  const bool fails = GENERATE(true, false);
+  std::atomic<bool> over{false};
+  run_ranks(
+      2,
+      [&](ControlPlane& plane) {
+        std::optional<Site> site(std::in_place, plane, HostOptions{}, Memory::ordinary);
+        site->transport->barrier({});
+        if (plane.rank() == 0) {
+          if (fails) {
+            check_throws<TimeoutError>([&] { site->transport->barrier({}); }, "rank 1");
+          } else {
+            site.reset();
+          }
+          over = true;
+        } else {
+          while (!over) {
+            std::this_thread::sleep_for(1ms);
+          }
+          const auto synchronize = [&] { site->transport->synchronize({}, 10ms); };
+          if (fails) {
+            check_throws<TransportError>(synchronize, "rank 0 gave up");
+          } else {
+            synchronize();
+          }
+        }
+        plane.barrier();
+      },
+      300ms);
+}
+
+TEST_CASE("a forked child neither uses its parent's group nor ends it", "[host]") {
+  const bool map_peers = GENERATE(true, false);
+  run_ranks(2, [&](ControlPlane& plane) {
+    std::optional<Site> site(std::in_place, plane, HostOptions{.map_peers = map_peers},
+                             Memory::window);
+    const auto tensor = site->tensor(Dims{4}, DType::f32, Form::contiguous);
+    std::fill_n(tensor.data_as<float>(), 4, 1.0F);
+    if (plane.rank() == 0) {
+      run_in_child([&] {
+        const auto refused = [](const auto& call) {
+          check_throws<UsageError>(call, "forked child of its owner");
+        };
+        refused([&] { site->transport->all_reduce(tensor, tensor, ReduceOp::sum, {}); });
+        refused([&] { site->transport->synchronize({}, 10ms); });
+        refused([&] { plane.barrier(); });
+        refused([&] { plane.subgroup(std::vector{0, 1}, 7, "again")->barrier(); });
+        site.reset();  // as the child's exit does
+      });
+    }
+    site->transport->all_reduce(tensor, tensor, ReduceOp::sum, {});
+    check_equal(tensor.data_as<float>()[3], 2.0F, "the parent's group works on");
+    site->transport->synchronize({}, 10ms);
+    plane.barrier();
+  });
 }
 
 TEST_CASE("a rank that has left is noticed before the time limit", "[host]") {

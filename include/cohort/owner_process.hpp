@@ -1,0 +1,55 @@
+#pragma once
+
+#include <pthread.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <string>
+
+#include "cohort/error.hpp"
+
+/// \file
+/// Which process an object belongs to. A forked child inherits objects that speak to peers, and
+/// runs their destructors at its exit; what it said there would be taken for the parent's word.
+
+namespace cohort {
+
+namespace detail {
+
+/// `getpid` without the system call. Every module of a program may have its own copy: all hold the
+/// same number.
+[[nodiscard]] inline pid_t current_process() noexcept {
+  static std::atomic<pid_t> current{::getpid()};
+  static const int watched = pthread_atfork(
+      nullptr, nullptr, [] { current.store(::getpid(), std::memory_order_relaxed); });
+  return watched == 0 ? current.load(std::memory_order_relaxed) : ::getpid();
+}
+
+}  // namespace detail
+
+/// Held by what speaks to other processes. Remembers the process that made it; in a child forked
+/// from that process, destructors leave the peers alone, and calls throw. Costs nanoseconds.
+class OwnerProcess {
+ public:
+  [[nodiscard]] bool is_here() const noexcept { return pid_ == detail::current_process(); }
+
+  /// Throws `UsageError` in another process than the owner.
+  /// @param object  What is used, for the message.
+  void check(const std::string& object) const {
+    if (!is_here()) {
+      throw_elsewhere(object);
+    }
+  }
+
+ private:
+  [[noreturn, gnu::noinline]] void throw_elsewhere(const std::string& object) const {
+    throw UsageError(object + ": used in process " + std::to_string(::getpid()) +
+                     ", a forked child of its owner, process " + std::to_string(pid_) +
+                     "; the child needs groups of its own");
+  }
+
+  pid_t pid_ = detail::current_process();
+};
+
+}  // namespace cohort
