@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <cohort/cuda.hpp>
+#include <cohort/nccl/known_faults.hpp>
 #include <string>
 
 #include "device.hpp"
@@ -91,6 +92,11 @@ std::vector<Section> cuda_facts() {
   nccl_check(ncclGetVersion(&loaded), "ncclGetVersion");
   section.facts.push_back(
       {"NCCL", fmt::format("{} loaded, {} compiled against", nccl_version_string(loaded), header)});
+  for (const NcclFact& fact : kNcclFacts) {
+    if (fact.holds(loaded)) {
+      section.facts.push_back({"  this NCCL", std::string(fact.effect)});
+    }
+  }
   if (const std::string obstacle = cuda_obstacle(); !obstacle.empty()) {
     section.facts.push_back({"cards", "none: " + obstacle});
     return {section};

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <cohort/error.hpp>
+#include <cohort/host/memory_limits.hpp>
 #include <cohort/host/shared_memory.hpp>
 #include <cohort/machine.hpp>
 #include <cohort/runtime_env.hpp>
