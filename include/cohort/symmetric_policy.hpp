@@ -202,13 +202,14 @@ namespace detail {
         Reason::out_of_peer_reach,
         fmt::format("the ranks run on {} machines, told apart by boot id", found.machines));
   }
+  if (!found.peer_import && !found.obstacle.empty()) {
+    return refused(Reason::out_of_peer_reach, found.obstacle);
+  }
   if (!found.peer_access) {
     return refused(Reason::out_of_peer_reach, "not every device can access every other's memory");
   }
   if (!found.peer_import) {
-    return refused(Reason::out_of_peer_reach,
-                   found.obstacle.empty() ? "a rank could not import a segment of another rank"
-                                          : found.obstacle);
+    return refused(Reason::out_of_peer_reach, "a rank could not import a segment of another rank");
   }
   return granted();
 }

@@ -4,12 +4,15 @@
 #include <linux/seccomp.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 
 #include <array>
 #include <cohort/cohort.hpp>
+#include <cohort/host/memory_limits.hpp>
 #include <cstddef>
-#include <map>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -67,6 +70,51 @@ class NoDescriptors {
 
  private:
   rlimit before_{};
+};
+
+/// A group of the first version of control groups that holds the processes that joined it to a
+/// limit. They return where they were.
+class MemoryLimit {
+ public:
+  explicit MemoryLimit(std::size_t bytes) {
+    const auto own = host::detail::cgroup_paths(os::read_text("/proc/self/cgroup").text).memory;
+    const std::string pid = std::to_string(getpid());
+    const auto name = world().broadcast(std::as_bytes(std::span(pid)), 0);
+    if (own) {
+      parent_ = "/sys/fs/cgroup/memory" + *own;
+      folder_ = parent_ + "/cohort-test-" +
+                std::string(reinterpret_cast<const char*>(name.data()), name.size());
+    }
+    if (world_rank() == 0 && own && mkdir(folder_.c_str(), 0700) == 0) {
+      write(folder_ + "/memory.limit_in_bytes", std::to_string(bytes));
+    }
+    world().barrier();
+    joined_ = own && write(folder_ + "/cgroup.procs", std::to_string(getpid()));
+  }
+  MemoryLimit(const MemoryLimit&) = delete;
+  MemoryLimit& operator=(const MemoryLimit&) = delete;
+  ~MemoryLimit() {
+    if (joined_) {
+      write(parent_ + "/cgroup.procs", std::to_string(getpid()));
+    }
+    world().barrier();
+    if (world_rank() == 0) {
+      rmdir(folder_.c_str());
+    }
+  }
+
+  [[nodiscard]] bool joined() const { return joined_; }
+
+ private:
+  static bool write(const std::string& path, const std::string& text) {
+    const UniqueFd file = os::open_file(path, O_WRONLY);
+    return file &&
+           ::write(file.get(), text.data(), text.size()) == static_cast<ssize_t>(text.size());
+  }
+
+  std::string parent_;
+  std::string folder_;
+  bool joined_ = false;
 };
 
 ParallelState form(bool windows) {
@@ -142,6 +190,26 @@ TEST_CASE("a rank without descriptors is named with the cause", "[.no_descriptor
   CHECK_THAT(formed.dcp().decision().peer_mapping.detail, !contains("machines"));
   check_steps(formed);
   formed.shutdown();
+}
+
+TEST_CASE("ranks that together want more than their container has all get an error",
+          "[.memory_limit]") {
+  constexpr std::size_t kLimit = std::size_t{600} << 20;
+  const MemoryLimit limit(kLimit);
+  if (skip_all_if(!limit.joined(), "needs the right to make a control group of version 1")) {
+    return;
+  }
+  CHECK(host::detail::available_memory() <= kLimit);
+  auto state = form(true);
+  std::string text = "nothing was thrown";
+  try {
+    state.dcp().reserve(kLimit / static_cast<std::size_t>(world_size()) * 5 / 4);
+  } catch (const Error& error) {
+    text = error.what();
+  }
+  CHECK_THAT(text, contains("Cannot allocate memory", "bytes left"));
+  check_steps(state);
+  state.shutdown();
 }
 
 TEST_CASE("groups form and grow under signals that come all the time", "[.signals]") {

@@ -289,6 +289,8 @@ TEST_CASE("a refusal carries the cause that the ranks found", "[policy]") {
   CHECK(decide(options, kDcp, kLayout, found).peer_mapping.detail == cause);
   found.backend = BackendKind::host;
   CHECK(decide(options, kDcp, kLayout, found).nccl_windows.detail == cause);
+  found.peer_access = false;  // what was found out counts before what follows from it
+  CHECK(decide(options, kDcp, kLayout, found).peer_mapping.detail == cause);
   found.transport_windows = false;
   CHECK(decide(options, kDcp, kLayout, found).nccl_windows.detail ==
         "segments are not memory files here: " + cause);

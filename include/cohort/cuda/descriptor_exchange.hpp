@@ -131,6 +131,20 @@ template <class T>
          (named.pid_namespace != me.pid_namespace || peer.pid == named.pid);
 }
 
+/// Why nothing of a rank can be had, whatever the route; empty where it can.
+[[nodiscard]] inline std::string obstacle_to(const ProcessIdentity& owner, int descriptor,
+                                             const ProcessIdentity& me) {
+  if (descriptor < 0) {
+    return "has no memory that can be exported";
+  }
+  if (const auto error = owner.boot_id_error != 0 ? owner.boot_id_error : me.boot_id_error;
+      error != 0) {
+    return os::error_text("may be on another machine: a boot id could not be read",
+                          static_cast<int>(error));
+  }
+  return owner.same_machine(me) ? "" : "runs on another machine";
+}
+
 /// What an importer says first on its connection.
 struct DescriptorRequest {
   std::array<std::uint64_t, 2> secret{};  ///< The exporter's, as the control plane carried it.
@@ -387,10 +401,9 @@ class SocketExchange {
   ReceivedDescriptors received;
   received.descriptors.resize(size);
   for (std::size_t r = 0; r < size; ++r) {
-    if (!identities[r].same_machine(identities[self]) || offers[r].descriptor < 0) {
-      received.refusal = fmt::format("rank {} {}", r,
-                                     offers[r].descriptor < 0 ? "has no memory that can be exported"
-                                                              : "runs on another machine");
+    if (const auto why = detail::obstacle_to(identities[r], offers[r].descriptor, identities[self]);
+        !why.empty()) {
+      received.refusal = fmt::format("rank {} {}", r, why);
     }
   }
   // Every rank saw the same offers, but who is on whose machine may look different to each.

@@ -85,7 +85,7 @@ class DeviceMapping {
         api.export_handle(&descriptor, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
     detail::driver_report(api.release(handle), "cuMemRelease");
     detail::driver_check(code, "cuMemExportToShareableHandle");
-    return UniqueFd(descriptor);
+    return os::keep(descriptor);
   }
 
   [[nodiscard]] void* data() const noexcept {

@@ -6,7 +6,6 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <fstream>
 #include <mutex>
 #include <random>
 #include <sstream>
@@ -14,6 +13,7 @@
 
 #include "cohort/machine.hpp"
 #include "cohort/owner_process.hpp"
+#include "cohort/system_calls.hpp"
 
 /// \file
 /// Who a rank is on its machine, as a plain value that ranks send each other. Needs no CUDA.
@@ -28,7 +28,8 @@ struct ProcessIdentity {
   std::uint64_t pid_namespace = 0;        ///< Process numbers compare within one only.
   std::uint64_t start_time = 0;           ///< Of the process, in ticks since the boot.
   std::int64_t pid = 0;
-  std::uint64_t uid = 0;  ///< Effective.
+  std::uint64_t uid = 0;           ///< Effective.
+  std::int64_t boot_id_error = 0;  ///< errno where the boot id could not be read.
 
   [[nodiscard]] bool same_machine(const ProcessIdentity& other) const noexcept {
     return boot_id == other.boot_id && boot_id[0] != '\0';
@@ -44,9 +45,7 @@ namespace detail {
 /// the number it names one process for good: field 22 of proc(5)'s stat, counted behind the name,
 /// which may hold spaces and parentheses.
 [[nodiscard]] inline std::uint64_t process_start_time(const std::string& pid) {
-  std::ifstream file("/proc/" + pid + "/stat");
-  std::string line;
-  std::getline(file, line);
+  const std::string line = os::read_text("/proc/" + pid + "/stat").text;
   const auto name_end = line.rfind(')');
   if (name_end == std::string::npos) {
     return 0;
@@ -86,8 +85,10 @@ namespace detail {
 /// This rank's identity, with a fresh secret.
 [[nodiscard]] inline ProcessIdentity this_process() {
   ProcessIdentity me;
-  const std::string boot = cohort::boot_id();
-  std::memcpy(me.boot_id.data(), boot.data(), std::min(boot.size(), me.boot_id.size() - 1));
+  const BootId boot = read_boot_id();
+  std::memcpy(me.boot_id.data(), boot.text.data(),
+              std::min(boot.text.size(), me.boot_id.size() - 1));
+  me.boot_id_error = boot.error;
   me.secret = {detail::random_word(), detail::random_word()};
   me.process_key = detail::process_key();
   me.pid_namespace = cohort::pid_namespace();

@@ -244,9 +244,16 @@ struct GroupProbe {
   };
   std::set<std::uint64_t> hosts;
   std::set<std::string> machines;
+  std::string obstacle;
   for (std::size_t a = 0; a < ranks.size(); ++a) {
     hosts.insert(ranks[a].nccl_host);
-    machines.insert(ranks[a].process.boot_id.data());
+    if (ranks[a].process.boot_id_error == 0) {
+      machines.insert(ranks[a].process.boot_id.data());
+    } else if (obstacle.empty()) {
+      obstacle = fmt::format("rank {}: {}", a,
+                             os::error_text("the boot id could not be read",
+                                            static_cast<int>(ranks[a].process.boot_id_error)));
+    }
     int sharing = 1;
     for (std::size_t b = 0; b < ranks.size(); ++b) {
       const bool same_card = a != b && ranks[a].device_uuid == ranks[b].device_uuid &&
@@ -271,9 +278,10 @@ struct GroupProbe {
                         .nccl_cumem_enabled = smallest(&MachineFacts::cumem) != 0,
                         .nccl_hosts = static_cast<int>(hosts.size()),
                         .nvlink_reach = all.nvlink != 0,
-                        .machines = static_cast<int>(machines.size()),
+                        .machines = std::max(1, static_cast<int>(machines.size())),
                         .peer_access = all.peer != 0,
-                        .peer_import = false};
+                        .peer_import = false,
+                        .obstacle = obstacle};
   return probe;
 }
 

@@ -26,7 +26,6 @@
 #include "cohort/cuda/support_kernels.hpp"
 #include "cohort/cuda/workspace.hpp"
 #include "cohort/error.hpp"
-#include "cohort/log.hpp"
 #include "cohort/nccl/communicator.hpp"
 #include "cohort/nccl/machine_probe.hpp"
 #include "cohort/nccl/nccl_check.hpp"
@@ -101,6 +100,8 @@ class NcclTransport final : public Transport {
     barrier_word_ = make_memory(device_, sizeof(float));
     if (options_.peer_mapping && capabilities_.machines == 1 && capabilities_.peer_access) {
       connect_peers(probe);
+    } else if (!options_.peer_mapping) {
+      capabilities_.obstacle = "CudaOptions::peer_mapping is false";
     }
   }
 
@@ -453,10 +454,7 @@ class NcclTransport final : public Transport {
         {.max_blocks = blocks, .whole_lines = probe.whole_lines, .limit = options_.kernel_limit});
     peers_ = std::move(outcome.kernels);
     capabilities_.peer_import = peers_ != nullptr;
-    if (!peers_ && rank_ == 0) {
-      log(LogLevel::info,
-          fmt::format("group {}: no peer mapping: {}", group_.name(), outcome.refusal));
-    }
+    capabilities_.obstacle = std::move(outcome.refusal);
   }
 
   void nccl(ncclResult_t code, const char* call) { communicator_->check(code, call); }
