@@ -1,7 +1,6 @@
 #pragma once
 
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <array>
@@ -25,6 +24,7 @@
 #include <vector>
 
 #include "cohort/error.hpp"
+#include "cohort/joined.hpp"
 #include "cohort/owner_process.hpp"
 #include "cohort/runtime_env.hpp"
 
@@ -428,7 +428,7 @@ class MessageControlPlane : public ControlPlane {
     for (const int r : ranks) {
       if (r < 0 || r >= size() || std::count(ranks.begin(), ranks.end(), r) != 1) {
         throw UsageError(fmt::format("subgroup {}: {} is not a list of different ranks of {}", name,
-                                     fmt::join(ranks, ","), name_));
+                                     detail::joined(ranks, ","), name_));
       }
       if (r == rank_) {
         rank = static_cast<int>(members.size());
@@ -438,7 +438,7 @@ class MessageControlPlane : public ControlPlane {
     }
     if (rank < 0) {
       throw UsageError(fmt::format("subgroup {}: the list {} does not hold this rank, {}", name,
-                                   fmt::join(ranks, ","), rank_));
+                                   detail::joined(ranks, ","), rank_));
     }
     return std::unique_ptr<ControlPlane>(new MessageControlPlane(
         mailbox_, limit_, std::move(name), std::move(members), rank, channel));
@@ -561,7 +561,7 @@ class MessageControlPlane : public ControlPlane {
       throw TimeoutError(
           fmt::format("{} #{} of group {} ({} ranks): rank {} did not arrive within {} ms",
                       to_string(trailer.call), trailer.sequence, name_, size(),
-                      fmt::join(wait.missing, ", "), wait.limit.count()),
+                      detail::joined(wait.missing, ", "), wait.limit.count()),
           wait.missing);
     }
   }

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <chrono>
@@ -16,6 +15,7 @@
 #include "cohort/agreement.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
+#include "cohort/joined.hpp"
 #include "cohort/symmetric_arena.hpp"
 #include "cohort/symmetric_policy.hpp"
 #include "cohort/symmetric_scope.hpp"
@@ -365,7 +365,7 @@ class GroupCoordinator {
     }
     debug_agree(fmt::format("{} of {}{} dim {} sizes [{}] variant {}, input at {}, output at {}",
                             call, to_string(x.dtype()), to_string(shape), dim,
-                            fmt::join(sizes, ","), extra, window_offset(x.data()),
+                            detail::joined(sizes, ","), extra, window_offset(x.data()),
                             window_offset(out->data())));
   }
   void debug_agree(std::string_view call) {

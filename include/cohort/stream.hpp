@@ -26,7 +26,9 @@ struct Device {
 };
 
 [[nodiscard]] inline std::string to_string(Device device) {
-  return device.kind == DeviceKind::host ? "host" : "cuda:" + std::to_string(device.index);
+  return device.kind == DeviceKind::host
+             ? "host"
+             : std::string("cuda:").append(std::to_string(device.index));
 }
 
 /// Number of one capture; 0 means that the stream is not being captured.

@@ -15,6 +15,7 @@
 
 #include "cohort/dtype.hpp"
 #include "cohort/error.hpp"
+#include "cohort/joined.hpp"
 #include "cohort/stream.hpp"
 
 /// \file
@@ -33,8 +34,8 @@ class Dims {
       : Dims(std::span<const std::int64_t>(values.begin(), values.size())) {}
   constexpr explicit Dims(std::span<const std::int64_t> values) {
     if (values.size() > static_cast<std::size_t>(kMaxDims)) {
-      throw UsageError("a tensor has " + std::to_string(values.size()) + " dimensions; at most " +
-                       std::to_string(kMaxDims) + " are supported");
+      throw UsageError(fmt::format("a tensor has {} dimensions; at most {} are supported",
+                                   values.size(), kMaxDims));
     }
     for (const auto value : values) {
       values_[static_cast<std::size_t>(size_++)] = value;
@@ -71,11 +72,7 @@ class Dims {
 };
 
 [[nodiscard]] inline std::string to_string(const Dims& dims) {
-  std::string text = "(";
-  for (int i = 0; i < dims.size(); ++i) {
-    text += (i == 0 ? "" : ",") + std::to_string(dims[i]);
-  }
-  return text + ")";
+  return fmt::format("({})", detail::joined(dims, ","));
 }
 
 /// Product of the extents. Throws `UsageError` on a negative extent or one that overflows.
@@ -84,7 +81,7 @@ class Dims {
   bool empty = false;
   for (const auto extent : shape) {
     if (extent < 0) {
-      throw UsageError("a tensor has the negative extent " + std::to_string(extent));
+      throw UsageError(fmt::format("a tensor has the negative extent {}", extent));
     }
     if (extent == 0) {
       empty = true;

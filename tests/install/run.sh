@@ -55,6 +55,28 @@ with_pkg_config_mpi() {  # COMPILER STANDARD
     "$work/pc-mpi-$1"
 }
 
+# The README's program and the consumer, as users compile them whose own warnings are errors: what
+# the optimizer finds in the headers depends on the level.
+no_warnings_at() {  # LEVEL
+  local package=cohort-mpi sources=("$here/groups.cpp" "$here/../../examples/first_program.cpp")
+  [[ $mpi == ON ]] || { package=cohort; sources=("$here/groups.cpp"); }
+  local flags compiler source job running=() status=0
+  flags=$(PKG_CONFIG_PATH=$pc_dir pkg-config --cflags "$package") || return
+  for source in "${sources[@]}"; do
+    for compiler in "${compilers[@]}"; do
+      # shellcheck disable=SC2086
+      "$compiler" -std=c++20 "$1" -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror $flags \
+        -c "$source" -o "$work/$compiler$1-$(basename "$source").o" &
+      running+=($!)
+    done
+    for job in "${running[@]}"; do
+      wait "$job" || status=1
+    done
+    running=()
+  done
+  return $status
+}
+
 unknown_component_is_refused() {
   cat >"$work/CMakeLists.txt" <<'PROJECT'
 cmake_minimum_required(VERSION 3.25)
@@ -85,6 +107,9 @@ done
 [[ $mpi == OFF ]] || attempt "g++ without MPI" with_find_package g++ 20 OFF
 [[ $mpi == ON && $full == 0 ]] || attempt "pkg-config" with_pkg_config g++ c++20
 [[ $mpi == OFF ]] || attempt "pkg-config with MPI" with_pkg_config_mpi g++ c++20
+for level in -O0 -O2 -O3; do
+  attempt "no warnings at $level" no_warnings_at "$level"
+done
 attempt "unknown component" unknown_component_is_refused
 
 skips=$((2 - ${#compilers[@]}))

@@ -4,6 +4,8 @@
 //
 //   dead_peer MODE [VICTIM [LIMIT_MS]]     the modes are listed at the end of this file
 
+#include <fmt/ranges.h>
+
 #include <csignal>
 
 #include <chrono>

@@ -79,7 +79,7 @@ void load_driver_function(const char* name, Function& function) {
   const char* name = nullptr;
   return driver().get_error_name(code, &name) == CUDA_SUCCESS && name != nullptr
              ? std::string(name)
-             : "CUresult " + std::to_string(static_cast<int>(code));
+             : std::string("CUresult ").append(std::to_string(static_cast<int>(code)));
 }
 
 /// Throws `TransportError` naming `call` unless `code` is success.

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <algorithm>
 #include <atomic>
@@ -21,6 +20,7 @@
 #include "cohort/error.hpp"
 #include "cohort/host/shared_memory.hpp"
 #include "cohort/host/signal_pad.hpp"
+#include "cohort/joined.hpp"
 #include "cohort/owner_process.hpp"
 #include "cohort/poll_pause.hpp"
 
@@ -318,7 +318,7 @@ class Rendezvous {
     throw TimeoutError(
         fmt::format("step {} of group {} ({} ranks): rank {} did not arrive within "
                     "{} ms",
-                    epoch_, group_, size(), fmt::join(missing, ", "), limit_.count()),
+                    epoch_, group_, size(), cohort::detail::joined(missing, ", "), limit_.count()),
         missing);
   }
 
