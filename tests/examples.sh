@@ -20,6 +20,7 @@ fail() {
 split_blocks() {
   awk -v prefix="$work/$2." '
     /^```console$/ { inside = 1; count++; next }
+    /^\$ source cmake\/mpi_env.sh$/ { next }  # this script has done so
     /^```/ { inside = 0 }
     inside { print > (prefix count) }' "$1"
 }
