@@ -59,9 +59,11 @@ class DecodeContextParallelGroup : public GroupCoordinator {
 
   [[nodiscard]] const MergeOptions& merge_options() const noexcept { return merge_; }
 
-  /// Collective. Makes room for decode steps of up to this shape with every plan, so that nothing
-  /// grows while serving: the arena's temporaries and the library's inboxes.
-  /// Throws `UsageError` for a shape that cannot be, and as `GroupCoordinator::reserve`.
+  /// Collective. Makes room for decode steps of up to this shape, so that nothing grows or fails
+  /// while serving, in a frozen arena as well: steps of `gather_query` and `merge_attention`
+  /// eagerly, in the plans that the group can take, and in one graph, or the graphs of one pool,
+  /// besides; and the library's inboxes and scratch. What a step returned is released before the
+  /// next. Throws `UsageError` for a shape that cannot be, and as `GroupCoordinator::reserve`.
   void reserve_for(const DecodeShape& shape) {
     throw_if_closed();
     const std::int64_t least =
@@ -73,28 +75,13 @@ class DecodeContextParallelGroup : public GroupCoordinator {
           size(), shape.batch, shape.heads, shape.latent, shape.rope, shape.value,
           to_string(shape.dtype)));
     }
-    const auto ranks = static_cast<std::size_t>(size());
     for (const auto extent : {shape.latent, shape.rope, shape.value}) {
       static_cast<void>(numel({size(), shape.batch, shape.heads, extent}));  // throws on overflow
     }
-    const auto piece =
-        dcp::packed_piece(shape.batch, shape.heads / size(), shape.value, size_of(shape.dtype));
-    const auto rows = static_cast<std::size_t>(shape.batch * shape.heads);
-    const std::size_t query =
-        rows * static_cast<std::size_t>(shape.latent + shape.rope) * size_of(shape.dtype);
-    const std::size_t value = rows * static_cast<std::size_t>(shape.value);
-    // Live at once at most: what the caller gathers and merges into, and one plan's temporaries.
-    const std::size_t packed = 2 * ranks * piece.bytes;
-    const std::size_t staged =
-        (ranks + 1) * rows * sizeof(float) + (value + value / ranks) * sizeof(float);
-    const std::size_t results =
-        2 * query + value / ranks * size_of(shape.dtype) + rows * sizeof(float);
-    reserve(results + std::max(packed, staged) + kBlockSlack);
-    if (transport() != nullptr) {
-      transport()->reserve_scratch(query + query / ranks);
-    }
+    const StepRoom room = room_of_step(shape);
+    reserve_room(room);
     if (PeerKernels* kernels = peer_kernels()) {
-      kernels->reserve(std::max(query, ranks * piece.bytes));
+      kernels->reserve(std::max(query_bytes(shape), pieces_bytes(shape)));
     }
   }
 
@@ -103,10 +90,13 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// strides with the last dimension without gaps.
   [[nodiscard]] Tensor gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                                     StreamRef stream = {}) {
-    const Call call = begin("gather_query q_nope", q_nope, stream);
+    check_call("gather_query q_nope", q_nope);
     const Dims shape = check_query(q_nope, q_pe);
+    const Call call = begin(stream);
+    compare_query(q_nope, q_pe, nullptr);
     Tensor q = temporary(shape, q_nope.dtype(), call);
     issue_query(q, q_nope, q_pe, call);
+    finish(call);
     return q;
   }
   /// The same into `q`, of any strides with the last dimension without gaps. Where ranks cannot
@@ -114,10 +104,15 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// a copy: what a rank sends then lies in one piece in it.
   void gather_query_into(const TensorView& q, const ConstTensorView& q_nope,
                          const ConstTensorView& q_pe, StreamRef stream = {}) {
-    const Call call = begin("gather_query q_nope", q_nope, stream);
+    check_call("gather_query q_nope", q_nope);
     check_like("gather_query q", q, q_nope, check_query(q_nope, q_pe));
     check_rows("gather_query q", q);
+    check_apart("gather_query q", q, q_nope);
+    check_apart("gather_query q", q, q_pe);
+    const Call call = begin(stream);
+    compare_query(q_nope, q_pe, &q);
     issue_query(q, q_nope, q_pe, call);
+    finish(call);
   }
 
   /// Merges the ranks' partial attentions exactly and scatters the heads: [B, H/n, D] from this
@@ -125,10 +120,13 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// without tokens have lse = -inf; their `out` is never read. See dcp/lse_merge.hpp.
   [[nodiscard]] Tensor merge_attention(const ConstTensorView& out, const ConstTensorView& lse,
                                        LseBase base = LseBase::e, StreamRef stream = {}) {
-    const Call call = begin("merge_attention out", out, stream);
+    check_call("merge_attention out", out);
     check_partial(out, lse);
+    const Call call = begin(stream);
+    compare_merge(out, base, nullptr);
     Tensor merged = temporary(merged_shape(out), out.dtype(), call);
     issue_merge({out, lse, merged, nullptr, base}, call);
+    finish(call);
     return merged;
   }
   /// The same into `merged` [B, H/n, D], of any strides with D without gaps, and, where given,
@@ -138,10 +136,13 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   void merge_attention_into(const TensorView& merged, const ConstTensorView& out,
                             const ConstTensorView& lse, LseBase base = LseBase::e,
                             StreamRef stream = {}, const TensorView* merged_lse = nullptr) {
-    const Call call = begin("merge_attention out", out, stream);
+    check_call("merge_attention out", out);
     check_partial(out, lse);
-    check_merged(merged, out, merged_lse);
+    check_merged(merged, out, lse, merged_lse);
+    const Call call = begin(stream);
+    compare_merge(out, base, &merged);
     issue_merge({out, lse, merged, merged_lse, base}, call);
+    finish(call);
   }
 
   /// The plan that the last merge took. `automatic` takes the one-kernel merge where the ranks can
@@ -149,8 +150,47 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   [[nodiscard]] MergeChoice last_merge_choice() const { return {last_.plan, reason(last_)}; }
 
  private:
-  /// Each temporary is rounded up to the allocator's alignment.
-  static constexpr std::size_t kBlockSlack = 16 * OffsetAllocator::kAlignment;
+  [[nodiscard]] static std::size_t query_bytes(const DecodeShape& shape) {
+    return static_cast<std::size_t>(shape.batch * shape.heads) *
+           static_cast<std::size_t>(shape.latent + shape.rope) * size_of(shape.dtype);
+  }
+  /// Bytes of one piece for each rank.
+  [[nodiscard]] std::size_t pieces_bytes(const DecodeShape& shape) const {
+    return static_cast<std::size_t>(size()) *
+           dcp::packed_piece(shape.batch, shape.heads / size(), shape.value, size_of(shape.dtype))
+               .bytes;
+  }
+
+  /// The blocks of a step, as the calls below allocate them.
+  [[nodiscard]] StepRoom room_of_step(const DecodeShape& shape) const {
+    const std::int64_t own = shape.heads / size();
+    const std::int64_t query = shape.latent + shape.rope;
+    StepRoom room;
+    room.add_block({shape.batch, shape.heads, query}, shape.dtype);
+    room.add_block({shape.batch, own, shape.value}, shape.dtype);
+    if (size() > 1) {
+      room.add_block({own, shape.batch, query}, shape.dtype);
+    }
+    const Dims lses{size(), shape.batch, shape.heads};
+    if (merge_.plan == MergePlan::staged && size() > 1) {
+      const DType dtype = staged_dtype(shape.dtype);
+      room.add_block(lses, DType::f32);
+      room.add_block({shape.heads, shape.batch, shape.value}, dtype);
+      room.add_block({own, shape.batch, shape.value}, dtype);
+    } else {
+      room.blocks.insert(room.blocks.end(), size() > 1 ? 2 : 1, pieces_bytes(shape));
+    }
+    const auto packed = [&](std::size_t bytes) {
+      return bytes + bytes / static_cast<std::size_t>(size());
+    };
+    room.scratch = std::max(packed(query_bytes(shape)),
+                            packed(static_cast<std::size_t>(numel(lses)) * sizeof(float)));
+    return room;
+  }
+
+  [[nodiscard]] DType staged_dtype(DType partial) const noexcept {
+    return merge_.staged_precision == StagedPrecision::f32 ? DType::f32 : partial;
+  }
 
   [[nodiscard]] PeerKernels* peer_kernels() const noexcept {
     return transport() != nullptr && decision().peer_mapping.on ? transport()->peer_kernels()
@@ -244,16 +284,30 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   }
 
   void check_merged(const TensorView& merged, const ConstTensorView& out,
-                    const TensorView* merged_lse) const {
+                    const ConstTensorView& lse, const TensorView* merged_lse) const {
     const Dims shape = merged_shape(out);
     check_like("merge_attention merged", merged, out, shape);
     check_rows("merge_attention merged", merged);
+    check_apart("merge_attention merged", merged, out);
+    check_apart("merge_attention merged", merged, lse);
     if (merged_lse != nullptr) {
       check_lse("merge_attention merged_lse", *merged_lse, {shape[0], shape[1]});
+      check_apart("merge_attention merged_lse", *merged_lse, out);
+      check_apart("merge_attention merged_lse", *merged_lse, lse);
+      check_apart("merge_attention merged_lse", *merged_lse, merged);
     }
   }
 
-  // From here on the call has begun and its arguments are right.
+  // From here on the call has begun and its arguments are right. What ranks compare says nothing of
+  // plans and paths, whose messages would not meet either.
+
+  void compare_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
+                     const TensorView* q) {
+    debug_compare("gather_query", q_nope, 0, {}, static_cast<int>(q_pe.size(2)), q);
+  }
+  void compare_merge(const ConstTensorView& out, LseBase base, const TensorView* merged) {
+    debug_compare("merge_attention", out, 0, {}, static_cast<int>(base), merged);
+  }
 
   void issue_query(const TensorView& q, const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                    const Call& call) {
@@ -263,7 +317,6 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
     if (PeerKernels* kernels = peer_kernels();
         kernels != nullptr && kernels->gather_obstacle(q_nope, q_pe).empty()) {
-      debug_compare("gather_query", q_nope, 0, {}, static_cast<int>(q_pe.size(2)), &q);
       kernels->gather_query(q_nope, q_pe, q, call.stream);
       return;
     }
@@ -279,8 +332,6 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     last_ = choose(arguments);
     switch (last_.plan) {
       case MergePlan::one_kernel:
-        debug_compare("merge_attention", arguments.out, 0, {}, static_cast<int>(arguments.base),
-                      &arguments.merged);
         peer_kernels()->merge_attention(arguments, call.stream);
         return;
       case MergePlan::staged:
@@ -322,9 +373,13 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const Dims shape{size(), static_cast<std::int64_t>(piece.bytes)};
     const Tensor mine = temporary(shape, DType::u8, call);
     backend().ops().pack_partial(out, arguments.lse, mine, call.stream);
-    const Tensor pieces = exchanged(mine, call);
-    backend().ops().merge_pieces(pieces, arguments.base, arguments.merged, arguments.merged_lse,
-                                 call.stream);
+    Tensor theirs;
+    if (size() > 1) {
+      theirs = temporary(shape, DType::u8, call);
+      issue_all_to_all(theirs, mine, call);
+    }
+    backend().ops().merge_pieces(size() > 1 ? theirs : mine, arguments.base, arguments.merged,
+                                 arguments.merged_lse, call.stream);
   }
 
   void merge_staged(const MergeArguments& arguments, const Call& call) {
@@ -341,8 +396,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
       backend().ops().merge_lse(lses.view().slice(2, rank() * own, own), arguments.base,
                                 *arguments.merged_lse, call.stream);
     }
-    const bool wide = merge_.staged_precision == StagedPrecision::f32;
-    const DType dtype = wide ? DType::f32 : out.dtype();
+    const DType dtype = staged_dtype(out.dtype());
     // Heads first: what a rank gets is then contiguous, and a reduce-scatter in windows needs no
     // packing.
     const Tensor corrected = temporary({heads, batch, out.size(2)}, dtype, call);

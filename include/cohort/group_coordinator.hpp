@@ -13,9 +13,11 @@
 #include <vector>
 
 #include "cohort/agreement.hpp"
+#include "cohort/collective_arguments.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
 #include "cohort/joined.hpp"
+#include "cohort/stream_order.hpp"
 #include "cohort/symmetric_arena.hpp"
 #include "cohort/symmetric_policy.hpp"
 #include "cohort/symmetric_scope.hpp"
@@ -46,8 +48,9 @@ struct GroupParts {
 /// group's calls on different streams are ordered by the library. One thread at a time.
 ///
 /// Tensors may have any strides and lie in any memory of the group's device; those in the group's
-/// windows take the fastest path. Returned tensors come from the group's arena. Dimensions may
-/// count from the end. A group of one returns its input.
+/// windows take the fastest path. Returned tensors come from the group's arena and own their
+/// memory, in a group of one as well. Dimensions may count from the end. A result may overlap its
+/// input only where the call is in place: as the rank's own part, or as the whole of an all-reduce.
 ///
 /// Wrong arguments throw `UsageError` naming the argument before anything is enqueued, and the
 /// group works on. After `shutdown` every call throws `UsageError`. Failures below surface as
@@ -58,7 +61,8 @@ class GroupCoordinator {
       : parts_(std::move(parts)),
         rank_(parts_.control->rank()),
         size_(parts_.control->size()),
-        equal_(static_cast<std::size_t>(size_)) {
+        equal_(static_cast<std::size_t>(size_)),
+        order_("group " + parts_.name) {
     std::vector<AudienceMember> audience;
     if (parts_.decision.nccl_windows.on) {
       audience.push_back(audience_member());
@@ -95,6 +99,14 @@ class GroupCoordinator {
   void reserve(std::size_t bytes) {
     throw_if_closed();
     arena_->reserve(bytes);
+  }
+  /// Collective. Makes room for these calls, so that none of them grows or fails in a frozen arena:
+  /// results that live at once, eagerly and in one graph or the graphs of one pool besides, and the
+  /// scratch of layouts that have to be packed. What a pass over the list returned is released
+  /// before the next. Throws `UsageError` for a shape that cannot be, and as `reserve`.
+  void reserve_for_calls(std::span<const CollectiveShape> calls) {
+    throw_if_closed();
+    reserve_room(room_of(calls, size_));
   }
   /// Local, by every rank at the same point: the arena never grows again.
   void freeze() {
@@ -154,62 +166,81 @@ class GroupCoordinator {
   /// `out` has the shape of `x` and may be `x`.
   void all_reduce_into(const TensorView& out, const ConstTensorView& x, StreamRef stream = {},
                        ReduceOp op = ReduceOp::sum) {
-    begin("all_reduce", x, stream);
+    check_call("all_reduce", x);
     check_reducible("all_reduce x", x);
     check_like("all_reduce out", out, x, x.shape());
+    check_in_place_or_apart("all_reduce out", out, x, ConstTensorView(out), x);
+    const Call call = begin(stream);
     debug_compare("all_reduce", x, 0, {}, static_cast<int>(op), &out);
     if (size_ == 1) {
-      copy_unless_same(x, out, stream);
+      copy_unless_same(x, out, call.stream);
     } else {
-      parts_.transport->all_reduce(x, out, op, stream);
+      parts_.transport->all_reduce(x, out, op, call.stream);
     }
+    finish(call);
   }
 
   /// Overwrites `x` with the root's, in place.
   void broadcast(const TensorView& x, int root, StreamRef stream = {}) {
-    begin("broadcast", x, stream);
+    check_call("broadcast", x);
     check_rank("broadcast root", root);
+    const Call call = begin(stream);
     debug_compare("broadcast", x, 0, {}, root, &x);
     if (size_ > 1) {
-      parts_.transport->broadcast(x, root, stream);
+      parts_.transport->broadcast(x, root, call.stream);
     }
+    finish(call);
   }
 
   /// Part r of dimension 0 of `x`, of equal extents, goes to rank r; part r of the result came from
   /// rank r.
   [[nodiscard]] Tensor all_to_all(const TensorView& x, StreamRef stream = {}) {
-    const Call call = begin("all_to_all", x, stream);
-    check_parts("all_to_all x", x, 0);
-    return exchanged(x, call);
+    check_call("all_to_all", x);
+    check_divisible("all_to_all x", x, 0, size_);
+    const Call call = begin(stream);
+    debug_compare("all_to_all", x, 0, {}, 0, nullptr);
+    Tensor out = temporary(x.shape(), x.dtype(), call);
+    issue_all_to_all(out, x, call);
+    finish(call);
+    return out;
   }
   void all_to_all_into(const TensorView& out, const ConstTensorView& x, StreamRef stream = {}) {
-    const Call call = begin("all_to_all", x, stream);
-    check_parts("all_to_all x", x, 0);
+    check_call("all_to_all", x);
+    check_divisible("all_to_all x", x, 0, size_);
     check_like("all_to_all out", out, x, x.shape());
-    check_distinct("all_to_all out", out, x);
+    check_apart("all_to_all out", out, x);
+    const Call call = begin(stream);
+    debug_compare("all_to_all", x, 0, {}, 0, &out);
     issue_all_to_all(out, x, call);
+    finish(call);
   }
 
   /// Sends to a rank of the group, which makes one `recv` of the same shape and dtype. Not
   /// collective; messages of a pair keep their order.
   void send(const ConstTensorView& x, int to, StreamRef stream = {}) {
-    begin("send", x, stream);
+    check_call("send", x);
     check_peer("send to", to);
-    parts_.transport->send(x, to, stream);
+    const Call call = begin(stream);
+    parts_.transport->send(x, to, call.stream);
+    finish(call);
   }
   void recv(const TensorView& x, int from, StreamRef stream = {}) {
-    begin("recv", x, stream);
+    check_call("recv", x);
     check_peer("recv from", from);
-    parts_.transport->recv(x, from, stream);
+    const Call call = begin(stream);
+    parts_.transport->recv(x, from, call.stream);
+    finish(call);
   }
 
   /// Work that `stream` gets after this runs once every rank's stream has come here.
   void barrier(StreamRef stream = {}) {
-    order(stream);
+    throw_if_closed();
+    const Call call = begin(stream);
     debug_agree("barrier");
     if (size_ > 1) {
-      parts_.transport->barrier(stream);
+      parts_.transport->barrier(call.stream);
     }
+    finish(call);
   }
 
   /// Waits until the stream is idle, watching the peers as well. Throws `TimeoutError` naming the
@@ -223,13 +254,22 @@ class GroupCoordinator {
     }
   }
 
-  /// Work that `stream` gets after this runs after the group's calls so far. Every call does it by
-  /// itself; an engine does it before it launches a graph with calls of the group. Calls of one
-  /// capture are ordered among themselves: their place among eager calls is where the graph is
-  /// launched.
+  /// Work that `stream` gets after this runs after the group's calls so far, and the group's later
+  /// calls after what `stream` gets before them or before `launched`. Every call does it by itself;
+  /// an engine does it before it launches a graph with calls of the group. Calls of one capture are
+  /// ordered among themselves: their place among eager calls is where the graph is launched.
   void order(StreamRef stream) {
     throw_if_closed();
-    static_cast<void>(ordered(stream));
+    static_cast<void>(begin(stream));
+    arena_->order_launch(stream);
+  }
+  /// Right behind a launch that `order` preceded, so that later calls on other streams wait for it
+  /// and for nothing that `stream` gets afterwards.
+  void launched(StreamRef stream) {
+    throw_if_closed();
+    if (stream.valid()) {
+      order_.after({stream, stream.capture_id()});
+    }
   }
 
   /// The path that a call with these arguments takes, such as "direct" or "nccl symmetric".
@@ -257,33 +297,42 @@ class GroupCoordinator {
     }
   }
 
-  /// A call under way. A stream is asked for its capture once in each call, because devices answer
-  /// slowly; within the call the answer cannot change.
-  struct Call {
-    StreamRef stream;
-    CaptureId capture = 0;
-  };
+  /// Makes room for steps like this one.
+  void reserve_room(const StepRoom& room) {
+    reserve(room.bytes());
+    if (parts_.transport != nullptr) {
+      parts_.transport->reserve_scratch(room.scratch);
+    }
+  }
 
-  /// Opens a call: the group is up, `x` lies on its device, and the group's earlier calls on
-  /// another stream come first.
+  // The steps of each call: check the arguments, `begin`, compare them across the ranks, allocate,
+  // issue, `finish`.
+
+  using Call = StreamOrder::Call;
+
+  /// The group is up, and `x` lies on its device.
   template <class Void>
-  Call begin(std::string_view call, const BasicTensorView<Void>& x, StreamRef stream) {
+  void check_call(std::string_view call, const BasicTensorView<Void>& x) const {
     throw_if_closed();
     check_device(call, x);
-    return ordered(stream);
   }
+
+  /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.
+  [[nodiscard]] Call begin(StreamRef stream) { return order_.before(stream); }
+  /// All of the call has been enqueued.
+  void finish(const Call& call) { order_.after(call); }
+
+  [[nodiscard]] Caller caller() const noexcept { return {parts_.name, rank_, size_}; }
 
   /// Memory of a call, from the group's arena.
   [[nodiscard]] Tensor temporary(const Dims& shape, DType dtype, const Call& call) {
     return arena_->empty(shape, dtype, call.stream, call.capture);
   }
 
-  // The last step of each collective: the call has begun, its arguments are right, and dimensions
-  // count from the front.
+  // Dimensions count from the front.
 
   void issue_gather(const TensorView& out, const ConstTensorView& x,
                     std::span<const std::int64_t> sizes, int dim, const Call& call) {
-    debug_compare("all_gather", x, dim, sizes, 0, &out);
     if (size_ == 1) {
       copy_unless_same(x, out, call.stream);
     } else {
@@ -293,7 +342,6 @@ class GroupCoordinator {
 
   void issue_scatter(const TensorView& out, const ConstTensorView& x,
                      std::span<const std::int64_t> sizes, int dim, ReduceOp op, const Call& call) {
-    debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op), &out);
     if (size_ == 1) {
       copy_unless_same(x, out, call.stream);
     } else {
@@ -301,14 +349,12 @@ class GroupCoordinator {
     }
   }
 
-  /// What `all_to_all` makes of `x`.
-  [[nodiscard]] Tensor exchanged(const TensorView& x, const Call& call) {
+  void issue_all_to_all(const TensorView& out, const ConstTensorView& x, const Call& call) {
     if (size_ == 1) {
-      return alias(x);
+      copy_unless_same(x, out, call.stream);
+    } else {
+      parts_.transport->all_to_all(x, out, call.stream);
     }
-    Tensor out = temporary(x.shape(), x.dtype(), call);
-    issue_all_to_all(out, x, call);
-    return out;
   }
 
   /// One extent for each rank, valid until the next call.
@@ -344,15 +390,14 @@ class GroupCoordinator {
     }
   }
 
-  [[nodiscard]] static Tensor alias(const TensorView& x) { return {x, nullptr, 0}; }
-
   void copy_unless_same(const ConstTensorView& from, const TensorView& to, StreamRef stream) {
     if (from.data() != to.data() || from.strides() != to.strides()) {
       parts_.backend->ops().copy(from, to, stream);
     }
   }
 
-  /// The opt-in comparison of a call's arguments across the ranks. `extra` is the op, root or base.
+  /// The opt-in comparison of a call's arguments across the ranks, before anything is allocated for
+  /// it. `extra` is the op, root or base; `out` is null where it will be allocated.
   void debug_compare(std::string_view call, const ConstTensorView& x, int dim,
                      std::span<const std::int64_t> sizes, int extra, const TensorView* out) {
     if (!parts_.debug_checks || size_ == 1) {
@@ -363,10 +408,9 @@ class GroupCoordinator {
     if (!sizes.empty()) {
       shape[dim] = 0;
     }
-    debug_agree(fmt::format("{} of {}{} dim {} sizes [{}] variant {}, input at {}, output at {}",
-                            call, to_string(x.dtype()), to_string(shape), dim,
-                            detail::joined(sizes, ","), extra, window_offset(x.data()),
-                            window_offset(out->data())));
+    debug_agree(fmt::format("{} of {}{} dim {} sizes [{}] variant {}{}", call, to_string(x.dtype()),
+                            to_string(shape), dim, detail::joined(sizes, ","), extra,
+                            places(x, out)));
   }
   void debug_agree(std::string_view call) {
     if (!parts_.debug_checks || size_ == 1) {
@@ -382,27 +426,6 @@ class GroupCoordinator {
   // What messages call the dimensions.
   static constexpr std::string_view kGatherDim = "all_gather x dim";
   static constexpr std::string_view kScatterDim = "reduce_scatter x dim";
-
-  /// Orders the stream behind the group's calls so far, as `order` says.
-  Call ordered(StreamRef stream) {
-    if (!stream.valid()) {
-      return {};
-    }
-    const Call call{stream, stream.capture_id()};
-    if (call.capture != 0) {
-      if (call.capture == last_capture_ && stream != last_captured_) {
-        stream.wait_for(last_captured_);
-      }
-      last_capture_ = call.capture;
-      last_captured_ = stream;
-      return call;
-    }
-    if (last_stream_.valid() && stream != last_stream_ && last_stream_.capture_id() == 0) {
-      stream.wait_for(last_stream_);
-    }
-    last_stream_ = stream;
-    return call;
-  }
 
   void close() noexcept {
     closed_ = true;
@@ -421,132 +444,77 @@ class GroupCoordinator {
   }
 
   template <class Void>
-  static void check_reducible(std::string_view argument, const BasicTensorView<Void>& x) {
-    if (!is_reducible(x.dtype())) {
-      throw UsageError(fmt::format("{}: {} cannot be reduced", argument, to_string(x.dtype())));
-    }
-  }
-
-  template <class A, class B>
-  static void check_distinct(std::string_view argument, const BasicTensorView<A>& out,
-                             const BasicTensorView<B>& x) {
-    if (out.data() == x.data() && x.numel() > 0) {
-      throw UsageError(fmt::format("{}: must not be the input itself", argument));
-    }
-  }
-
-  template <class Void>
-  void check_parts(std::string_view argument, const BasicTensorView<Void>& x, int dim) const {
-    if (x.shape()[normalize_dim(dim, x.ndim(), argument)] % size_ != 0) {
-      throw UsageError(
-          fmt::format("{}: expected an extent of dimension {} that {} ranks divide, got {}",
-                      argument, dim, size_, to_string(x.shape())));
-    }
-  }
-
-  template <class Void>
   std::span<const std::int64_t> divided(std::string_view argument, const BasicTensorView<Void>& x,
                                         int dim) {
-    check_parts(argument, x, dim);
+    check_divisible(argument, x, dim, size_);
     return equal(x.shape()[dim] / size_);
-  }
-
-  /// The sum of `sizes`, which must name one extent for each rank.
-  [[nodiscard]] std::int64_t total(std::string_view argument,
-                                   std::span<const std::int64_t> sizes) const {
-    if (sizes.size() != static_cast<std::size_t>(size_)) {
-      throw UsageError(fmt::format("{}: expected {} sizes, one for each rank of group {}, got {}",
-                                   argument, size_, parts_.name, sizes.size()));
-    }
-    std::int64_t sum = 0;
-    for (const auto extent : sizes) {
-      if (extent < 0) {
-        throw UsageError(fmt::format("{}: expected sizes >= 0, got {}", argument, extent));
-      }
-      sum += extent;
-    }
-    return sum;
-  }
-
-  template <class Void>
-  [[nodiscard]] Dims gathered_shape(const BasicTensorView<Void>& x,
-                                    std::span<const std::int64_t> sizes, int dim) const {
-    Dims shape = x.shape();
-    shape[dim] = total("all_gather sizes", sizes);
-    if (x.shape()[dim] != sizes[static_cast<std::size_t>(rank_)]) {
-      throw UsageError(fmt::format("all_gather x: expected {} extents along dimension {}, got {}",
-                                   sizes[static_cast<std::size_t>(rank_)], dim,
-                                   to_string(x.shape())));
-    }
-    return shape;
-  }
-
-  template <class Void>
-  [[nodiscard]] Dims scattered_shape(const BasicTensorView<Void>& x,
-                                     std::span<const std::int64_t> sizes, int dim) const {
-    const std::int64_t sum = total("reduce_scatter sizes", sizes);
-    if (x.shape()[dim] != sum) {
-      throw UsageError(
-          fmt::format("reduce_scatter x: expected the sizes' sum of {} extents along dimension {}, "
-                      "got {}",
-                      sum, dim, to_string(x.shape())));
-    }
-    Dims shape = x.shape();
-    shape[dim] = sizes[static_cast<std::size_t>(rank_)];
-    return shape;
   }
 
   Tensor gather(const TensorView& x, std::span<const std::int64_t> sizes, int dim,
                 StreamRef stream) {
-    const Call call = begin("all_gather x", x, stream);
-    const Dims shape = gathered_shape(x, sizes, dim);
-    if (size_ == 1) {
-      return alias(x);
-    }
+    check_call("all_gather x", x);
+    const Dims shape = gathered_shape(x, caller(), sizes, dim);
+    const Call call = begin(stream);
+    debug_compare("all_gather", x, dim, sizes, 0, nullptr);
     Tensor out = temporary(shape, x.dtype(), call);
     issue_gather(out, x, sizes, dim, call);
+    finish(call);
     return out;
   }
 
   void gather_into(const TensorView& out, const ConstTensorView& x,
                    std::span<const std::int64_t> sizes, int dim, StreamRef stream) {
-    const Call call = begin("all_gather x", x, stream);
-    check_like("all_gather out", out, x, gathered_shape(x, sizes, dim));
+    check_call("all_gather x", x);
+    check_like("all_gather out", out, x, gathered_shape(x, caller(), sizes, dim));
+    const ConstTensorView mine = out.slice(dim, offset_of(caller(), sizes), x.shape()[dim]);
+    check_in_place_or_apart("all_gather out", out, x, mine, x);
+    const Call call = begin(stream);
+    debug_compare("all_gather", x, dim, sizes, 0, &out);
     issue_gather(out, x, sizes, dim, call);
+    finish(call);
   }
 
   Tensor scatter(const TensorView& x, std::span<const std::int64_t> sizes, int dim, ReduceOp op,
                  StreamRef stream) {
-    const Call call = begin("reduce_scatter x", x, stream);
+    check_call("reduce_scatter x", x);
     check_reducible("reduce_scatter x", x);
-    const Dims shape = scattered_shape(x, sizes, dim);
-    if (size_ == 1) {
-      return alias(x);
-    }
+    const Dims shape = scattered_shape(x, caller(), sizes, dim);
+    const Call call = begin(stream);
+    debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op), nullptr);
     // Blocks are of one size on every rank, or offsets would no longer agree.
     Dims widest = shape;
     widest[dim] = *std::max_element(sizes.begin(), sizes.end());
     Tensor out = temporary(widest, x.dtype(), call);
     out.shrink_to(shape);
     issue_scatter(out, x, sizes, dim, op, call);
+    finish(call);
     return out;
   }
 
   void scatter_into(const TensorView& out, const ConstTensorView& x,
                     std::span<const std::int64_t> sizes, int dim, ReduceOp op, StreamRef stream) {
-    const Call call = begin("reduce_scatter x", x, stream);
+    check_call("reduce_scatter x", x);
     check_reducible("reduce_scatter x", x);
-    check_like("reduce_scatter out", out, x, scattered_shape(x, sizes, dim));
+    const Dims shape = scattered_shape(x, caller(), sizes, dim);
+    check_like("reduce_scatter out", out, x, shape);
+    const ConstTensorView mine = x.slice(dim, offset_of(caller(), sizes), shape[dim]);
+    check_in_place_or_apart("reduce_scatter out", out, x, mine, ConstTensorView(out));
+    const Call call = begin(stream);
+    debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op), &out);
     issue_scatter(out, x, sizes, dim, op, call);
+    finish(call);
   }
 
-  void issue_all_to_all(const TensorView& out, const ConstTensorView& x, const Call& call) {
-    debug_compare("all_to_all", x, 0, {}, 0, &out);
-    if (size_ == 1) {
-      copy_unless_same(x, out, call.stream);
-    } else {
-      parts_.transport->all_to_all(x, out, call.stream);
+  /// Where the tensors lie, for the comparison; nothing where ranks may differ in that.
+  [[nodiscard]] std::string places(const ConstTensorView& x, const TensorView* out) const {
+    if (parts_.transport == nullptr || !parts_.transport->needs_equal_offsets()) {
+      return {};
     }
+    std::string text = fmt::format(", input at {}", window_offset(x.data()));
+    if (out != nullptr) {
+      text += fmt::format(", output at {}", window_offset(out->data()));
+    }
+    return text;
   }
 
   [[nodiscard]] std::string window_offset(const void* address) const {
@@ -559,9 +527,7 @@ class GroupCoordinator {
   int size_;
   std::vector<std::int64_t> equal_;  // one extent for each rank, refilled by each call
   std::shared_ptr<SymmetricArena> arena_;
-  StreamRef last_stream_;
-  CaptureId last_capture_ = 0;
-  StreamRef last_captured_;  // the last stream in that capture with a call
+  StreamOrder order_;
   std::uint64_t debug_sequence_ = 0;
   bool closed_ = false;
 };

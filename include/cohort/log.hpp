@@ -51,7 +51,7 @@ inline LogState& log_state() {
 }  // namespace detail
 
 /// Least level that the default sink prints; at first `warning`. An installed sink gets all
-/// messages. `ParallelState::create` sets it from `COHORT_LOG`. Thread-safe.
+/// messages. `ParallelState::create` sets it from `COHORT_LOG`, where that is set. Thread-safe.
 inline void set_default_log_level(LogLevel level) {
   auto& state = detail::log_state();
   const std::lock_guard lock(state.mutex);

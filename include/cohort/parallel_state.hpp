@@ -46,20 +46,24 @@ struct ParallelOptions {
 /// A captured graph and the memory that it leases.
 class CapturedGraph {
  public:
-  /// @param order  Called before each launch with its stream.
-  CapturedGraph(std::unique_ptr<ExecutableGraph> graph, std::function<void(StreamRef)> order)
-      : graph_(std::move(graph)), order_(std::move(order)) {}
+  using Around = std::function<void(StreamRef)>;
+
+  /// @param before, behind  Called around each launch with its stream.
+  CapturedGraph(std::unique_ptr<ExecutableGraph> graph, Around before, Around behind)
+      : graph_(std::move(graph)), before_(std::move(before)), behind_(std::move(behind)) {}
 
   /// Enqueues the captured work after the eager calls so far, on whichever streams. All ranks
   /// launch the same sequence of graphs and calls. Throws `UsageError` after the state's shutdown.
   void launch(StreamRef stream) {
-    order_(stream);
+    before_(stream);
     graph_->launch(stream);
+    behind_(stream);
   }
 
  private:
   std::unique_ptr<ExecutableGraph> graph_;
-  std::function<void(StreamRef)> order_;
+  Around before_;
+  Around behind_;
 };
 
 /// The world, tensor-parallel, pipeline-parallel and decode-context-parallel group of this rank.
@@ -162,14 +166,30 @@ class ParallelState {
       drop_capture(stream);
       throw;
     }
-    return {driver.end_capture(stream.native()), [formed = formed_](StreamRef on) {
-              if (formed->empty()) {
+    return {driver.end_capture(stream.native()),
+            [formed = formed_, captures = std::weak_ptr(captures_)](StreamRef on) {
+              const auto domain = captures.lock();
+              if (formed->empty() || domain == nullptr) {
                 throw UsageError("graph launch: the ParallelState of the graph was destroyed");
               }
+              order_launch(*formed, *domain, on);
+            },
+            [formed = formed_](StreamRef on) {
               for (GroupCoordinator* group : *formed) {
-                group->order(on);
+                group->launched(on);
               }
             }};
+  }
+
+  /// For an engine that launches graphs of its own: `order` right before a launch puts it behind
+  /// the calls of all groups so far, on whichever streams, and behind the eager uses of the memory
+  /// that captures took; `launched` right behind it lets later calls on other streams wait for the
+  /// launch and for nothing else. A `CapturedGraph` does both. Throw `UsageError` after `shutdown`.
+  void order(StreamRef stream) { order_launch(*formed_, *captures_, stream); }
+  void launched(StreamRef stream) {
+    for (GroupCoordinator* group : *formed_) {
+      group->launched(stream);
+    }
   }
 
   /// Collective. Returns the memory of graphs that every rank has destroyed to the arenas, which
@@ -191,9 +211,11 @@ class ParallelState {
 
  private:
   ParallelState(ControlPlane& world, ParallelOptions options)
-      : options_(std::move(options)), captures_(std::make_unique<CaptureDomain>()) {
+      : options_(std::move(options)), captures_(std::make_shared<CaptureDomain>()) {
     const auto& settings = runtime_settings();
-    set_default_log_level(settings.log_level);
+    if (settings.log_level) {
+      set_default_log_level(*settings.log_level);
+    }
     if (settings.merge_plan) {
       options_.merge.plan = *settings.merge_plan;
     }
@@ -270,6 +292,16 @@ class ParallelState {
     return parts;
   }
 
+  static void order_launch(const std::vector<GroupCoordinator*>& formed,
+                           const CaptureDomain& captures, StreamRef stream) {
+    for (GroupCoordinator* group : formed) {
+      group->order(stream);
+    }
+    for (const auto& arena : captures.arenas()) {
+      arena->order_launch(stream);  // those of audiences as well
+    }
+  }
+
   static void drop_capture(StreamRef stream) noexcept {
     try {
       stream.driver().end_capture(stream.native()).reset();
@@ -286,7 +318,7 @@ class ParallelState {
 
   ParallelOptions options_;
   std::uint64_t generation_ = 0;
-  std::unique_ptr<CaptureDomain> captures_;  // keeps its address when the state is moved
+  std::shared_ptr<CaptureDomain> captures_;  // keeps its address when the state is moved
   // Shared with captured graphs; empty once the groups are gone.
   std::shared_ptr<std::vector<GroupCoordinator*>> formed_ =
       std::make_shared<std::vector<GroupCoordinator*>>();

@@ -195,7 +195,7 @@ struct RuntimeSettings {
   std::optional<MergePlan> merge_plan;               ///< COHORT_MERGE_PLAN
   std::optional<std::int64_t> own_max_bytes;         ///< COHORT_OWN_MAX_BYTES
   std::optional<bool> debug_checks;                  ///< COHORT_DEBUG_CHECKS
-  LogLevel log_level = LogLevel::warning;            ///< COHORT_LOG
+  std::optional<LogLevel> log_level;                 ///< COHORT_LOG
 
   friend bool operator==(const RuntimeSettings&, const RuntimeSettings&) = default;
 };

@@ -33,6 +33,8 @@ struct Device {
 
 /// Number of one capture; 0 means that the stream is not being captured.
 using CaptureId = std::uint64_t;
+/// The number of every capture that has failed already, where the device tells no other.
+inline constexpr CaptureId kInvalidatedCapture = ~CaptureId{0};
 
 class StreamRef;
 
@@ -46,6 +48,15 @@ class ExecutableGraph {
 
   /// Enqueues the captured work on a stream of the same backend.
   virtual void launch(StreamRef stream) = 0;
+};
+
+/// A place in the work of a stream, made and understood by the stream's driver.
+class StreamEvent {
+ public:
+  StreamEvent() = default;
+  StreamEvent(const StreamEvent&) = delete;
+  StreamEvent& operator=(const StreamEvent&) = delete;
+  virtual ~StreamEvent() = default;
 };
 
 /// What the library needs of a kind of stream. One object for each backend; it outlives every
@@ -63,6 +74,15 @@ class StreamDriver {
 
   /// Work enqueued on `waiter` from here on runs after all work enqueued on `signaller` so far.
   virtual void wait_for(void* waiter, void* signaller) = 0;
+
+  /// An event that stands nowhere yet.
+  [[nodiscard]] virtual std::unique_ptr<StreamEvent> make_event() = 0;
+  /// Puts the event behind all work enqueued on the stream so far; behind what its capture has of
+  /// the stream, where it is being captured. Earlier waits keep to where it stood.
+  virtual void record(StreamEvent& event, void* native) = 0;
+  /// Work enqueued on `waiter` from here on runs after what is before the event, and after nothing
+  /// else. An event of a capture takes the stream into it.
+  virtual void wait(void* waiter, StreamEvent& event) = 0;
 
   /// The capture that the stream takes part in, or 0. Two captures never share a number.
   [[nodiscard]] virtual CaptureId capture_id(void* native) const = 0;
@@ -104,6 +124,8 @@ class StreamRef {
     (void)signaller.checked("wait_for signaller");
     checked("wait_for").wait_for(native_, signaller.native_);
   }
+  void record(StreamEvent& event) const { checked("record").record(event, native_); }
+  void wait(StreamEvent& event) const { checked("wait").wait(native_, event); }
   [[nodiscard]] CaptureId capture_id() const { return checked("capture_id").capture_id(native_); }
   void retain_in_capture(std::shared_ptr<void> object) const {
     checked("retain_in_capture").retain_in_capture(native_, std::move(object));

@@ -191,13 +191,15 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// since the last call. A captured stream cannot wait for them, so the first launch does.
   /// Throws `UsageError` where such a use was on a stream that is being captured now.
   void order_launch(StreamRef stream) {
-    if (const auto users = std::exchange(before_launch_, 0); users != 0) {
-      try {
-        order_behind(users, stream);
-      } catch (...) {
-        before_launch_ |= users;
-        throw;
-      }
+    if (before_launch_ == 0 || (stream.valid() && stream.capture_id() != 0)) {
+      return;  // nothing to wait for, or nobody yet: a graph within a graph
+    }
+    const auto users = std::exchange(before_launch_, 0);
+    try {
+      order_behind(users, stream);
+    } catch (...) {
+      before_launch_ |= users;
+      throw;
     }
   }
 

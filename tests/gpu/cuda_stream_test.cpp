@@ -3,13 +3,17 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <thread>
+#include <utility>
 #include <vector>
 
+#include "cohort/cohort.hpp"
 #include "cohort/cuda.hpp"
 #include "gpu/device_tensor.hpp"
 #include "support/catch.hpp"
@@ -220,5 +224,141 @@ TEST_CASE_METHOD(Fixture, "merged LSEs follow the host's arithmetic", "[cuda_ops
               1e-6F * std::max(1.0F, std::abs(expected)));
       }
     }
+  }
+}
+
+namespace {
+
+/// What every node of a captured graph depends on.
+std::vector<std::vector<cudaGraphNode_t>> dependencies_of(const ExecutableGraph& graph,
+                                                          std::vector<cudaGraphNode_t>& nodes) {
+  cudaGraph_t const captured = dynamic_cast<const CudaExecutableGraph&>(graph).graph();
+  std::size_t count = 0;
+  cuda_check(cudaGraphGetNodes(captured, nullptr, &count), "cudaGraphGetNodes");
+  nodes.resize(count);
+  cuda_check(cudaGraphGetNodes(captured, nodes.data(), &count), "cudaGraphGetNodes");
+  cuda_check(cudaGraphGetEdges(captured, nullptr, nullptr,
+#if CUDART_VERSION >= 13000
+                               nullptr,
+#endif
+                               &count),
+             "cudaGraphGetEdges");
+  std::vector<cudaGraphNode_t> from(count);
+  std::vector<cudaGraphNode_t> to(count);
+  cuda_check(cudaGraphGetEdges(captured, from.data(), to.data(),
+#if CUDART_VERSION >= 13000
+                               nullptr,
+#endif
+                               &count),
+             "cudaGraphGetEdges");
+  std::vector<std::vector<cudaGraphNode_t>> dependencies(nodes.size());
+  for (std::size_t i = 0; i < nodes.size(); ++i) {
+    for (std::size_t edge = 0; edge < count; ++edge) {
+      if (to[edge] == nodes[i]) {
+        dependencies[i].push_back(from[edge]);
+      }
+    }
+  }
+  return dependencies;
+}
+
+}  // namespace
+
+TEST_CASE_METHOD(Fixture, "a captured call waits for the call before it and nothing later",
+                 "[cuda_stream]") {
+  StreamOrder order("group test");
+  const auto call = [&](StreamRef stream) {
+    const auto begun = order.before(stream);
+    stream.submit([] {});
+    order.after(begun);
+  };
+  a.driver().begin_capture(a.native());
+  b.wait_for(a);
+  call(a);
+  a.submit([] {});  // what the second call must not wait for
+  call(b);
+  a.wait_for(b);
+  const auto graph = a.driver().end_capture(a.native());
+  std::vector<cudaGraphNode_t> nodes;
+  const auto dependencies = dependencies_of(*graph, nodes);
+  REQUIRE(nodes.size() == 3);
+  const auto root = std::find_if(dependencies.begin(), dependencies.end(),
+                                 [](const auto& of) { return of.empty(); });
+  REQUIRE(root != dependencies.end());
+  const std::vector first_call{nodes[static_cast<std::size_t>(root - dependencies.begin())]};
+  CHECK(std::count(dependencies.begin(), dependencies.end(), first_call) == 2);
+}
+
+TEST_CASE_METHOD(Fixture, "an eager call waits for the call before it and nothing later",
+                 "[cuda_stream]") {
+  StreamOrder order("group test");
+  const auto call = [&](StreamRef stream, std::function<void()> work) {
+    const auto begun = order.before(stream);
+    stream.submit(std::move(work));
+    order.after(begun);
+  };
+  call(a, [] {});
+  call(b, [] {});
+  std::atomic<bool> first_done = false;
+  std::atomic<bool> let_go = false;
+  call(a, [&] {
+    std::this_thread::sleep_for(50ms);
+    first_done = true;
+  });
+  bool in_order = false;
+  call(b, [&] { in_order = first_done; });
+  b.synchronize(10s);
+  CHECK(in_order);
+  // What the stream gets behind its call holds nobody up. Host work of CUDA shares a thread, so it
+  // is a device wait: for an event of a third stream that has not come yet.
+  call(a, [] {});
+  const UniqueStream third = make_stream(backend->device().index);
+  const StreamRef c = backend->stream(third.get());
+  c.submit([&] {
+    while (!let_go) {
+      std::this_thread::yield();
+    }
+  });
+  a.wait_for(c);
+  const auto begun = order.before(b);
+  order.after(begun);
+  b.synchronize(10s);
+  let_go = true;
+  a.synchronize(10s);
+}
+
+TEST_CASE_METHOD(Fixture, "a capture may follow eager work on other streams", "[cuda_stream]") {
+  const auto memory = host_backend();
+  const StreamRef legacy = backend->stream(nullptr);
+  for (const StreamRef warm : {b, legacy}) {
+    const auto arena = SymmetricArena::create(*memory, "work", {});
+    arena->reserve(std::size_t{1} << 20);
+    GraphPool pool;
+    const auto all = static_cast<std::int64_t>(arena->statistics().largest_free);
+    std::atomic<bool> let_go = false;
+    warm.submit([&] {
+      while (!let_go) {
+        std::this_thread::yield();
+      }
+    });
+    arena->empty({all}, DType::u8, warm).reset();
+    for (const auto mode : {cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal}) {
+      cuda_check(cudaStreamBeginCapture(first.get(), mode), "cudaStreamBeginCapture");
+      {
+        CaptureDomain domain;
+        domain.add(arena);
+        const CaptureScope scope(domain, a, &pool);
+        const Tensor taken = arena->empty({all}, DType::u8, a);
+        a.submit([] {});
+      }
+      const auto graph = a.driver().end_capture(a.native());
+      if (mode == cudaStreamCaptureModeGlobal) {
+        let_go = true;
+      }
+      arena->order_launch(a);
+      graph->launch(a);
+      a.synchronize(10s);
+    }
+    warm.synchronize(10s);
   }
 }

@@ -27,6 +27,7 @@ TEST_CASE("other options are named") { check_other_options(world()); }
 TEST_CASE("other calls are named") {
   check_other_call(world(), false);
   check_other_call(world(), true);
+  check_other_merge(world());
 }
 
 // Each ends the use of MPI, so each is a run of its own.

@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cohort/cohort.hpp>
+#include <cstring>
 #include <memory>
+#include <random>
 #include <stdexcept>
 #include <vector>
 
@@ -211,6 +213,59 @@ inline void check_leases(ControlPlane& world) {
   check_equal(arena.statistics().segments, segments, "reclaimed instead of grown");
 }
 
+/// Calls with results that were reserved for live at once, in any order, whatever was released.
+inline void check_reserved_calls(ControlPlane& world) {
+  const int n = world.size();
+  for (unsigned seed = 1; seed <= 25; ++seed) {
+    std::mt19937 random(seed);
+    const auto up_to = [&](unsigned most) { return static_cast<std::int64_t>(random() % most); };
+    auto state = make_state(world, {.tp = n, .dcp = n}, {.arena = {.growth_bytes = 4096}});
+    auto& group = state.tp();
+    std::vector<CollectiveShape> calls;
+    for (int i = 0; i < 6; ++i) {
+      calls.push_back({.collective = std::array{Collective::all_gather, Collective::reduce_scatter,
+                                                Collective::all_to_all}[random() % 3],
+                       .shape = {n * (1 + up_to(20)), 1 + up_to(3000)}});
+    }
+    group.reserve_for_calls(calls);
+    group.freeze();
+    const auto segments = group.arena()->statistics().segments;
+    const Tensor memory = state.backend().allocate({20 * n * 3000}, DType::f32, {});
+    std::memset(memory.data(), 0, memory.bytes());
+    HostStream stream;
+    const auto pass = [&] {
+      std::vector<Tensor> results;
+      std::shuffle(calls.begin(), calls.end(), random);
+      for (const auto& call : calls) {
+        Dims shape = call.shape;  // up to what was reserved
+        shape[1] = 1 + up_to(static_cast<unsigned>(shape[1]));
+        const TensorView x(memory.data(), DType::f32, shape);
+        switch (call.collective) {
+          case Collective::all_gather:
+            results.push_back(group.all_gather(x, 0, stream));
+            break;
+          case Collective::reduce_scatter:
+            results.push_back(group.reduce_scatter_along_dim(x, 0, stream));
+            break;
+          default:
+            results.push_back(group.all_to_all(x, stream));
+        }
+        if (random() % 3 == 0) {
+          results.erase(results.begin() + up_to(static_cast<unsigned>(results.size())));
+        }
+      }
+      std::shuffle(results.begin(), results.end(), random);
+    };
+    GraphPool pool;
+    std::vector<CapturedGraph> graphs;
+    for (int step = 0; step < 8; ++step) {
+      pass();
+      graphs.push_back(state.capture(stream, pass, &pool));
+    }
+    check_equal(group.arena()->statistics().segments, segments, "segments");
+  }
+}
+
 /// A stream that joins the capture, and what was used on it before.
 inline void check_two_captured_streams(ControlPlane& world) {
   auto state = make_state(world, {.tp = world.size(), .dcp = world.size()});
@@ -251,9 +306,22 @@ inline void check_launch_after_shutdown(ControlPlane& world) {
     auto state = make_state(world, {.tp = world.size(), .dcp = world.size()});
     graphs.push_back(state.capture(stream, [&] { state.dcp().all_reduce(view, stream); }));
     graphs.back().launch(stream);
+    stream.begin_capture();
+    {
+      const CaptureScope scope(state, stream);
+      state.dcp().all_reduce(view, stream);
+    }
+    const auto own = stream.end_capture();  // the engine's, which no group knows of
+    state.order(stream);
+    own->launch(stream);
+    state.launched(stream);
     world.barrier();
     state.shutdown();
     check_throws<UsageError>([&] { graphs.back().launch(stream); }, "after shutdown");
+    check_throws<UsageError>([&] { state.order(stream); }, "after shutdown");
+    if (world.size() > 1) {
+      check_throws<UsageError>([&] { own->launch(stream); }, "dcp[0]", "after shutdown");
+    }
     check_throws<UsageError>([&] { (void)state.capture(stream, [] {}); }, "shut down");
   }
   check_throws<UsageError>([&] { graphs.back().launch(stream); }, "ParallelState", "destroyed");

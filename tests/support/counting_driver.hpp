@@ -28,6 +28,16 @@ class CountingDriver final : public StreamDriver {
     ++waits_;
     host_stream_driver().wait_for(waiter, signaller);
   }
+  [[nodiscard]] std::unique_ptr<StreamEvent> make_event() override {
+    return host_stream_driver().make_event();
+  }
+  void record(StreamEvent& event, void* native) override {
+    host_stream_driver().record(event, native);
+  }
+  void wait(void* waiter, StreamEvent& event) override {
+    ++waits_;
+    host_stream_driver().wait(waiter, event);
+  }
   [[nodiscard]] CaptureId capture_id(void* native) const override {
     ++asked_;
     return host_stream_driver().capture_id(native);

@@ -5,8 +5,10 @@
 #include <cmath>
 #include <cohort/cohort.hpp>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <optional>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -356,7 +358,70 @@ inline void check_gather_query(ControlPlane& world) {
   }
 }
 
-/// reserve_for, then freeze: no plan needs to grow, at any step up to the size.
+/// Steps of random shapes up to what was reserved, eager and captured, in a frozen arena.
+inline void check_reserved_steps(ControlPlane& world) {
+  const int n = world.size();
+  for (unsigned seed = 1; seed <= 40; ++seed) {
+    std::mt19937 random(seed);
+    const auto up_to = [&](std::int64_t most) {
+      return static_cast<std::int64_t>(random() % static_cast<unsigned>(most + 1));
+    };
+    ParallelOptions options;
+    options.merge.plan =
+        std::array{MergePlan::staged, MergePlan::packed, MergePlan::automatic}[random() % 3];
+    options.merge.staged_precision =
+        random() % 2 == 0 ? StagedPrecision::f32 : StagedPrecision::partial;
+    options.arena.growth_bytes = 4096;
+    options.backend = host_backend({.slot_bytes = 65536, .map_peers = random() % 3 != 0});
+    auto state = make_state(world, {.tp = n, .dcp = n}, std::move(options));
+    auto& dcp = state.dcp();
+    const DecodeShape most{.batch = 1 + up_to(15),
+                           .heads = n * (1 + up_to(3)),
+                           .latent = up_to(2) * 128,
+                           .rope = up_to(1) * 64,
+                           .value = 1 + up_to(1023),
+                           .dtype = random() % 2 == 0 ? DType::bf16 : DType::f32};
+    dcp.reserve_for(most);
+    dcp.freeze();
+    const auto segments = dcp.arena()->statistics().segments;
+    const Tensor memory = state.backend().allocate({16 * 4 * n * 1024 * 4}, DType::u8, {});
+    std::memset(memory.data(), 0, memory.bytes());
+    const auto view = [&](const Dims& shape, DType dtype) {
+      return TensorView(memory.data(), dtype, shape);
+    };
+    HostStream stream;
+    const auto step = [&](const DecodeShape& s) {
+      Tensor q = dcp.gather_query(view({s.batch, s.heads / n, s.latent}, s.dtype),
+                                  view({s.batch, s.heads / n, s.rope}, s.dtype), stream);
+      if (random() % 2 == 0) {
+        q.reset();
+      }
+      const Tensor merged =
+          dcp.merge_attention(view({s.batch, s.heads, s.value}, s.dtype),
+                              view({s.batch, s.heads}, DType::f32), LseBase::e, stream);
+    };
+    GraphPool pool;
+    std::vector<CapturedGraph> graphs;
+    step(most);
+    graphs.push_back(state.capture(
+        stream, [&] { step(most); }, &pool));
+    for (int i = 0; i < 6; ++i) {
+      const DecodeShape s{.batch = up_to(most.batch),
+                          .heads = n * up_to(most.heads / n),
+                          .latent = up_to(most.latent),
+                          .rope = up_to(most.rope),
+                          .value = up_to(most.value),
+                          .dtype = most.dtype};
+      step(s);
+      graphs.push_back(state.capture(
+          stream, [&] { step(i % 2 == 0 ? s : most); }, &pool));
+      step(most);
+    }
+    check_equal(dcp.arena()->statistics().segments, segments, "segments");
+  }
+}
+
+/// reserve_for, then freeze: every plan is exact at any step up to the size.
 inline void check_reserved_decode(ControlPlane& world) {
   const int n = world.size();
   for (const MergePlan plan : kMergePlans) {

@@ -204,8 +204,9 @@ inline void check_other_options(ControlPlane& world) {
 inline void check_other_call(ControlPlane& world, bool debug) {
   const int last = world.size() - 1;
   const bool other = world.rank() == last;
-  auto state = make_state(world, {.tp = world.size(), .dcp = world.size()},
-                          {.backend = {}, .debug_checks = debug});
+  auto state =
+      make_state(world, {.tp = world.size(), .dcp = world.size()},
+                 {.backend = host_backend({.needs_equal_offsets = debug}), .debug_checks = debug});
   auto& dcp = state.dcp();
   const int n = dcp.size();
   Site site(dcp, Memory::arena);
@@ -232,6 +233,52 @@ inline void check_other_call(ControlPlane& world, bool debug) {
     blamed([&] { dcp.merge_attention_into(merged, out, lse); },
            [&] { dcp.merge_attention_into(merged, out, lse, LseBase::two); }, "merge_attention");
   }
+}
+
+/// Merges that differ in base or type are found in every plan, though the bytes of some would meet.
+inline void check_other_merge(ControlPlane& world) {
+  const int last = world.size() - 1;
+  const bool other = world.rank() == last;
+  for (const MergePlan plan : {MergePlan::one_kernel, MergePlan::packed, MergePlan::staged}) {
+    auto state = make_state(world, {.tp = world.size(), .dcp = world.size()},
+                            {.merge = {.plan = plan}, .debug_checks = true});
+    auto& dcp = state.dcp();
+    Site site(dcp, Memory::ordinary);
+    const std::int64_t heads = 2 * dcp.size();
+    const auto bf16 = site.filled({2, heads, 8}, DType::bf16);
+    const auto f16 = site.filled({2, heads, 8}, DType::f16);
+    const auto lse = site.filled({2, heads}, DType::f32);
+    const auto peak = dcp.arena()->statistics().peak;
+    const auto blamed = [&](const TensorView& out, LseBase base) {
+      check_blames(
+          last, [&] { (void)dcp.merge_attention(out, lse, base); }, "merge_attention");
+    };
+    blamed(bf16, other ? LseBase::two : LseBase::e);
+    blamed(other ? f16 : bf16, LseBase::e);
+    check_equal(dcp.arena()->statistics().peak, peak, "found before it allocates");
+    (void)dcp.merge_attention(bf16, lse);
+  }
+}
+
+/// Without windows graphs end when they like, and debug checks have nothing to say about it.
+inline void check_graphs_without_windows(ControlPlane& world) {
+  auto state = ParallelState::create(world, {.layout = {.tp = world.size(), .dcp = world.size()},
+                                             .backend = host_backend(),
+                                             .debug_checks = true,
+                                             .arena = {.growth_bytes = 1 << 20}});
+  auto& dcp = state.dcp();
+  dcp.reserve(1 << 20);
+  HostStream stream;
+  Site site(dcp, Memory::ordinary);
+  const auto x = site.filled({4096}, DType::f32);
+  auto graph = std::make_unique<CapturedGraph>(
+      state.capture(stream, [&] { (void)dcp.all_gather(x, 0, stream); }));
+  if (world.rank() == 0) {
+    graph.reset();
+  }
+  dcp.reserve(2 << 20);
+  dcp.all_reduce(x, stream);
+  dcp.all_reduce(x, stream);
 }
 
 /// The last rank stays away from the call: the others time out, naming it, within the limit.

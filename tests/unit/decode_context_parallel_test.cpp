@@ -32,6 +32,12 @@ TEST_CASE("what was reserved suffices for every plan", "[dcp]") {
   }
 }
 
+TEST_CASE("steps of up to what was reserved run in a frozen arena and in graphs", "[dcp]") {
+  for (const int n : {1, 2, 3}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_reserved_steps); }
+  }
+}
+
 TEST_CASE("a decode step asks its stream twice for its capture", "[dcp]") {
   run_ranks(2, [](ControlPlane& world) {
     for (const MergePlan plan : {MergePlan::staged, MergePlan::packed, MergePlan::one_kernel}) {

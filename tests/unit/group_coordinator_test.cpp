@@ -1,9 +1,11 @@
 #include "cohort/group_coordinator.hpp"
 
+#include <algorithm>
 #include <functional>
 #include <string>
 #include <vector>
 
+#include "support/capture_checks.hpp"
 #include "support/catch.hpp"
 #include "support/collective_checks.hpp"
 #include "support/counting_driver.hpp"
@@ -109,15 +111,48 @@ TEST_CASE("uneven results keep the arenas alike", "[group]") {
   });
 }
 
-TEST_CASE("a group of one returns its input", "[group]") {
+TEST_CASE("results that lie on their input are refused or exact", "[group]") {
+  run_ranks(2, [](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2, .dcp = 2});
+    auto& group = state.dcp();
+    Site site(group, Memory::arena);
+    const auto big = site.filled({96}, DType::f32);
+    const auto refused = [&](const std::function<void()>& call, std::string_view argument) {
+      check_throws<UsageError>(call, argument, "input");
+    };
+    refused([&] { group.all_to_all_into(big.slice(0, 16, 64), big.slice(0, 0, 64)); },
+            "all_to_all out");
+    refused([&] { group.all_gather_into(big.slice(0, 0, 64), big.slice(0, 8, 32), 0); },
+            "all_gather out");
+    refused([&] { group.reduce_scatter_into(big.slice(0, 8, 32), big.slice(0, 0, 64), 0); },
+            "reduce_scatter out");
+    refused([&] { group.all_reduce_into(big.slice(0, 1, 64), big.slice(0, 0, 64)); },
+            "all_reduce out");
+    check_all_reduce(group, site, {5, 7}, DType::f32, Form::contiguous);
+  });
+}
+
+TEST_CASE("what was reserved for calls suffices, frozen, eagerly and in graphs", "[group]") {
+  for (const int n : {1, 2, 3}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_reserved_calls); }
+  }
+}
+
+TEST_CASE("a group of one returns tensors of its own", "[group]") {
   run_ranks(1, [](ControlPlane& world) {
     auto state = make_state(world, {});
     auto& group = state.world();
-    std::vector<float> memory(12, 2.0F);
+    std::vector<float> memory(12, 3.0F);
     const TensorView x(memory.data(), DType::f32, {3, 4});
-    check(group.all_gather(x, 1).data() == x.data(), "all_gather");
-    check(group.reduce_scatter_along_dim(x, 0).data() == x.data(), "reduce_scatter");
-    check(group.all_to_all(x).data() == x.data(), "all_to_all");
+    const Tensor results[] = {group.all_gather(x, 1), group.reduce_scatter_along_dim(x, 0),
+                              group.all_to_all(x)};
+    std::fill(memory.begin(), memory.end(), 2.0F);
+    for (const Tensor& result : results) {
+      check(group.arena()->offset_of(result.data()).has_value(), "in the group's arena");
+      check(result.shape() == x.shape(), "shape");
+      check(result.data_as<float>()[11] == 3.0F, "the values of the call");
+    }
+    group.all_gather_into(x, x, 1);  // in place: nothing to copy
     group.all_reduce(x);
     group.broadcast(x, 0);
     group.barrier();

@@ -256,6 +256,8 @@ TEST_CASE("ranks that differ get errors that name them", "[divergence]") {
       run_ranks(n, check_other_options);
       run_ranks(n, [](ControlPlane& world) { check_other_call(world, false); });
       run_ranks(n, [](ControlPlane& world) { check_other_call(world, true); });
+      run_ranks(n, check_other_merge);
+      run_ranks(n, check_graphs_without_windows);
     }
   }
   run_ranks(4, check_failed_audience);

@@ -128,7 +128,7 @@ TEST_CASE("unset and empty variables give the defaults", "[runtime_env]") {
   CHECK_FALSE(defaults.merge_plan.has_value());
   CHECK_FALSE(defaults.own_max_bytes.has_value());
   CHECK_FALSE(defaults.debug_checks.has_value());
-  CHECK(defaults.log_level == LogLevel::warning);
+  CHECK_FALSE(defaults.log_level);
   CHECK(read_settings(from({{"COHORT_TIMEOUT_MS", ""},
                             {"COHORT_MERGE_PLAN", ""},
                             {"COHORT_OWN_MAX_BYTES", ""},

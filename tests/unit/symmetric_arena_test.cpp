@@ -31,6 +31,9 @@ class CountingDriver : public StreamDriver {
     }
     waits.emplace_back(waiter, signaller);
   }
+  [[nodiscard]] std::unique_ptr<StreamEvent> make_event() override { return nullptr; }
+  void record(StreamEvent&, void*) override {}
+  void wait(void*, StreamEvent&) override {}
   [[nodiscard]] CaptureId capture_id(void* native) const override {
     return static_cast<State*>(native)->capture;
   }

@@ -182,10 +182,19 @@ class CudaExecutableGraph final : public ExecutableGraph {
   UniqueGraphExec exec_;
 };
 
+class CudaStreamEvent final : public StreamEvent {
+ public:
+  explicit CudaStreamEvent(UniqueEvent event) : event_(std::move(event)) {}
+  [[nodiscard]] cudaEvent_t get() const noexcept { return event_.get(); }
+
+ private:
+  UniqueEvent event_;
+};
+
 /// The streams of one device. Thread-safe.
 class CudaStreamDriver final : public StreamDriver {
  public:
-  explicit CudaStreamDriver(int device) : device_(device), event_(make_event(device)) {}
+  explicit CudaStreamDriver(int device) : device_(device), event_(cohort::make_event(device)) {}
   [[nodiscard]] StreamRef ref(cudaStream_t stream) noexcept { return {*this, stream}; }
 
   /// `work` must make no CUDA call.
@@ -216,6 +225,25 @@ class CudaStreamDriver final : public StreamDriver {
                "cudaStreamWaitEvent");
   }
 
+  [[nodiscard]] std::unique_ptr<StreamEvent> make_event() override {
+    return std::make_unique<CudaStreamEvent>(cohort::make_event(device_));
+  }
+
+  /// Of a stream that is being captured, CUDA keeps the nodes that its next one will depend on.
+  void record(StreamEvent& event, void* native) override {
+    const DeviceGuard guard(device_);
+    cuda_check(cudaEventRecord(static_cast<CudaStreamEvent&>(event).get(),
+                               static_cast<cudaStream_t>(native)),
+               "cudaEventRecord");
+  }
+
+  void wait(void* waiter, StreamEvent& event) override {
+    const DeviceGuard guard(device_);
+    cuda_check(cudaStreamWaitEvent(static_cast<cudaStream_t>(waiter),
+                                   static_cast<CudaStreamEvent&>(event).get(), 0),
+               "cudaStreamWaitEvent");
+  }
+
   /// Every call of a group asks this, so eagerly it is one CUDA call, and the shortest that
   /// answers. A created stream belongs to a device whatever the current one is, and answers from
   /// any; only the default streams are those of the current device.
@@ -229,7 +257,7 @@ class CudaStreamDriver final : public StreamDriver {
       case cudaStreamCaptureStatusNone:
         return 0;
       case cudaStreamCaptureStatusInvalidated:
-        return ~CaptureId{0};  // CUDA gives no number then; whatever is enqueued will fail
+        return kInvalidatedCapture;  // CUDA gives no number; whatever is enqueued will fail
       case cudaStreamCaptureStatusActive:
         break;
     }

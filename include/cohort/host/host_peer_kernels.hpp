@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -25,8 +26,9 @@ namespace cohort::host {
 /// otherwise in the inbox slots, a stretch of rows at a time. A row is one (sequence, head) pair.
 class HostPeerKernels final : public PeerKernels {
  public:
-  explicit HostPeerKernels(PeerAccess& access)
+  HostPeerKernels(PeerAccess& access, std::shared_ptr<Lifeline> lifeline)
       : access_(access),
+        lifeline_(std::move(lifeline)),
         meeting_(access.meeting()),
         partials_(u(access.size())),
         lses_(u(access.size())),
@@ -92,6 +94,7 @@ class HostPeerKernels final : public PeerKernels {
                                    const ConstTensorView& q_pe) const;
 
   PeerAccess& access_;
+  std::shared_ptr<Lifeline> lifeline_;
   Rendezvous& meeting_;
   // Kept from call to call, so that calls do not allocate; by rank.
   std::vector<Partial> partials_;
@@ -127,8 +130,8 @@ inline void HostPeerKernels::merge_attention(const MergeArguments& arguments, St
   // `merged_lse` points to the caller's view, which a recorded call outlives.
   const std::optional<TensorView> merged_lse =
       arguments.merged_lse == nullptr ? std::nullopt : std::optional(*arguments.merged_lse);
-  enqueue(
-      stream,
+  enqueue_call(
+      lifeline_, stream,
       [this](MergeArguments given, const std::optional<TensorView>& lse) {
         given.merged_lse = lse ? &*lse : nullptr;
         merge(given);
@@ -310,8 +313,8 @@ inline void HostPeerKernels::merge(const MergeArguments& arguments) {
 inline void HostPeerKernels::gather_query(const ConstTensorView& q_nope,
                                           const ConstTensorView& q_pe, const TensorView& q,
                                           StreamRef stream) {
-  enqueue(
-      stream,
+  enqueue_call(
+      lifeline_, stream,
       [this](const ConstTensorView& nope, const ConstTensorView& pe, const TensorView& to) {
         gather(nope, pe, to);
       },

@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <span>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -50,6 +51,11 @@ struct Capture {
   std::shared_ptr<Recording> recording = std::make_shared<Recording>();
 };
 
+/// Work before it has run, or is recorded before whatever comes next: only the capture counts.
+struct HostEvent final : StreamEvent {
+  std::shared_ptr<Capture> capture;
+};
+
 class HostGraph : public ExecutableGraph {
  public:
   explicit HostGraph(std::shared_ptr<const Recording> recording)
@@ -78,6 +84,9 @@ class HostStreamDriver final : public StreamDriver {
   /// A stream that waits for a capturing one joins its capture, as on a device.
   /// Throws `UsageError` where both take part in different captures.
   inline void wait_for(void* waiter, void* signaller) override;
+  [[nodiscard]] inline std::unique_ptr<StreamEvent> make_event() override;
+  inline void record(StreamEvent& event, void* native) override;
+  inline void wait(void* waiter, StreamEvent& event) override;
   [[nodiscard]] inline CaptureId capture_id(void* native) const override;
   inline void retain_in_capture(void* native, std::shared_ptr<void> object) override;
   /// Throws `UsageError` where the stream is capturing already.
@@ -90,6 +99,7 @@ class HostStreamDriver final : public StreamDriver {
 
  private:
   static HostStream& stream(void* native);
+  static void join(HostStream& waiting, const std::shared_ptr<host::Capture>& capture);
 };
 
 /// The driver object; it outlives everything.
@@ -143,16 +153,31 @@ inline void HostStreamDriver::submit(void* native, std::function<void()> work) {
 }
 
 inline void HostStreamDriver::wait_for(void* waiter, void* signaller) {
-  const auto& signalled = stream(signaller);
-  auto& waiting = stream(waiter);
-  if (signalled.capture() == nullptr || signalled.capture() == waiting.capture()) {
-    return;  // the signaller's work has run, or is recorded before whatever comes next
+  join(stream(waiter), stream(signaller).capture_);
+}
+
+inline void HostStreamDriver::join(HostStream& waiting,
+                                   const std::shared_ptr<host::Capture>& capture) {
+  if (capture == nullptr || capture->ended || capture.get() == waiting.capture()) {
+    return;  // the work has run, or is recorded before whatever comes next
   }
   if (waiting.capture() != nullptr) {
     throw UsageError(fmt::format("wait_for: the streams take part in different captures, {} and {}",
-                                 waiting.capture()->id, signalled.capture()->id));
+                                 waiting.capture()->id, capture->id));
   }
-  waiting.capture_ = signalled.capture_;
+  waiting.capture_ = capture;
+}
+
+inline std::unique_ptr<StreamEvent> HostStreamDriver::make_event() {
+  return std::make_unique<host::HostEvent>();
+}
+
+inline void HostStreamDriver::record(StreamEvent& event, void* native) {
+  static_cast<host::HostEvent&>(event).capture = stream(native).capture_;
+}
+
+inline void HostStreamDriver::wait(void* waiter, StreamEvent& event) {
+  join(stream(waiter), static_cast<host::HostEvent&>(event).capture);
 }
 
 inline CaptureId HostStreamDriver::capture_id(void* native) const {
@@ -213,17 +238,53 @@ template <class T>
   return {values.begin(), values.end()};
 }
 
+/// Whether what is recorded in graphs may still be called. An engine's own graph may outlive the
+/// object whose calls it holds; each of these keeps this instead.
+class Lifeline {
+ public:
+  explicit Lifeline(std::string owner) : owner_(std::move(owner)) {}
+  /// The owner goes. Its calls in graphs throw from here on.
+  void end() noexcept { ended_ = true; }
+  void check() const {
+    if (ended_) {
+      throw UsageError(fmt::format("graph launch: {} was used after shutdown", owner_));
+    }
+  }
+
+ private:
+  std::string owner_;
+  std::atomic<bool> ended_{false};
+};
+
+/// Whether work for the stream runs before the call returns.
+[[nodiscard]] inline bool runs_at_once(StreamRef stream) {
+  return !stream.valid() || (&stream.driver() == &host_stream_driver() &&
+                             host_stream_driver().capture_id(stream.native()) == 0);
+}
+
 /// Runs `body(arguments...)` in stream order. Without a stream, and on a host stream that is not
 /// capturing, that is at once, without a copy of the arguments or an allocation.
 template <class Body, class... Arguments>
 void enqueue(StreamRef stream, const Body& body, const Arguments&... arguments) {
-  const bool at_once = !stream.valid() || (&stream.driver() == &host_stream_driver() &&
-                                           host_stream_driver().capture_id(stream.native()) == 0);
-  if (at_once) {
+  if (runs_at_once(stream)) {
     body(arguments...);
     return;
   }
   stream.submit([body, kept = std::make_tuple(keep(arguments)...)] { std::apply(body, kept); });
+}
+
+/// The same for a body that refers to an owner; a replay after its end throws `UsageError`.
+template <class Body, class... Arguments>
+void enqueue_call(const std::shared_ptr<Lifeline>& owner, StreamRef stream, const Body& body,
+                  const Arguments&... arguments) {
+  if (runs_at_once(stream)) {
+    body(arguments...);
+    return;
+  }
+  stream.submit([owner, body, kept = std::make_tuple(keep(arguments)...)] {
+    owner->check();
+    std::apply(body, kept);
+  });
 }
 
 }  // namespace host

@@ -31,8 +31,8 @@
 namespace cohort::host {
 
 /// Ranks that all map each other's memory use it; otherwise the control plane carries the bytes of
-/// every rank. Calls block the calling thread, as a host stream does. Captured calls keep a pointer
-/// to the transport, so it outlives the graphs.
+/// every rank. Calls block the calling thread, as a host stream does. Captured calls of
+/// a transport that is gone throw `UsageError`.
 class HostTransport final : public Transport {
  public:
   /// @param access  Null where not every rank maps every other's memory, and for a group of one.
@@ -44,12 +44,15 @@ class HostTransport final : public Transport {
         windows_(std::move(windows)),
         access_(std::move(access)),
         needs_equal_offsets_(needs_equal_offsets),
-        exchange_(control) {
+        exchange_(control),
+        lifeline_(std::make_shared<Lifeline>(fmt::format("group {}", control.name()))) {
     if (access_ != nullptr) {
       peers_.emplace(*access_);
-      kernels_.emplace(*access_);
+      kernels_.emplace(*access_, lifeline_);
     }
   }
+
+  ~HostTransport() override { lifeline_->end(); }
 
   [[nodiscard]] std::string_view name() const noexcept override { return "host"; }
   [[nodiscard]] const SymmetricCapabilities& capabilities() const noexcept override {
@@ -66,8 +69,8 @@ class HostTransport final : public Transport {
 
   void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
                   std::span<const std::int64_t> sizes, StreamRef stream) override {
-    enqueue(
-        stream,
+    enqueue_call(
+        lifeline_, stream,
         [this, dim = from_front(dim, out.ndim())](const ConstTensorView& from, const TensorView& to,
                                                   std::span<const std::int64_t> parts) {
           dispatch(
@@ -79,8 +82,8 @@ class HostTransport final : public Transport {
 
   void reduce_scatter(const ConstTensorView& in, const TensorView& out, int dim,
                       std::span<const std::int64_t> sizes, ReduceOp op, StreamRef stream) override {
-    enqueue(
-        stream,
+    enqueue_call(
+        lifeline_, stream,
         [this, dim = from_front(dim, in.ndim()), op](const ConstTensorView& from,
                                                      const TensorView& to,
                                                      std::span<const std::int64_t> parts) {
@@ -93,8 +96,8 @@ class HostTransport final : public Transport {
 
   void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
                   StreamRef stream) override {
-    enqueue(
-        stream,
+    enqueue_call(
+        lifeline_, stream,
         [this, op](const ConstTensorView& from, const TensorView& to) {
           dispatch(
               "all_reduce", [&](auto& way) { way.all_reduce(from, to, op); },
@@ -104,8 +107,8 @@ class HostTransport final : public Transport {
   }
 
   void broadcast(const TensorView& tensor, int root, StreamRef stream) override {
-    enqueue(
-        stream,
+    enqueue_call(
+        lifeline_, stream,
         [this, root](const TensorView& it) {
           dispatch(
               "broadcast", [&](auto& way) { way.broadcast(it, root); }, [] {});
@@ -114,8 +117,8 @@ class HostTransport final : public Transport {
   }
 
   void all_to_all(const ConstTensorView& in, const TensorView& out, StreamRef stream) override {
-    enqueue(
-        stream,
+    enqueue_call(
+        lifeline_, stream,
         [this](const ConstTensorView& from, const TensorView& to) {
           dispatch(
               "all_to_all", [&](auto& way) { way.all_to_all(from, to); },
@@ -126,8 +129,8 @@ class HostTransport final : public Transport {
 
   void send(const ConstTensorView& tensor, int to, StreamRef stream) override {
     check_peer("to", to);
-    enqueue(
-        stream,
+    enqueue_call(
+        lifeline_, stream,
         [this, to](const ConstTensorView& it) {
           dispatch(
               "send", [&](auto& way) { way.send(it, to); }, [] {});
@@ -137,8 +140,8 @@ class HostTransport final : public Transport {
 
   void recv(const TensorView& tensor, int from, StreamRef stream) override {
     check_peer("from", from);
-    enqueue(
-        stream,
+    enqueue_call(
+        lifeline_, stream,
         [this, from](const TensorView& it) {
           dispatch(
               "recv", [&](auto& way) { way.recv(it, from); }, [] {});
@@ -147,7 +150,7 @@ class HostTransport final : public Transport {
   }
 
   void barrier(StreamRef stream) override {
-    enqueue(stream, [this] {
+    enqueue_call(lifeline_, stream, [this] {
       dispatch(
           "barrier", [](auto& way) { way.barrier(); }, [] {});
     });
@@ -221,6 +224,7 @@ class HostTransport final : public Transport {
   std::optional<PeerCollectives> peers_;
   std::optional<HostPeerKernels> kernels_;
   ExchangeCollectives exchange_;
+  std::shared_ptr<Lifeline> lifeline_;  // kept by recorded calls
 };
 
 inline std::unique_ptr<Window> HostTransport::register_segment(Segment& segment) {

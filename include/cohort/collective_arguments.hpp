@@ -1,0 +1,208 @@
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cohort/dtype.hpp"
+#include "cohort/error.hpp"
+#include "cohort/offset_allocator.hpp"
+#include "cohort/tensor.hpp"
+#include "cohort/tensor_overlap.hpp"
+#include "cohort/transport.hpp"
+
+/// \file
+/// What the arguments of a collective must be, and what follows from them. Pure: every check throws
+/// a `UsageError` that names the argument, what was expected and what came.
+
+namespace cohort {
+
+/// A call that a group must have room for; equal on all ranks.
+struct CollectiveShape {
+  Collective collective = Collective::all_gather;
+  Dims shape;  ///< Of a rank's input.
+  DType dtype = DType::f32;
+  int dim = 0;              ///< Where it gathers or scatters.
+  std::int64_t widest = 0;  ///< Of the v-variants: most extents along `dim` that a rank has.
+};
+
+/// Who makes a call.
+struct Caller {
+  std::string_view group;
+  int rank = 0;
+  int size = 1;
+};
+
+template <class Void>
+void check_reducible(std::string_view argument, const BasicTensorView<Void>& x) {
+  if (!is_reducible(x.dtype())) {
+    throw UsageError(fmt::format("{}: {} cannot be reduced", argument, to_string(x.dtype())));
+  }
+}
+
+/// Throws where a result would overwrite what is still to be read.
+template <class A, class B>
+void check_apart(std::string_view argument, const BasicTensorView<A>& out,
+                 const BasicTensorView<B>& x) {
+  if (overlap(out, x)) {
+    throw UsageError(fmt::format("{}: must not {} the input{}", argument,
+                                 identical(out, x) ? "be" : "overlap",
+                                 identical(out, x) ? " itself" : ""));
+  }
+}
+
+/// The same, but a call in place may have `part` of one and the other as the same elements.
+template <class A, class B, class C>
+void check_in_place_or_apart(std::string_view argument, const BasicTensorView<A>& out,
+                             const BasicTensorView<B>& x, const BasicTensorView<C>& part,
+                             const BasicTensorView<C>& whole) {
+  if (!identical(part, whole) && overlap(out, x)) {
+    throw UsageError(
+        fmt::format("{}: overlaps the input other than where a call in place has it", argument));
+  }
+}
+
+template <class Void>
+void check_divisible(std::string_view argument, const BasicTensorView<Void>& x, int dim, int size) {
+  if (x.shape()[normalize_dim(dim, x.ndim(), argument)] % size != 0) {
+    throw UsageError(
+        fmt::format("{}: expected an extent of dimension {} that {} ranks divide, got {}", argument,
+                    dim, size, to_string(x.shape())));
+  }
+}
+
+/// The sum of `sizes`, which must name one extent for each rank.
+[[nodiscard]] inline std::int64_t total(std::string_view argument, const Caller& caller,
+                                        std::span<const std::int64_t> sizes) {
+  if (sizes.size() != static_cast<std::size_t>(caller.size)) {
+    throw UsageError(fmt::format("{}: expected {} sizes, one for each rank of group {}, got {}",
+                                 argument, caller.size, caller.group, sizes.size()));
+  }
+  std::int64_t sum = 0;
+  for (const auto extent : sizes) {
+    if (extent < 0) {
+      throw UsageError(fmt::format("{}: expected sizes >= 0, got {}", argument, extent));
+    }
+    if (__builtin_add_overflow(sum, extent, &sum)) {
+      throw UsageError(fmt::format("{}: the sum of the sizes overflows", argument));
+    }
+  }
+  return sum;
+}
+
+/// Extents of the ranks before the caller.
+[[nodiscard]] inline std::int64_t offset_of(const Caller& caller,
+                                            std::span<const std::int64_t> sizes) {
+  std::int64_t offset = 0;
+  for (int r = 0; r < caller.rank; ++r) {
+    offset += sizes[static_cast<std::size_t>(r)];
+  }
+  return offset;
+}
+
+/// The shape of what `x` of every rank becomes when gathered.
+[[nodiscard]] inline Dims gathered_shape(const ConstTensorView& x, const Caller& caller,
+                                         std::span<const std::int64_t> sizes, int dim) {
+  Dims shape = x.shape();
+  shape[dim] = total("all_gather sizes", caller, sizes);
+  if (x.shape()[dim] != sizes[static_cast<std::size_t>(caller.rank)]) {
+    throw UsageError(fmt::format("all_gather x: expected {} extents along dimension {}, got {}",
+                                 sizes[static_cast<std::size_t>(caller.rank)], dim,
+                                 to_string(x.shape())));
+  }
+  return shape;
+}
+
+/// The shape of the caller's part of `x`.
+[[nodiscard]] inline Dims scattered_shape(const ConstTensorView& x, const Caller& caller,
+                                          std::span<const std::int64_t> sizes, int dim) {
+  const std::int64_t sum = total("reduce_scatter sizes", caller, sizes);
+  if (x.shape()[dim] != sum) {
+    throw UsageError(fmt::format(
+        "reduce_scatter x: expected the sizes' sum of {} extents along dimension {}, got {}", sum,
+        dim, to_string(x.shape())));
+  }
+  Dims shape = x.shape();
+  shape[dim] = sizes[static_cast<std::size_t>(caller.rank)];
+  return shape;
+}
+
+/// What a step allocates of an arena, and how much it packs.
+struct StepRoom {
+  std::vector<std::size_t> blocks;  ///< Bytes of every block, in no order.
+  std::size_t scratch = 0;          ///< Most bytes of input and output of one call.
+
+  void add_block(const Dims& shape, DType dtype) {
+    blocks.push_back(static_cast<std::size_t>(numel(shape)) * size_of(dtype));
+  }
+
+  /// Bytes in one piece that suffice for steps of up to these blocks, eagerly and in one graph, or
+  /// graphs of one pool, besides, whatever is released when within a step and nothing after it.
+  ///
+  /// Blocks are cut from the front of free space, so a step opens no gap but by releasing. With S
+  /// bytes in all and the largest block m, graphs take T <= S in one piece, before which an eager
+  /// block of that time may have left a gap. An eager block fits unless both gaps are smaller than
+  /// it: unless there are fewer than T + S + m bytes.
+  [[nodiscard]] std::size_t bytes() const {
+    std::size_t sum = 0;
+    std::size_t largest = 0;
+    bool too_many = false;
+    for (const auto block : blocks) {
+      const std::size_t size = OffsetAllocator::rounded(block);
+      largest = std::max(largest, size);
+      too_many = __builtin_add_overflow(sum, size, &sum) || too_many;
+    }
+    return too_many || sum > OffsetAllocator::kMaxRequest ? std::numeric_limits<std::size_t>::max()
+                                                          : 2 * sum + largest;
+  }
+};
+
+/// What one pass over `calls` allocates and packs. Throws for a shape that cannot be.
+[[nodiscard]] inline StepRoom room_of(std::span<const CollectiveShape> calls, int size) {
+  StepRoom room;
+  for (const auto& call : calls) {
+    if (call.widest < 0) {
+      throw UsageError(fmt::format("reserve_for_calls widest: expected >= 0, got {}", call.widest));
+    }
+    static_cast<void>(numel(call.shape));  // throws for one that cannot be
+    Dims in = call.shape;
+    Dims out = in;
+    const bool moves = call.collective == Collective::all_gather ||
+                       call.collective == Collective::reduce_scatter ||
+                       call.collective == Collective::all_to_all;
+    if (moves) {
+      const bool whole = call.collective == Collective::all_to_all;
+      const int dim = whole ? 0 : normalize_dim(call.dim, in.size(), "reserve_for_calls dim");
+      if (in.size() == 0) {
+        throw UsageError("reserve_for_calls shape: expected a dimension to divide, got none");
+      }
+      if (call.collective == Collective::all_gather) {
+        in[dim] = std::max(in[dim], call.widest);
+        static_cast<void>(numel(in));
+        out[dim] = in[dim] * size;
+      } else if (call.collective == Collective::reduce_scatter && call.widest > 0) {
+        out[dim] = call.widest;
+      } else if (in[dim] % size != 0) {
+        throw UsageError(
+            fmt::format("reserve_for_calls shape: expected an extent of dimension {} that {} ranks "
+                        "divide, got {}",
+                        dim, size, to_string(in)));
+      } else if (!whole) {
+        out[dim] = in[dim] / size;
+      }
+      room.add_block(out, call.dtype);
+    }
+    room.scratch = std::max(room.scratch,
+                            static_cast<std::size_t>(numel(in) + numel(out)) * size_of(call.dtype));
+  }
+  return room;
+}
+
+}  // namespace cohort

@@ -1,0 +1,68 @@
+#include "cohort/collective_arguments.hpp"
+
+#include <limits>
+#include <vector>
+
+#include "support/catch.hpp"
+
+using namespace cohort;
+using cohort::test::says;
+
+TEST_CASE("the sum of sizes names what is wrong with them", "[arguments]") {
+  const Caller caller{"tp[0]", 1, 2};
+  const std::vector<std::int64_t> good{3, 4};
+  CHECK(total("sizes", caller, good) == 7);
+  CHECK(offset_of(caller, good) == 3);
+  const std::vector<std::int64_t> more{1, 2, 3};
+  const std::vector<std::int64_t> negative{1, -2};
+  const std::vector<std::int64_t> huge{std::numeric_limits<std::int64_t>::max(), 1};
+  CHECK_THROWS_MATCHES(total("sizes", caller, more), UsageError, says("sizes", "expected 2"));
+  CHECK_THROWS_MATCHES(total("sizes", caller, negative), UsageError, says("got -2"));
+  CHECK_THROWS_MATCHES(total("sizes", caller, huge), UsageError, says("overflows"));
+}
+
+TEST_CASE("a result may lie on its input only where a call in place has it", "[arguments]") {
+  std::vector<float> memory(64);
+  const TensorView all(memory.data(), DType::f32, {64});
+  const ConstTensorView x = all.slice(0, 0, 32);
+  CHECK_NOTHROW(check_apart("out", all.slice(0, 32, 32), x));
+  CHECK_THROWS_MATCHES(check_apart("out", all.slice(0, 0, 32), x), UsageError,
+                       says("out: must not be the input itself"));
+  CHECK_THROWS_MATCHES(check_apart("out", all.slice(0, 16, 32), x), UsageError,
+                       says("out: must not overlap the input"));
+  CHECK_NOTHROW(check_in_place_or_apart("out", all, x, ConstTensorView(all.slice(0, 0, 32)), x));
+  CHECK_THROWS_MATCHES(
+      check_in_place_or_apart("out", all, x, ConstTensorView(all.slice(0, 32, 32)), x), UsageError,
+      says("out", "overlaps the input"));
+}
+
+TEST_CASE("the room of calls counts their results and what they pack", "[arguments]") {
+  const std::vector<CollectiveShape> calls{
+      {.collective = Collective::all_gather, .shape = {4, 100}, .dim = 1},
+      {.collective = Collective::all_gather, .shape = {4, 100}, .dim = 1, .widest = 200},
+      {.collective = Collective::reduce_scatter, .shape = {6, 100}, .dtype = DType::bf16},
+      {.collective = Collective::reduce_scatter, .shape = {7}, .widest = 5},
+      {.collective = Collective::all_to_all, .shape = {8}},
+      {.collective = Collective::all_reduce, .shape = {10'000}},
+      {.collective = Collective::broadcast, .shape = {}}};
+  const auto room = room_of(calls, 2);
+  CHECK(room.blocks == std::vector<std::size_t>{3200, 6400, 600, 20, 32});
+  CHECK(room.scratch == 80'000);
+  const std::size_t sum = 3328 + 6400 + 768 + 256 + 256;
+  CHECK(room.bytes() == 2 * sum + 6400);
+  CHECK(StepRoom{}.bytes() == 0);
+  StepRoom huge;
+  huge.blocks = {std::size_t{1} << 60, std::size_t{1} << 60};
+  CHECK(huge.bytes() == std::numeric_limits<std::size_t>::max());
+
+  const auto refused = [](const CollectiveShape& call, std::string_view part) {
+    CHECK_THROWS_MATCHES(room_of(std::vector{call}, 2), UsageError,
+                         says("reserve_for_calls", std::string(part)));
+  };
+  refused({.collective = Collective::reduce_scatter, .shape = {3}}, "2 ranks divide");
+  refused({.collective = Collective::all_to_all, .shape = {3}}, "2 ranks divide");
+  refused({.collective = Collective::all_to_all, .shape = {}}, "");
+  refused({.collective = Collective::all_gather, .shape = {3}, .dim = 1}, "dim");
+  refused({.collective = Collective::all_gather, .shape = {3}, .widest = -1}, "widest");
+  CHECK_THROWS_AS(room_of(std::vector<CollectiveShape>{{.shape = {-1}}}, 2), UsageError);
+}

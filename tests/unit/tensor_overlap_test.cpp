@@ -1,0 +1,79 @@
+#include "cohort/tensor_overlap.hpp"
+
+#include <random>
+#include <set>
+#include <vector>
+
+#include "support/catch.hpp"
+
+using namespace cohort;
+
+namespace {
+
+/// Every byte of a view, the simple way.
+std::set<std::intptr_t> bytes_of(const TensorView& view) {
+  std::set<std::intptr_t> bytes;
+  Dims index(std::vector<std::int64_t>(static_cast<std::size_t>(view.ndim()), 0));
+  for (std::int64_t flat = 0; flat < view.numel(); ++flat) {
+    std::int64_t rest = flat;
+    std::int64_t offset = 0;
+    for (int i = view.ndim() - 1; i >= 0; --i) {
+      offset += rest % view.shape()[i] * view.strides()[i];
+      rest /= view.shape()[i];
+    }
+    const auto size = static_cast<std::int64_t>(size_of(view.dtype()));
+    for (std::int64_t byte = 0; byte < size; ++byte) {
+      bytes.insert(reinterpret_cast<std::intptr_t>(view.data()) + offset * size + byte);
+    }
+  }
+  return bytes;
+}
+
+}  // namespace
+
+TEST_CASE("views overlap where an element of both has a byte", "[overlap]") {
+  std::vector<float> memory(64);
+  const TensorView all(memory.data(), DType::f32, {8, 8});
+  CHECK(overlap(all, all));
+  CHECK(overlap(all.slice(0, 0, 4), all.slice(0, 3, 4)));
+  CHECK_FALSE(overlap(all.slice(0, 0, 4), all.slice(0, 4, 4)));
+  CHECK_FALSE(overlap(all.slice(1, 0, 4), all.slice(1, 4, 4)));  // side by side in every row
+  CHECK(overlap(all.slice(1, 0, 5), all.slice(1, 4, 4)));
+  CHECK(overlap(all.slice(1, 0, 1), all.transpose(0, 1).slice(1, 7, 1)));
+  CHECK_FALSE(overlap(all.slice(0, 0, 0), all));
+  CHECK(identical(all, all));
+  CHECK_FALSE(identical(all, all.transpose(0, 1)));
+  CHECK_FALSE(identical(all.slice(0, 0, 4), all.slice(0, 1, 4)));
+}
+
+TEST_CASE("overlap is exact for all strides", "[overlap]") {
+  std::mt19937 random(7);
+  std::vector<std::uint16_t> memory(4096);
+  int together = 0;
+  int wrong = 0;
+  for (int round = 0; round < 4000; ++round) {
+    const auto view = [&] {
+      const auto ndim = 1 + random() % 3;
+      std::vector<std::int64_t> shape;
+      std::vector<std::int64_t> strides;
+      for (unsigned i = 0; i < ndim; ++i) {
+        shape.push_back(static_cast<std::int64_t>(random() % 5));
+        strides.push_back(static_cast<std::int64_t>(random() % 41) - 20);
+      }
+      return TensorView(memory.data() + 2048 + random() % 64, DType::f16, Dims(shape),
+                        Dims(strides));
+    };
+    const auto a = view();
+    const auto b = view();
+    const auto bytes = bytes_of(a);
+    bool expected = false;
+    for (const auto byte : bytes_of(b)) {
+      expected = expected || bytes.count(byte) != 0;
+    }
+    together += expected ? 1 : 0;
+    wrong += overlap(a, b) != expected || overlap(b, a) != expected ? 1 : 0;
+  }
+  CHECK(wrong == 0);
+  CHECK(together > 200);
+  CHECK(together < 3500);
+}
