@@ -6,6 +6,8 @@
 #include <string_view>
 #include <utility>
 
+#include "cohort/process_state.hpp"
+
 /// \file
 /// The library's few messages: one information line and at most one warning for each group, and
 /// what a destructor could not throw. An engine routes them into its own log with `set_log_sink`.
@@ -42,11 +44,8 @@ struct LogState {
   };
 };
 
-inline LogState& log_state() {
-  // Never destroyed: destructors of static objects may still log.
-  static LogState& state = *new LogState;
-  return state;
-}
+/// Never destroyed: destructors of static objects may still log.
+inline LogState& log_state() { return process_wide<LogState>("log 1"); }
 
 }  // namespace detail
 

@@ -20,6 +20,7 @@
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
 #include "cohort/merge_plan.hpp"
+#include "cohort/process_state.hpp"
 
 /// \file
 /// Every environment variable that the library sets or reads, in one table, and the only code that
@@ -303,8 +304,9 @@ struct NcclEnv {
 /// The process's settings, read at the first call and constant afterwards. Thread-safe.
 /// @throw ConfigError if a value cannot be understood; the next call then reads again.
 [[nodiscard]] inline const RuntimeSettings& runtime_settings() {
-  static const RuntimeSettings settings = read_settings(process_env);
-  return settings;
+  return detail::process_wide<const RuntimeSettings>("runtime settings 1", [] {
+    return std::make_unique<RuntimeSettings>(read_settings(process_env));
+  });
 }
 
 }  // namespace cohort

@@ -2,8 +2,11 @@
 
 #include <fmt/format.h>
 
+#include <utility>
+
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
+#include "cohort/process_state.hpp"
 #include "cohort/symmetric_arena.hpp"
 
 /// \file
@@ -24,7 +27,21 @@ enum class ScopeMode : std::uint8_t { enabled, disabled };
 class SymmetricScope;
 
 namespace detail {
-inline constinit thread_local SymmetricScope* current_scope = nullptr;
+/// Where each thread keeps its innermost scope: in memory of the module that was asked first.
+struct ScopePlaces {
+  inline static constinit thread_local SymmetricScope* own = nullptr;
+
+  SymmetricScope** (*of_this_thread)() noexcept = []() noexcept { return &own; };
+};
+
+/// This thread's innermost scope, whichever module opened it.
+[[nodiscard]] inline SymmetricScope*& current_scope() noexcept {
+  static constinit thread_local SymmetricScope** place = nullptr;
+  if (place == nullptr) [[unlikely]] {
+    place = process_wide<ScopePlaces>("scopes 1").of_this_thread();
+  }
+  return *place;
+}
 }  // namespace detail
 
 /// While it lives, `cohort::empty` on this thread allocates from its arena, in the order of its
@@ -43,14 +60,12 @@ class SymmetricScope {
       : arena_(mode == ScopeMode::enabled ? target.arena : nullptr),
         backend_(target.backend),
         stream_(stream),
-        outer_(detail::current_scope) {
-    detail::current_scope = this;
-  }
+        outer_(std::exchange(detail::current_scope(), this)) {}
   SymmetricScope(const SymmetricScope&) = delete;
   SymmetricScope& operator=(const SymmetricScope&) = delete;
   /// Scopes may end in any order: what is open still counts, innermost first.
   ~SymmetricScope() {
-    SymmetricScope** place = &detail::current_scope;
+    SymmetricScope** place = &detail::current_scope();
     while (*place != nullptr && *place != this) {
       place = &(*place)->outer_;
     }
@@ -62,7 +77,7 @@ class SymmetricScope {
   }
 
   /// The innermost scope of this thread, or null.
-  [[nodiscard]] static const SymmetricScope* current() noexcept { return detail::current_scope; }
+  [[nodiscard]] static const SymmetricScope* current() noexcept { return detail::current_scope(); }
 
   /// Whether allocations are ordinary memory.
   [[nodiscard]] bool is_null() const noexcept { return arena_ == nullptr; }

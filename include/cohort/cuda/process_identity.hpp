@@ -13,6 +13,7 @@
 
 #include "cohort/machine.hpp"
 #include "cohort/owner_process.hpp"
+#include "cohort/process_state.hpp"
 #include "cohort/system_calls.hpp"
 
 /// \file
@@ -68,14 +69,15 @@ namespace detail {
 /// A random number that the threads of a process share, and a forked child does not.
 [[nodiscard]] inline std::uint64_t process_key() {
   struct Key {
+    std::mutex mutex;
     OwnerProcess owner;
     std::uint64_t word = random_word();
   };
-  static std::mutex mutex;
-  static Key key;
-  const std::lock_guard lock(mutex);
+  auto& key = process_wide<Key>("process key 1");
+  const std::lock_guard lock(key.mutex);
   if (!key.owner.is_here()) {
-    key = Key{};
+    key.owner = {};
+    key.word = random_word();
   }
   return key.word;
 }

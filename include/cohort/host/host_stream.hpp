@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cohort/error.hpp"
+#include "cohort/process_state.hpp"
 #include "cohort/stream.hpp"
 
 /// \file
@@ -100,12 +101,13 @@ class HostStreamDriver final : public StreamDriver {
  private:
   static HostStream& stream(void* native);
   static void join(HostStream& waiting, const std::shared_ptr<host::Capture>& capture);
+
+  std::atomic<CaptureId> next_capture_{1};
 };
 
 /// The driver object; it outlives everything.
 [[nodiscard]] inline HostStreamDriver& host_stream_driver() {
-  static HostStreamDriver& driver = *new HostStreamDriver;
-  return driver;
+  return detail::process_wide<HostStreamDriver>("host streams 1");
 }
 
 /// An in-order executor on the calling thread. Used by one thread at a time. Outlives the graphs
@@ -194,14 +196,13 @@ inline void HostStreamDriver::retain_in_capture(void* native, std::shared_ptr<vo
 }
 
 inline void HostStreamDriver::begin_capture(void* native) {
-  static std::atomic<CaptureId> next_id{1};
   auto& captured = stream(native);
   if (captured.capture() != nullptr) {
     throw UsageError(fmt::format("begin_capture: the stream already takes part in capture {}",
                                  captured.capture()->id));
   }
   captured.capture_ = std::make_shared<host::Capture>();
-  captured.capture_->id = next_id.fetch_add(1, std::memory_order_relaxed);
+  captured.capture_->id = next_capture_.fetch_add(1, std::memory_order_relaxed);
   captured.capture_->origin = native;
 }
 

@@ -24,6 +24,7 @@
 #include "cohort/host/memory_limits.hpp"
 #include "cohort/log.hpp"
 #include "cohort/machine.hpp"
+#include "cohort/process_state.hpp"
 #include "cohort/system_calls.hpp"
 
 /// \file
@@ -130,8 +131,7 @@ namespace detail {
 class MemoryRegistry {
  public:
   static MemoryRegistry& instance() {
-    static MemoryRegistry& registry = *new MemoryRegistry;
-    return registry;
+    return cohort::detail::process_wide<MemoryRegistry>("host memory files 1");
   }
 
   void add(const std::shared_ptr<SharedMemory>& memory) {

@@ -19,6 +19,7 @@
 #include "cohort/log.hpp"
 #include "cohort/mpi/mpi_control_plane.hpp"
 #include "cohort/owner_process.hpp"
+#include "cohort/process_state.hpp"
 
 /// \file
 /// Start and end of MPI as an object, and the control plane over its ranks.
@@ -37,19 +38,28 @@ struct MpiSessionOptions {
 
 namespace detail {
 
+inline void abort_mpi() noexcept {
+  std::fflush(nullptr);  // MPI_Abort leaves by _exit
+  MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
+}
+
+/// The process ends by `MPI_Abort` when it exits; a forked child does not.
+struct MpiExit {
+  OwnerProcess owner;
+  int failed = std::atexit([] {
+    if (of_process().owner.is_here() && mpi_is_up()) {
+      abort_mpi();
+    }
+  });
+
+  static MpiExit& of_process() { return process_wide<MpiExit>("MPI exit 1"); }
+};
+
 /// Ends the process by `MPI_Abort` when it exits. Not at once: an exception that is in flight still
 /// reaches the handler that reports it.
 inline void abort_mpi_at_exit() noexcept {
-  static const OwnerProcess owner;
-  static const int registered = std::atexit([] {
-    if (owner.is_here() && mpi_is_up()) {
-      std::fflush(nullptr);  // MPI_Abort leaves by _exit
-      MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
-    }
-  });
-  if (registered != 0) {
-    std::fflush(nullptr);
-    MPI_Abort(MPI_COMM_WORLD, EXIT_FAILURE);
+  if (MpiExit::of_process().failed != 0) {
+    abort_mpi();
   }
 }
 
