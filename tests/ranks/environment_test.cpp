@@ -8,12 +8,15 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <cohort/cohort.hpp>
 #include <cohort/host/memory_limits.hpp>
 #include <cstddef>
+#include <optional>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -58,18 +61,26 @@ bool refuse(unsigned call, unsigned code) {
          prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
 }
 
-/// No descriptor is left to this process while it lives.
-class NoDescriptors {
+/// Only so many descriptors are left to this process while it lives.
+class FewDescriptors {
  public:
-  NoDescriptors() {
+  explicit FewDescriptors(std::size_t left) {
     getrlimit(RLIMIT_NOFILE, &before_);
-    const rlimit none{.rlim_cur = 0, .rlim_max = before_.rlim_max};
-    setrlimit(RLIMIT_NOFILE, &none);
+    const rlimit few{.rlim_cur = std::min<rlim_t>(512, before_.rlim_max),
+                     .rlim_max = before_.rlim_max};
+    setrlimit(RLIMIT_NOFILE, &few);
+    while (UniqueFd taken = os::open_file("/dev/null", O_RDONLY)) {
+      taken_.push_back(std::move(taken));
+    }
+    taken_.resize(taken_.size() - left);
   }
-  ~NoDescriptors() { setrlimit(RLIMIT_NOFILE, &before_); }
+  FewDescriptors(const FewDescriptors&) = delete;
+  FewDescriptors& operator=(const FewDescriptors&) = delete;
+  ~FewDescriptors() { setrlimit(RLIMIT_NOFILE, &before_); }
 
  private:
   rlimit before_{};
+  std::vector<UniqueFd> taken_;
 };
 
 /// A group of the first version of control groups that holds the processes that joined it to a
@@ -176,20 +187,22 @@ TEST_CASE("without memory files the control plane carries everything", "[.no_mem
   }
 }
 
-TEST_CASE("a rank without descriptors is named with the cause", "[.no_descriptors]") {
-  const auto state = [] {
-    if (world_rank() != 1) {
-      return form(true);
+TEST_CASE("a rank that runs out of descriptors is named with the cause", "[.no_descriptors]") {
+  for (const std::size_t left : {0U, 1U}) {
+    std::optional<ParallelState> state;
+    {
+      std::optional<FewDescriptors> few;
+      if (world_rank() == 1) {
+        few.emplace(left);
+      }
+      state.emplace(form(true));
     }
-    const NoDescriptors none;
-    return form(true);
-  };
-  auto formed = state();
-  CHECK_THAT(formed.dcp().decision().peer_mapping.detail,
-             contains("rank 1: ", "Too many open files"));
-  CHECK_THAT(formed.dcp().decision().peer_mapping.detail, !contains("machines"));
-  check_steps(formed);
-  formed.shutdown();
+    const auto& why = state->dcp().decision().peer_mapping.detail;
+    CHECK_THAT(why, contains("rank 1: ", "code 24", "Too many open files"));
+    CHECK_THAT(why, !contains("machine"));
+    check_steps(*state);
+    state->shutdown();
+  }
 }
 
 TEST_CASE("ranks that together want more than their container has all get an error",

@@ -50,6 +50,16 @@ struct MemoryHandle {
 };
 static_assert(std::is_trivially_copyable_v<MemoryHandle>);
 
+/// Throws `TransportError` with errno where it cannot be read: that is no other machine.
+[[nodiscard]] inline std::string known_boot_id() {
+  BootId id = read_boot_id();
+  if (id.text.empty()) {
+    throw TransportError({.call = "read", .native_code = id.error},
+                         fmt::format("the boot id could not be read: {}", std::strerror(id.error)));
+  }
+  return std::move(id.text);
+}
+
 [[nodiscard]] inline Cookie make_cookie() {
   Cookie cookie{};
   if (const int code = os::random_bytes(std::as_writable_bytes(std::span(cookie))); code != 0) {
@@ -97,7 +107,7 @@ class SharedMemory {
                         .inode = status.st_ino,
                         .bytes = bytes_,
                         .cookie = cookie_};
-    const std::string machine = boot_id();
+    const std::string machine = known_boot_id();
     std::copy_n(machine.begin(), std::min(machine.size(), handle.machine.size() - 1),
                 handle.machine.begin());
     return handle;
@@ -249,7 +259,7 @@ class PrivateMemory {
         {.call = call, .native_code = code},
         fmt::format("importing descriptor {} of process {}: {}", handle.fd, handle.pid, why));
   };
-  if (boot_id() != handle.machine.data()) {
+  if (known_boot_id() != handle.machine.data()) {
     refuse("import", EXDEV, "it runs on another machine");
   }
   if (handle.pid_namespace != pid_namespace()) {
