@@ -30,6 +30,18 @@ TEST_CASE("the launcher's local rank is found", "[device_choice]") {
                        says("LOCAL_RANK", "first"));
 }
 
+TEST_CASE("of launchers in each other, the innermost knows the local rank", "[device_choice]") {
+  CHECK(local_rank(
+            env({{"SLURM_LOCALID", "0"}, {"LOCAL_RANK", "3"}, {"TORCHELASTIC_RUN_ID", "x"}})) == 3);
+  CHECK(local_rank(env({{"OMPI_COMM_WORLD_LOCAL_RANK", "0"},
+                        {"LOCAL_RANK", "3"},
+                        {"TORCHELASTIC_RUN_ID", "x"}})) == 3);
+  CHECK(local_rank(env({{"SLURM_LOCALID", "0"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "3"}})) == 3);
+  CHECK(local_rank(env({{"SLURM_LOCALID", "2"}, {"TORCHELASTIC_RUN_ID", "x"}})) == 2);
+  CHECK(local_rank(env({{"PALS_LOCAL_RANKID", "2"}})) == 2);
+  CHECK(local_rank(env({{"FLUX_TASK_LOCAL_ID", "4"}})) == 4);
+}
+
 TEST_CASE("local ranks go round the visible devices", "[device_choice]") {
   CHECK(choose_device({}, 0, 8) == 0);
   CHECK(choose_device({}, 7, 8) == 7);
