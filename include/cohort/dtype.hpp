@@ -107,12 +107,15 @@ namespace detail {
 [[nodiscard]] constexpr float f16_to_float(std::uint16_t bits) noexcept {
   const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000U) << 16;
   const std::uint32_t magnitude = bits & 0x7fffU;
-  // Moving the fields in place leaves the exponent 112 too small; one multiplication by 2^112
-  // corrects it for normal and subnormal values alike. Infinity and NaN get all exponent bits.
-  const float scaled =
-      std::bit_cast<float>(magnitude << 13) * std::bit_cast<float>((112U + 127U) << 23);
+  // No step has a subnormal float, which threads may have chosen to take for zero: a subnormal
+  // half is an integer times 2^-24. Infinity and NaN get all exponent bits.
+  const float subnormal = static_cast<float>(static_cast<std::int32_t>(magnitude)) *
+                          std::bit_cast<float>((127U - 24U) << 23);
+  const std::uint32_t normal = (magnitude << 13) + (112U << 23);
   const std::uint32_t special = detail::select(magnitude >= 0x7c00U, 0x7f800000U, 0U);
-  return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(scaled) | special);
+  return std::bit_cast<float>(
+      sign | special |
+      detail::select(magnitude < 0x400U, std::bit_cast<std::uint32_t>(subnormal), normal));
 }
 
 /// float to IEEE 754 binary16, to nearest even; overflow gives infinity, NaN stays a quiet NaN.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -30,9 +31,11 @@
 /// With `LseBase::two` exp and log become exp2 and log2. Everything is fp32, in the order written,
 /// so a result depends on the inputs alone: not on timing and not on which rank computes it.
 ///
-/// **Empty ranks.** A rank without tokens reports lse = -inf. +inf and NaN count as empty too. The
-/// output of a rank whose scale is 0 is never read, so it may hold NaN; besides empty ranks that
-/// concerns ranks whose share underflows fp32. If all ranks are empty, out is 0 and lse is -inf.
+/// **Empty ranks.** A rank without tokens reports lse = -inf. +inf and NaN count as empty too. A
+/// finite stand-in such as -1e30 does not: where all ranks report it, their outputs are averaged.
+/// The output of a rank whose scale is 0 is never read, so it may hold NaN; besides empty ranks
+/// that concerns ranks whose share underflows fp32. If all ranks are empty, out is 0 and lse is
+/// -inf.
 ///
 /// Sources: M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018,
 /// arXiv:1805.02867 (running maximum and rescaled sum); T. Dao, D. Haziza, F. Massa and G. Sizov,
@@ -53,8 +56,8 @@ inline constexpr float kEmptyLse = -std::numeric_limits<float>::infinity();
 
 /// Whether a rank with this LSE takes no part in the merge: -inf, +inf and NaN.
 [[nodiscard]] constexpr bool is_empty_lse(float lse) noexcept {
-  constexpr float kMax = std::numeric_limits<float>::max();
-  return !(lse >= -kMax && lse <= kMax);  // false for NaN, which compares to nothing
+  // By bits: under -ffast-math a comparison may not tell NaN and infinity from numbers.
+  return (std::bit_cast<std::uint32_t>(lse) & 0x7f800000U) == 0x7f800000U;
 }
 
 /// Every rank's share of the result, from every rank's LSE. For the host and for kernels: `exp` and

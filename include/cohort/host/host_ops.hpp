@@ -11,6 +11,7 @@
 
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dcp/packed_piece.hpp"
+#include "cohort/float_mode.hpp"
 #include "cohort/host/host_stream.hpp"
 #include "cohort/host/peer_access.hpp"
 #include "cohort/host/strided.hpp"
@@ -53,6 +54,7 @@ class HostOps final : public TensorOps {
     enqueue(
         stream,
         [base](const ConstTensorView& all, const TensorView& merged) {
+          const DefaultFloatMode mode;
           std::vector<float> row(u(all.shape()[0]));
           for_each_row(merged.shape(), [&](std::int64_t b, std::int64_t h) {
             dcp::merge_weights(read_lses(all, b, h, row), static_cast<int>(row.size()), base,
@@ -159,6 +161,7 @@ inline void HostOps::copy_now(const ConstTensorView& from, const TensorView& to)
 template <class To>
 void HostOps::convert(const ConstTensorView& from, const TensorView& to) {
   constexpr std::int64_t kBlock = 64;
+  const DefaultFloatMode mode;
   auto reader = whole(from).cursor(sizeof(float));
   auto writer = whole(to).cursor(sizeof(To));
   for (std::int64_t done = 0; done < from.numel(); done += kBlock) {
@@ -178,6 +181,7 @@ void HostOps::convert(const ConstTensorView& from, const TensorView& to) {
 
 inline void HostOps::correct_now(const ConstTensorView& out, const ConstTensorView& lses, int rank,
                                  LseBase base, const TensorView& corrected) {
+  const DefaultFloatMode mode;
   std::vector<float> row(u(lses.shape()[0]));
   for_each_row(out.shape(), [&](std::int64_t b, std::int64_t h) {
     dcp::merge_weights(read_lses(lses, b, h, row), static_cast<int>(row.size()), base, row.data(),
@@ -190,6 +194,7 @@ inline void HostOps::correct_now(const ConstTensorView& out, const ConstTensorVi
 inline void HostOps::merge_now(const ConstTensorView& pieces, LseBase base,
                                const TensorView& merged,
                                const std::optional<TensorView>& merged_lse) {
+  const DefaultFloatMode mode;
   const std::int64_t heads = merged.shape()[1];
   const std::int64_t dim = merged.shape()[2];
   const std::size_t element = size_of(merged.dtype());

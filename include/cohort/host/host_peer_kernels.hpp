@@ -12,6 +12,7 @@
 
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dcp/packed_piece.hpp"
+#include "cohort/float_mode.hpp"
 #include "cohort/host/host_stream.hpp"
 #include "cohort/host/peer_access.hpp"
 #include "cohort/transport.hpp"
@@ -225,6 +226,7 @@ inline void HostPeerKernels::push_pieces(const MergeArguments& arguments, const 
 /// Merges rows [first, first + count) of this rank's heads from `partials_`.
 inline void HostPeerKernels::merge_rows(const MergeArguments& arguments, const MergeShape& shape,
                                         std::int64_t first, std::int64_t count) {
+  const DefaultFloatMode mode;
   const int n = access_.size();
   const auto& merged = arguments.merged.strides();
   auto* merged_base = static_cast<std::byte*>(arguments.merged.data());

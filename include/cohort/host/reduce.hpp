@@ -1,6 +1,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -10,6 +11,7 @@
 
 #include "cohort/dtype.hpp"
 #include "cohort/error.hpp"
+#include "cohort/float_mode.hpp"
 #include "cohort/host/strided.hpp"
 #include "cohort/transport.hpp"
 #include "cohort/vectorised.hpp"
@@ -41,8 +43,11 @@ template <class T>
 
 template <class T>
 [[nodiscard]] constexpr bool is_nan(T value) noexcept {
-  if constexpr (std::is_floating_point_v<T>) {
-    return value != value;
+  // By bits: -ffast-math of a consumer makes comparisons with NaN mean anything.
+  if constexpr (std::is_same_v<T, float>) {
+    return (std::bit_cast<std::uint32_t>(value) & 0x7fffffffU) > 0x7f800000U;
+  } else if constexpr (std::is_same_v<T, double>) {
+    return (std::bit_cast<std::uint64_t>(value) & 0x7fffffffffffffffU) > 0x7ff0000000000000U;
   } else {
     return false;
   }
@@ -63,13 +68,13 @@ struct Product {
 struct Minimum {
   template <class T>
   [[nodiscard]] static constexpr T apply(T a, T b) noexcept {
-    return ((b < a) | is_nan(b)) ? b : a;
+    return (((b < a) & !is_nan(a)) | is_nan(b)) ? b : a;
   }
 };
 struct Maximum {
   template <class T>
   [[nodiscard]] static constexpr T apply(T a, T b) noexcept {
-    return ((b > a) | is_nan(b)) ? b : a;
+    return (((b > a) & !is_nan(a)) | is_nan(b)) ? b : a;
   }
 };
 
@@ -283,6 +288,7 @@ void with_arithmetic(DType dtype, ReduceOp op, const Body& body) {
 /// otherwise. Throws `UsageError` for a type without arithmetic.
 inline void reduce(DType dtype, ReduceOp op, WriteCursor& out, std::span<ReadCursor> sources,
                    std::int64_t count) {
+  const DefaultFloatMode mode;
   detail::with_arithmetic(dtype, op, [&]<class T, class Op>(T, Op) {
     detail::reduce_typed<T, Op>(out, sources, count);
   });
@@ -291,6 +297,7 @@ inline void reduce(DType dtype, ReduceOp op, WriteCursor& out, std::span<ReadCur
 /// The same for operands without gaps; same bits.
 inline void reduce(DType dtype, ReduceOp op, std::byte* out,
                    std::span<const std::byte* const> sources, std::int64_t count) {
+  const DefaultFloatMode mode;
   detail::with_arithmetic(dtype, op, [&]<class T, class Op>(T, Op) {
     detail::reduce_dense<T, Op>(
         out, sources.size(), [&](std::size_t r) { return sources[r]; }, count);
