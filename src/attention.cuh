@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cohort/cuda/shapes.hpp"
 #include "elements.cuh"
 #include "require.hpp"
 
@@ -19,19 +20,9 @@ struct Strided2 {
 };
 
 inline void check_merge_shape(const MergeShape& s, int n) {
-  require(n >= 1 && n <= kMaxPeers, "n", "expected 1 to {} ranks, got {}", kMaxPeers, n);
-  require(
-      s.batch >= 0 && s.heads >= 1 && s.heads % n == 0 && s.dim >= 8 && s.dim <= 1024 &&
-          s.dim % 8 == 0,
-      "shape",
-      "expected batch >= 0, heads divisible by {} ranks and a dim that is a multiple of 8 up to "
-      "1024, got batch={} heads={} dim={}",
-      n, s.batch, s.heads, s.dim);
-  require(is_attention_dtype(s.dtype), "dtype", "expected f32, f16 or bf16, got {}",
-          to_string(s.dtype));
-  require(s.batch * s.heads * s.dim * static_cast<std::int64_t>(size_of(s.dtype)) <
-              (std::int64_t{1} << 31),
-          "shape", "the partial exceeds 2 GiB");
+  if (const std::string obstacle = merge_obstacle(s, n); !obstacle.empty()) {
+    throw UsageError(obstacle);
+  }
 }
 
 }  // namespace cohort::cuda::detail

@@ -1,4 +1,5 @@
 #include "byte_view.cuh"
+#include "cohort/cuda/shapes.hpp"
 #include "peer_device.cuh"
 
 // All-gather and query gather through flag words or lines, and the barrier.
@@ -278,17 +279,11 @@ constexpr PathRow kSharePaths[] = {{96 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
 
 void check_query(const Query& q) {
-  const auto element = static_cast<std::int64_t>(size_of(q.dtype));
-  require(q.batch >= 0 && q.heads >= 1 && q.nope_dim >= 1 && q.nope_dim * element % 16 == 0 &&
-              q.pe_dim >= 0 && q.pe_dim * element % 16 == 0,
-          "query",
-          "expected batch >= 0, heads >= 1 and parts of a multiple of 16 bytes, got "
-          "batch={} heads={} nope_dim={} pe_dim={} of {}",
-          q.batch, q.heads, q.nope_dim, q.pe_dim, to_string(q.dtype));
+  if (const std::string obstacle = query_obstacle(q); !obstacle.empty()) {
+    throw UsageError(obstacle);
+  }
   require(q.batch == 0 || (q.nope != nullptr && (q.pe_dim == 0 || q.pe != nullptr)), "query",
           "null pointer");
-  require(q.batch * q.heads * (q.nope_dim + q.pe_dim) * element < (std::int64_t{1} << 31), "query",
-          "a rank's part exceeds 2 GiB");
 }
 
 std::int64_t query_bytes(const Query& q) {

@@ -87,7 +87,8 @@ class DecodeContextParallelGroup : public GroupCoordinator {
 
   /// The queries of all heads on every rank: q [B, H, Dn + Dr] from this rank's q_nope [B, H/n, Dn]
   /// and q_pe [B, H/n, Dr]. Heads come in rank order. Inputs may lie in any memory and have any
-  /// strides with the last dimension without gaps.
+  /// strides with the last dimension without gaps. On cards each part's row has a multiple of 16
+  /// bytes, and a rank's parts less than 2 GiB; anything else is a `UsageError`.
   [[nodiscard]] Tensor gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                                     StreamRef stream = {}) {
     check_call("gather_query q_nope", q_nope);
@@ -117,7 +118,9 @@ class DecodeContextParallelGroup : public GroupCoordinator {
 
   /// Merges the ranks' partial attentions exactly and scatters the heads: [B, H/n, D] from this
   /// rank's `out` [B, H, D] and `lse` [B, H] in f32, of any strides with D without gaps. Ranks
-  /// without tokens have lse = -inf; their `out` is never read. See dcp/lse_merge.hpp.
+  /// without tokens have lse = -inf; their `out` is never read. See dcp/lse_merge.hpp. On cards D
+  /// is a multiple of 8, at most 1024, and `out` has less than 2 GiB; anything else is a
+  /// `UsageError`, on every plan.
   [[nodiscard]] Tensor merge_attention(const ConstTensorView& out, const ConstTensorView& lse,
                                        LseBase base = LseBase::e, StreamRef stream = {}) {
     check_call("merge_attention out", out);
@@ -244,6 +247,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     check_like("gather_query q_pe", q_pe, q_nope, {q_nope.size(0), q_nope.size(1), q_pe.size(2)});
     check_rows("gather_query q_nope", q_nope);
     check_rows("gather_query q_pe", q_pe);
+    refuse("gather_query", backend().ops().query_obstacle(q_nope, q_pe));
     return {q_nope.size(0), q_nope.size(1) * size(), q_nope.size(2) + q_pe.size(2)};
   }
 
@@ -281,6 +285,14 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
     check_rows("merge_attention out", out);
     check_lse("merge_attention lse", lse, {out.size(0), out.size(1)});
+    refuse("merge_attention", backend().ops().merge_obstacle(out, size()));
+  }
+
+  /// Throws `UsageError` where the backend cannot take a shape by any plan.
+  static void refuse(std::string_view call, const std::string& obstacle) {
+    if (!obstacle.empty()) {
+      throw UsageError(fmt::format("{} {}", call, obstacle));
+    }
   }
 
   void check_merged(const TensorView& merged, const ConstTensorView& out,

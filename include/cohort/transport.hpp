@@ -93,6 +93,19 @@ class TensorOps {
   TensorOps& operator=(const TensorOps&) = delete;
   virtual ~TensorOps() = default;
 
+  /// What keeps a merge of partials like `out` [B, H, D] by `ranks` ranks from running on this
+  /// backend by any plan, or nothing. Follows from shape and type alone, which are equal on all
+  /// ranks; asked before anything is enqueued.
+  [[nodiscard]] virtual std::string merge_obstacle(const ConstTensorView& /*out*/,
+                                                   int /*ranks*/) const {
+    return {};
+  }
+  /// The same of a query's parts.
+  [[nodiscard]] virtual std::string query_obstacle(const ConstTensorView& /*q_nope*/,
+                                                   const ConstTensorView& /*q_pe*/) const {
+    return {};
+  }
+
   /// Copies elements between equal shapes of any strides; converts f32 to f16 or bf16 where the
   /// types differ so.
   virtual void copy(const ConstTensorView& from, const TensorView& to, StreamRef stream) = 0;

@@ -7,9 +7,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <string>
 
 #include "cohort/cuda/handles.hpp"
 #include "cohort/cuda/kernels.hpp"
+#include "cohort/cuda/shapes.hpp"
 #include "cohort/cuda/support_kernels.hpp"
 #include "cohort/error.hpp"
 #include "cohort/tensor.hpp"
@@ -172,6 +174,14 @@ inline void copy_view(const ConstTensorView& from, const TensorView& to, cudaStr
 class CudaOps final : public TensorOps {
  public:
   explicit CudaOps(int device) : device_(device) {}
+
+  [[nodiscard]] std::string merge_obstacle(const ConstTensorView& out, int ranks) const override {
+    return cuda::merge_obstacle(detail::merge_shape_of(out, LseBase::e), ranks);
+  }
+  [[nodiscard]] std::string query_obstacle(const ConstTensorView& q_nope,
+                                           const ConstTensorView& q_pe) const override {
+    return cuda::query_obstacle(detail::query_of(q_nope, q_pe));
+  }
 
   void copy(const ConstTensorView& from, const TensorView& to, StreamRef stream) override {
     const DeviceGuard guard(device_);

@@ -20,6 +20,7 @@
 #include "cohort/cuda/inbox.hpp"
 #include "cohort/cuda/kernels.hpp"
 #include "cohort/cuda/peer_mapping.hpp"
+#include "cohort/cuda/shapes.hpp"
 #include "cohort/error.hpp"
 #include "cohort/tensor.hpp"
 #include "cohort/transport.hpp"
@@ -120,14 +121,8 @@ class CudaPeerKernels final : public PeerKernels {
 
   [[nodiscard]] std::string merge_obstacle(const MergeArguments& arguments) const override {
     const auto shape = detail::merge_shape_of(arguments.out, arguments.base);
-    if (shape.dim % 8 != 0 || shape.dim > 1024) {
-      return fmt::format("D: expected a multiple of 8, at most 1024, got {}", shape.dim);
-    }
-    if (shape.heads % group_.size() != 0) {
-      return fmt::format("H: expected a multiple of {}, got {}", group_.size(), shape.heads);
-    }
-    if (!is_attention_dtype(shape.dtype)) {
-      return fmt::format("out: expected f32, f16 or bf16, got {}", to_string(shape.dtype));
+    if (auto text = cuda::merge_obstacle(shape, group_.size()); !text.empty()) {
+      return text;
     }
     return obstacle([&] { static_cast<void>(cuda::choose_merge_path(table().layout, shape)); });
   }
@@ -146,11 +141,8 @@ class CudaPeerKernels final : public PeerKernels {
 
   [[nodiscard]] std::string gather_obstacle(const ConstTensorView& q_nope,
                                             const ConstTensorView& q_pe) const override {
-    if (q_nope.size(2) % 8 != 0 || q_pe.size(2) % 8 != 0) {
-      return fmt::format(
-          "q_nope and q_pe: expected last dimensions that are multiples of 8, got "
-          "{} and {}",
-          q_nope.size(2), q_pe.size(2));
+    if (auto text = cuda::query_obstacle(detail::query_of(q_nope, q_pe)); !text.empty()) {
+      return text;
     }
     if (size_of(q_nope.dtype()) > 4) {
       return fmt::format("q_nope: expected elements of 1, 2 or 4 bytes, got {}",
