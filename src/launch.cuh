@@ -22,8 +22,20 @@ inline void check_cuda(cudaError_t code, const char* call) {
   }
 }
 
-/// One launch with programmatic stream serialization: the kernel's blocks may be scheduled while
-/// the predecessor drains. Every kernel starts with cudaGridDependencySynchronize() in all threads.
+/// In all threads of every kernel, before the first load of what earlier work has written and the
+/// first store: this launch may have begun before the one in front of it has ended.
+__device__ __forceinline__ void await_predecessor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+/// Whether the current device takes the attribute; see card.hpp.
+[[nodiscard]] bool launches_programmatically();
+
+/// One launch, with programmatic stream serialization where there is such a thing: the kernel's
+/// blocks may then be scheduled while the predecessor drains. Every kernel starts with
+/// await_predecessor() in all threads.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), int blocks, int threads, cudaStream_t stream,
             const Args&... args) {
@@ -35,7 +47,7 @@ void launch(void (*kernel)(Params...), int blocks, int threads, cudaStream_t str
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.numAttrs = launches_programmatically() ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...),
              "cudaLaunchKernelEx");
 }

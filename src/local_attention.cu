@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
                    float* merged_lse, FastDiv vectors_per_row, FastDiv heads, std::uint32_t rows,
                    std::uint32_t vectors, LseBase base) {
   const int n = kRanks > 0 ? kRanks : ranks;
-  cudaGridDependencySynchronize();
+  await_predecessor();
   for (std::uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < vectors;
        i += gridDim.x * kThreads) {
     const std::uint32_t row = vectors_per_row.divide(i);
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads)
     pack_partial_kernel(Rows partial, Strided2 lse, Pieces pieces, FastDiv vectors_per_piece,
                         FastDiv vectors_per_row, FastDiv heads, std::uint32_t rows,
                         std::uint32_t vectors) {
-  cudaGridDependencySynchronize();
+  await_predecessor();
   for (std::uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < vectors;
        i += gridDim.x * kThreads) {
     const std::uint32_t p = vectors_per_piece.divide(i);
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kMost = kRanks > 0 ? kRanks : kMaxPeers;
   constexpr int kStep = kRanks > 0 ? kRanks : 8;
   const int n = kRanks > 0 ? kRanks : ranks;
-  cudaGridDependencySynchronize();
+  await_predecessor();
   for (std::uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < vectors;
        i += gridDim.x * kThreads) {
     const std::uint32_t row = vectors_per_row.divide(i);
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     pack_query_kernel(Rows nope, Rows pe, Rows out, FastDiv vectors_per_row, FastDiv heads,
                       std::uint32_t nope_vectors, std::uint32_t vectors) {
-  cudaGridDependencySynchronize();
+  await_predecessor();
   for (std::uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < vectors;
        i += gridDim.x * kThreads) {
     const std::uint32_t row = vectors_per_row.divide(i);

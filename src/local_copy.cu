@@ -28,7 +28,7 @@ struct CopyPlan {
 /// the common ones, cost few instructions.
 template <class Vector, int kDims>
 __global__ void __launch_bounds__(kThreads) copy_kernel(const __grid_constant__ CopyPlan plan) {
-  cudaGridDependencySynchronize();
+  await_predecessor();
   const std::uint32_t base = blockIdx.x * (kThreads * kUnroll) + threadIdx.x;
   Vector values[kUnroll];
   std::int64_t to[kUnroll];
@@ -199,7 +199,7 @@ void copy_dims(const std::byte* in, std::byte* out, DimList dims, std::int64_t e
 /// Writes `count` copies of a 16-byte pattern, then the first `tail` bytes of it.
 __global__ void __launch_bounds__(kThreads)
     fill_kernel(std::byte* out, std::int64_t count, std::uint32_t tail, uint4 pattern) {
-  cudaGridDependencySynchronize();
+  await_predecessor();
   const std::int64_t step = std::int64_t{gridDim.x} * kThreads;
   for (std::int64_t i = std::int64_t{blockIdx.x} * kThreads + threadIdx.x; i <= count; i += step) {
     if (i < count) {
@@ -215,7 +215,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     reduce_kernel(const std::byte* pieces, int n, std::int64_t piece_bytes, std::byte* out,
                   std::int64_t bytes, bool aligned) {
-  cudaGridDependencySynchronize();
+  await_predecessor();
   const std::int64_t step = std::int64_t{gridDim.x} * kThreads * 16;
   for (std::int64_t at = (std::int64_t{blockIdx.x} * kThreads + threadIdx.x) * 16; at < bytes;
        at += step) {

@@ -25,7 +25,7 @@
 //     (src/graph/tuning.cc). So do we: see `PeerPath::flag_line`.
 //  3. The barrier's words (barrier_kernel): a release and an acquire.
 //  4. Epochs and error words. The epoch is read at the start of a launch, behind
-//     cudaGridDependencySynchronize(), which waits for the completion of the launch before and its
+//     await_predecessor(), which waits for the completion of the launch before and its
 //     memory. Error words are relaxed: each carries its whole meaning in itself.
 //
 // Reuse of a slot needs reads of epoch e to be over before stores of e+2 land; inbox.hpp says why
@@ -148,7 +148,7 @@ __device__ __forceinline__ Found begin(const Group<kRanks>& g) {
   // Before the first load that depends on earlier work and before the first remote store. Reached
   // by every thread, also of failing groups: otherwise this launch could complete before its
   // predecessor and its successor would see neither's memory.
-  cudaGridDependencySynchronize();
+  await_predecessor();
   Found found;
   asm volatile("ld.volatile.global.v2.u64 {%0,%1},[%2];"
                : "=l"(found.epoch), "=l"(found.error)

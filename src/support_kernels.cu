@@ -1,8 +1,12 @@
 #include "cohort/cuda/support_kernels.hpp"
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cstdint>
+#include <string>
 
+#include "cohort/cuda/card.hpp"
 #include "elements.cuh"
 #include "launch.cuh"
 
@@ -24,7 +28,7 @@ struct Index {
 template <class Out>
 __global__ void convert_kernel(const float* in, Out* out, const __grid_constant__ Index index,
                                std::int64_t count) {
-  cudaGridDependencySynchronize();
+  await_predecessor();
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
        i += step) {
@@ -43,7 +47,7 @@ __global__ void convert_kernel(const float* in, Out* out, const __grid_constant_
 }
 
 __global__ void merge_lse_kernel(const __grid_constant__ LseMerge a) {
-  cudaGridDependencySynchronize();
+  await_predecessor();
   const std::int64_t count = a.batch * a.heads;
   const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
@@ -64,8 +68,71 @@ int blocks_for(std::int64_t count) {
   return static_cast<int>(std::clamp<std::int64_t>(ceil_div(count, kThreads), 1, kMaxBlocks));
 }
 
+/// nvcc's list of what it compiles for.
+#define COHORT_TEXT_OF(...) #__VA_ARGS__
+#define COHORT_TEXT(...) COHORT_TEXT_OF(__VA_ARGS__)
+constexpr char kBuiltFor[] = COHORT_TEXT(__CUDA_ARCH_LIST__);
+#undef COHORT_TEXT
+#undef COHORT_TEXT_OF
+
+Capability capability_of(int device) {
+  Capability card;
+  check_cuda(cudaDeviceGetAttribute(&card.major, cudaDevAttrComputeCapabilityMajor, device),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaDeviceGetAttribute(&card.minor, cudaDevAttrComputeCapabilityMinor, device),
+             "cudaDeviceGetAttribute");
+  return card;
+}
+
+int current_device() {
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+bool look_up_programmatic_launch(int device) {
+  int driver = 0;
+  check_cuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, merge_lse_kernel), "cudaFuncGetAttributes");
+  return cuda::launches_programmatically(capability_of(device), driver, attributes.ptxVersion);
+}
+
 }  // namespace
+
+bool launches_programmatically() {
+  enum : std::int8_t { unknown, no, yes };
+  static std::array<std::atomic<std::int8_t>, 64> known{};  // by ordinal; more are asked each time
+  const auto device = static_cast<std::size_t>(current_device());
+  if (device < known.size()) {
+    if (const auto answer = known[device].load(std::memory_order_relaxed); answer != unknown) {
+      return answer == yes;
+    }
+  }
+  const bool answer = look_up_programmatic_launch(static_cast<int>(device));
+  if (device < known.size()) {
+    known[device].store(answer ? yes : no, std::memory_order_relaxed);
+  }
+  return answer;
+}
+
 }  // namespace detail
+
+void require_code() {
+  cudaFuncAttributes attributes{};
+  const cudaError_t code = cudaFuncGetAttributes(&attributes, detail::merge_lse_kernel);
+  if (code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction ||
+      code == cudaErrorUnsupportedPtxVersion || code == cudaErrorInvalidKernelImage) {
+    static_cast<void>(cudaGetLastError());  // otherwise the next call would report it
+    const int device = detail::current_device();
+    cudaDeviceProp properties{};
+    detail::check_cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
+    throw ConfigError("cuda_backend: " + no_code_text(properties.name,
+                                                      detail::capability_of(device),
+                                                      detail::kBuiltFor));
+  }
+  detail::check_cuda(code, "cudaFuncGetAttributes");
+}
 
 void launch_visibility_guard(cudaStream_t stream) {
   cudaLaunchConfig_t config{};

@@ -84,6 +84,7 @@ fi
 
 # --- one card, one process -----------------------------------------------------------------------
 
+run "a card without code" "$bin/gpu_no_code"
 run "streams, captures and memory" "$bin/gpu_cuda_stream"
 if [[ -x $bin/gpu_own_kernels ]]; then
   run "own kernels" "$bin/gpu_own_kernels" --soak "$( ((full)) && echo 100000 || echo 3000)"

@@ -573,6 +573,49 @@ TEST_CASE("a query laid out heads first is gathered without a copy", "[nccl][gra
   CHECK((odd ? heads_first.differs(by_heads) : batch_first.differs(by_batch)) == "");
 }
 
+TEST_CASE("shapes beyond the kernels are refused before anything is enqueued", "[nccl][graph]") {
+  const StreamRef stream = session().ref();
+  const Device device = session().backend->device();
+  auto memory = tensor(DType::bf16, {1 << 16});
+  const auto view = [&](DType dtype, Dims shape) {  // never touched
+    return TensorView(memory.view().data(), dtype, shape, device);
+  };
+  for (const MergePlan plan :
+       {MergePlan::automatic, MergePlan::staged, MergePlan::packed, MergePlan::one_kernel}) {
+    CAPTURE(to_string(plan));
+    DecodeContextParallelGroup group(parts("shapes"), {.plan = plan});
+    const auto refused = [&](const auto& call, const std::string& word) {
+      stream.driver().begin_capture(stream.native());
+      CHECK_THROWS_MATCHES(call(), UsageError, says(word));
+      const auto graph = stream.driver().end_capture(stream.native());
+      std::size_t nodes = 1;
+      cuda_check(
+          cudaGraphGetNodes(dynamic_cast<CudaExecutableGraph&>(*graph).graph(), nullptr, &nodes),
+          "cudaGraphGetNodes");
+      CHECK(nodes == 0);
+    };
+    const auto merge = [&](std::int64_t batch, std::int64_t dim) {
+      const std::int64_t heads = 128 * ranks();
+      group.merge_attention_into(view(DType::bf16, {batch, 128, dim}),
+                                 view(DType::bf16, {batch, heads, dim}),
+                                 view(DType::f32, {batch, heads}), LseBase::e, stream);
+    };
+    refused([&] { merge(16384, 512); }, "less than 2147483648 bytes");
+    refused([&] { merge(2, 12); }, "multiple of 8");
+    refused([&] { merge(2, 1032); }, "at most 1024");
+    refused(
+        [&] {
+          group.gather_query_into(view(DType::f8_e4m3, {2, 4 * ranks(), 24}),
+                                  view(DType::f8_e4m3, {2, 4, 16}), view(DType::f8_e4m3, {2, 4, 8}),
+                                  stream);
+        },
+        "16 bytes");
+    if (plan != MergePlan::one_kernel) {  // this group maps no peers
+      merge(0, 512);                      // the group works on
+    }
+  }
+}
+
 TEST_CASE("the path can be read back", "[nccl]") {
   auto& transport = *session().transport;
   auto small = tensor(DType::f32, {64});
@@ -681,6 +724,60 @@ TEST_CASE("in windows NCCL takes its symmetric path, and the guard precedes it",
       }) == "");
     }
   }
+}
+
+TEST_CASE("buffers at different places of a window cannot be captured", "[nccl][window]") {
+  const SymmetricOptions options{.enabled = true, .selection = Selection::all()};
+  const auto decision =
+      decide(options, GroupKind::tensor_parallel, {.tp = ranks(), .pp = 1, .dcp = 1},
+             session().transport->capabilities());
+  if (skip_all_if(!decision.nccl_windows.on, "no windows here: " + describe(decision))) {
+    return;
+  }
+  NcclTransport transport(world(), session().backend->streams(), session().backend->device().index,
+                          {.own_max_bytes = 0});
+  const StreamRef stream = session().ref();
+  const Device device = session().backend->device();
+  const auto segment = session().backend->allocate_segment(std::size_t{8} << 20);
+  const auto window = transport.register_segment(*segment);
+  constexpr std::int64_t kCount = 4096;
+  auto* const base = static_cast<BFloat16*>(segment->data());
+  const auto at = [&](std::int64_t offset, std::int64_t count) {
+    return TensorView(base + offset, DType::bf16, {count}, device);
+  };
+  const auto captured = [&](const auto& call) {
+    stream.driver().begin_capture(stream.native());
+    std::string error;
+    try {
+      call();
+    } catch (const SymmetryError& found) {
+      error = found.what();
+    }
+    (void)stream.driver().end_capture(stream.native());
+    return error;
+  };
+  const auto sizes = equal_sizes(kCount);
+  const std::int64_t own = rank() * kCount;
+  const std::int64_t far = kCount * ranks();
+  const auto differs = contains("places of its buffers");
+  CHECK_THAT(
+      captured([&] { transport.all_gather(at(0, kCount), at(far + own, far), 0, sizes, stream); }),
+      differs);
+  CHECK_THAT(captured([&] {
+               transport.reduce_scatter(at(own, far), at(4 * far, kCount), 0, sizes, ReduceOp::sum,
+                                        stream);
+             }),
+             differs);
+  CHECK_THAT(captured([&] {
+               transport.all_reduce(at(0, kCount), at(far + own, kCount), ReduceOp::sum, stream);
+             }),
+             differs);
+  // What only this rank touches may lie anywhere: its share in the gathered whole, first of all.
+  CHECK(captured([&] {
+          transport.all_gather(at(far + own, kCount), at(far, far), 0, sizes, stream);
+          transport.reduce_scatter(at(0, far), at(2 * far + own, kCount), 0, sizes, ReduceOp::sum,
+                                   stream);
+        }) == "");
 }
 
 TEST_CASE("pairs on two hosts: windows within a pair, none across", "[nccl][window]") {

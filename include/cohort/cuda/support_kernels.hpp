@@ -14,6 +14,11 @@
 
 namespace cohort::cuda {
 
+/// Finds out whether the library has code for the current device, before anything is enqueued.
+/// @throw ConfigError naming the card and what the library was built for; TransportError if CUDA
+/// refuses.
+void require_code();
+
 /// Enqueues an empty kernel, launched without programmatic stream serialization: it starts when
 /// the work before it has ended and its writes are visible (see nccl/visibility_guard.hpp).
 /// @throw TransportError if CUDA refuses the launch.

@@ -157,6 +157,20 @@ class Communicator {
     const auto same = [base](const Range& range) { return range.base == base; };
     windows_.erase(std::remove_if(windows_.begin(), windows_.end(), same), windows_.end());
   }
+  [[nodiscard]] bool has_windows() const noexcept { return !windows_.empty(); }
+  /// Which window the bytes lie in, by the order of registration, and where; equal on all ranks for
+  /// buffers that NCCL takes for each other's. 0 outside.
+  [[nodiscard]] std::uint64_t place(const void* data, std::size_t bytes) const noexcept {
+    for (std::size_t i = 0; i < windows_.size(); ++i) {
+      const auto begin = reinterpret_cast<std::uintptr_t>(data);
+      const auto base = reinterpret_cast<std::uintptr_t>(windows_[i].base);
+      if (begin >= base && bytes <= windows_[i].bytes &&
+          begin - base <= windows_[i].bytes - bytes) {
+        return ((static_cast<std::uint64_t>(i) + 1) << 48) + (begin - base);
+      }
+    }
+    return 0;
+  }
   /// Whether the bytes lie in one window of this communicator.
   [[nodiscard]] bool in_window(const void* data, std::size_t bytes) const noexcept {
     const auto* begin = static_cast<const std::byte*>(data);

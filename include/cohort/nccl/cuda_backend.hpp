@@ -15,7 +15,10 @@
 #include "cohort/cuda/cuda_stream.hpp"
 #include "cohort/cuda/device_choice.hpp"
 #include "cohort/cuda/handles.hpp"
+#include "cohort/cuda/support_kernels.hpp"
 #include "cohort/log.hpp"
+#include "cohort/nccl/known_faults.hpp"
+#include "cohort/nccl/machine_probe.hpp"
 #include "cohort/nccl/nccl_transport.hpp"
 #include "cohort/nccl/nccl_window.hpp"
 #include "cohort/runtime_env.hpp"
@@ -47,7 +50,8 @@ struct CudaOptions {
 /// One device. Restores the caller's current device after every call.
 class CudaBackend final : public Backend {
  public:
-  /// Throws `ConfigError` where the device does not exist, `TransportError`.
+  /// Throws `ConfigError` where the device does not exist or the library has no code for it,
+  /// `TransportError`.
   explicit CudaBackend(const CudaOptions& options)
       : options_(options),
         device_(start(options)),
@@ -102,6 +106,8 @@ class CudaBackend final : public Backend {
     const int device = choose_device(options.device, local_rank(), devices);
     const DeviceGuard guard(device);
     cuda_check(cudaFree(nullptr), "cudaFree");  // creates the device's context
+    cuda::require_code();
+    log(LogLevel::info, describe_nccl(nccl_runtime_version()));
     return device;
   }
 

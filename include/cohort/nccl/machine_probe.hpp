@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cohort/control_plane.hpp"
+#include "cohort/cuda/card.hpp"
 #include "cohort/cuda/descriptor_exchange.hpp"
 #include "cohort/cuda/driver.hpp"
 #include "cohort/cuda/handles.hpp"
@@ -42,10 +43,10 @@ struct MachineFacts {
   std::int32_t nccl_header_version = 0;
   std::int32_t nccl_runtime_version = 0;
   std::int32_t multiprocessors = 0;
+  cuda::Capability capability;
   std::uint8_t windows = 0;
   std::uint8_t win_enable = 0;
   std::uint8_t cumem = 0;
-  std::uint8_t keeps_lines = 0;
 };
 
 namespace detail {
@@ -122,31 +123,26 @@ namespace detail {
   return std::nullopt;
 }
 
-/// Whether stores of whole lines are known to arrive whole at such a card, over NVLink or from
-/// itself: those that NCCL allows its LL128 protocol on (NCCL, src/graph/tuning.cc).
-[[nodiscard]] constexpr bool keeps_lines_whole(int major, int minor) noexcept {
-  return minor == 0 && (major == 7 || major == 8 || major == 9 || major == 10);
-}
-
 /// How this rank's card reaches another rank's.
 struct Reach {
   std::uint8_t peer = 0;    ///< Loads and stores are possible; also where only a trial can tell.
   std::uint8_t nvlink = 0;  ///< By NVLink.
-  std::uint8_t whole = 0;   ///< By NVLink or on one card: see `keeps_lines_whole`.
+  std::uint8_t whole = 0;   ///< By NVLink or on one card, whole lines: see cuda/card.hpp.
 };
 
 [[nodiscard]] inline Reach reach(int device, const MachineFacts& me, const MachineFacts& other) {
   if (!me.process.same_machine(other.process)) {
     return {};
   }
+  const std::uint8_t whole = cuda::keeps_lines_whole(me.capability, other.capability) ? 1 : 0;
   if (me.device_uuid == other.device_uuid) {
-    return {1, 0, 1};  // one card: its own memory, but NCCL takes no windows across its ranks
+    return {1, 0, whole};  // one card: its own memory, but NCCL takes no windows across its ranks
   }
   const auto ordinal = visible_ordinal(other.device_uuid);
   if (!ordinal) {
     const std::uint8_t linked =
         hidden_nvlink(me.pci_bus_id.data(), other.pci_bus_id.data()) ? 1 : 0;
-    return {1, linked, linked};
+    return {1, linked, std::min(linked, whole)};
   }
   int access = 0;
   cuda_check(cudaDeviceCanAccessPeer(&access, device, *ordinal), "cudaDeviceCanAccessPeer");
@@ -160,7 +156,7 @@ struct Reach {
       cudaDeviceGetP2PAttribute(&atomics, cudaDevP2PAttrNativeAtomicSupported, device, *ordinal),
       "cudaDeviceGetP2PAttribute");
   const std::uint8_t linked = atomics != 0 ? 1 : 0;
-  return {1, linked, linked};
+  return {1, linked, std::min(linked, whole)};
 }
 
 }  // namespace detail
@@ -196,7 +192,7 @@ struct Reach {
       nccl_host_identity(environment.host_id ? environment.host_id->c_str() : nullptr));
   facts.nccl_header_version = NCCL_VERSION_CODE;
   facts.multiprocessors = properties.multiProcessorCount;
-  facts.keeps_lines = detail::keeps_lines_whole(properties.major, properties.minor) ? 1 : 0;
+  facts.capability = {properties.major, properties.minor};
   facts.windows = nccl_has_windows() ? 1 : 0;
   facts.win_enable = environment.win_enable ? 1 : 0;
   facts.cumem = detail::cumem_enabled(device, environment) ? 1 : 0;
@@ -269,7 +265,7 @@ struct GroupProbe {
     probe.ranks_per_device = std::max(probe.ranks_per_device, sharing);
   }
   probe.multiprocessors = smallest(&MachineFacts::multiprocessors);
-  probe.whole_lines = all.whole != 0 && smallest(&MachineFacts::keeps_lines) != 0;
+  probe.whole_lines = all.whole != 0;
   probe.capabilities = {.backend = BackendKind::cuda,
                         .transport_windows = smallest(&MachineFacts::windows) != 0,
                         .nccl_header_version = smallest(&MachineFacts::nccl_header_version),

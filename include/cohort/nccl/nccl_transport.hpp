@@ -5,6 +5,7 @@
 #include <nccl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -47,19 +48,21 @@
 namespace cohort {
 
 /// Total bytes up to which the own kernels take a collective that an inbox has room for, where no
-/// option says otherwise. Between two cards they beat NCCL, registered buffers or not, at every
-/// size: bench/results/nvidia-h100-80gb-hbm3-2ranks.json. They hold more multiprocessors than NCCL
-/// does, so calls that take tens of microseconds are left to it. For more ranks, each of which
-/// sends to all others, nothing is measured beyond what two need.
-[[nodiscard]] constexpr std::size_t default_own_max_bytes(Collective collective,
-                                                          int ranks) noexcept {
+/// option says otherwise. Between two cards over NVLink they beat NCCL, registered buffers or not,
+/// at every size: bench/results/nvidia-h100-80gb-hbm3-2ranks.json. They hold more multiprocessors
+/// than NCCL does, so calls that take tens of microseconds are left to it. For more ranks, each of
+/// which sends to all others, nothing is measured beyond what two need. Without flag lines, as over
+/// PCIe, every payload travels in flag words, at twice its bytes: until that is measured, only
+/// calls whose time is all latency.
+[[nodiscard]] constexpr std::size_t default_own_max_bytes(Collective collective, int ranks,
+                                                          bool whole_lines) noexcept {
   constexpr std::size_t kKiB = 1024;
   switch (collective) {
     case Collective::all_gather:
     case Collective::reduce_scatter:
-      return (ranks == 2 ? 4096 : 256) * kKiB;
+      return (!whole_lines ? 64 : ranks == 2 ? 4096 : 256) * kKiB;
     case Collective::all_reduce:
-      return (ranks == 2 ? 512 : 256) * kKiB;
+      return (!whole_lines ? 64 : ranks == 2 ? 512 : 256) * kKiB;
     case Collective::all_to_all:
     case Collective::broadcast:
       return 0;
@@ -92,6 +95,7 @@ class NcclTransport final : public Transport {
     GroupProbe probe = probe_group(group_, device_);
     capabilities_ = probe.capabilities;
     nccl_version_ = capabilities_.nccl_runtime_version;
+    whole_lines_ = probe.whole_lines;
     if (size_ == 1) {
       capabilities_.peer_import = true;
       return;
@@ -199,8 +203,8 @@ class NcclTransport final : public Transport {
     if (own(Collective::all_reduce, in, out, op)) {
       peers_->all_reduce(in.numel(), in.dtype(), packed.in, packed.out, call.stream);
     } else {
-      guard(Collective::all_reduce, packed.in, in.bytes(), packed.out, out.bytes(), in.dtype(), op,
-            call.stream);
+      prepare(Collective::all_reduce, packed.in, in.bytes(), packed.out, out.bytes(), in.dtype(),
+              op, call.stream);
       nccl(ncclAllReduce(packed.in, packed.out, count(in), nccl_type(in.dtype()), nccl_op(op),
                          communicator_->get(), call.stream),
            "ncclAllReduce");
@@ -455,6 +459,21 @@ class NcclTransport final : public Transport {
     peers_ = std::move(outcome.kernels);
     capabilities_.peer_import = peers_ != nullptr;
     capabilities_.obstacle = std::move(outcome.refusal);
+    if (peers_ && rank_ == 0 && capabilities_.nvlink_reach && !probe.whole_lines) {
+      warn_without_lines();
+    }
+  }
+
+  /// Once a process: groups of the same cards have the same reason.
+  void warn_without_lines() const {
+    static std::atomic<bool> told = false;
+    if (!told.exchange(true)) {
+      log(LogLevel::warning,
+          fmt::format("group {}: NVLink joins the cards, but flag lines are not known to arrive "
+                      "whole between these (NCCL's rule for LL128): larger merges take the plan "
+                      "packed, and larger collectives NCCL",
+                      group_.name()));
+    }
   }
 
   void nccl(ncclResult_t code, const char* call) { communicator_->check(code, call); }
@@ -480,7 +499,7 @@ class NcclTransport final : public Transport {
     const std::size_t total = std::max(in.bytes(), out.bytes());
     const std::size_t limit = options_.own_max_bytes
                                   ? static_cast<std::size_t>(*options_.own_max_bytes)
-                                  : default_own_max_bytes(collective, size_);
+                                  : default_own_max_bytes(collective, size_, whole_lines_);
     if (total > limit) {
       return false;
     }
@@ -535,19 +554,55 @@ class NcclTransport final : public Transport {
     }
   }
 
+  /// NCCL's symmetric kernels reach a peer at the offset that the buffer here has in its window,
+  /// and a rank cannot see where a peer's lies; nor whether it lies in a window at all, without
+  /// which the peer takes another path. So the ranks compare once, when the call is captured, the
+  /// place of what peers touch: the output of an all-gather, the input of a reduce-scatter, both of
+  /// an all-reduce. Decided by what is equal on all ranks. Throws `SymmetryError` on every rank,
+  /// before anything is enqueued. Eager calls are not compared here: an exchange costs tens of
+  /// microseconds; debug checks compare them.
+  void compare_places(Collective collective, const void* in, std::size_t in_bytes, const void* out,
+                      std::size_t out_bytes, DType dtype, ReduceOp op, cudaStream_t stream) {
+    if (!communicator_->has_windows() || !has_symmetric_kernel(collective, dtype, op) ||
+        !has_trait(NcclTrait::own_offset_for_all, nccl_version_) ||
+        streams_.capture_id(stream) == 0) {
+      return;
+    }
+    const bool both = collective == Collective::all_reduce;
+    std::uint64_t places = detail::kHashSeed;
+    if (both || collective == Collective::reduce_scatter) {
+      places = detail::mix(places, communicator_->place(in, in_bytes));
+    }
+    if (both || collective == Collective::all_gather) {
+      places = detail::mix(places, communicator_->place(out, out_bytes));
+    }
+    ControlPlane* const groups[] = {&group_};
+    agree(groups, {.place = fmt::format("capture of a call of group {}: the places of its buffers "
+                                        "in their windows",
+                                        group_.name()),
+                   .history = places});
+  }
+
+  /// Before a call of NCCL that may take its symmetric path.
+  void prepare(Collective collective, const void* in, std::size_t in_bytes, const void* out,
+               std::size_t out_bytes, DType dtype, ReduceOp op, cudaStream_t stream) {
+    compare_places(collective, in, in_bytes, out, out_bytes, dtype, op, stream);
+    guard(collective, in, in_bytes, out, out_bytes, dtype, op, stream);
+  }
+
   /// Of equal shares of the type and size of `share`, without gaps.
   void nccl_all_gather(const ConstTensorView& share, const void* in, void* out,
                        cudaStream_t stream) {
-    guard(Collective::all_gather, in, share.bytes(), out, whole(share), share.dtype(),
-          ReduceOp::sum, stream);
+    prepare(Collective::all_gather, in, share.bytes(), out, whole(share), share.dtype(),
+            ReduceOp::sum, stream);
     nccl(ncclAllGather(in, out, count(share), nccl_type(share.dtype()), communicator_->get(),
                        stream),
          "ncclAllGather");
   }
   void nccl_reduce_scatter(const ConstTensorView& share, const void* in, void* out, ReduceOp op,
                            cudaStream_t stream) {
-    guard(Collective::reduce_scatter, in, whole(share), out, share.bytes(), share.dtype(), op,
-          stream);
+    prepare(Collective::reduce_scatter, in, whole(share), out, share.bytes(), share.dtype(), op,
+            stream);
     nccl(ncclReduceScatter(in, out, count(share), nccl_type(share.dtype()), nccl_op(op),
                            communicator_->get(), stream),
          "ncclReduceScatter");
@@ -772,6 +827,7 @@ class NcclTransport final : public Transport {
   int size_;
   int nccl_version_ = 0;
   bool symmetric_asked_for_ = read_nccl_env().symmetric_asked_for;
+  bool whole_lines_ = false;
   SymmetricCapabilities capabilities_;
   std::shared_ptr<Communicator> communicator_;
   UniqueMemory barrier_word_;

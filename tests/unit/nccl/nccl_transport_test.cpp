@@ -10,16 +10,22 @@ TEST_CASE("the own kernels take what was measured to be faster, and sums and gat
           "[nccl]") {
   constexpr std::size_t kKiB = 1024;
   for (const auto collective : {Collective::all_gather, Collective::reduce_scatter}) {
-    CHECK(default_own_max_bytes(collective, 2) == 4096 * kKiB);
-    CHECK(default_own_max_bytes(collective, 8) == 256 * kKiB);
+    CHECK(default_own_max_bytes(collective, 2, true) == 4096 * kKiB);
+    CHECK(default_own_max_bytes(collective, 8, true) == 256 * kKiB);
   }
-  CHECK(default_own_max_bytes(Collective::all_reduce, 2) == 512 * kKiB);
-  CHECK(default_own_max_bytes(Collective::all_reduce, 8) == 256 * kKiB);
-  CHECK(default_own_max_bytes(Collective::all_to_all, 2) == 0);
-  CHECK(default_own_max_bytes(Collective::broadcast, 2) == 0);
+  CHECK(default_own_max_bytes(Collective::all_reduce, 2, true) == 512 * kKiB);
+  CHECK(default_own_max_bytes(Collective::all_reduce, 8, true) == 256 * kKiB);
+  CHECK(default_own_max_bytes(Collective::all_to_all, 2, true) == 0);
+  CHECK(default_own_max_bytes(Collective::broadcast, 2, true) == 0);
+  for (const auto collective :
+       {Collective::all_gather, Collective::reduce_scatter, Collective::all_reduce}) {
+    for (const int ranks : {2, 8}) {  // over PCIe, in flag words alone
+      CHECK(default_own_max_bytes(collective, ranks, false) == 64 * kKiB);
+    }
+  }
   // The smallest inbox has room for a MiB, and for what all-reduce may take.
   const auto layout = cuda::InboxLayout::make({.ranks = 2});
   CHECK(cuda::max_share_bytes(layout) == 512 * 1024);
-  CHECK(default_own_max_bytes(Collective::all_reduce, 2) <=
+  CHECK(default_own_max_bytes(Collective::all_reduce, 2, true) <=
         static_cast<std::size_t>(cuda::max_all_reduce_bytes(layout)));
 }
