@@ -19,6 +19,12 @@ cohort_install_target(cohort cohort)
 cohort_install_target(cohort_mpi cohort_mpi)
 cohort_install_target(cohort_cuda cohort_cuda)
 
+# What the package remembers: the folder with the NCCL that the library was built with.
+set(cohort_nccl_root "")
+if(TARGET cohort_cuda AND NCCL_INCLUDE_DIR)
+  cmake_path(GET NCCL_INCLUDE_DIR PARENT_PATH cohort_nccl_root)
+endif()
+
 configure_package_config_file(
   "${PROJECT_SOURCE_DIR}/cmake/cohortConfig.cmake.in" "${PROJECT_BINARY_DIR}/cohortConfig.cmake"
   INSTALL_DESTINATION "${cohort_config_dir}" NO_SET_AND_CHECK_MACRO)
@@ -41,7 +47,16 @@ function(cohort_install_pkg_config name description requires cflags libs)
   install(FILES "${PROJECT_BINARY_DIR}/${name}.pc" DESTINATION "${CMAKE_INSTALL_LIBDIR}/pkgconfig")
 endfunction()
 
-cohort_install_pkg_config(cohort "${PROJECT_DESCRIPTION}" fmt "-I\${includedir}" "-pthread")
+set(requires fmt)
+set(requires_private "")
+set(cflags "-I\${includedir}")
+if(COHORT_FMT_HEADER_ONLY)  # fmt's flags, and not its library
+  set(requires "")
+  set(requires_private fmt)
+  string(APPEND cflags " -DFMT_HEADER_ONLY=1")
+endif()
+cohort_install_pkg_config(cohort "${PROJECT_DESCRIPTION}" "${requires}" "${cflags}" "-pthread")
+set(requires_private "")
 if(TARGET cohort_mpi)
   # The flags of the MPI that the configuration found; MPI's own pkg-config files have no common name.
   set(cflags "")
@@ -53,4 +68,14 @@ if(TARGET cohort_mpi)
   endforeach()
   string(REPLACE ";" " " libs "${MPI_CXX_LIBRARIES}")
   cohort_install_pkg_config(cohort-mpi "Cohort over MPI" cohort "${cflags}" "${libs}")
+endif()
+if(TARGET cohort_cuda)
+  # CUDA's runtime and the NCCL that the configuration found; neither has pkg-config files everywhere.
+  set(cflags "")
+  foreach(folder IN LISTS CUDAToolkit_INCLUDE_DIRS NCCL_INCLUDE_DIR)
+    string(APPEND cflags " -I${folder}")
+  endforeach()
+  string(CONCAT libs "-L\${libdir} -lcohort_cuda -L${CUDAToolkit_LIBRARY_DIR} -lcudart ${NCCL_LIBRARY} "
+                "-L${CUDAToolkit_LIBRARY_DIR}/stubs -Wl,--push-state,--as-needed -lcuda -Wl,--pop-state")
+  cohort_install_pkg_config(cohort-cuda "Cohort on NVIDIA cards" cohort "${cflags}" "${libs}")
 endif()
