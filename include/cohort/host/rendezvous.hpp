@@ -51,8 +51,7 @@ class Rendezvous {
       peers_.push_back(pad->data());
     }
     // With fewer processors than ranks, whoever is waited for is likely not running.
-    const unsigned processors = std::max(1U, std::thread::hardware_concurrency());
-    spins_ = static_cast<unsigned>(size()) <= processors ? kSpins : 1;
+    spins_ = size() <= processors() ? kSpins : 1;
   }
   Rendezvous(const Rendezvous&) = delete;
   Rendezvous& operator=(const Rendezvous&) = delete;
@@ -67,7 +66,10 @@ class Rendezvous {
 
   /// Constructs the head of a rank's own memory file, before any peer knows of it.
   static void construct(SharedMemory& memory, const PadGeometry& geometry) {
-    new (memory.data()) SignalPad;
+    auto* pad = new (memory.data()) SignalPad;
+    if (sched_getaffinity(0, sizeof(pad->processors), &pad->processors) != 0) {
+      CPU_ZERO(&pad->processors);  // more processors than a set holds
+    }
     for (int r = 0; r < geometry.ranks; ++r) {
       new (memory.data() + geometry.channel_ends() + index(r) * sizeof(ChannelEnd)) ChannelEnd;
     }
@@ -78,6 +80,20 @@ class Rendezvous {
   [[nodiscard]] std::size_t slot_bytes() const noexcept { return geometry_.slot_bytes; }
   [[nodiscard]] const std::string& group() const noexcept { return group_; }
   [[nodiscard]] bool poisoned() const noexcept { return poisoned_; }
+
+  /// Processors on which the ranks may run, all together: a launcher may bind each rank to one of
+  /// its own, or a container all to the same.
+  [[nodiscard]] int processors() const noexcept {
+    cpu_set_t all;
+    CPU_ZERO(&all);
+    for (int r = 0; r < size(); ++r) {
+      if (CPU_COUNT(&pad(r).processors) == 0) {
+        return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+      }
+      CPU_OR(&all, &all, &pad(r).processors);
+    }
+    return CPU_COUNT(&all);
+  }
 
   /// Throws `TransportError` if an earlier call ended in an error that left the ranks apart, and
   /// `UsageError` in a forked child.

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <fmt/format.h>
+#include <sched.h>
 
 #include <array>
 #include <atomic>
@@ -135,6 +136,8 @@ struct SignalPad {
   /// The last step whose direct tensors the owner has finished reading.
   alignas(kSignalAlignment) std::atomic<std::uint64_t> finished{0};
   alignas(kSignalAlignment) std::atomic<Presence> presence{Presence::here};
+  /// Where the owner may run; none where the system does not say. Written once, by `construct`.
+  cpu_set_t processors{};
 };
 
 /// A rank's end of the channel with one peer; both counters only grow.

@@ -1,3 +1,5 @@
+#include <sched.h>
+
 #include <chrono>
 #include <cohort/host/rendezvous.hpp>
 #include <memory>
@@ -5,6 +7,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/skip.hpp"
 #include "support/threads.hpp"
 
 using namespace cohort;
@@ -104,6 +107,35 @@ TEST_CASE("whoever waits for a rank that gave up learns it before the limit", "[
     check_throws<TransportError>([&] { rendezvous.await(1); }, "rank 1 gave up");
     check(Clock::now() - start < kRanksTimeLimit / 2, "long before the limit");
   });
+}
+
+TEST_CASE("processors are those that the ranks may run on, all together", "[host]") {
+  cpu_set_t allowed;
+  REQUIRE(sched_getaffinity(0, sizeof(allowed), &allowed) == 0);
+  if (skip_if(CPU_COUNT(&allowed) < 2, "needs two processors")) {
+    return;
+  }
+  std::vector<std::size_t> two;
+  for (std::size_t cpu = 0; two.size() < 2; ++cpu) {
+    if (CPU_ISSET(cpu, &allowed)) {
+      two.push_back(cpu);
+    }
+  }
+  const PadGeometry geometry{.ranks = 2, .slot_bytes = 4096};
+  const auto pad_of_rank_on = [&](std::size_t cpu) {
+    auto pad = make_shared_memory(geometry.bytes(), Commit::at_first_access);
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    REQUIRE(sched_setaffinity(0, sizeof(one), &one) == 0);
+    Rendezvous::construct(*pad, geometry);
+    REQUIRE(sched_setaffinity(0, sizeof(allowed), &allowed) == 0);
+    return pad;
+  };
+  const auto first = pad_of_rank_on(two[0]);
+  const auto second = pad_of_rank_on(two[1]);
+  CHECK(Rendezvous({first, second}, geometry, 0, "test", 100ms).processors() == 2);
+  CHECK(Rendezvous({first, pad_of_rank_on(two[0])}, geometry, 0, "test", 100ms).processors() == 1);
 }
 
 TEST_CASE("messages keep their order and wait only for room", "[host]") {
