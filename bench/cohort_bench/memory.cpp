@@ -93,11 +93,8 @@ struct Growth {
   Growth(Session& s, Lane& l, std::size_t b) : session(s), lane(l), bytes(b) {}
 
   void grow() {
-    std::vector<AudienceMember> audience;
-    if (lane.obstacle().empty()) {
-      audience.push_back(lane.group().audience_member());
-    }
-    arena = SymmetricArena::create(session.bed.backend(false), "registration", std::move(audience),
+    arena = SymmetricArena::create(session.bed.backend(false), "registration",
+                                   lane.obstacle().empty() ? lane.group().audience() : Audience{},
                                    {.growth_bytes = bytes});
     arena->reserve(bytes);
   }

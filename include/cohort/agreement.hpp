@@ -17,10 +17,12 @@
 
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
+#include "cohort/joined.hpp"
 
 /// \file
 /// Ranks agree before they do anything that would hang or go wrong silently if they did not: each
-/// registration of memory and each creation of a transport.
+/// registration of memory and each creation of a transport; and after it, where it may have failed
+/// on some.
 
 namespace cohort {
 
@@ -49,6 +51,39 @@ namespace detail {
 
 }  // namespace detail
 
+namespace detail {
+
+/// "; rank 0, 2 failed: no memory; rank 1 failed: too many open files": ranks that failed alike are
+/// told together. `blamed` grows by them.
+[[nodiscard]] inline std::string tell_failures(std::span<const Intent> intents,
+                                               std::span<const int> ranks,
+                                               std::vector<int>& blamed) {
+  std::vector<std::pair<const std::string*, std::vector<int>>> causes;
+  for (const int rank : ranks) {
+    const auto& failure = intents[static_cast<std::size_t>(rank)].failure;
+    if (failure.empty()) {
+      continue;
+    }
+    blamed.push_back(rank);
+    const auto same = std::find_if(causes.begin(), causes.end(),
+                                   [&](const auto& cause) { return *cause.first == failure; });
+    if (same != causes.end()) {
+      same->second.push_back(rank);
+    } else {
+      causes.push_back({&failure, {rank}});
+    }
+  }
+  std::string text;
+  for (const auto& [failure, who] : causes) {
+    const bool all = who.size() > 1 && who.size() == intents.size();
+    text += all ? fmt::format("; every rank failed: {}", *failure)
+                : fmt::format("; rank {} failed: {}", joined(who, ", "), *failure);
+  }
+  return text;
+}
+
+}  // namespace detail
+
 /// Compares the intents of all ranks of a group; pure. A rank differs if it is not with the
 /// largest set of ranks that are alike (of equal sets, the one that holds the lowest rank).
 [[nodiscard]] inline std::optional<Disagreement> compare(std::span<const Intent> intents) {
@@ -66,20 +101,23 @@ namespace detail {
     }
   }
   Disagreement found;
+  std::vector<int> all;
   for (std::size_t r = 0; r < intents.size(); ++r) {
-    const auto rank = static_cast<int>(r);
-    if (!intents[r].failure.empty()) {
-      found.ranks.push_back(rank);
-      found.text += fmt::format("; rank {} failed in {}: {}", rank, lines[r], intents[r].failure);
-    } else if (lines[r] != *majority) {
-      found.ranks.push_back(rank);
-      found.text += fmt::format("; rank {} is at {}", rank, lines[r]);
+    all.push_back(static_cast<int>(r));
+    if (lines[r] != *majority) {
+      found.ranks.push_back(all.back());
+      found.text += fmt::format("; rank {} is at {}", r, lines[r]);
     }
   }
-  if (found.ranks.empty()) {
+  const std::string failures = detail::tell_failures(intents, all, found.ranks);
+  if (found.text.empty() && failures.empty()) {
     return std::nullopt;
   }
-  found.text = fmt::format("ranks disagree: most are at {}{}", *majority, found.text);
+  found.text = found.text.empty() ? failures.substr(2)
+                                  : fmt::format("ranks disagree: most are at {}{}{}", *majority,
+                                                found.text, failures);
+  std::sort(found.ranks.begin(), found.ranks.end());
+  found.ranks.erase(std::unique(found.ranks.begin(), found.ranks.end()), found.ranks.end());
   return found;
 }
 
@@ -116,90 +154,103 @@ namespace detail {
           .failure = std::string(text + place, length - place)};
 }
 
-}  // namespace detail
-
-namespace detail {
-
-/// Waits of one agreement follow each other, and a rank may come late to one because it waited for
-/// a missing rank in the one before. Each wait is a little longer than the one before, so that such
-/// a rank can still tell what it knows and is not taken for the missing one.
-[[nodiscard]] inline std::chrono::milliseconds staggered_limit(std::chrono::milliseconds limit,
-                                                               int waits_before) {
-  constexpr std::chrono::milliseconds kLeast{500};
-  return limit + waits_before * std::max(limit / 8, kLeast);
-}
-
-/// The first thing that a rank found wrong in the course of an agreement.
-using Verdict = std::exception_ptr;
-
-/// Compares with one group; what is wrong becomes the verdict, if it is the first, and the failure
-/// that the next exchanges tell.
-inline void agree_within(ControlPlane& group, int waits_before, Intent& intent, Verdict& verdict) {
-  std::string wrong;
-  const auto blame = [&](const std::string& text, auto make_error) {
-    wrong = fmt::format("{} #{}: {}", intent.place, intent.sequence, text);
-    if (!verdict) {
-      verdict = std::make_exception_ptr(make_error(wrong));
-    }
-  };
+[[nodiscard]] inline std::string message_of(const std::exception_ptr& error) {
   try {
-    std::vector<Intent> intents;
-    for (const auto& bytes :
-         group.all_gather_within(serialize(intent), staggered_limit(group.limit(), waits_before))) {
-      intents.push_back(deserialize(bytes));
-    }
-    if (const auto found = compare(intents)) {
-      blame(fmt::format("group {}: {}", group.name(), found->text),
-            [&](const std::string& text) { return SymmetryError(text, found->ranks); });
-    }
-  } catch (const TimeoutError& error) {
-    blame(error.what(),
-          [&](const std::string& text) { return TimeoutError(text, error.missing()); });
-  } catch (const SymmetryError& error) {
-    blame(error.what(),
-          [&](const std::string& text) { return SymmetryError(text, error.ranks()); });
-  } catch (const Error& error) {
-    wrong = fmt::format("{} #{}: {}", intent.place, intent.sequence, error.what());
-    if (!verdict) {
-      verdict = std::current_exception();
+    std::rethrow_exception(error);
+  } catch (const std::exception& known) {
+    return known.what();
+  } catch (...) {
+    return "an exception of an unknown type";
+  }
+}
+
+[[nodiscard]] inline bool is_timeout(const std::exception_ptr& error) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const TimeoutError&) {
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+/// Throws the error with words before and after its own, where its type lets it have them.
+[[noreturn]] inline void rethrow_with(const std::exception_ptr& error, const std::string& before,
+                                      const std::string& after) {
+  try {
+    std::rethrow_exception(error);
+  } catch (const TimeoutError& late) {
+    throw TimeoutError(before + late.what() + after, late.missing());
+  } catch (const SymmetryError& unlike) {
+    throw SymmetryError(before + unlike.what() + after, unlike.ranks());
+  }
+}
+
+/// What the other ranks that came say of their failures.
+[[nodiscard]] inline std::string quotes(std::span<const Intent> intents,
+                                        const std::vector<int>& absent, int self) {
+  std::vector<int> others;
+  for (int r = 0; r < static_cast<int>(intents.size()); ++r) {
+    if (r != self && std::count(absent.begin(), absent.end(), r) == 0) {
+      others.push_back(r);
     }
   }
-  if (intent.failure.empty()) {
-    intent.failure = wrong;
-  }
+  std::vector<int> blamed;
+  return tell_failures(intents, others, blamed);
 }
 
 }  // namespace detail
 
-/// Collective over every control plane given; ranks give the groups that they share in the same
-/// order. Throws on every rank unless all intend the same and none has failed. With several groups
-/// the verdict spreads over all ranks that one group of each kind connects, so none goes on into a
-/// call that another will never make; a rank that learns of it from a peer names that peer, whose
-/// own message is quoted.
+/// For an agreement after a step that the ranks may have waited in for up to the time limit each:
+/// those that had not to wait hear of it from those that had.
+[[nodiscard]] inline std::chrono::milliseconds patience_after_a_wait(const ControlPlane& control) {
+  return control.limit() + control.limit() / 8;
+}
+
+/// Collective. Throws on every rank unless all intend the same and none has failed: one exchange
+/// with one deadline. For what concerns several groups `control` is that of a group that contains
+/// them all, so that none goes on into a call that another will never make.
 ///
-/// Takes one exchange more than the verdict needs: a rank goes on only when its peers have heard
-/// from everyone too, so one that comes after the others have given up does not go on alone.
-/// Ends within a few eighths more than the groups' time limit.
-/// Throws `SymmetryError` naming who differs or failed, `TimeoutError` naming who did not come,
-/// `TransportError`.
-inline void agree(std::span<ControlPlane* const> groups, Intent intent) {
-  detail::Verdict verdict;
-  // A verdict crosses one group a round; a path between two ranks needs each kind of group once.
-  const auto kinds = static_cast<int>(groups.size());
-  int waits = 0;
-  for (int round = 0; round <= kinds; ++round) {
-    for (ControlPlane* group : groups) {
-      if (!group->poisoned() || round == 0) {
-        detail::agree_within(*group, waits, intent, verdict);
-      }
-      ++waits;
+/// @param own       What this rank has failed with, if it has: it throws that, and the others quote
+///                  it. After a time-out of its own it tells so and waits for nobody any more.
+/// @param patience  Time limit; that of `control` where zero.
+/// Throws `own`; `SymmetryError` naming who differs or failed; `TimeoutError` naming who did not
+/// come, with what those that came say; `TransportError`. The group works on after the first two,
+/// where all have come.
+inline void agree(ControlPlane& control, Intent intent, const std::exception_ptr& own = nullptr,
+                  std::chrono::milliseconds patience = {}) {
+  using std::chrono::milliseconds;
+  std::string excuse;
+  auto limit = patience == milliseconds(0) ? control.limit() : patience;
+  if (own) {
+    intent.failure = detail::message_of(own);
+    if (intent.failure.empty()) {
+      intent.failure = "an error without words";
     }
-    if (kinds == 1 && verdict) {
-      break;  // every rank of the only group has seen the same
+    if (detail::is_timeout(own)) {
+      limit = milliseconds(0);
+      excuse = fmt::format("{} #{}: {}", intent.place, intent.sequence, intent.failure);
     }
   }
-  if (verdict) {
-    std::rethrow_exception(verdict);
+  const auto arrivals = control.gather_arrivals(detail::serialize(intent), limit, excuse);
+  std::vector<Intent> intents;
+  for (const auto& bytes : arrivals.payloads) {
+    intents.push_back(detail::deserialize(bytes));
+  }
+  const auto said = [&] { return detail::quotes(intents, arrivals.absent, control.rank()); };
+  if (own) {
+    if (detail::is_timeout(own)) {
+      detail::rethrow_with(own, {}, said());
+    }
+    std::rethrow_exception(own);
+  }
+  const auto place = [&] { return fmt::format("{} #{}: ", intent.place, intent.sequence); };
+  if (arrivals.error) {
+    detail::rethrow_with(arrivals.error, place(), said());
+  }
+  if (const auto found = compare(intents)) {
+    throw SymmetryError(fmt::format("{}group {}: {}", place(), control.name(), found->text),
+                        found->ranks);
   }
 }
 

@@ -16,6 +16,7 @@
 #include "cohort/host/host_backend.hpp"
 #include "cohort/log.hpp"
 #include "cohort/merge_plan.hpp"
+#include "cohort/messenger.hpp"
 #include "cohort/parallel_state.hpp"
 #include "cohort/pipeline_parallel.hpp"
 #include "cohort/runtime_env.hpp"

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -25,7 +26,8 @@
 
 #include "cohort/error.hpp"
 #include "cohort/joined.hpp"
-#include "cohort/owner_process.hpp"
+#include "cohort/log.hpp"
+#include "cohort/messenger.hpp"
 #include "cohort/runtime_env.hpp"
 
 /// \file
@@ -33,12 +35,13 @@
 /// limit that names who is missing. `ControlPlane` is what the library asks for. An engine with a
 /// store or sockets of its own implements `Messenger` (two functions) and gets the rest from
 /// `MessageControlPlane`; `make_thread_control_planes` connects ranks that are threads.
+///
+/// A rank whose call fails tells the others of the group why before it throws. Those that still
+/// wait end at once with the same error, and so does a rank that comes later: it does not go on
+/// alone with a result that the others never had. (A rank that arrives in the very moment, some
+/// microseconds, in which another gives up on it may learn it from its next call only.)
 
 namespace cohort {
-
-using Bytes = std::vector<std::byte>;
-using Clock = std::chrono::steady_clock;
-using Deadline = Clock::time_point;
 
 /// Default of every wait on the host that no option sets.
 inline constexpr std::chrono::milliseconds kDefaultTimeLimit{60'000};
@@ -79,14 +82,33 @@ class ControlPlane {
 
   /// Collective. Every rank's bytes, in rank order; sizes may differ.
   /// Throws `TimeoutError` naming the ranks that did not arrive, `SymmetryError` naming ranks that
-  /// are in another call.
+  /// are in another call, and what made another rank give up.
   std::vector<Bytes> all_gather(std::span<const std::byte> mine) {
     return all_gather_within(mine, limit());
   }
 
-  /// `all_gather` with a time limit of its own, for callers that wait in several groups in turn.
-  virtual std::vector<Bytes> all_gather_within(std::span<const std::byte> mine,
-                                               std::chrono::milliseconds limit) = 0;
+  /// `all_gather` with a time limit of its own.
+  std::vector<Bytes> all_gather_within(std::span<const std::byte> mine,
+                                       std::chrono::milliseconds limit) {
+    Arrivals arrivals = gather_arrivals(mine, limit);
+    if (arrivals.error) {
+      std::rethrow_exception(arrivals.error);
+    }
+    return std::move(arrivals.payloads);
+  }
+
+  /// What came of an `all_gather`.
+  struct Arrivals {
+    std::vector<Bytes> payloads;  ///< By rank; empty for those that are absent.
+    std::vector<int> absent;
+    std::exception_ptr error;  ///< Why it failed, if it did; what had arrived is there as well.
+  };
+
+  /// Collective. `all_gather_within` for callers that use what has arrived although it failed. A
+  /// limit of zero waits for nobody. Where it fails, `excuse` is what the others learn, and the
+  /// error itself where it is empty.
+  virtual Arrivals gather_arrivals(std::span<const std::byte> mine, std::chrono::milliseconds limit,
+                                   std::string_view excuse = {}) = 0;
 
   /// Collective. Returns when every rank has arrived. Throws as `all_gather`.
   virtual void barrier() = 0;
@@ -104,9 +126,15 @@ class ControlPlane {
   virtual std::vector<Bytes> exchange(std::vector<Outgoing> outgoing,
                                       std::span<const Incoming> incoming) = 0;
 
+  /// Local. Leaves the group: poisons it and tells the other ranks why, so that none of them waits
+  /// for this one; each gets a `SymmetryError` that names it with the reason. Nothing happens where
+  /// it is poisoned already, because then they have been told.
+  virtual void give_up(std::string_view reason) noexcept = 0;
+
   /// A control plane of the given ranks of this one, in the given order. Local: no message is
   /// sent, so survivors can form a group without the ranks that left. All of `ranks` pass the same
-  /// list, name and generation; each generation of the same list is a group of its own.
+  /// list, name and generation; each generation of the same list is a group of its own. Callers
+  /// choose generations below 2^62, and none again after a failure.
   /// Throws `UsageError` where the list is not a set of ranks that holds this one.
   virtual std::unique_ptr<ControlPlane> subgroup(std::span<const int> ranks,
                                                  std::uint64_t generation, std::string name) = 0;
@@ -145,43 +173,29 @@ class ControlPlane {
     return subgroup(ranks, (std::uint64_t{1} << 63) | generation, std::move(name));
   }
 
+  /// Collective. The first of `count` generations for `subgroup` that no other caller gets, whoever
+  /// shares this control plane: messages of groups that failed may be on their way for long.
+  std::uint64_t new_generations(std::uint64_t count) {
+    const std::array<std::uint64_t, 1> mine{kFreshGeneration | generations_};
+    generations_ += count;
+    const auto bytes = broadcast(std::as_bytes(std::span(mine)), 0);
+    std::uint64_t first = 0;
+    if (bytes.size() != sizeof(first)) {
+      throw SymmetryError(
+          fmt::format("generations of group {}: rank 0 is in a broadcast of its own", name()), {0});
+    }
+    std::memcpy(&first, bytes.data(), sizeof(first));
+    return first;
+  }
+
+ protected:
+  /// From here on generations are given only once, by `new_generations` and `split`.
+  static constexpr std::uint64_t kFreshGeneration = std::uint64_t{1} << 62;
+
  private:
   static constexpr std::int32_t kSplit = 0x53706c74;
   std::uint64_t splits_ = 0;
-};
-
-/// Ordered byte messages between pairs of ranks: all that an engine has to bring. Messages to the
-/// own rank never reach it. Calls are made by one thread at a time.
-class Messenger {
- public:
-  Messenger() = default;
-  Messenger(const Messenger&) = delete;
-  Messenger& operator=(const Messenger&) = delete;
-  virtual ~Messenger() = default;
-
-  [[nodiscard]] virtual int rank() const noexcept = 0;
-  [[nodiscard]] virtual int size() const noexcept = 0;
-
-  /// Hands a message over. Must not wait for the receiver to ask for it. Messages from one rank
-  /// to another arrive in order. Throws `TransportError`.
-  virtual void send(int to, Bytes message) = 0;
-
-  /// The next message from `from`, or nothing at the deadline. A deadline in the past polls.
-  /// Throws `TransportError`, also where the peer is known to be gone.
-  virtual std::optional<Bytes> receive(int from, Deadline deadline) = 0;
-
-  /// Waits until the messages to `to` arrive without this rank's help: after a call in which both
-  /// take part, it may be long in waits that the messenger knows nothing of. False at the deadline.
-  /// For messengers whose messages are on their own once handed over there is nothing to do.
-  virtual bool flush(int to, Deadline deadline) {
-    static_cast<void>(to);
-    static_cast<void>(deadline);
-    return true;
-  }
-
-  /// A wait timed out or a call failed, so messages may stay in flight for good: what is torn down
-  /// later must not wait for them. The messenger works on for groups without the missing ranks.
-  virtual void abandon() noexcept {}
+  std::uint64_t generations_ = 0;
 };
 
 namespace detail {
@@ -194,135 +208,88 @@ namespace detail {
 }
 inline constexpr std::uint64_t kHashSeed = 0xcbf29ce484222325ULL;
 
-enum class ControlCall : std::uint32_t { all_gather, barrier, broadcast, exchange };
-
-[[nodiscard]] constexpr std::string_view to_string(ControlCall call) noexcept {
-  switch (call) {
-    case ControlCall::all_gather:
-      return "all_gather";
-    case ControlCall::barrier:
-      return "barrier";
-    case ControlCall::broadcast:
-      return "broadcast";
-    case ControlCall::exchange:
-      return "exchange";
-  }
-  return "unknown call";
-}
-
-/// What each payload carries at its end, where adding and removing it moves no byte of the payload:
-/// the group, the call and its number in that group.
-struct FrameTrailer {
-  std::uint64_t channel = 0;
-  ControlCall call = ControlCall::all_gather;
-  std::uint32_t sequence = 0;
-};
 static_assert(sizeof(FrameTrailer) == ControlPlane::kTrailerBytes);
 
-/// Sorts the messages of one messenger by (sender, channel), so that many groups share it.
-class Mailbox {
- public:
-  struct Frame {
-    FrameTrailer trailer;
-    Bytes payload;
-  };
+/// Why a rank gave up, as it tells the others.
+struct GiveUp {
+  enum class Kind : std::int32_t { timeout, symmetry, transport };
 
-  explicit Mailbox(std::shared_ptr<Messenger> messenger) : messenger_(std::move(messenger)) {}
+  Kind kind = Kind::symmetry;
+  std::int32_t native_code = 0;
+  std::vector<int> ranks = {};  ///< In the group: who is missing or differs.
+  std::string text = {};
 
-  [[nodiscard]] Messenger& messenger() noexcept { return *messenger_; }
-  [[nodiscard]] const OwnerProcess& owner() const noexcept { return owner_; }
-
-  void send(int to, const FrameTrailer& trailer, Bytes payload) {
-    const std::lock_guard lock(mutex_);
-    if (to == messenger_->rank()) {
-      pending_[{to, trailer.channel}].push_back({trailer, std::move(payload)});
-      return;
+  /// @param self   The rank that gives up, to be blamed where the error blames nobody.
+  /// @param heard  Whether the error is what another rank said, which is then passed on as it is.
+  [[nodiscard]] static GiveUp because(const std::exception& error, int self, bool heard = false) {
+    GiveUp why = by(self, error.what());
+    if (heard) {
+      why.text = error.what();
     }
-    std::array<std::byte, sizeof(trailer)> bytes{};
-    std::memcpy(bytes.data(), &trailer, sizeof(trailer));
-    payload.insert(payload.end(), bytes.begin(), bytes.end());
-    messenger_->send(to, std::move(payload));
+    if (const auto* late = dynamic_cast<const TimeoutError*>(&error)) {
+      why.kind = Kind::timeout;
+      why.ranks = late->missing();
+    } else if (const auto* unlike = dynamic_cast<const SymmetryError*>(&error)) {
+      why.ranks = unlike->ranks();
+    } else if (const auto* broken = dynamic_cast<const TransportError*>(&error)) {
+      why.kind = Kind::transport;
+      why.native_code = static_cast<std::int32_t>(broken->site().native_code);
+    }
+    return why;
   }
 
-  /// The next frame of the channel, or nothing at the deadline. What has arrived by then counts,
-  /// also where the deadline has passed before the call.
-  std::optional<Frame> receive(int from, std::uint64_t channel, Deadline deadline) {
-    while (true) {
-      {
-        const std::lock_guard lock(mutex_);
-        if (auto frame = take(from, channel)) {
-          return frame;
-        }
-        if (from == messenger_->rank()) {
-          return std::nullopt;  // own messages are there before anyone can ask for them
-        }
-        if (auto message = messenger_->receive(from, std::min(deadline, Clock::now() + kSlice))) {
-          store(from, std::move(*message));
-          continue;
-        }
-      }
-      if (Clock::now() >= deadline) {
-        return std::nullopt;
-      }
-      std::this_thread::yield();
-    }
+  [[nodiscard]] static GiveUp by(int self, std::string_view why) {
+    return {.ranks = {self}, .text = fmt::format("rank {} gave up: {}", self, why)};
   }
 
-  /// `Messenger::flush`, in slices for the same reason.
-  bool flush(int to, Deadline deadline) {
-    if (to == messenger_->rank()) {
-      return true;
-    }
-    while (true) {
-      {
-        const std::lock_guard lock(mutex_);
-        if (messenger_->flush(to, std::min(deadline, Clock::now() + kSlice))) {
-          return true;
-        }
-      }
-      if (Clock::now() >= deadline) {
-        return false;
-      }
-      std::this_thread::yield();
-    }
+  [[nodiscard]] Bytes serialize() const {
+    constexpr std::size_t kLongest = 1500;  // within what messengers send without help
+    const std::size_t length = std::min(text.size(), kLongest);
+    std::vector<std::int32_t> words{static_cast<std::int32_t>(kind), native_code,
+                                    static_cast<std::int32_t>(ranks.size())};
+    words.insert(words.end(), ranks.begin(), ranks.end());
+    Bytes out(words.size() * sizeof(std::int32_t) + length);
+    std::memcpy(out.data(), words.data(), words.size() * sizeof(std::int32_t));
+    std::copy_n(reinterpret_cast<const std::byte*>(text.data()), length,
+                out.data() + words.size() * sizeof(std::int32_t));
+    return out;
   }
 
-  void abandon() noexcept { messenger_->abandon(); }
-
- private:
-  // Waiting in short slices lets a thread of another group use the messenger in between.
-  static constexpr std::chrono::milliseconds kSlice{2};
-
-  std::optional<Frame> take(int from, std::uint64_t channel) {
-    const auto it = pending_.find({from, channel});
-    if (it == pending_.end()) {
-      return std::nullopt;
+  [[nodiscard]] static GiveUp deserialize(std::span<const std::byte> in) {
+    std::array<std::int32_t, 3> head{};
+    GiveUp why;
+    if (in.size() < sizeof(head)) {
+      return why;
     }
-    Frame frame = std::move(it->second.front());
-    it->second.pop_front();
-    if (it->second.empty()) {
-      pending_.erase(it);
+    std::memcpy(head.data(), in.data(), sizeof(head));
+    in = in.subspan(sizeof(head));
+    const auto count =
+        std::min(static_cast<std::size_t>(std::max(0, head[2])), in.size() / sizeof(std::int32_t));
+    why.kind = static_cast<Kind>(head[0]);
+    why.native_code = head[1];
+    why.ranks.resize(count);
+    if (count > 0) {
+      std::memcpy(why.ranks.data(), in.data(), count * sizeof(std::int32_t));
     }
-    return frame;
+    in = in.subspan(count * sizeof(std::int32_t));
+    why.text.assign(reinterpret_cast<const char*>(in.data()), in.size());
+    return why;
   }
 
-  void store(int from, Bytes message) {
-    FrameTrailer trailer;
-    if (message.size() < sizeof(trailer)) {
-      throw TransportError({.call = "Messenger::receive", .rank = messenger_->rank()},
-                           fmt::format("a message of {} bytes from rank {} is no control message",
-                                       message.size(), from));
+  /// Throws what the rank `from` threw, with its words.
+  [[noreturn]] void raise(int from, std::string_view call, const std::string& group) const {
+    switch (kind) {
+      case Kind::timeout:
+        throw TimeoutError(text, ranks);
+      case Kind::transport:
+        throw TransportError(
+            {.call = std::string(call), .native_code = native_code, .rank = from, .group = group},
+            text);
+      case Kind::symmetry:
+        break;
     }
-    const std::size_t payload = message.size() - sizeof(trailer);
-    std::memcpy(&trailer, message.data() + payload, sizeof(trailer));
-    message.resize(payload);
-    pending_[{from, trailer.channel}].push_back({trailer, std::move(message)});
+    throw SymmetryError(text, ranks);
   }
-
-  OwnerProcess owner_;
-  std::shared_ptr<Messenger> messenger_;
-  std::mutex mutex_;
-  std::map<std::pair<int, std::uint64_t>, std::deque<Frame>> pending_;
 };
 
 }  // namespace detail
@@ -342,12 +309,21 @@ class MessageControlPlane : public ControlPlane {
         name_(std::move(name)),
         members_(static_cast<std::size_t>(mailbox_->messenger().size())),
         rank_(mailbox_->messenger().rank()),
-        channel_(detail::kHashSeed) {
+        channel_(detail::kHashSeed),
+        given_once_(false),
+        exchanged_(members_.size(), Deadline::min()) {
     if (limit <= std::chrono::milliseconds(0) || limit > kLongestTimeLimit) {
       throw ConfigError(fmt::format("control plane {}: expected a time limit of 1 to {} ms, got {}",
                                     name_, kLongestTimeLimit.count(), limit.count()));
     }
     std::iota(members_.begin(), members_.end(), 0);
+  }
+
+  /// Drops what peers have sent to a group that ends before it has taken it.
+  ~MessageControlPlane() override {
+    if ((poisoned_ || given_once_) && mailbox_->owner().is_here()) {
+      mailbox_->retire(channel_);
+    }
   }
 
   [[nodiscard]] int rank() const noexcept override { return rank_; }
@@ -356,28 +332,39 @@ class MessageControlPlane : public ControlPlane {
   [[nodiscard]] std::chrono::milliseconds limit() const noexcept override { return limit_; }
   [[nodiscard]] bool poisoned() const noexcept override { return poisoned_; }
 
-  std::vector<Bytes> all_gather_within(std::span<const std::byte> mine,
-                                       std::chrono::milliseconds limit) override {
-    return gather(detail::ControlCall::all_gather, mine, limit);
+  Arrivals gather_arrivals(std::span<const std::byte> mine, std::chrono::milliseconds limit,
+                           std::string_view excuse = {}) override {
+    Arrivals arrivals;
+    try {
+      gather(detail::ControlCall::all_gather, mine, limit, arrivals, excuse);
+    } catch (...) {
+      arrivals.error = std::current_exception();
+    }
+    return arrivals;
   }
 
-  void barrier() override { gather(detail::ControlCall::barrier, {}, limit_); }
+  void barrier() override {
+    Arrivals arrivals;
+    gather(detail::ControlCall::barrier, {}, limit_, arrivals, {});
+  }
 
   Bytes broadcast(std::span<const std::byte> mine, int root) override {
     check_rank("broadcast root", root);
     const auto trailer = next(detail::ControlCall::broadcast);
-    return poison_on_error([&] {
+    return leave_on_error(trailer.sequence, {}, [&] {
       if (rank_ == root) {
         for (int r = 0; r < size(); ++r) {
           if (r != rank_) {
             send(r, trailer, mine);
           }
         }
+        fail_if_left(trailer, members_, told_ + limit_);
         return Bytes(mine.begin(), mine.end());
       }
       Wait wait(limit_);
-      auto payload = receive(root, trailer, wait);
+      auto payload = receive(root, trailer, members_, wait);
       fail_if_missing(trailer, wait);
+      fail_if_left(trailer, members_, told_ + limit_);
       return payload;
     });
   }
@@ -392,16 +379,15 @@ class MessageControlPlane : public ControlPlane {
       check_rank("exchange from", message.from);
     }
     // Pairs count for themselves: the two ends of an exchange need not make the same calls.
-    const detail::FrameTrailer trailer{detail::mix(channel_, kBulk), detail::ControlCall::exchange,
-                                       0};
-    return poison_on_error([&] {
+    const detail::FrameTrailer trailer{channel_, detail::ControlCall::exchange, 0};
+    return leave_on_error(sequence_, {}, [&] {
       for (auto& message : outgoing) {
         mailbox_->send(members_[index(message.to)], trailer, std::move(message.payload));
       }
       Wait wait(limit_);
       std::vector<Bytes> payloads;
       for (const auto& [from, bytes] : incoming) {
-        payloads.push_back(receive(from, trailer, wait));
+        payloads.push_back(receive(from, trailer, member(from), wait));
         if (wait.missing.empty() && payloads.back().size() != bytes) {
           throw SymmetryError(fmt::format("exchange in group {}: rank {} sent {} bytes where rank "
                                           "{} expected {}",
@@ -416,8 +402,21 @@ class MessageControlPlane : public ControlPlane {
         }
         fail_if_missing(trailer, wait);
       }
+      for (const auto& message : outgoing) {
+        // Who waits for a message has taken the one before, so it began after that was sent.
+        auto& before = exchanged_[index(message.to)];
+        fail_if_left(trailer, member(message.to), before + limit_);
+        before = wait.start;
+      }
       return payloads;
     });
+  }
+
+  void give_up(std::string_view reason) noexcept override {
+    if (!poisoned_ && mailbox_->owner().is_here()) {
+      leave(sequence_,
+            [&] { return detail::GiveUp::by(rank_, fmt::format("group {}: {}", name_, reason)); });
+    }
   }
 
   std::unique_ptr<ControlPlane> subgroup(std::span<const int> ranks, std::uint64_t generation,
@@ -440,28 +439,34 @@ class MessageControlPlane : public ControlPlane {
       throw UsageError(fmt::format("subgroup {}: the list {} does not hold this rank, {}", name,
                                    detail::joined(ranks, ","), rank_));
     }
-    return std::unique_ptr<ControlPlane>(new MessageControlPlane(
-        mailbox_, limit_, std::move(name), std::move(members), rank, channel));
+    return std::unique_ptr<ControlPlane>(new MessageControlPlane(mailbox_, limit_, std::move(name),
+                                                                 std::move(members), rank, channel,
+                                                                 generation >= kFreshGeneration));
   }
 
- private:
-  static constexpr std::uint64_t kBulk = 0x62756c6bULL;
+  /// Messages of all groups of this rank that nobody has asked for.
+  [[nodiscard]] std::size_t held_messages() const { return mailbox_->held(); }
 
+ private:
   MessageControlPlane(std::shared_ptr<detail::Mailbox> mailbox, std::chrono::milliseconds limit,
-                      std::string name, std::vector<int> members, int rank, std::uint64_t channel)
+                      std::string name, std::vector<int> members, int rank, std::uint64_t channel,
+                      bool given_once)
       : mailbox_(std::move(mailbox)),
         limit_(limit),
         name_(std::move(name)),
         members_(std::move(members)),
         rank_(rank),
-        channel_(channel) {}
+        channel_(channel),
+        given_once_(given_once),
+        exchanged_(members_.size(), Deadline::min()) {}
 
   /// One wait for several ranks, which share its time.
   struct Wait {
     explicit Wait(std::chrono::milliseconds time)
-        : limit(time), deadline(Clock::now() + std::min(time, kLongestTimeLimit)) {}
+        : limit(std::min(time, kLongestTimeLimit)), start(Clock::now()), deadline(start + limit) {}
 
     std::chrono::milliseconds limit;
+    Deadline start;
     Deadline deadline;
     std::vector<int> missing;
   };
@@ -489,19 +494,49 @@ class MessageControlPlane : public ControlPlane {
     return {channel_, call, sequence_++};
   }
 
-  /// Whatever ends a call early leaves the ranks out of step; ranks that disagree are still there
-  /// to take what was sent to them.
+  /// Whatever ends a call early leaves the ranks out of step, so this one leaves the group, and
+  /// tells so. Ranks that disagree are still there to take what was sent to them.
   template <class Call>
-  std::invoke_result_t<Call&> poison_on_error(Call&& call) {
+  std::invoke_result_t<Call&> leave_on_error(std::uint32_t sequence, std::string_view excuse,
+                                             Call&& call) {
+    const auto told = [&](const std::exception& error) {
+      leave(sequence, [&] {
+        return excuse.empty() ? detail::GiveUp::because(error, rank_, heard_)
+                              : detail::GiveUp::by(rank_, excuse);
+      });
+    };
     try {
       return call();
-    } catch (const SymmetryError&) {
-      poisoned_ = true;
+    } catch (const SymmetryError& error) {
+      told(error);
       throw;
-    } catch (...) {
-      poisoned_ = true;
+    } catch (const std::exception& error) {
+      told(error);
       mailbox_->abandon();
       throw;
+    }
+  }
+
+  /// Poisons the group and tells the others. They may be dead, and then there is nobody to tell.
+  template <class Why>
+  void leave(std::uint32_t sequence, const Why& why) noexcept {
+    poisoned_ = true;
+    try {
+      const auto reason = why().serialize();
+      const detail::FrameTrailer trailer{channel_, detail::ControlCall::gave_up, sequence};
+      for (int r = 0; r < size(); ++r) {
+        try {
+          if (r != rank_) {
+            send(r, trailer, reason);
+          }
+        } catch (const TransportError& error) {
+          log(LogLevel::info, fmt::format("group {}: rank {} could not be told that rank {} has "
+                                          "left: {}",
+                                          name_, r, rank_, error.what()));
+        }
+      }
+    } catch (const std::exception& error) {
+      log(LogLevel::error, error.what());
     }
   }
 
@@ -512,31 +547,57 @@ class MessageControlPlane : public ControlPlane {
     mailbox_->send(members_[index(to)], trailer, std::move(message));
   }
 
-  std::vector<Bytes> gather(detail::ControlCall call, std::span<const std::byte> mine,
-                            std::chrono::milliseconds limit) {
-    const auto trailer = next(call);
-    return poison_on_error([&] {
-      for (int step = 1; step < size(); ++step) {
-        send((rank_ + step) % size(), trailer, mine);
+  void gather(detail::ControlCall call, std::span<const std::byte> mine,
+              std::chrono::milliseconds limit, Arrivals& arrivals, std::string_view excuse) {
+    auto& all = arrivals.payloads;
+    all.resize(members_.size());
+    int next_rank = 0;
+    Wait wait(limit);
+    try {
+      const auto trailer = next(call);
+      leave_on_error(trailer.sequence, excuse, [&] {
+        for (int step = 1; step < size(); ++step) {
+          send((rank_ + step) % size(), trailer, mine);
+        }
+        for (; next_rank < size(); ++next_rank) {
+          all[index(next_rank)] = next_rank == rank_ ? Bytes(mine.begin(), mine.end())
+                                                     : receive(next_rank, trailer, members_, wait);
+        }
+        fail_if_missing(trailer, wait);
+        for (int r = 0; r < size(); ++r) {
+          flush(r, wait);
+        }
+        fail_if_missing(trailer, wait);
+        // The others have come to this call after they had this rank's last arrival.
+        fail_if_left(trailer, members_, std::exchange(told_, wait.start) + wait.limit);
+      });
+    } catch (...) {
+      arrivals.absent = std::move(wait.missing);
+      for (; next_rank < size(); ++next_rank) {
+        arrivals.absent.push_back(next_rank);
       }
-      Wait wait(limit);
-      std::vector<Bytes> all(members_.size());
-      for (int r = 0; r < size(); ++r) {
-        all[index(r)] = r == rank_ ? Bytes(mine.begin(), mine.end()) : receive(r, trailer, wait);
-      }
-      fail_if_missing(trailer, wait);
-      for (int r = 0; r < size(); ++r) {
-        flush(r, wait);
-      }
-      fail_if_missing(trailer, wait);
-      return all;
-    });
+      throw;
+    }
+  }
+
+  [[nodiscard]] std::span<const int> member(int rank) const {
+    return std::span(members_).subspan(index(rank), 1);
+  }
+
+  [[nodiscard]] detail::Watch watch(const detail::FrameTrailer& trailer,
+                                    std::span<const int> ranks) const {
+    const bool numbered = trailer.call != detail::ControlCall::exchange;
+    return {channel_, ranks, numbered ? std::optional(trailer.sequence) : std::nullopt};
   }
 
   /// The matching payload from a rank of the group; notes the rank as missing at the deadline.
-  Bytes receive(int from, const detail::FrameTrailer& expected, Wait& wait) {
-    auto frame = mailbox_->receive(members_[index(from)], expected.channel, wait.deadline);
+  /// Throws as soon as one of `watched` says that it has left.
+  Bytes receive(int from, const detail::FrameTrailer& expected, std::span<const int> watched,
+                Wait& wait) {
+    const auto concern = watch(expected, watched);
+    auto frame = mailbox_->receive(members_[index(from)], expected.call, concern, wait.deadline);
     if (!frame) {
+      throw_if_told(expected, concern);
       wait.missing.push_back(from);
       return {};
     }
@@ -548,6 +609,26 @@ class MessageControlPlane : public ControlPlane {
           {from});
     }
     return std::move(frame->payload);
+  }
+
+  /// The last step of a call: throws where one of `watched` has left without having finished it.
+  /// Nobody's time limit can have ended before `earliest`, and then nothing is looked for.
+  void fail_if_left(const detail::FrameTrailer& trailer, std::span<const int> watched,
+                    Deadline earliest) {
+    const auto concern = watch(trailer, watched);
+    if (size() > 1 && Clock::now() >= earliest) {
+      mailbox_->look(concern);
+    }
+    throw_if_told(trailer, concern);
+  }
+
+  void throw_if_told(const detail::FrameTrailer& trailer, const detail::Watch& concern) {
+    if (const auto notice = mailbox_->notice(concern)) {
+      heard_ = true;
+      const auto from = std::find(members_.begin(), members_.end(), notice->from);
+      detail::GiveUp::deserialize(notice->reason)
+          .raise(static_cast<int>(from - members_.begin()), to_string(trailer.call), name_);
+    }
   }
 
   void flush(int to, Wait& wait) {
@@ -572,6 +653,11 @@ class MessageControlPlane : public ControlPlane {
   std::vector<int> members_;  // ranks in the messenger, by rank in this group
   int rank_ = 0;
   std::uint64_t channel_ = 0;
+  bool heard_ = false;  // that another rank has left
+  bool given_once_;     // no later group has this channel
+  Deadline told_ =
+      Deadline::min();  // when this rank arrived in the last call in which all wait for all
+  std::vector<Deadline> exchanged_;  // when it last sent to each in an exchange
   std::uint32_t sequence_ = 0;
   bool poisoned_ = false;
 };

@@ -63,12 +63,7 @@ class GroupCoordinator {
         size_(parts_.control->size()),
         equal_(static_cast<std::size_t>(size_)),
         order_("group " + parts_.name) {
-    std::vector<AudienceMember> audience;
-    if (parts_.decision.nccl_windows.on) {
-      audience.push_back(audience_member());
-    }
-    arena_ =
-        SymmetricArena::create(*parts_.backend, parts_.name, std::move(audience), parts_.arena);
+    arena_ = SymmetricArena::create(*parts_.backend, parts_.name, audience(), parts_.arena);
   }
   GroupCoordinator(const GroupCoordinator&) = delete;
   GroupCoordinator& operator=(const GroupCoordinator&) = delete;
@@ -89,10 +84,12 @@ class GroupCoordinator {
   operator ScopeTarget() const noexcept {  // NOLINT(google-explicit-constructor)
     return {parts_.decision.nccl_windows.on ? arena_.get() : nullptr, parts_.backend.get()};
   }
-  /// What an audience of several groups registers its segments with.
-  [[nodiscard]] AudienceMember audience_member() const {
+  /// The group alone; nobody where it has no windows.
+  [[nodiscard]] Audience audience() const {
     throw_if_closed();
-    return {parts_.control.get(), parts_.transport.get()};
+    return parts_.decision.nccl_windows.on
+               ? Audience{parts_.control.get(), {parts_.transport.get()}}
+               : Audience{};
   }
 
   /// Collective. Makes room for a block of `bytes` in the group's arena.
@@ -280,12 +277,29 @@ class GroupCoordinator {
   }
 
   /// Collective. Deregisters the windows and disconnects; tensors of the group stay readable. Every
-  /// later call throws `UsageError`. Called by `ParallelState`.
+  /// later call throws `UsageError`, but a second shutdown does nothing. What the wait for the
+  /// other ranks throws comes after all is closed. `ParallelState` does it for all its groups at
+  /// once.
   void shutdown() {
-    if (!closed_) {
+    if (closed_) {
+      return;
+    }
+    try {
       parts_.control->barrier();  // no rank may still be reading what goes away
+    } catch (...) {
+      close();
+      throw;
     }
     close();
+  }
+
+  /// Local: `shutdown` once the ranks have waited for each other, or where they no longer can.
+  void close() noexcept {
+    closed_ = true;
+    if (arena_ != nullptr) {
+      arena_->close();
+    }
+    parts_.transport.reset();
   }
 
  protected:
@@ -416,24 +430,15 @@ class GroupCoordinator {
     if (!parts_.debug_checks || size_ == 1) {
       return;
     }
-    ControlPlane* control = parts_.control.get();
-    agree(std::span(&control, 1), {.place = fmt::format("{} in group {}", call, parts_.name),
-                                   .sequence = debug_sequence_++,
-                                   .history = arena_->history_to_agree_on()});
+    agree(*parts_.control, {.place = fmt::format("{} in group {}", call, parts_.name),
+                            .sequence = debug_sequence_++,
+                            .history = arena_->history_to_agree_on()});
   }
 
  private:
   // What messages call the dimensions.
   static constexpr std::string_view kGatherDim = "all_gather x dim";
   static constexpr std::string_view kScatterDim = "reduce_scatter x dim";
-
-  void close() noexcept {
-    closed_ = true;
-    if (arena_ != nullptr) {
-      arena_->close();
-    }
-    parts_.transport.reset();
-  }
 
   void check_peer(std::string_view argument, int peer) const {
     check_rank(argument, peer);

@@ -3,12 +3,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <atomic>
+#include <array>
 #include <cstdint>
-#include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
-#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -71,8 +70,9 @@ class ParallelState {
  public:
   /// Collective over `world`, which outlives the state and whose size must be `tp * pp`. Forms the
   /// groups, decides on symmetric memory for each, logs one line and at most one warning a group.
-  /// Throws `ConfigError` for a layout or plan that cannot work, before anything is created, and
-  /// what the backend throws.
+  /// All ranks have the state afterwards, or none. Throws `ConfigError` for a layout or plan that
+  /// cannot work and what the backend throws, and where only other ranks have failed a
+  /// `SymmetryError` or `TimeoutError` that quotes them.
   [[nodiscard]] static ParallelState create(ControlPlane& world, ParallelOptions options) {
     if (options.backend == nullptr) {
       throw ConfigError("ParallelOptions.backend: expected a backend, got null");
@@ -103,37 +103,42 @@ class ParallelState {
 
   /// One arena whose segments are registered with several groups of this state, so that a buffer
   /// of it is symmetric in each. Groups without windows are left out; where none is left, scopes
-  /// of it are null. The same groups, in any order, give the same arena. Local, by every rank
-  /// alike. Throws `UsageError` for a group that is not of this state, and after `shutdown`.
+  /// of it are null. The same groups, in any order, give the same arena.
+  ///
+  /// Collective where these groups are asked for the first time, over the smallest group that holds
+  /// the ranks of them all ({tp, dcp}: tp; {tp, pp}: the world), whose ranks also agree on each
+  /// growth of the arena; local afterwards. Throws `UsageError` for a group that is not of this
+  /// state, and after `shutdown`; on every rank `SymmetryError` where the groups that have windows
+  /// are not the same ones on all of them; and what an agreement throws.
   [[nodiscard]] ScopeTarget audience(const std::vector<GroupCoordinator*>& wanted) {
-    std::vector<AudienceMember> members;
-    std::string name;  // of kinds: the names of groups differ between the ranks of another group
-    std::size_t found = 0;
-    for (GroupCoordinator* group : groups()) {
-      if (std::find(wanted.begin(), wanted.end(), group) == wanted.end()) {
-        continue;
-      }
-      ++found;
-      if (group->decision().nccl_windows.on) {
-        members.push_back(group->audience_member());
-        name += fmt::format("{}{}", name.empty() ? "" : "+", to_string(group->kind()));
+    const auto chosen = in_order(wanted);
+    const std::string name = names_of(chosen);
+    for (const auto& known : audiences_) {
+      if (known.name == name) {
+        return {known.arena.get(), options_.backend.get()};
       }
     }
-    if (found != wanted.size()) {
-      throw UsageError("audience groups: expected different groups of this ParallelState");
-    }
-    if (members.empty()) {
-      return {nullptr, options_.backend.get()};
-    }
-    for (const auto& arena : audiences_) {
-      if (arena->name() == name) {
-        return {arena.get(), options_.backend.get()};
+    GroupCoordinator& covering = smallest_around(chosen);
+    Audience audience{&covering.control()};
+    std::vector<GroupCoordinator*> with_windows;
+    for (GroupCoordinator* group : chosen) {
+      for (Transport* transport : group->audience().transports) {
+        audience.transports.push_back(transport);
+        with_windows.push_back(group);
       }
     }
-    audiences_.push_back(
-        SymmetricArena::create(*options_.backend, name, std::move(members), options_.arena));
-    captures_->add(audiences_.back());
-    return {audiences_.back().get(), options_.backend.get()};
+    const std::string registered = names_of(with_windows);
+    agree(covering.control(),
+          {.place = fmt::format("audience of the groups {}, of which [{}] have windows", name,
+                                registered)});
+    std::shared_ptr<SymmetricArena> arena;
+    if (!with_windows.empty()) {
+      arena = SymmetricArena::create(*options_.backend, registered, std::move(audience),
+                                     options_.arena);
+      captures_->add(arena);
+    }
+    audiences_.push_back({name, arena});
+    return {arena.get(), options_.backend.get()};
   }
 
   /// The arenas that a capture concerns; a `CaptureScope` takes it.
@@ -200,12 +205,26 @@ class ParallelState {
     }
   }
 
-  /// Collective. Leaves all groups: windows, then segments, then transports. Tensors stay readable;
-  /// every later call of a group throws `UsageError`.
+  /// Collective over the world: waits for all ranks once, then leaves all groups, whatever the wait
+  /// brought: windows, then segments, then transports. Tensors stay readable; every later call of a
+  /// group throws `UsageError`, and a second shutdown does nothing. What the wait threw is thrown
+  /// in the end: `TimeoutError` naming who did not come, `SymmetryError`, `TransportError`.
   void shutdown() {
+    std::exception_ptr failure;
+    try {
+      if (!shut_down_) {
+        world_->control().barrier();  // no rank may still be reading what goes away
+      }
+    } catch (const std::exception&) {
+      failure = std::current_exception();
+    }
+    shut_down_ = true;
     close_audiences();
     for (auto group = formed_->rbegin(); group != formed_->rend(); ++group) {
-      (*group)->shutdown();
+      (*group)->close();
+    }
+    if (failure) {
+      std::rethrow_exception(failure);
     }
   }
 
@@ -221,16 +240,96 @@ class ParallelState {
     }
     options_.debug_checks = settings.debug_checks.value_or(options_.debug_checks);
     agree_on_options(world);
-    generation_ = next_generation(world);
-    world_ = std::make_unique<GroupCoordinator>(form(world, GroupKind::world));
-    tp_ = std::make_unique<TensorParallelGroup>(form(world, GroupKind::tensor_parallel));
-    pp_ = std::make_unique<PipelineParallelGroup>(form(world, GroupKind::pipeline_parallel));
-    dcp_ = std::make_unique<DecodeContextParallelGroup>(
-        form(world, GroupKind::decode_context_parallel), options_.merge);
+    const std::uint64_t generation = world.new_generations(kKinds.size());
+    std::exception_ptr failure;
+    try {
+      form_all(world, generation);
+    } catch (const std::exception&) {
+      failure = std::current_exception();
+    }
+    agree(world,
+          {.place = "formation of the groups of a ParallelState", .sequence = generation & kNumber},
+          failure, patience_after_a_wait(world));
     *formed_ = {world_.get(), tp_.get(), pp_.get(), dcp_.get()};
     for (const GroupCoordinator* group : *formed_) {
       captures_->add(group->arena());
     }
+  }
+
+  /// The order in which all ranks form the groups.
+  static constexpr std::array kKinds{GroupKind::world, GroupKind::tensor_parallel,
+                                     GroupKind::pipeline_parallel,
+                                     GroupKind::decode_context_parallel};
+  static constexpr std::uint64_t kNumber = (std::uint64_t{1} << 62) - 1;  // for messages
+
+  /// A rank that fails leaves the groups that it has not formed at once: their other ranks would
+  /// wait for it.
+  void form_all(ControlPlane& world, std::uint64_t generation) {
+    std::vector<GroupParts> parts;
+    for (const GroupKind kind : kKinds) {
+      parts.push_back(prepare(world, kind, generation++));
+    }
+    std::size_t next = 0;
+    try {
+      const auto formed = [&]() -> GroupParts {
+        connect(parts[next]);
+        return std::move(parts[next++]);
+      };
+      world_ = std::make_unique<GroupCoordinator>(formed());
+      tp_ = std::make_unique<TensorParallelGroup>(formed());
+      pp_ = std::make_unique<PipelineParallelGroup>(formed());
+      dcp_ = std::make_unique<DecodeContextParallelGroup>(formed(), options_.merge);
+    } catch (const std::exception& error) {
+      for (; next < parts.size(); ++next) {
+        parts[next].control->give_up(error.what());
+      }
+      throw;
+    }
+  }
+
+  /// These groups in the state's order. Throws `UsageError` unless they are different ones of it.
+  [[nodiscard]] std::vector<GroupCoordinator*> in_order(
+      const std::vector<GroupCoordinator*>& wanted) {
+    std::vector<GroupCoordinator*> chosen;
+    for (GroupCoordinator* group : groups()) {
+      if (std::find(wanted.begin(), wanted.end(), group) != wanted.end()) {
+        chosen.push_back(group);
+      }
+    }
+    if (chosen.empty() || chosen.size() != wanted.size()) {
+      throw UsageError("audience groups: expected different groups of this ParallelState");
+    }
+    static_cast<void>(chosen.front()->audience());  // refused after shutdown
+    return chosen;
+  }
+
+  /// "tp+dcp". Of kinds: the names of groups differ between the ranks of another group.
+  [[nodiscard]] static std::string names_of(const std::vector<GroupCoordinator*>& groups) {
+    std::string names;
+    for (const GroupCoordinator* group : groups) {
+      names += fmt::format("{}{}", names.empty() ? "" : "+", to_string(group->kind()));
+    }
+    return names;
+  }
+
+  /// Of the groups that hold every rank of these, the smallest, and the last of equal ones; the
+  /// same kind on every rank.
+  [[nodiscard]] GroupCoordinator& smallest_around(const std::vector<GroupCoordinator*>& inner) {
+    const auto holds = [&](const GroupCoordinator& outer) {
+      return std::all_of(inner.begin(), inner.end(), [&](const GroupCoordinator* group) {
+        return std::all_of(group->ranks().begin(), group->ranks().end(), [&](int rank) {
+          const auto& ranks = outer.ranks();
+          return std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
+        });
+      });
+    };
+    GroupCoordinator* smallest = world_.get();
+    for (GroupCoordinator* group : groups()) {
+      if (group->size() <= smallest->size() && holds(*group)) {
+        smallest = group;
+      }
+    }
+    return *smallest;
   }
 
   /// Ranks with different options would form groups that never meet.
@@ -242,8 +341,7 @@ class ParallelState {
           GroupKind::decode_context_parallel}) {
       selected += symmetric.selection.selects(kind, options_.layout) ? '1' : '0';
     }
-    ControlPlane* control = &world;
-    agree(std::span(&control, 1),
+    agree(world,
           {.place = fmt::format(
                "creation of a ParallelState: {}, {} backend, symmetric {} for {}, "
                "peer mapping {}, merge plan {} in precision {}, debug checks {}",
@@ -253,43 +351,35 @@ class ParallelState {
            .bytes = options_.arena.growth_bytes});
   }
 
-  /// A number that tells this state's groups from those of every other state over the same world:
-  /// messages of a state that failed may still be on their way when the next one is formed.
-  static std::uint64_t next_generation(ControlPlane& world) {
-    static std::atomic<std::uint64_t> states{0};
-    // Apart from what the engine gives to `subgroup` and from the generations of `split`.
-    std::uint64_t generation = (std::uint64_t{1} << 62) | states.fetch_add(1) << 2;
-    const auto bytes = world.broadcast(std::as_bytes(std::span(&generation, 1)), 0);
-    if (bytes.size() == sizeof(generation)) {
-      std::memcpy(&generation, bytes.data(), sizeof(generation));
-    }
-    return generation;
-  }
-
-  [[nodiscard]] GroupParts form(ControlPlane& world, GroupKind kind) {
+  /// Local.
+  [[nodiscard]] GroupParts prepare(ControlPlane& world, GroupKind kind,
+                                   std::uint64_t generation) const {
     const auto& layout = options_.layout;
     GroupParts parts;
     parts.kind = kind;
     parts.name = group_name(kind, group_index(layout, kind, world.rank()));
     parts.ranks = group_ranks(layout, kind, world.rank());
-    parts.control =
-        world.subgroup(parts.ranks, generation_ | static_cast<std::uint64_t>(kind), parts.name);
+    parts.control = world.subgroup(parts.ranks, generation, parts.name);
     parts.backend = options_.backend;
+    parts.debug_checks = options_.debug_checks;
+    parts.arena = options_.arena;
+    return parts;
+  }
+
+  /// Collective over the group.
+  void connect(GroupParts& parts) const {
     SymmetricCapabilities found;
     if (parts.ranks.size() > 1) {
       parts.transport = options_.backend->connect(*parts.control);
       found = parts.transport->capabilities();
     }
-    parts.decision = decide(options_.symmetric, kind, layout, found);
-    parts.debug_checks = options_.debug_checks;
-    parts.arena = options_.arena;
+    parts.decision = decide(options_.symmetric, parts.kind, options_.layout, found);
     if (parts.control->rank() == 0) {
       log(LogLevel::info, fmt::format("{}: {}", parts.name, describe(parts.decision)));
       if (warning_due(parts.decision)) {
         log(LogLevel::warning, fmt::format("{}: {}", parts.name, describe(parts.decision)));
       }
     }
-    return parts;
   }
 
   static void order_launch(const std::vector<GroupCoordinator*>& formed,
@@ -311,18 +401,26 @@ class ParallelState {
   }
 
   void close_audiences() noexcept {
-    for (const auto& arena : audiences_) {
-      arena->close();
+    for (const auto& known : audiences_) {
+      if (known.arena != nullptr) {
+        known.arena->close();
+      }
     }
   }
 
+  /// An arena of several groups, or null where none of them has windows.
+  struct KnownAudience {
+    std::string name;
+    std::shared_ptr<SymmetricArena> arena;
+  };
+
   ParallelOptions options_;
-  std::uint64_t generation_ = 0;
   std::shared_ptr<CaptureDomain> captures_;  // keeps its address when the state is moved
   // Shared with captured graphs; empty once the groups are gone.
   std::shared_ptr<std::vector<GroupCoordinator*>> formed_ =
       std::make_shared<std::vector<GroupCoordinator*>>();
-  std::vector<std::shared_ptr<SymmetricArena>> audiences_;
+  std::vector<KnownAudience> audiences_;
+  bool shut_down_ = false;
   std::unique_ptr<GroupCoordinator> world_;
   std::unique_ptr<TensorParallelGroup> tp_;
   std::unique_ptr<PipelineParallelGroup> pp_;

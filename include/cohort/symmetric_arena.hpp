@@ -5,9 +5,12 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <iterator>
 #include <memory>
 #include <optional>
 #include <span>
@@ -29,10 +32,11 @@
 
 namespace cohort {
 
-/// One group of an arena's audience: where its ranks agree, and with what segments are registered.
-struct AudienceMember {
+/// The groups that an arena's segments are registered with, and where their ranks agree.
+struct Audience {
+  /// Of a group that holds every rank of each of these groups; of the group itself where it is one.
   ControlPlane* control = nullptr;
-  Transport* transport = nullptr;
+  std::vector<Transport*> transports = {};  ///< In the same order on every rank.
 };
 
 struct ArenaOptions {
@@ -89,24 +93,27 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
 
  public:
   /// Local; no segment is allocated yet. The backend outlives the arena and every tensor of it;
-  /// the members outlive `close`.
+  /// the audience's groups outlive `close`. Throws `UsageError` for groups without a control plane.
   [[nodiscard]] static std::shared_ptr<SymmetricArena> create(Backend& backend, std::string name,
-                                                              std::vector<AudienceMember> audience,
+                                                              Audience audience,
                                                               ArenaOptions options = {}) {
+    if (!audience.transports.empty() && audience.control == nullptr) {
+      throw UsageError(
+          fmt::format("arena {}: expected a control plane for its audience, got null", name));
+    }
     return std::make_shared<SymmetricArena>(Private{}, backend, std::move(name),
                                             std::move(audience), options);
   }
 
-  SymmetricArena(Private, Backend& backend, std::string name, std::vector<AudienceMember> audience,
+  SymmetricArena(Private, Backend& backend, std::string name, Audience audience,
                  ArenaOptions options)
       : backend_(&backend),
         name_(std::move(name)),
         audience_(std::move(audience)),
         options_(options),
         needs_equal_offsets_(
-            std::any_of(audience_.begin(), audience_.end(), [](const AudienceMember& member) {
-              return member.transport != nullptr && member.transport->needs_equal_offsets();
-            })) {}
+            std::any_of(audience_.transports.begin(), audience_.transports.end(),
+                        [](const Transport* group) { return group->needs_equal_offsets(); })) {}
 
   ~SymmetricArena() override { close(); }
 
@@ -326,13 +333,16 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
                                     bytes);
   }
 
-  void agree_on(const Intent& intent) {
-    if (!audience_.empty()) {
-      std::vector<ControlPlane*> groups;
-      for (const auto& member : audience_) {
-        groups.push_back(member.control);
-      }
-      agree(groups, intent);
+  [[nodiscard]] bool has_audience() const noexcept { return !audience_.transports.empty(); }
+
+  /// Throws `own`, this rank's failure, as every agreement does, and alone where there is nobody to
+  /// agree with.
+  void agree_on(const Intent& intent, const std::exception_ptr& own = nullptr,
+                std::chrono::milliseconds patience = {}) {
+    if (has_audience()) {
+      agree(*audience_.control, intent, own, patience);
+    } else if (own) {
+      std::rethrow_exception(own);
     }
   }
 
@@ -438,7 +448,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// graphs that share a part need no more than the largest, and no more than they allocate.
   void extend(GraphExtents& held, OffsetAllocator& space, std::size_t bytes) {
     throw_if_closed();
-    if (audience_.empty()) {
+    if (!has_audience()) {
       reclaim_agreed();  // nobody to agree with
     }
     std::optional<OffsetAllocator::Block> taken;
@@ -504,41 +514,40 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
                   .bytes = size,
                   .history = history_to_agree_on()};
     std::unique_ptr<Segment> segment;
+    std::exception_ptr failure;
     try {
       segment =
-          audience_.empty() ? backend_->allocate_workspace(size) : backend_->allocate_segment(size);
-    } catch (const Error& error) {
-      if (audience_.empty()) {
-        throw;
-      }
-      intent.failure = error.what();
+          has_audience() ? backend_->allocate_segment(size) : backend_->allocate_workspace(size);
+    } catch (const std::exception&) {
+      failure = std::current_exception();
     }
-    agree_on(intent);
+    agree_on(intent, failure);
     register_segment(*segment, intent);
     segments_.push_back(std::move(segment));
     space_.add_range(std::uint64_t{segments_.size() - 1} << kSegmentBits, size);
   }
 
-  /// Registers with every group, in the audience's order, then makes sure that all ranks could.
+  /// Registers with every group, in the audience's order. After each the whole audience makes sure
+  /// that all could: a registration that a peer never joins may not end.
   void register_segment(Segment& segment, Intent intent) {
     std::vector<std::unique_ptr<Window>> windows;
-    try {
-      for (const auto& member : audience_) {
-        windows.push_back(member.transport->register_segment(segment));
+    for (Transport* transport : audience_.transports) {
+      std::exception_ptr failure;
+      try {
+        windows.push_back(transport->register_segment(segment));
+      } catch (const std::exception&) {
+        failure = std::current_exception();
       }
-    } catch (const TimeoutError&) {
-      throw;  // the group is beyond another exchange
-    } catch (const Error& error) {
-      intent.failure = error.what();
+      intent.place = fmt::format("registration of a segment of arena {} with group {} of {}", name_,
+                                 windows.size() + (failure ? 1 : 0), audience_.transports.size());
+      agree_on(intent, failure, patience_after_a_wait(*audience_.control));
     }
-    intent.place = fmt::format("registration of a segment of arena {}", name_);
-    agree_on(intent);
     std::move(windows.begin(), windows.end(), std::back_inserter(windows_));
   }
 
   Backend* backend_;
   std::string name_;
-  std::vector<AudienceMember> audience_;
+  Audience audience_;
   ArenaOptions options_;
   OffsetAllocator space_;
   std::vector<std::unique_ptr<Segment>> segments_;
@@ -581,19 +590,16 @@ inline void SymmetricArena::reclaim_agreed() {
       ended.push_back(number_of(*held));
     }
   }
-  // A graph ends at a moment of its own on each rank; only what has ended everywhere goes back. An
-  // answer crosses one group a round, as in agree().
-  for (std::size_t round = 0; round < audience_.size(); ++round) {
-    for (const auto& member : audience_) {
-      for (const auto& bytes : member.control->all_gather(std::as_bytes(std::span(ended)))) {
-        std::vector<std::uint64_t> theirs(bytes.size() / sizeof(std::uint64_t));
-        if (!theirs.empty()) {
-          std::memcpy(theirs.data(), bytes.data(), theirs.size() * sizeof(std::uint64_t));
-        }
-        std::erase_if(ended, [&](std::uint64_t id) {
-          return std::find(theirs.begin(), theirs.end(), id) == theirs.end();
-        });
+  // A graph ends at a moment of its own on each rank; only what has ended everywhere goes back.
+  if (has_audience()) {
+    for (const auto& bytes : audience_.control->all_gather(std::as_bytes(std::span(ended)))) {
+      std::vector<std::uint64_t> theirs(bytes.size() / sizeof(std::uint64_t));
+      if (!theirs.empty()) {
+        std::memcpy(theirs.data(), bytes.data(), theirs.size() * sizeof(std::uint64_t));
       }
+      std::erase_if(ended, [&](std::uint64_t id) {
+        return std::find(theirs.begin(), theirs.end(), id) == theirs.end();
+      });
     }
   }
   std::erase_if(parts_, [&](const auto& held) {

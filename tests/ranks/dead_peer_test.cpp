@@ -79,10 +79,9 @@ void exchange(Scene& scene) {
 }
 
 void agreement(Scene& scene) {
-  ControlPlane* const group = &scene.world;
-  agree(std::span(&group, 1), {.place = "growth of arena world", .sequence = 0, .bytes = 4096});
+  agree(scene.world, {.place = "growth of arena world", .sequence = 0, .bytes = 4096});
   scene.middle();
-  agree(std::span(&group, 1), {.place = "growth of arena world", .sequence = 1, .bytes = 4096});
+  agree(scene.world, {.place = "growth of arena world", .sequence = 1, .bytes = 4096});
 }
 
 // The victim dies after its last call: the end of the session has to notice.

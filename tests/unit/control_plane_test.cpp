@@ -8,11 +8,13 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -244,6 +246,180 @@ TEST_CASE("a time-out names the call, the group and the ranks that did not come,
   CHECK(seconds_since(start) < 10);
 }
 
+TEST_CASE("a rank that comes after another has given up does not go on alone") {
+  const auto limit = 300ms;
+  using Call = std::function<void(ControlPlane&)>;
+  const auto [name, waits, late] = GENERATE_COPY(table<std::string, Call, Call>({
+      {"all_gather", [](ControlPlane& p) { p.all_gather(Bytes(3)); },
+       [](ControlPlane& p) { p.all_gather(Bytes(3)); }},
+      {"barrier", [](ControlPlane& p) { p.barrier(); }, [](ControlPlane& p) { p.barrier(); }},
+      {"broadcast", [](ControlPlane& p) { p.broadcast({}, 1); },
+       [](ControlPlane& p) { p.broadcast(Bytes(3), 1); }},
+      {"exchange",
+       [](ControlPlane& p) {
+         p.exchange({}, std::vector<ControlPlane::Incoming>{{1, 4}});
+       },
+       [](ControlPlane& p) {
+         p.exchange({{0, Bytes(4)}}, {});
+       }},
+  }));
+  const bool warm = GENERATE(false, true);  // whether the ranks have met before
+  const auto& [label, first, second] = std::tie(name, waits, late);
+  CAPTURE(label, warm);
+  run_ranks(
+      2,
+      [&, &first = first, &second = second](ControlPlane& plane) {
+        if (warm) {
+          plane.barrier();
+          plane.exchange({{1 - plane.rank(), Bytes(1)}},
+                         std::vector<ControlPlane::Incoming>{{1 - plane.rank(), 1}});
+        }
+        if (plane.rank() == 1) {
+          std::this_thread::sleep_for(4 * limit);
+        }
+        try {
+          plane.rank() == 0 ? first(plane) : second(plane);
+          check(false, "the call throws on rank " + std::to_string(plane.rank()));
+        } catch (const TimeoutError& error) {
+          // Both know the same: rank 1 was missing.
+          check(error.missing() == std::vector{1}, "missing: " + ranks_text(error.missing()));
+          check_throws<TimeoutError>([] { throw; }, "rank 1 did not arrive within 300 ms",
+                                     plane.rank() == 0 ? "" : "rank 0 gave up");
+        }
+        check(plane.poisoned(), "poisoned");
+        check_throws<TransportError>([&] { plane.barrier(); }, "form a new group");
+      },
+      limit);
+}
+
+TEST_CASE("a rank that has finished a call is not troubled by who leaves later ones") {
+  run_ranks(
+      2,
+      [](ControlPlane& plane) {
+        plane.barrier();
+        if (plane.rank() == 0) {
+          plane.broadcast(message_of(2), 0);  // does not wait
+          plane.give_up("enough");
+        } else {
+          std::this_thread::sleep_for(400ms);
+          check(plane.broadcast({}, 0) == message_of(2), "sent before rank 0 left");
+          check_throws<SymmetryError>([&] { plane.barrier(); }, "rank 0 gave up", "group world",
+                                      "enough");
+        }
+      },
+      200ms);
+}
+
+TEST_CASE("who still waits ends as soon as another gives up") {
+  const auto start = Clock::now();
+  run_ranks(3, [](ControlPlane& plane) {
+    if (plane.rank() == 2) {
+      return;
+    }
+    // Of a minute and of a moment: rank 1 does not sit out its own limit.
+    try {
+      plane.all_gather_within({}, plane.rank() == 0 ? 300ms : 60'000ms);
+      check(false, "throws");
+    } catch (const TimeoutError& error) {
+      check(error.missing() == std::vector{2}, "missing: " + ranks_text(error.missing()));
+      check_throws<TimeoutError>([] { throw; }, "rank 2 did not arrive within 300 ms");
+    }
+  });
+  CHECK(seconds_since(start) < 20);
+}
+
+TEST_CASE("giving up tells the others at once, whatever they wait for") {
+  const auto start = Clock::now();
+  run_ranks(
+      4,
+      [](ControlPlane& plane) {
+        plane.barrier();
+        const std::vector<ControlPlane::Incoming> incoming{{0, 4}};
+        switch (plane.rank()) {
+          case 0:
+            plane.give_up("no memory left");
+            check(plane.poisoned(), "poisoned");
+            check_throws<TransportError>([&] { plane.barrier(); }, "form a new group");
+            plane.give_up("again");  // they have been told
+            return;
+          case 1:
+            check_throws<SymmetryError>([&] { plane.exchange({}, incoming); }, "rank 0 gave up",
+                                        "no memory left");
+            return;
+          case 2:
+            check_throws<SymmetryError>([&] { plane.broadcast({}, 0); }, "rank 0 gave up");
+            return;
+          default:
+            // Rank 2 leaves as well, and may say so, in the words of rank 0.
+            check_throws<SymmetryError>([&] { plane.broadcast({}, 2); }, "rank 0 gave up",
+                                        "no memory left");
+        }
+      },
+      60s);
+  CHECK(seconds_since(start) < 20);
+}
+
+TEST_CASE("what a transport error says reaches the others with its native code") {
+  const detail::GiveUp why = detail::GiveUp::because(
+      TransportError({.call = "send", .native_code = 32, .rank = 1}, "broken pipe"), 1);
+  const auto told = detail::GiveUp::deserialize(why.serialize());
+  try {
+    told.raise(1, "barrier", "tp[0]");
+    FAIL("raise returned");
+  } catch (const TransportError& error) {
+    CHECK(error.site().native_code == 32);
+    CHECK(error.site().rank == 1);
+    CHECK_THAT(std::string(error.what()), contains("group tp[0]", "rank 1 gave up", "broken pipe"));
+  }
+  // Bytes that are no reason are none of anyone's memory.
+  CHECK_THROWS_AS(detail::GiveUp::deserialize(Bytes(5)).raise(0, "barrier", "g"), SymmetryError);
+  Bytes wild = why.serialize();
+  std::fill(wild.begin() + 8, wild.begin() + 12, std::byte{0x7f});
+  CHECK_THROWS_AS(detail::GiveUp::deserialize(wild).raise(0, "barrier", "g"), Error);
+  CHECK(detail::GiveUp{.text = std::string(100'000, 'x')}.serialize().size() < 4096);
+}
+
+TEST_CASE("what is sent to a group that has ended does not stay") {
+  const auto planes = make_thread_control_planes(2, 200ms);
+  const auto held = [&](int rank) {
+    return dynamic_cast<MessageControlPlane&>(*planes[static_cast<std::size_t>(rank)])
+        .held_messages();
+  };
+  const std::vector<int> both{0, 1};
+  const auto work = [&](int rank) {
+    auto& plane = *planes[static_cast<std::size_t>(rank)];
+    for (int round = 0; round < 50; ++round) {
+      const auto generation = plane.new_generations(1);
+      const auto group = plane.subgroup(both, generation, "short-lived");
+      if (rank == 0) {
+        group->broadcast(message_of(3), 0);
+        group->broadcast(message_of(3), 0);
+      } else if (round % 2 == 0) {
+        group->broadcast({}, 0);  // and leaves the other
+      }
+    }
+    plane.barrier();
+  };
+  std::thread other([&] { work(1); });
+  work(0);
+  other.join();
+  CHECK(held(0) == 0);
+  CHECK(held(1) == 0);
+}
+
+TEST_CASE("generations are given once, on every rank the same") {
+  run_ranks(3, [](ControlPlane& plane) {
+    const auto first = plane.new_generations(4);
+    const auto second = plane.new_generations(1);
+    check(second >= first + 4, "apart");
+    for (const auto mine : {first, second}) {
+      for (const auto& theirs : plane.all_gather(std::as_bytes(std::span(&mine, 1)))) {
+        check(std::memcmp(theirs.data(), &mine, sizeof(mine)) == 0, "the same on every rank");
+      }
+    }
+  });
+}
+
 TEST_CASE("survivors of a time-out form a group without the ranks that left") {
   run_ranks(
       4,
@@ -301,14 +477,15 @@ TEST_CASE("ranks in different calls get an error that names both") {
 
 TEST_CASE("a rank that has skipped a call is found by the number") {
   run_ranks(2, [](ControlPlane& plane) {
-    // Rank 0's broadcast does not wait, so it runs ahead.
-    if (plane.rank() == 0) {
-      plane.broadcast(message_of(1), 0);
-    }
-    check_throws<SymmetryError>([&] { plane.barrier(); },
-                                plane.rank() == 0 ? "rank 1 is in barrier #0 while rank 0 is in "
-                                                    "barrier #1"
-                                                  : "rank 0 is in broadcast #0");
+    // Rank 0's broadcast does not wait, so it runs ahead, unless it hears that rank 1 has left.
+    check_throws<SymmetryError>(
+        [&] {
+          if (plane.rank() == 0) {
+            plane.broadcast(message_of(1), 0);
+          }
+          plane.barrier();
+        },
+        "rank 1 is in barrier #0");
   });
 }
 
@@ -326,7 +503,11 @@ TEST_CASE("a split is not taken for an all_gather of the same size") {
 TEST_CASE("an exchange of another size is an error that names both sizes") {
   run_ranks(2, [](ControlPlane& plane) {
     if (plane.rank() == 0) {
-      plane.exchange({{1, Bytes(7)}}, {});
+      try {
+        plane.exchange({{1, Bytes(7)}}, {});
+      } catch (const SymmetryError&) {  // where it hears of it in time
+        check_throws<SymmetryError>([] { throw; }, "rank 1 gave up", "expected 8");
+      }
     } else {
       const std::vector<ControlPlane::Incoming> incoming{{0, 8}};
       check_throws<SymmetryError>([&] { plane.exchange({}, incoming); }, "rank 0 sent 7",

@@ -1,6 +1,8 @@
 #include "cohort/parallel_state.hpp"
 
-#include <atomic>
+#include <chrono>
+#include <cohort/host/host_backend.hpp>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -10,6 +12,7 @@
 #include "support/arena_checks.hpp"
 #include "support/catch.hpp"
 #include "support/divergence_checks.hpp"
+#include "support/stand_in_backend.hpp"
 #include "support/threads.hpp"
 
 using namespace cohort;
@@ -116,11 +119,16 @@ TEST_CASE("a state can be formed after one that failed", "[state]") {
           if (world.rank() == 0) {
             check_throws<TimeoutError>(
                 [&] { (void)state.dcp().arena()->empty({4}, DType::u8, {}); }, "rank 1");
-            check_throws<TransportError>([&] { state.shutdown(); }, "form a new group");
+            check_throws<TransportError>(
+                [&] { (void)state.dcp().arena()->empty({4}, DType::u8, {}); }, "form a new group");
           } else {
-            std::this_thread::sleep_for(world.limit());  // the world's own limit is not to end
+            // Comes, but not within the limit: it hears of that and does not grow alone.
+            std::this_thread::sleep_for(world.limit() + world.limit() / 2);
+            check_throws<TimeoutError>(
+                [&] { (void)state.dcp().arena()->empty({4}, DType::u8, {}); }, "rank 0 gave up",
+                "rank 1 did not arrive");
           }
-          world.barrier();
+          state.shutdown();  // the other groups still work
         }
         auto state = make_state(world, {.tp = 2, .dcp = 2});
         check_works_on(state.dcp());
@@ -243,6 +251,222 @@ TEST_CASE("a thousand rounds leave no mapping, no descriptor and no file", "[sta
   CHECK(after.files == before.files);
   CHECK(after.mappings == 0);
   CHECK(before.mappings == 0);
+}
+
+namespace {
+
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+/// Of all ranks of two stages of two; `steps` replaces parts of the backend.
+ParallelState two_by_two(ControlPlane& world, StandIns steps) {
+  return make_state(world, {.tp = 2, .pp = 2, .dcp = 1},
+                    {.backend = std::make_shared<StandInBackend>(std::move(steps))});
+}
+
+const TransportError kNoMemory({.call = "ncclCommWindowRegister", .native_code = 2},
+                               "out of memory");
+
+}  // namespace
+
+TEST_CASE("an audience of several groups waits for a missing rank once", "[audience]") {
+  const auto limit = std::chrono::milliseconds(2000);
+  run_ranks(
+      3,
+      [&](ControlPlane& world) {
+        auto state = make_state(world, {.tp = 3, .dcp = 3});
+        const auto all = state.audience({&state.world(), &state.tp(), &state.dcp()});
+        check(all.arena != nullptr, "an arena");
+        world.barrier();
+        if (world.rank() == 1) {
+          std::this_thread::sleep_for(2 * limit);
+          return;
+        }
+        const auto start = Clock::now();
+        try {
+          all.arena->reserve(1 << 20);
+          check(false, "reserve throws");
+        } catch (const TimeoutError& error) {
+          check(error.missing() == std::vector{1}, error.what());
+        }
+        check(seconds_since(start) < 2 * 1.25 + 0.5, "one limit, not one for each group");
+      },
+      limit);
+}
+
+TEST_CASE("after one group's registration failed nobody enters that with the next", "[audience]") {
+  const int failing = GENERATE(0, 3);
+  const bool first = GENERATE(true, false);  // in tp, or in pp
+  const auto start = Clock::now();
+  run_ranks(
+      4,
+      [&](ControlPlane& world) {
+        int entered_pp = 0;
+        bool broken = true;
+        auto state =
+            two_by_two(world, {.register_segment = [&](ControlPlane& group, const auto& go_on) {
+                         entered_pp += group.name().substr(0, 2) == "pp" ? 1 : 0;
+                         // Fails on one rank before it meets the others, who go through.
+                         if (broken && world.rank() / 2 == failing / 2 &&
+                             group.name().substr(0, 2) == "tp" && first) {
+                           if (world.rank() == failing) {
+                             throw TransportError(kNoMemory);
+                           }
+                           return std::unique_ptr<Window>();
+                         }
+                         if (broken && world.rank() == failing && !first &&
+                             group.name().substr(0, 2) == "pp") {
+                           const auto unused = go_on();
+                           throw TransportError(kNoMemory);
+                         }
+                         return go_on();
+                       }});
+        const auto both = state.audience({&state.tp(), &state.pp()});
+        const auto reserve = [&] { both.arena->reserve(1 << 20); };
+        if (world.rank() == failing) {
+          try {
+            reserve();
+            check(false, "reserve throws");
+          } catch (const TransportError& error) {
+            check_equal(error.site().native_code, 2L, "the native code");
+          }
+        } else {
+          check_blames(failing, reserve, "arena tp+pp", fmt::format("rank {} failed", failing),
+                       "out of memory");
+        }
+        broken = false;
+        check_equal(entered_pp, first ? 0 : 1, "registrations with pp");
+        for (GroupCoordinator* group : state.groups()) {
+          check(!group->control().poisoned(), group->name() + " works on");
+        }
+        check_works_on(state.tp());
+        check_works_on(state.pp());
+      },
+      std::chrono::milliseconds(20'000));
+  CHECK(seconds_since(start) < 15);
+}
+
+TEST_CASE("a registration that hangs does not hide why", "[audience]") {
+  const auto limit = std::chrono::milliseconds(1000);
+  run_ranks(
+      4,
+      [&](ControlPlane& world) {
+        auto state =
+            two_by_two(world, {.register_segment = [&](ControlPlane& group, const auto& go_on) {
+                         if (group.name() != "tp[0]") {
+                           return go_on();
+                         }
+                         if (group.rank() == 0) {
+                           throw TransportError(kNoMemory);
+                         }
+                         std::this_thread::sleep_for(limit);
+                         throw TimeoutError("ncclCommWindowRegister did not return", {});
+                       }});
+        const auto both = state.audience({&state.tp(), &state.pp()});
+        world.barrier();
+        const auto start = Clock::now();
+        const auto reserve = [&] { both.arena->reserve(1 << 20); };
+        if (world.rank() == 0) {
+          check_throws<TransportError>(reserve, "code 2", "out of memory");
+        } else if (world.rank() == 1) {
+          check_throws<TimeoutError>(reserve, "did not return", "rank 0 failed", "out of memory");
+        } else {
+          check_throws<Error>(reserve, "did not return");
+        }
+        check(seconds_since(start) < 1.25 + 1, "within the limit");
+      },
+      limit);
+}
+
+TEST_CASE("an audience whose windows are not the same on all ranks is refused on all",
+          "[audience]") {
+  run_ranks(4, [](ControlPlane& world) {
+    const HostOptions options{.machine = world.rank() == 3 ? "far" : "near"};
+    auto state =
+        make_state(world, {.tp = 2, .pp = 2, .dcp = 1}, {.backend = host_backend(options)});
+    for (int round = 0; round < 2; ++round) {
+      check_throws<SymmetryError>(
+          [&] {
+            (void)state.audience({&state.tp(), &state.pp()});
+          },
+          "audience of the groups tp+pp", "ranks disagree");
+    }
+    // What is the same on all ranks of the group around it is not refused.
+    check((state.audience({&state.tp()}).arena != nullptr) == (world.rank() < 2), "tp[0]");
+  });
+}
+
+TEST_CASE("all ranks have a state or none has", "[state]") {
+  const auto start = Clock::now();
+  run_ranks(4, [](ControlPlane& world) {
+    const HostOptions options{.machine = world.rank() == 3 ? "far" : "near"};
+    const auto create = [&] {
+      (void)ParallelState::create(world, {.layout = {.tp = 4, .dcp = 2},
+                                          .backend = host_backend(options),
+                                          .merge = {.plan = MergePlan::one_kernel}});
+    };
+    if (world.rank() < 2) {
+      check_throws<SymmetryError>(create, "formation of the groups of a ParallelState",
+                                  "rank 2, 3 failed", "one_kernel");
+    } else {
+      check_throws<ConfigError>(create, "one_kernel");
+    }
+    auto state = make_state(world, {.tp = 4, .dcp = 2});
+    check_works_on(state.dcp());
+  });
+  CHECK(seconds_since(start) < 15);
+}
+
+TEST_CASE("a rank that fails while groups are formed ends it everywhere at once", "[state]") {
+  const std::string where = GENERATE("world", "tp[0]", "pp[1]");
+  const auto start = Clock::now();
+  run_ranks(
+      4,
+      [&](ControlPlane& world) {
+        const auto form = [&](bool fails) {
+          return two_by_two(world, {.connect = [&world, &where, fails](ControlPlane& group) {
+                              if (fails && world.rank() == 1 && group.name() == where) {
+                                throw TransportError(kNoMemory);
+                              }
+                            }});
+        };
+        if (world.rank() == 1) {
+          check_throws<TransportError>([&] { (void)form(true); }, "code 2", "out of memory");
+        } else {
+          check_throws<SymmetryError>([&] { (void)form(true); }, "rank", "out of memory");
+        }
+        check(!world.poisoned(), "the world works on");
+        auto state = form(false);
+        check_works_on(state.tp());
+        check_works_on(state.pp());
+      },
+      std::chrono::milliseconds(60'000));
+  CHECK(seconds_since(start) < 30);
+}
+
+TEST_CASE("teardown closes every group, whatever state the groups are in", "[state]") {
+  const std::string broken = GENERATE("dcp", "world");
+  run_ranks(2, [&](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2, .dcp = 2});
+    auto& out_of_step = broken == "dcp" ? state.dcp().control() : state.world().control();
+    check_throws<SymmetryError>(
+        [&] { world.rank() == 0 ? out_of_step.barrier() : (void)out_of_step.all_gather({}); },
+        "rank");
+    const Tensor x = state.backend().allocate({4}, DType::f32, {});
+    fill(x, 0);
+    if (broken == "dcp") {
+      state.shutdown();
+    } else {
+      check_throws<TransportError>([&] { state.shutdown(); }, "form a new group");
+    }
+    for (GroupCoordinator* group : state.groups()) {
+      check_throws<UsageError>([&] { group->all_reduce(x); }, "after shutdown");
+    }
+    state.shutdown();
+    auto next = make_state(world, {.tp = 2, .dcp = 2});
+    check_works_on(next.dcp());
+  });
 }
 
 TEST_CASE("ranks that differ get errors that name them", "[divergence]") {

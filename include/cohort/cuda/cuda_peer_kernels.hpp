@@ -107,8 +107,7 @@ class CudaPeerKernels final : public PeerKernels {
     Intent intent{.place = fmt::format("growth of the inboxes of {}", group_.name()),
                   .sequence = inboxes_.size(),
                   .bytes = slot_bytes};
-    ControlPlane* const groups[] = {&group_};
-    agree(groups, std::move(intent));
+    agree(group_, std::move(intent));
     const std::int64_t there = table().layout.flag_line_capacity();
     if (!options_.whole_lines || lane <= there) {
       return;

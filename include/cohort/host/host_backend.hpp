@@ -294,9 +294,7 @@ inline std::unique_ptr<Transport> HostBackend::connect(ControlPlane& group) {
     own = make_pad(geometry, mine);
   }
   const auto all = exchange_introductions(group, mine);
-  ControlPlane* only = &group;
-  agree(std::span(&only, 1),
-        {.place = "options of the host transport", .bytes = geometry.slot_bytes});
+  agree(group, {.place = "options of the host transport", .bytes = geometry.slot_bytes});
 
   SymmetricCapabilities found{
       .backend = BackendKind::host,

@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <span>
@@ -240,8 +241,8 @@ inline std::unique_ptr<Window> HostTransport::register_segment(Segment& segment)
   const MemoryHandle handle = own->memory()->handle();
   const auto all = control_.all_gather(std::as_bytes(std::span(&handle, 1)));
   std::vector<std::shared_ptr<SharedMemory>> memory;
-  std::string failure;
-  for (std::size_t r = 0; r < all.size() && failure.empty(); ++r) {
+  std::exception_ptr failure;
+  for (std::size_t r = 0; r < all.size() && !failure; ++r) {
     try {
       MemoryHandle theirs;
       if (all[r].size() != sizeof(theirs)) {
@@ -249,15 +250,13 @@ inline std::unique_ptr<Window> HostTransport::register_segment(Segment& segment)
       }
       std::memcpy(&theirs, all[r].data(), sizeof(theirs));
       memory.push_back(import_shared_memory(theirs));
-    } catch (const Error& error) {
-      failure = fmt::format("memory of rank {}: {}", r, error.what());
+    } catch (const std::exception&) {
+      failure = std::current_exception();
     }
   }
-  ControlPlane* group = &control_;
-  agree(std::span(&group, 1), {.place = "registration of a host window",
-                               .sequence = number,
-                               .bytes = segment.bytes(),
-                               .failure = std::move(failure)});
+  agree(control_,
+        {.place = "registration of a host window", .sequence = number, .bytes = segment.bytes()},
+        failure);
   return std::make_unique<HostWindow>(windows_, number, control_.rank(), std::move(memory));
 }
 

@@ -47,8 +47,7 @@ class Communicator {
         intent.failure = "ncclGetUniqueId: " + nccl_error_text(code);
       }
     }
-    ControlPlane* const groups[] = {&group};
-    agree(groups, std::move(intent));
+    agree(group, std::move(intent));
     const Bytes received = group.broadcast(std::as_bytes(std::span(&id, 1)), 0);
     if (received.size() != sizeof(id)) {
       throw SymmetryError("the unique id of rank 0 has another size than here", {0});

@@ -444,8 +444,7 @@ class NcclTransport final : public Transport {
           std::int64_t{options_.visibility_guard}}) {
       history = detail::mix(history, static_cast<std::uint64_t>(word));
     }
-    ControlPlane* const groups[] = {&group_};
-    agree(groups, {.place = fmt::format("connection of group {} over NCCL", group_.name()),
+    agree(group_, {.place = fmt::format("connection of group {} over NCCL", group_.name()),
                    .history = history});
   }
 

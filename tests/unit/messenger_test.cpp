@@ -1,0 +1,177 @@
+#include "cohort/messenger.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <cohort/control_plane.hpp>
+#include <cstddef>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <span>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "support/catch.hpp"
+
+using namespace cohort;
+using namespace cohort::detail;
+using namespace std::chrono_literals;
+
+namespace {
+
+/// Rank 0 of three. What the test delivers comes in; nobody takes what goes out.
+class DeliveringMessenger : public Messenger {
+ public:
+  [[nodiscard]] int rank() const noexcept override { return 0; }
+  [[nodiscard]] int size() const noexcept override { return 3; }
+  void send(int, Bytes) override {}
+  std::optional<Bytes> receive(int from, Deadline deadline) override {
+    if (from == gone) {
+      throw TransportError({.call = "receive"}, "the rank has left");
+    }
+    auto& queue = arrived.at(static_cast<std::size_t>(from));
+    if (queue.empty()) {
+      if (deadline - Clock::now() > 500us) {
+        ++blocking;
+        std::this_thread::sleep_until(deadline);
+      }
+      return std::nullopt;
+    }
+    Bytes message = std::move(queue.front());
+    queue.erase(queue.begin());
+    return message;
+  }
+
+  void deliver(int from, const FrameTrailer& trailer, std::size_t bytes = 1) {
+    Bytes message(bytes + sizeof(trailer));
+    std::memcpy(message.data() + bytes, &trailer, sizeof(trailer));
+    arrived.at(static_cast<std::size_t>(from)).push_back(std::move(message));
+  }
+
+  std::vector<std::vector<Bytes>> arrived{3};
+  std::atomic<int> blocking{0};
+  int gone = -1;
+};
+
+struct Post {
+  std::shared_ptr<DeliveringMessenger> messenger = std::make_shared<DeliveringMessenger>();
+  Mailbox mailbox{messenger};
+
+  std::optional<Mailbox::Frame> receive(int from, ControlCall call, const Watch& watch) {
+    return mailbox.receive(from, call, watch, Clock::now());
+  }
+};
+
+const std::vector<int> kOthers{1, 2};
+
+}  // namespace
+
+TEST_CASE("messages are sorted by sender, group and kind, and keep their order") {
+  Post post;
+  post.messenger->deliver(1, {7, ControlCall::barrier, 0});
+  post.messenger->deliver(1, {8, ControlCall::barrier, 4});
+  post.messenger->deliver(1, {7, ControlCall::exchange, 0});
+  post.messenger->deliver(1, {7, ControlCall::all_gather, 1});
+  post.messenger->deliver(2, {7, ControlCall::barrier, 9});
+  const Watch seven{7, kOthers, 0};
+  const Watch eight{8, kOthers, 0};
+  CHECK(post.receive(1, ControlCall::exchange, seven).value().trailer.call ==
+        ControlCall::exchange);
+  CHECK(post.receive(2, ControlCall::barrier, seven).value().trailer.sequence == 9);
+  CHECK(post.receive(1, ControlCall::barrier, eight).value().trailer.sequence == 4);
+  CHECK(post.receive(1, ControlCall::barrier, seven).value().trailer.sequence == 0);
+  CHECK(post.receive(1, ControlCall::barrier, seven).value().trailer.sequence == 1);
+  CHECK_FALSE(post.receive(1, ControlCall::barrier, seven));
+  CHECK(post.mailbox.held() == 0);
+}
+
+TEST_CASE("a notice ends the wait of those whom it concerns, after what was sent before it") {
+  Post post;
+  post.messenger->deliver(1, {7, ControlCall::barrier, 0});
+  post.messenger->deliver(1, {7, ControlCall::gave_up, 1}, 5);
+  const Watch first{7, kOthers, 0};
+  const Watch second{7, kOthers, 1};
+  // Rank 1 has finished call 0, so its notice does not concern that.
+  CHECK(post.receive(1, ControlCall::barrier, first));
+  CHECK_FALSE(post.mailbox.receive(1, ControlCall::barrier, first, Clock::now() + 5ms));
+  CHECK_FALSE(post.mailbox.notice(first));
+  // Call 1 it has not, and whoever waits for rank 2 need not go on.
+  CHECK_FALSE(post.mailbox.receive(2, ControlCall::barrier, second, Clock::now() + 60s));
+  const auto notice = post.mailbox.notice(second);
+  REQUIRE(notice);
+  CHECK(notice->from == 1);
+  CHECK(notice->sequence == 1);
+  CHECK(notice->reason.size() == 5);
+  // Nor does it concern other groups, or pairs without rank 1.
+  CHECK_FALSE(post.mailbox.notice({8, kOthers, 1}));
+  CHECK_FALSE(post.mailbox.notice({7, std::span(kOthers).subspan(1), std::nullopt}));
+  CHECK(post.mailbox.notice({7, kOthers, std::nullopt}));
+}
+
+TEST_CASE("numbers of calls wrap around") {
+  Post post;
+  post.messenger->deliver(1, {7, ControlCall::gave_up, 0xffffffffU});
+  CHECK_FALSE(post.mailbox.notice({7, kOthers, 0xfffffffeU}));
+  post.mailbox.look({7, kOthers, 3});
+  CHECK_FALSE(post.mailbox.notice({7, kOthers, 0xfffffffeU}));
+  CHECK(post.mailbox.notice({7, kOthers, 0xffffffffU}));
+  CHECK(post.mailbox.notice({7, kOthers, 3}));
+}
+
+TEST_CASE("looking for notices passes over a rank that is gone") {
+  Post post;
+  post.messenger->gone = 1;
+  post.messenger->deliver(2, {7, ControlCall::barrier, 0});
+  post.messenger->deliver(2, {7, ControlCall::gave_up, 1});
+  post.mailbox.look({7, kOthers, 1});
+  CHECK(post.mailbox.notice({7, kOthers, 1}).value().from == 2);
+}
+
+TEST_CASE("what comes for a group that has ended is dropped") {
+  Post post;
+  const Watch seven{7, kOthers, 0};
+  const Watch eight{8, kOthers, 0};
+  for (const std::uint64_t channel : {6U, 7U, 8U}) {
+    post.messenger->deliver(1, {channel, ControlCall::barrier, 0});
+    post.messenger->deliver(2, {channel, ControlCall::exchange, 0});
+    post.messenger->deliver(2, {channel, ControlCall::gave_up, 3});
+  }
+  post.mailbox.look(seven);
+  CHECK(post.mailbox.held() == 9);
+  post.mailbox.retire(7);
+  CHECK(post.mailbox.held() == 6);
+  post.messenger->deliver(1, {7, ControlCall::barrier, 1});
+  post.messenger->deliver(1, {7, ControlCall::gave_up, 1});
+  post.mailbox.look(eight);
+  CHECK(post.mailbox.held() == 6);
+  CHECK(post.receive(1, ControlCall::barrier, eight));
+  CHECK(post.mailbox.notice({8, kOthers, 3}));
+  // What is remembered of ended groups has a bound.
+  for (std::uint64_t channel = 100; channel < 10'100; ++channel) {
+    post.mailbox.retire(channel);
+  }
+  post.messenger->deliver(1, {10'099, ControlCall::barrier, 0});
+  post.mailbox.look(eight);
+  CHECK(post.mailbox.held() == 5);
+}
+
+TEST_CASE("a thread that waits does not keep the messenger from another") {
+  Post post;
+  std::thread waiting([&] {
+    CHECK_FALSE(post.mailbox.receive(1, ControlCall::barrier, {7, kOthers, 0}, Clock::now() + 2s));
+  });
+  while (post.messenger->blocking == 0) {
+    std::this_thread::yield();
+  }
+  // Each of these would have to wait for the other's turn to end.
+  constexpr int kSends = 400;
+  for (int i = 0; i < kSends; ++i) {
+    post.mailbox.send(2, {8, ControlCall::exchange, 0}, Bytes(1));
+    std::this_thread::sleep_for(500us);
+  }
+  const int blocking = post.messenger->blocking;
+  waiting.join();
+  // Once the two have met they share it for a second.
+  CHECK(blocking < kSends / 4);
+}
