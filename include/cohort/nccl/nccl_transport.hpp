@@ -575,8 +575,7 @@ class NcclTransport final : public Transport {
     if (both || collective == Collective::all_gather) {
       places = detail::mix(places, communicator_->place(out, out_bytes));
     }
-    ControlPlane* const groups[] = {&group_};
-    agree(groups, {.place = fmt::format("capture of a call of group {}: the places of its buffers "
+    agree(group_, {.place = fmt::format("capture of a call of group {}: the places of its buffers "
                                         "in their windows",
                                         group_.name()),
                    .history = places});
