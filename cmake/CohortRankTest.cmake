@@ -10,6 +10,7 @@
 #   [TIMEOUT seconds]          default 120
 #   [LABELS label...]          beyond "ranks"
 #   [VARIANT text]             a further test of a program that is already built: ranks.<name>.<text>.n<count>
+#   [PROGRAM target]           a joined program that holds <name>_test.cpp, instead of SOURCES
 #   [OWN_MAIN])                the sources bring main(); otherwise they are Catch test cases that
 #                              every rank runs, with tests/support/ranks.hpp
 #
@@ -37,9 +38,16 @@ if(MPIEXEC_EXECUTABLE AND NOT DEFINED COHORT_MPIRUN_IS_OPEN_MPI)
   endif()
 endif()
 
+# A program of Catch test cases that every rank runs.
+function(cohort_add_rank_program program)
+  add_executable(${program} ${ARGN})
+  target_link_libraries(${program} PRIVATE cohort_test_rank_main cohort::mpi cohort_warnings)
+  target_precompile_headers(${program} REUSE_FROM cohort_test_rank_main)
+endfunction()
+
 function(cohort_add_rank_test name)
   cmake_parse_arguments(
-    PARSE_ARGV 1 arg "OWN_MAIN" "TIMEOUT;VARIANT"
+    PARSE_ARGV 1 arg "OWN_MAIN" "TIMEOUT;VARIANT;PROGRAM"
     "SOURCES;RANKS;FULL_RANKS;LIBRARIES;ARGS;MPIRUN_ARGS;PASS_REGEX;FAIL_REGEX;LABELS")
   if(arg_UNPARSED_ARGUMENTS)
     message(FATAL_ERROR "cohort_add_rank_test(${name}): unknown ${arg_UNPARSED_ARGUMENTS}")
@@ -48,17 +56,22 @@ function(cohort_add_rank_test name)
     set(arg_TIMEOUT 120)
   endif()
 
-  if(NOT TARGET ${name})
+  set(program ${name})
+  if(arg_PROGRAM)
+    set(program ${arg_PROGRAM})
+    cohort_joined_arguments(arg_ARGS "${name}_test.cpp" "${arg_ARGS}")
+  elseif(TARGET ${name})
+    # built for another of its tests
+  elseif(arg_OWN_MAIN)
     add_executable(${name} ${arg_SOURCES})
     target_link_libraries(${name} PRIVATE ${arg_LIBRARIES} cohort::mpi cohort_warnings)
-    if(arg_OWN_MAIN)
-      target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/tests")
-    else()
-      target_link_libraries(${name} PRIVATE cohort_test_rank_main)
-      if(NOT arg_LIBRARIES)  # other libraries may bring flags that the shared header was not built with
-        target_precompile_headers(${name} REUSE_FROM cohort_test_rank_main)
-      endif()
-    endif()
+    target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/tests")
+  elseif(arg_LIBRARIES)  # they may bring flags that the shared header was not built with
+    add_executable(${name} ${arg_SOURCES})
+    target_link_libraries(${name} PRIVATE ${arg_LIBRARIES} cohort_test_rank_main cohort::mpi
+                                          cohort_warnings)
+  else()
+    cohort_add_rank_program(${name} ${arg_SOURCES})
   endif()
 
   set(mpirun "${MPIEXEC_EXECUTABLE}")
@@ -82,7 +95,7 @@ function(cohort_add_rank_test name)
       list(APPEND labels full)
     endif()
     add_test(NAME "${test}" COMMAND ${mpirun} ${MPIEXEC_NUMPROC_FLAG} ${ranks} ${arg_MPIRUN_ARGS}
-                                    $<TARGET_FILE:${name}> ${arg_ARGS})
+                                    $<TARGET_FILE:${program}> ${arg_ARGS})
     set_tests_properties(
       "${test}"
       PROPERTIES PROCESSORS ${ranks}

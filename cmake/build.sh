@@ -8,7 +8,8 @@ preset=$1
 shift
 
 mkdir -p build
-options=("-DCOHORT_WARNINGS_AS_ERRORS=${COHORT_WERROR:-OFF}")
+# The suite builds everything, and sooner so.
+options=("-DCOHORT_WARNINGS_AS_ERRORS=${COHORT_WERROR:-OFF}" -DCOHORT_JOIN_TESTS=ON)
 if [[ ! -e build/$preset/CMakeCache.txt ]] && command -v ninja >/dev/null; then
   options+=(-G Ninja)
 fi
