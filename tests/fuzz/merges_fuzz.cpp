@@ -1,0 +1,400 @@
+// Random merges of partial attentions, by every plan, against fp64; and gathered queries.
+
+#include <cmath>
+#include <cohort/cohort.hpp>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "driver.hpp"
+#include "setup.hpp"
+#include "support/decode_checks.hpp"
+#include "support/threads.hpp"
+#include "tensors.hpp"
+
+namespace cohort::fuzz {
+namespace {
+
+using test::u;
+
+/// One decode step of a group, and what each rank brings to it.
+struct Step {
+  std::int64_t batch = 0;
+  std::int64_t own = 0;  ///< Heads of a rank.
+  std::int64_t value = 0;
+  std::int64_t latent = 0;
+  std::int64_t rope = 0;
+  DType dtype = DType::f32;
+  LseBase base = LseBase::e;
+  int replays = 0;    ///< 0 where it is called eagerly.
+  double spread = 8;  ///< The LSEs differ by up to this.
+  double offset = 0;
+  std::uint64_t values = 0;  ///< Seed of LSEs and elements.
+  int emptiness = 2;         ///< Of 8 LSEs, how many are empty.
+
+  struct Share {
+    Layout out, lse, merged, merged_lse, nope, pe, query;
+    bool in_window[7] = {};
+    bool wants_lse = false;
+    bool owning = false;
+  };
+  std::vector<Share> shares;
+};
+
+std::string to_string(const Step& step, int n) {
+  std::string text = fmt::format(
+      "B {}, {} heads of {} ranks, D {}, query {}+{}, {}, base {}, LSEs {} to {}, {} of 8 empty, "
+      "{} "
+      "replays\n",
+      step.batch, step.own * n, n, step.value, step.latent, step.rope, to_string(step.dtype),
+      step.base == LseBase::e ? "e" : "2", step.offset, step.offset + step.spread, step.emptiness,
+      step.replays);
+  for (std::size_t r = 0; r < step.shares.size(); ++r) {
+    const auto& share = step.shares[r];
+    text += fmt::format("  rank {}: {}{}", r, share.owning ? "owning" : "into",
+                        share.wants_lse ? " with LSE" : "");
+    const Layout* layouts[] = {&share.out,  &share.lse, &share.merged, &share.merged_lse,
+                               &share.nope, &share.pe,  &share.query};
+    constexpr const char* kNames[] = {"out", "lse", "merged", "merged_lse", "nope", "pe", "query"};
+    for (std::size_t i = 0; i < 7; ++i) {
+      text += fmt::format("; {} {}{}", kNames[i], to_string(*layouts[i]),
+                          share.in_window[i] ? " in a window" : "");
+    }
+    text += "\n";
+  }
+  return text;
+}
+
+Step draw_step(Random random, int n) {
+  Step step;
+  step.batch = random.one_in(8) ? 0 : random.between(1, random.one_in(4) ? 33 : 5);
+  step.own = random.one_in(10) ? 0 : random.between(1, 4);
+  step.value = random.one_in(10) ? 0 : random.pick({1, 3, 7, 16, 63, 64, 65, 100, 129});
+  step.latent = random.pick({0, 1, 5, 16, 33, 128});
+  step.rope = random.pick({0, 1, 2, 7, 64});
+  step.dtype = random.pick({DType::f32, DType::f16, DType::bf16});
+  step.base = random.pick({LseBase::e, LseBase::two});
+  step.replays = random.one_in(3) ? static_cast<int>(random.between(1, 3)) : 0;
+  step.spread = random.pick({0.0, 2.0, 8.0, 40.0, 400.0});
+  step.offset = random.pick({0.0, -3.0, 1000.0, -20000.0});
+  step.values = random.word();
+  step.emptiness = random.pick({0, 2, 2, 5, 8});
+  const std::int64_t heads = step.own * n;
+  for (int r = 0; r < n; ++r) {
+    Step::Share share;
+    share.out = draw_layout(random, {step.batch, heads, step.value}, 1);
+    share.lse = draw_layout(random, {step.batch, heads});
+    share.merged = draw_layout(random, {step.batch, step.own, step.value}, 1);
+    share.merged_lse = draw_layout(random, {step.batch, step.own});
+    share.nope = draw_layout(random, {step.batch, step.own, step.latent}, 1);
+    share.pe = draw_layout(random, {step.batch, step.own, step.rope}, 1);
+    share.query = draw_layout(random, {step.batch, heads, step.latent + step.rope}, 1);
+    for (bool& in_window : share.in_window) {
+      in_window = random.one_in(2);
+    }
+    share.wants_lse = random.one_in(2);
+    share.owning = random.one_in(4);
+    step.shares.push_back(share);
+  }
+  const bool owning = random.one_in(4);  // an owning result comes from the arena on every rank
+  for (auto& share : step.shares) {
+    share.owning = owning;
+  }
+  return step;
+}
+
+std::uint64_t hash(const Step& step, int turn, int rank, std::int64_t at) {
+  return Random(step.values + static_cast<std::uint64_t>(turn) * 1'000'003 +
+                static_cast<std::uint64_t>(rank) * 7'919 + static_cast<std::uint64_t>(at) * 31)
+      .word();
+}
+
+/// A quarter as the unit, so that all LSEs are exact in fp32; infinities and NaN for no tokens.
+float lse_of(const Step& step, int turn, int rank, std::int64_t row) {
+  const std::uint64_t bits = hash(step, turn, rank, -1 - row);
+  if (static_cast<int>(bits % 8) < step.emptiness) {
+    constexpr float kEmpty[] = {
+        -std::numeric_limits<float>::infinity(), -std::numeric_limits<float>::infinity(),
+        std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()};
+    return kEmpty[bits >> 8 & 3];
+  }
+  const auto quarters = static_cast<std::uint64_t>(step.spread * 4) + 1;
+  return static_cast<float>(step.offset + static_cast<double>((bits >> 16) % quarters) / 4);
+}
+
+/// In [-2, 2) and exact in every type; NaN where nobody is to read it.
+double element_of(const Step& step, int turn, int rank, std::int64_t row, std::int64_t d) {
+  if (!std::isfinite(lse_of(step, turn, rank, row))) {
+    return std::numeric_limits<double>::quiet_NaN();
+  }
+  return static_cast<double>(hash(step, turn, rank, row * step.value + d) % 128) / 32 - 2;
+}
+
+struct Expected {
+  std::vector<double> weights;
+  double lse = -std::numeric_limits<double>::infinity();
+};
+
+Expected expected_row(const Step& step, int turn, int n, std::int64_t row) {
+  Expected result;
+  double max = -std::numeric_limits<double>::infinity();
+  for (int r = 0; r < n; ++r) {
+    const double lse = lse_of(step, turn, r, row);
+    max = std::isfinite(lse) ? std::max(max, lse) : max;
+  }
+  double sum = 0;
+  for (int r = 0; r < n; ++r) {
+    const double lse = lse_of(step, turn, r, row);
+    const double apart = lse - max;
+    result.weights.push_back(!std::isfinite(lse)       ? 0
+                             : step.base == LseBase::e ? std::exp(apart)
+                                                       : std::exp2(apart));
+    sum += result.weights.back();
+  }
+  for (double& weight : result.weights) {
+    weight = sum == 0 ? 0 : weight / sum;
+  }
+  if (sum > 0) {
+    result.lse = max + (step.base == LseBase::e ? std::log(sum) : std::log2(sum));
+  }
+  return result;
+}
+
+void near(const char* what, std::int64_t flat, double got, double wanted, double bound) {
+  if (!(std::abs(got - wanted) <= bound) && !(got == wanted)) {
+    throw std::runtime_error(fmt::format("{}: element {} is {} instead of {}, off by more than {}",
+                                         what, flat, got, wanted, bound));
+  }
+}
+
+/// One rank's part in a step.
+class Player {
+ public:
+  Player(ParallelState& state, const Step& step)
+      : state_(state),
+        dcp_(state.dcp()),
+        step_(step),
+        n_(dcp_.size()),
+        share_(step.shares[u(dcp_.rank())]),
+        heads_(step.own * n_) {
+    add(&Step::Share::out, step.dtype, {step.batch, heads_, step.value});
+    add(&Step::Share::lse, DType::f32, {step.batch, heads_});
+    add(&Step::Share::merged, step.dtype, {step.batch, step.own, step.value});
+    add(&Step::Share::merged_lse, DType::f32, {step.batch, step.own});
+    add(&Step::Share::nope, step.dtype, {step.batch, step.own, step.latent});
+    add(&Step::Share::pe, step.dtype, {step.batch, step.own, step.rope});
+    add(&Step::Share::query, step.dtype, {step.batch, heads_, step.latent + step.rope});
+  }
+
+  /// The bits of the merged result of every turn.
+  std::vector<std::byte> play(bool narrow) {
+    std::vector<std::byte> bits;
+    HostStream stream;
+    const auto after = [&](int turn) {
+      check(turn, narrow);
+      const auto merged = test::bits_of(share_.owning ? merged_.view() : cell(2).view());
+      bits.insert(bits.end(), merged.begin(), merged.end());
+    };
+    if (step_.replays == 0) {
+      prepare(0);
+      call({});
+      after(0);
+      return bits;
+    }
+    dcp_.reserve_for({.batch = step_.batch,
+                      .heads = heads_,
+                      .latent = step_.latent,
+                      .rope = step_.rope,
+                      .value = step_.value,
+                      .dtype = step_.dtype});
+    CapturedGraph graph = state_.capture(stream, [&] { call(stream); });
+    for (int turn = 1; turn <= step_.replays; ++turn) {
+      prepare(turn);
+      graph.launch(stream);
+      after(turn);
+    }
+    merged_.reset();
+    query_.reset();
+    return bits;
+  }
+
+ private:
+  void add(Layout Step::Share::*layout, DType dtype, const Dims& shape) {
+    std::int64_t span = 0;
+    for (const auto& share : step_.shares) {
+      span = std::max(span, (share.*layout).span);
+    }
+    places_.push_back(std::make_unique<Place>(*dcp_.arena(), u(span) * size_of(dtype),
+                                              share_.in_window[places_.size()]));
+    cells_.push_back(
+        std::make_unique<Cell>(places_.back()->memory(), dtype, shape, share_.*layout));
+  }
+  [[nodiscard]] Cell& cell(std::size_t i) const { return *cells_[i]; }
+
+  void prepare(int turn) {
+    for (const auto& cell : cells_) {
+      cell->reset();
+    }
+    const int rank = dcp_.rank();
+    test::walk(cell(0).view(), [&](std::int64_t flat, const std::byte* address) {
+      test::store_float(step_.dtype, address,
+                        element_of(step_, turn, rank, flat / step_.value, flat % step_.value));
+    });
+    test::walk(cell(1).view(), [&](std::int64_t row, const std::byte* address) {
+      const float lse = lse_of(step_, turn, rank, row);
+      std::memcpy(const_cast<std::byte*>(address), &lse, sizeof(lse));
+    });
+    cell(4).fill([&](std::int64_t flat) { return test::value_at(rank + turn, flat); });
+    cell(5).fill([&](std::int64_t flat) { return test::value_at(rank + turn + 50, flat); });
+    cell(0).take_over();
+    cell(1).take_over();
+  }
+
+  void call(StreamRef stream) {
+    const auto& lse = cell(3).view();
+    if (share_.owning) {
+      query_ = dcp_.gather_query(cell(4).view(), cell(5).view(), stream);
+      merged_ = dcp_.merge_attention(cell(0).view(), cell(1).view(), step_.base, stream);
+    } else {
+      dcp_.gather_query_into(cell(6).view(), cell(4).view(), cell(5).view(), stream);
+      dcp_.merge_attention_into(cell(2).view(), cell(0).view(), cell(1).view(), step_.base, stream,
+                                share_.wants_lse ? &lse : nullptr);
+    }
+  }
+
+  void check(int turn, bool narrow) {
+    check_query(turn);
+    check_merged(turn, narrow);
+    constexpr const char* kNames[] = {"out", "lse", "merged", "merged_lse", "nope", "pe", "query"};
+    for (std::size_t i = 0; i < cells_.size(); ++i) {
+      cell(i).check(kNames[i]);
+    }
+  }
+
+  void check_query(int turn) {
+    const std::int64_t dim = step_.latent + step_.rope;
+    const auto wanted = [&](std::int64_t flat) {
+      const std::int64_t d = flat % dim;
+      const std::int64_t h = flat / dim % heads_;
+      const std::int64_t row = flat / dim / heads_ * step_.own + h % step_.own;
+      const int from = static_cast<int>(h / step_.own) + turn;
+      return d < step_.latent ? test::value_at(from, row * step_.latent + d)
+                              : test::value_at(from + 50, row * step_.rope + d - step_.latent);
+    };
+    if (share_.owning) {
+      test::check_values(query_, "query", wanted);
+    } else {
+      cell(6).expect(wanted);
+    }
+  }
+
+  /// Compares with fp64; what passed becomes what the memory should hold.
+  void check_merged(int turn, bool narrow) {
+    const auto global = [&](std::int64_t row) {
+      return row / step_.own * heads_ + dcp_.rank() * step_.own + row % step_.own;
+    };
+    std::int64_t last = -1;
+    Expected row;
+    const TensorView merged = share_.owning ? merged_.view() : cell(2).view();
+    test::walk(merged, [&](std::int64_t flat, const std::byte* address) {
+      const std::int64_t at = global(flat / step_.value);
+      if (at != last) {
+        row = expected_row(step_, turn, n_, at);
+        last = at;
+      }
+      double wanted = 0;
+      for (int r = 0; r < n_; ++r) {
+        const double weight = row.weights[u(r)];
+        wanted += weight == 0 ? 0 : weight * element_of(step_, turn, r, at, flat % step_.value);
+      }
+      // fp32 arithmetic on values up to 2 and one rounding to the type; or terms that together
+      // weigh 1, rounded one by one and again in each of up to n sums.
+      const double epsilon = test::epsilon_of(step_.dtype);
+      const double rounding = 0.51 * epsilon * std::max(std::abs(wanted), 0x1p-14);
+      near("merged", flat, test::load_float(step_.dtype, address), wanted,
+           (narrow ? 2.1 * epsilon : rounding) + 2e-6);
+    });
+    if (share_.owning) {
+      return;
+    }
+    cell(2).accept();
+    if (share_.wants_lse) {
+      test::walk(cell(3).view(), [&](std::int64_t flat, const std::byte* address) {
+        const double wanted = expected_row(step_, turn, n_, global(flat)).lse;
+        near("merged_lse", flat, test::load_float(DType::f32, address), wanted,
+             2e-6 * std::max(1.0, std::abs(wanted)));
+      });
+      cell(3).accept();
+    }
+  }
+
+  ParallelState& state_;
+  DecodeContextParallelGroup& dcp_;
+  const Step& step_;
+  int n_;
+  const Step::Share& share_;
+  std::int64_t heads_;
+  std::vector<std::unique_ptr<Place>> places_;
+  std::vector<std::unique_ptr<Cell>> cells_;
+  Tensor merged_, query_;
+};
+
+/// A plan under test.
+struct Plan {
+  const char* name;
+  MergeOptions options;
+  bool narrow = false;
+};
+constexpr Plan kPlans[] = {
+    {"packed", {.plan = MergePlan::packed}},
+    {"automatic", {.plan = MergePlan::automatic}},
+    {"one_kernel", {.plan = MergePlan::one_kernel}},
+    {"staged", {.plan = MergePlan::staged}},
+    {"staged, narrow",
+     {.plan = MergePlan::staged, .staged_precision = StagedPrecision::partial},
+     true}};
+
+void play_all(ControlPlane& world, const Setup& setup, const std::vector<Step>& steps) {
+  std::vector<std::vector<std::byte>> bits(steps.size());  // of packed
+  for (const Plan& plan : kPlans) {
+    Setup with_plan = setup;
+    with_plan.merge = plan.options;
+    if (plan.options.plan == MergePlan::one_kernel && (!setup.map_peers || setup.two_machines)) {
+      continue;
+    }
+    auto state = with_plan.create(world);
+    for (std::size_t i = 0; i < steps.size(); ++i) {
+      try {
+        auto merged = Player(state, steps[i]).play(plan.narrow);
+        if (bits[i].empty()) {
+          bits[i] = std::move(merged);
+        } else if (plan.options.plan != MergePlan::staged) {
+          test::check(merged == bits[i], "the same bits as packed");
+        }
+      } catch (const std::exception& error) {
+        throw std::runtime_error(fmt::format("step {}, plan {}: {}", i, plan.name, error.what()));
+      }
+    }
+    state.shutdown();
+  }
+}
+
+void round(Random& random, std::string& words) {
+  Setup setup = draw_setup(random);
+  setup.layout = {.tp = setup.ranks, .pp = 1, .dcp = setup.ranks};
+  setup.debug_checks = false;
+  words += to_string(setup);
+  std::vector<Step> steps(u(random.between(1, 4)));
+  for (auto& step : steps) {
+    step = draw_step(random.split(), setup.ranks);
+    words += to_string(step, setup.ranks);
+  }
+  test::run_ranks(setup.ranks, [&](ControlPlane& world) { play_all(world, setup, steps); });
+}
+
+}  // namespace
+}  // namespace cohort::fuzz
+
+int main(int argc, char** argv) {
+  return cohort::fuzz::drive(argc, argv, "merges", 100, cohort::fuzz::round);
+}
