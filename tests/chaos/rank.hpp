@@ -1,0 +1,489 @@
+#pragma once
+
+#include <sys/resource.h>
+#include <sys/time.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cohort/cohort.hpp>
+#include <csignal>
+#include <cstdio>
+#include <exception>
+#include <fstream>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "chaos/plan.hpp"
+#include "own_control_plane/unix_messenger.hpp"
+#include "support/collective_checks.hpp"
+#include "support/decode_checks.hpp"
+
+/// \file
+/// One rank of a round: an engine in miniature. It goes through all phases, checks every result,
+/// and tells its supervisor how each step ended.
+
+namespace cohort::chaos {
+
+/// What the victim's engine throws.
+class EngineFailure : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+/// Writes lines to the supervisor.
+class Reporter {
+ public:
+  explicit Reporter(int fd) noexcept : fd_(fd) {}
+
+  /// One line; tabs separate its fields. Signals interrupt and resume it.
+  void line(std::string text) const {
+    text += '\n';
+    for (std::size_t written = 0; written < text.size();) {
+      const auto now = ::write(fd_, text.data() + written, text.size() - written);
+      if (now < 0 && errno != EINTR) {
+        std::_Exit(70);  // the supervisor is gone
+      }
+      written += now > 0 ? static_cast<std::size_t>(now) : 0;
+    }
+  }
+
+ private:
+  int fd_;
+};
+
+/// The fault, as it comes over the victim.
+class Trouble {
+ public:
+  Trouble(const Plan& plan, int rank, std::chrono::milliseconds limit)
+      : plan_(plan), victim_(rank == plan.victim), limit_(limit) {
+    if (plan.fault == Fault::signals) {
+      bombard();
+    }
+  }
+
+  /// Called at the start of every step on every rank. True where the step's arguments are to be
+  /// other ones.
+  [[nodiscard]] bool at(Phase phase, int step) const {
+    if (!victim_ || phase != plan_.phase || step != plan_.step) {
+      return false;
+    }
+    switch (plan_.fault) {
+      case Fault::kill:
+        signal_soon(SIGKILL);
+        break;
+      case Fault::stop:
+        signal_soon(SIGSTOP);
+        break;
+      case Fault::hesitate:
+        std::this_thread::sleep_for(limit_ / 3);
+        break;
+      case Fault::late:
+        std::this_thread::sleep_for(limit_ + limit_ / 2);
+        break;
+      case Fault::throws:
+        throw EngineFailure("the engine failed");
+      case Fault::arguments:
+        return true;
+      case Fault::memory:
+        allow(RLIMIT_AS, address_space() + (std::size_t{1} << 20));
+        break;
+      case Fault::descriptors:
+        allow(RLIMIT_NOFILE, static_cast<std::size_t>(lowest_free_descriptor()));
+        break;
+      case Fault::signals:
+        break;
+    }
+    return false;
+  }
+
+  /// What the system refused is allowed again, as after an operator's help.
+  void end() const noexcept {
+    const std::lock_guard lock(fate_->mutex);
+    fate_->over = true;  // a fault that has not come yet would meet the recovery
+    for (const auto resource : {RLIMIT_AS, RLIMIT_NOFILE}) {
+      rlimit limits{};
+      if (::getrlimit(resource, &limits) == 0) {
+        limits.rlim_cur = limits.rlim_max;
+        ::setrlimit(resource, &limits);
+      }
+    }
+  }
+
+ private:
+  static void bombard() {
+    struct sigaction action {};
+    action.sa_handler = [](int) {};  // without SA_RESTART: what can be interrupted is
+    ::sigaction(SIGALRM, &action, nullptr);
+    const itimerval each{.it_interval = {0, 200}, .it_value = {0, 200}};
+    ::setitimer(ITIMER_REAL, &each, nullptr);
+  }
+
+  void signal_soon(int signal) const {
+    std::thread([signal, delay = plan_.delay_us, fate = fate_] {
+      std::this_thread::sleep_for(std::chrono::microseconds(delay));
+      const std::lock_guard lock(fate->mutex);
+      if (!fate->over) {
+        ::kill(::getpid(), signal);
+      }
+    }).detach();
+  }
+
+  static void allow(decltype(RLIMIT_AS) resource, std::size_t most) {
+    rlimit limits{};
+    ::getrlimit(resource, &limits);
+    limits.rlim_cur = most;
+    ::setrlimit(resource, &limits);
+  }
+
+  static std::size_t address_space() {
+    std::ifstream file("/proc/self/statm");
+    std::size_t pages = 0;
+    file >> pages;
+    return pages * static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
+  }
+
+  static int lowest_free_descriptor() {
+    const int fd = ::dup(STDERR_FILENO);
+    ::close(fd);
+    return fd;
+  }
+
+  struct Fate {
+    std::mutex mutex;
+    bool over = false;
+  };
+
+  Plan plan_;
+  bool victim_;
+  std::chrono::milliseconds limit_;
+  std::shared_ptr<Fate> fate_ = std::make_shared<Fate>();
+};
+
+/// World ranks of the group that an error's text speaks of first; of `otherwise` where it names
+/// none.
+[[nodiscard]] inline std::vector<int> group_in(const std::string& text, const Plan& plan,
+                                               const std::vector<int>& otherwise) {
+  const ParallelLayout layout{.tp = plan.tp, .pp = plan.pp, .dcp = plan.dcp};
+  std::size_t first = std::string::npos;
+  std::vector<int> ranks = otherwise;
+  for (const GroupKind kind : {GroupKind::world, GroupKind::tensor_parallel,
+                               GroupKind::pipeline_parallel, GroupKind::decode_context_parallel}) {
+    for (int member = 0; member < plan.ranks; ++member) {
+      const auto at = text.find("group " + group_name(kind, group_index(layout, kind, member)));
+      if (at < first) {
+        first = at;
+        ranks = group_ranks(layout, kind, member);
+      }
+    }
+  }
+  return ranks;
+}
+
+/// World ranks that an error names, from its ranks in the group whose call threw it.
+[[nodiscard]] inline std::string named_ranks(const std::vector<int>& in_group,
+                                             const std::vector<int>& group) {
+  std::string text;
+  for (const int rank : in_group) {
+    const bool known = rank >= 0 && static_cast<std::size_t>(rank) < group.size();
+    text += fmt::format("{}{}", text.empty() ? "" : ",",
+                        known ? group[static_cast<std::size_t>(rank)] : -1);
+  }
+  return text;
+}
+
+class Rank {
+ public:
+  Rank(const Plan& plan, int rank, std::string job, std::chrono::milliseconds limit, int to,
+       int from)
+      : plan_(plan), rank_(rank), limit_(limit), job_(std::move(job)), reporter_(to), from_(from) {}
+
+  /// Exit status: 0, or 3 where the engine threw on purpose.
+  int run() {
+    const auto messenger = std::make_shared<own_control_plane::UnixMessenger>(
+        job_, rank_, plan_.ranks, std::chrono::milliseconds(20'000));
+    MessageControlPlane world(messenger, limit_);
+    world.barrier();
+    const Trouble trouble(plan_, rank_, limit_);
+    {
+      std::optional<ParallelState> state;
+      go_through_phases(world, state, trouble);
+      if (!plan_.keeps_state) {
+        state.reset();
+      }
+      trouble.end();
+      reporter_.line("over");
+      recover(world);
+    }
+    reporter_.line("end");
+    return 0;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+
+  /// Runs one step and reports it. Throws `Failed` where the step threw.
+  struct Failed {};
+  template <class Call>
+  void step(Phase phase, int index, const std::vector<int>& group, const std::string& name,
+            const Call& call) {
+    const auto start = Clock::now();
+    const auto say = [&](std::string_view outcome, const std::string& ranks, std::string text) {
+      for (char& c : text) {
+        c = c == '\n' || c == '\t' ? ' ' : c;
+      }
+      const auto took = std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+      reporter_.line(fmt::format("step\t{}\t{}\t{}\t{:.0f}\t{}\t{}\t{}", to_string(phase), index,
+                                 name, took, outcome, ranks, text));
+    };
+    try {
+      call();
+      say("ok", "", "");
+      return;
+    } catch (const EngineFailure&) {
+      throw;
+    } catch (const TimeoutError& error) {
+      say("TimeoutError", named_ranks(error.missing(), group_in(error.what(), plan_, group)),
+          error.what());
+    } catch (const SymmetryError& error) {
+      say("SymmetryError", named_ranks(error.ranks(), group_in(error.what(), plan_, group)),
+          error.what());
+    } catch (const TransportError& error) {
+      say("TransportError", "", error.what());
+    } catch (const UsageError& error) {
+      say("UsageError", "", error.what());
+    } catch (const ConfigError& error) {
+      say("ConfigError", "", error.what());
+    } catch (const std::bad_alloc& error) {
+      say("bad_alloc", "", error.what());
+    } catch (const std::exception& error) {
+      say("WRONG", "", error.what());
+    }
+    throw Failed();
+  }
+
+  [[nodiscard]] std::vector<int> everyone() const {
+    std::vector<int> ranks(static_cast<std::size_t>(plan_.ranks));
+    std::iota(ranks.begin(), ranks.end(), 0);
+    return ranks;
+  }
+
+  [[nodiscard]] ParallelOptions options(const ParallelLayout& layout) const {
+    ParallelOptions options;
+    options.layout = layout;
+    options.backend =
+        host_backend({.slot_bytes = plan_.small_slots ? std::size_t{4096} : std::size_t{1} << 18,
+                      .map_peers = plan_.map_peers});
+    options.symmetric = {.enabled = plan_.symmetric, .selection = Selection::all()};
+    options.arena.growth_bytes = std::size_t{1} << 18;
+    options.debug_checks = plan_.debug_checks;
+    constexpr MergePlan kPlans[] = {MergePlan::automatic, MergePlan::staged, MergePlan::packed};
+    options.merge.plan = kPlans[plan_.merge_plan];
+    return options;
+  }
+
+  void go_through_phases(ControlPlane& world, std::optional<ParallelState>& state,
+                         const Trouble& trouble) {
+    try {
+      step(Phase::forming, 0, everyone(), "create", [&] {
+        auto chosen = options({.tp = plan_.tp, .pp = plan_.pp, .dcp = plan_.dcp});
+        if (trouble.at(Phase::forming, 0)) {
+          chosen.arena.growth_bytes *= 2;
+        }
+        state.emplace(ParallelState::create(world, std::move(chosen)));
+      });
+      for (int i = 0; i < kSteps; ++i) {
+        reserve(*state, i, trouble);
+      }
+      for (int i = 0; i < kSteps; ++i) {
+        call(*state, Phase::calling, i, trouble);
+      }
+      replay(*state, trouble);
+      step(Phase::leaving, 0, everyone(), "shutdown", [&] {
+        static_cast<void>(trouble.at(Phase::leaving, 0));
+        state->shutdown();
+      });
+    } catch (const Failed&) {
+      // reported; the engine goes on to what its supervisor decides
+    }
+  }
+
+  /// By turns a group's arena, room for decode steps, and growth of an arena of several groups.
+  void reserve(ParallelState& state, int i, const Trouble& trouble) {
+    auto& group = *state.groups()[static_cast<std::size_t>(i) % state.groups().size()];
+    const auto bytes = [&] {
+      const std::size_t other = trouble.at(Phase::reserving, i) ? std::size_t{1} << 22 : 0;
+      return std::size_t{300'000} * static_cast<std::size_t>(i + 1) + other;
+    };
+    switch (i % 3) {
+      case 0:
+        return step(Phase::reserving, i, group.ranks(), "reserve", [&] { group.reserve(bytes()); });
+      case 1:
+        return step(Phase::reserving, i, state.dcp().ranks(), "reserve_for", [&] {
+          const std::int64_t batch = static_cast<std::int64_t>(bytes()) / 300'000;
+          state.dcp().reserve_for(
+              {.batch = batch, .heads = 8 * plan_.dcp, .latent = 64, .rope = 16, .value = 64});
+        });
+      default:
+        return step(Phase::reserving, i, everyone(), "growth of an audience", [&] {
+          const auto several = plan_.pp > 1
+                                   ? state.audience({&state.tp(), &state.pp()})
+                                   : state.audience({&state.tp(), &state.dcp(), &state.world()});
+          const SymmetricScope scope(several);
+          static_cast<void>(empty({static_cast<std::int64_t>(bytes())}, DType::u8));
+        });
+    }
+  }
+
+  /// A random collective of a random group; every rank draws the same one.
+  void call(ParallelState& state, Phase phase, int i, const Trouble& trouble) {
+    Random random(plan_.seed * 1000 + static_cast<std::uint64_t>(i) +
+                  static_cast<std::uint64_t>(phase) * 100);
+    auto& group = *state.groups()[static_cast<std::size_t>(random.below(4))];
+    // Debug checks compare where the ranks' tensors lie, which these mixtures let differ.
+    const auto memory = test::kMemories[random.below(plan_.debug_checks ? 2 : 3)];
+    const auto form = test::kForms[random.below(3)];
+    const auto dtype = test::kFloats[random.below(3)];
+    const int kind = random.below(8);
+    const Dims shape{1 + random.below(5), 2 * group.size(), 1 + random.below(600)};
+    const int dim = random.below(3);
+    const int root = random.below(group.size());
+    step(phase, i, kind == 7 ? state.dcp().ranks() : group.ranks(),
+         fmt::format("call {} of {}", kind, kind == 7 ? state.dcp().name() : group.name()), [&] {
+           Dims mine = shape;
+           if (trouble.at(phase, i)) {
+             mine[2] += 7;
+           }
+           test::Site site(group, memory);
+           switch (kind) {
+             case 0:
+               return test::check_all_gather(group, site, mine, dim, equal(group, mine[dim]), dtype,
+                                             form);
+             case 1:
+               return test::check_all_gather(group, site, mine, dim,
+                                             test::uneven(mine[dim] * group.size(), group.size()),
+                                             dtype, form);
+             case 2:
+               return test::check_reduce_scatter(group, site, mine, 1, equal(group, 2), dtype,
+                                                 form);
+             case 3:
+               return test::check_all_reduce(group, site, mine, dtype, form);
+             case 4:
+               return test::check_broadcast(group, site, mine, dtype, form, root);
+             case 5:
+               return test::check_all_to_all(group, site, mine, dtype, form);
+             case 6:
+               return test::check_send_recv(group, site, mine, dtype, form);
+             default:
+               return decode(state, mine[0] + mine[2] % 9, memory);
+           }
+         });
+  }
+
+  static void decode(ParallelState& state, std::int64_t batch, test::Memory memory) {
+    auto& dcp = state.dcp();
+    const test::DecodeCase c{.batch = batch, .heads = 4 * dcp.size(), .dim = 24, .memory = memory};
+    static_cast<void>(test::merge_once(state, c, "merge"));
+  }
+
+  static std::vector<std::int64_t> equal(const GroupCoordinator& group, std::int64_t extent) {
+    return std::vector<std::int64_t>(static_cast<std::size_t>(group.size()), extent);
+  }
+
+  /// A graph over two groups, captured in steps, then launched again and again.
+  void replay(ParallelState& state, const Trouble& trouble) {
+    HostStream stream;
+    std::vector<float> x(96);
+    std::vector<float> gathered(96 * static_cast<std::size_t>(state.tp().size()));
+    const TensorView in(x.data(), DType::f32, {96});
+    const TensorView out(gathered.data(), DType::f32, {96 * state.tp().size()});
+    std::optional<CapturedGraph> graph;
+    int i = 0;
+    step(Phase::capturing, plan_.step, everyone(), "capture", [&] {
+      graph.emplace(state.capture(stream, [&] {
+        for (; i < kSteps; ++i) {
+          const bool other = trouble.at(Phase::capturing, i);
+          const TensorView part(x.data(), DType::f32, {other ? 48 : 96});
+          state.world().all_reduce(part, stream);
+          state.tp().all_gather_into(out, in, 0, stream);
+        }
+      }));
+    });
+    for (int launch = 0; launch < kSteps; ++launch) {
+      step(Phase::replaying, launch, everyone(), "launch", [&] {
+        static_cast<void>(trouble.at(Phase::replaying, launch));
+        for (std::size_t k = 0; k < x.size(); ++k) {
+          x[k] = k % 3 == 0 ? 1.0F : 0.0F;
+        }
+        graph->launch(stream);
+        state.world().synchronize(stream, limit_);
+        float expected = 1;
+        for (int k = 0; k < kSteps; ++k) {
+          expected *= static_cast<float>(plan_.ranks);
+        }
+        for (std::size_t k = 0; k < gathered.size(); ++k) {
+          test::check(gathered[k] == (k % 96 % 3 == 0 ? expected : 0.0F), "a replay's element");
+        }
+      });
+    }
+  }
+
+  /// The supervisor tells who is left; those form a new state and use it.
+  void recover(ControlPlane& world) {
+    const std::vector<int> left = survivors();
+    if (std::find(left.begin(), left.end(), rank_) == left.end()) {
+      return;
+    }
+    try {
+      step(Phase::forming, 1, left, "recover", [&] {
+        const auto again = world.subgroup(left, 7, "survivors");
+        auto state = ParallelState::create(
+            *again, options({.tp = again->size(), .pp = 1, .dcp = again->size()}));
+        test::Site site(state.tp(), test::Memory::arena);
+        test::check_all_reduce(state.tp(), site, {3, 50}, DType::f32, test::Form::contiguous);
+        test::check_all_gather(state.world(), site, {3, 5}, 1, equal(state.world(), 5), DType::bf16,
+                               test::Form::transposed);
+        decode(state, 3, plan_.debug_checks ? test::Memory::arena : test::Memory::mixed);
+        state.shutdown();
+      });
+    } catch (const Failed&) {
+    }
+  }
+
+  /// "survivors r r r", from the supervisor.
+  std::vector<int> survivors() const {
+    std::string text;
+    for (char c = 0; c != '\n';) {
+      const auto got = ::read(from_, &c, 1);
+      if (got == 0 || (got < 0 && errno != EINTR)) {
+        std::_Exit(71);
+      }
+      if (got == 1) {
+        text += c;
+      }
+    }
+    std::vector<int> ranks;
+    for (const char c : text) {
+      if (c >= '0' && c <= '9') {
+        ranks.push_back(c - '0');
+      }
+    }
+    return ranks;
+  }
+
+  Plan plan_;
+  int rank_;
+  std::chrono::milliseconds limit_;
+  std::string job_;
+  Reporter reporter_;
+  int from_;
+};
+
+}  // namespace cohort::chaos
