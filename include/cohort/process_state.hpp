@@ -203,8 +203,10 @@ template <class T>
 /// @param name  One for each type. Ends in a number that changes with the type's layout or meaning.
 template <class T, class Make>
 [[nodiscard, gnu::visibility("hidden")]] T& process_wide(const char* name, const Make& make) {
-  static T& object = object_of_process<T>(find_process_registry(), name_with_layout<T>(name), make);
-  return object;
+  // A pointer: g++ 13 takes the result for a reference into the name that is gone.
+  static T* const object =
+      &object_of_process<T>(find_process_registry(), name_with_layout<T>(name), make);
+  return *object;
 }
 
 template <class T>
