@@ -77,7 +77,7 @@ constexpr std::int64_t kBuffer = std::int64_t{40} << 20;
 struct Options {
   std::vector<int> counts = {2, 4, 8};
   int cards = 1;
-  int max_blocks = 132;  ///< Of all ranks on one card together.
+  int max_blocks = 128;  ///< Of all ranks on one card together.
   std::string json;
 };
 

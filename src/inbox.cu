@@ -21,7 +21,7 @@ void write_word(std::byte* to, std::uint64_t value, cudaStream_t stream) {
 }  // namespace
 
 void initialize_inbox(const PeerTable& table, cudaStream_t stream, std::chrono::nanoseconds limit,
-                      std::uint64_t after_epoch) {
+                      std::uint64_t after_epoch, HostWords* words) {
   std::byte* inbox = own_inbox(table);
   check_cuda(cudaMemsetAsync(inbox, 0, static_cast<std::size_t>(table.layout.bytes), stream),
              "cudaMemsetAsync");
@@ -29,6 +29,7 @@ void initialize_inbox(const PeerTable& table, cudaStream_t stream, std::chrono::
     const auto at = sizeof(InboxControl) + static_cast<std::size_t>(i) * sizeof(EpochRecord);
     write_word(inbox + at + offsetof(EpochRecord, epoch), after_epoch, stream);
   }
+  write_word(inbox + offsetof(InboxControl, words), reinterpret_cast<std::uint64_t>(words), stream);
   set_inbox_limit(table, limit, stream);
 }
 
@@ -44,6 +45,15 @@ InboxError read_inbox_error(const PeerTable& table, cudaStream_t stream) {
              "cudaMemcpyAsync");
   check_cuda(cudaStreamSynchronize(stream), "cudaStreamSynchronize");
   return InboxError::decode(word);
+}
+
+void load_kernels(int n) {
+  for (const int ranks :
+       {n, 0}) {  // 0: those for any number of ranks, which take what is unaligned
+    detail::load_gather(ranks);
+    detail::load_reduce(ranks);
+    detail::load_merge(ranks);
+  }
 }
 
 std::vector<KernelInfo> kernel_report(int n) {

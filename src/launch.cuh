@@ -93,7 +93,17 @@ KernelInfo describe(const char* name, void (*kernel)(Params...), int threads) {
   return info;
 }
 
-// Each source file reports its own kernels.
+/// Has the current device load a kernel; see `load_kernels`.
+template <class... Params>
+void load(void (*kernel)(Params...)) {
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+}
+
+// Each source file loads its own peer kernels, and reports its own kernels.
+void load_gather(int n);
+void load_reduce(int n);
+void load_merge(int n);
 void report_copy(std::vector<KernelInfo>& report);
 void report_local_merge(std::vector<KernelInfo>& report);
 void report_gather(int n, std::vector<KernelInfo>& report);

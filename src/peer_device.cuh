@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 
+#include "cohort/cuda/block_budget.hpp"
 #include "elements.cuh"
 
 // What peer kernels are made of: entering a call, flag words, flag lines and bounded waits.
@@ -24,9 +25,10 @@
 //     src/device/prims_ll128.h) and for which NCCL allows it over NVLink only
 //     (src/graph/tuning.cc). So do we: see `PeerPath::flag_line`.
 //  3. The barrier's words (barrier_kernel): a release and an acquire.
-//  4. Epochs and error words. The epoch is read at the start of a launch, behind
-//     await_predecessor(), which waits for the completion of the launch before and its
-//     memory. Error words are relaxed: each carries its whole meaning in itself.
+//  4. Epochs, error words, announcements and the words shared with the host. The epoch is read at
+//     the start of a launch, behind await_predecessor(), which waits for the completion
+//     of the launch before and its memory. The others are relaxed: each carries its whole meaning
+//     in itself.
 //
 // Reuse of a slot needs reads of epoch e to be over before stores of e+2 land; inbox.hpp says why
 // they are. The link from a kernel's reads to the next kernel's signal is the kernel boundary.
@@ -57,10 +59,11 @@ struct Group {
   std::int64_t line_lane;
   std::uint32_t ll_words;
   std::uint32_t delay_seed;
+  CallSignature signature;
   int rank;
   int ranks;
 
-  explicit Group(const PeerTable& t)
+  Group(const PeerTable& t, CallSignature call)
       : peers{},
         ll_first(t.layout.ll_offset),
         ll_own(ll_first + t.rank * t.layout.ll_words * 16),
@@ -71,6 +74,7 @@ struct Group {
         line_lane(t.layout.lines * kLineBytes),
         ll_words(static_cast<std::uint32_t>(t.layout.ll_words)),
         delay_seed(t.delay_seed),
+        signature(call),
         rank(t.rank),
         ranks(t.size) {
     for (int k = 0; k < t.size; ++k) {
@@ -89,9 +93,11 @@ struct Group {
 
 /// One call, as a thread sees it.
 struct Call {
-  std::uint64_t epoch;  ///< What flag lines carry.
-  std::uint32_t flag;   ///< Lower half of the epoch: what flag words carry.
+  std::uint64_t line_flag;  ///< What flag lines carry.
+  std::uint32_t flag;       ///< What flag words carry.
   std::uint32_t slot;
+
+  __device__ __forceinline__ std::uint64_t epoch() const { return line_flag & kLineEpochMask; }
 };
 
 __device__ __forceinline__ InboxControl* control(std::byte* inbox) {
@@ -100,6 +106,11 @@ __device__ __forceinline__ InboxControl* control(std::byte* inbox) {
 
 __device__ __forceinline__ EpochRecord* record(std::byte* inbox, std::uint32_t i) {
   return reinterpret_cast<EpochRecord*>(inbox + sizeof(InboxControl)) + i;
+}
+
+/// Where the call that `source` is in stands in every inbox.
+__device__ __forceinline__ std::uint64_t* announcement(std::byte* inbox, int source) {
+  return reinterpret_cast<std::uint64_t*>(inbox + kCallsOffset) + source;
 }
 
 __device__ __forceinline__ std::uint64_t global_time() {
@@ -160,52 +171,161 @@ __device__ __forceinline__ Found begin(const Group<kRanks>& g) {
 // --- bounded waits
 // --------------------------------------------------------------------------------
 
-/// Sets the own error word, unless it is set, and pushes it to every rank: late ones then leave at
-/// entry, and those that wait in this call leave at their next look.
+// What waits do beyond polling is rare. What ends them is out of line, and nothing lives across it;
+// what lets them go on is not, because registers that live across a call would be spilled. Both
+// take the ranks that a thread misses as bits.
+
+inline constexpr std::uint64_t kWaitIsOver = ~std::uint64_t{0};
+
+/// How often the host's words are looked at, by one thread of the card: each look crosses the bus.
+inline constexpr std::uint64_t kHostLookNs = 100'000;
+
+/// Tells the host of the group's first error.
+static __device__ __forceinline__ void tell_host(InboxControl* own, std::uint64_t error) {
+  HostWords* const words = own->words;
+  if (words == nullptr || atomicExch(&own->told, 1U) != 0) {
+    return;
+  }
+  volatile std::uint64_t* const failure = &words->failure;
+  if (*failure == 0) {  // another inbox of the group may have been first
+    *failure = error;
+  }
+}
+
+/// Tells the host of ranks that are missed.
+static __device__ __forceinline__ void tell_missing(InboxControl* own, std::uint32_t missing) {
+  HostWords* const words = own->words;
+  if (words == nullptr || missing == 0 ||
+      (*const_cast<volatile std::uint32_t*>(&own->missing) & missing) == missing) {
+    return;
+  }
+  const std::uint32_t before = atomicOr(&own->missing, missing);
+  for (std::uint32_t left = missing & ~before; left != 0; left &= left - 1) {
+    *const_cast<volatile std::uint32_t*>(&words->missing[__ffs(static_cast<int>(left)) - 1]) = 1;
+  }
+}
+
+/// Sets the own error word, unless it is set, and pushes it to every rank, into all inboxes of the
+/// group: late ones then leave at entry, and those that wait leave at their next look.
 template <int kRanks>
-static __device__ __noinline__ void report_missing(const Group<kRanks>& g, std::uint64_t epoch,
-                                                   int missing) {
-  const std::uint64_t word = InboxError::encode(epoch, missing);
-  auto* own = reinterpret_cast<unsigned long long*>(&control(g.own())->error);
-  if (atomicCAS_system(own, 0ULL, static_cast<unsigned long long>(word)) != 0) {
+static __device__ __forceinline__ void fail(const Group<kRanks>& g, std::uint64_t word) {
+  InboxControl* const own = control(g.own());
+  if (atomicCAS_system(reinterpret_cast<unsigned long long*>(&own->error), 0ULL,
+                       static_cast<unsigned long long>(word)) != 0) {
     return;
   }
   const auto set = [word](std::uint64_t* to) {
     asm volatile("st.volatile.global.u64 [%0],%1;" ::"l"(to), "l"(word) : "memory");
   };
-  for (int k = 0; k < g.size(); ++k) {
-    if (k > 0) {
-      set(&control(g.peers[k])->error);
+  const auto set_all = [&](std::byte* inbox) {
+    set(&control(inbox)->error);
+    for (std::uint32_t i = 0; i < kEpochRecords; ++i) {
+      set(&record(inbox, i)->error);
     }
-    for (int i = 0; i < kEpochRecords; ++i) {
-      set(&record(g.peers[k], i)->error);
+  };
+  for (int k = 0; k < g.size(); ++k) {
+    set_all(g.peers[k]);
+  }
+  const HostWords* const words = own->words;
+  if (words != nullptr) {
+    const auto inboxes = *const_cast<const volatile std::uint64_t*>(&words->inboxes);
+    for (std::uint64_t i = 0; i < inboxes && i < kMaxInboxes; ++i) {
+      for (int r = 0; r < g.size(); ++r) {
+        set_all(words->peers[i][r]);
+      }
     }
   }
+  tell_host(own, word);
 }
 
-inline constexpr std::uint64_t kWaitIsOver = ~std::uint64_t{0};
+/// Whether the host tells waits to end; asked now and then.
+static __device__ __forceinline__ bool host_gave_up(InboxControl* own, std::uint64_t now) {
+  const HostWords* const words = own->words;
+  const std::uint64_t due = *const_cast<volatile std::uint64_t*>(&own->next_look);
+  if (words == nullptr || now < due) {
+    return false;
+  }
+  const auto before = atomicCAS(reinterpret_cast<unsigned long long*>(&own->next_look),
+                                static_cast<unsigned long long>(due),
+                                static_cast<unsigned long long>(now + kHostLookNs));
+  return before == due && *const_cast<const volatile std::uint64_t*>(&words->give_up) != 0;
+}
 
-/// Looks at the error word and the clock. Returns when the wait began, or kWaitIsOver. `missing` is
-/// -1 in a thread that misses nothing and polls with its warp.
+/// What the announcements in the own inbox say of the ranks that a thread misses.
+struct Whereabouts {
+  std::uint32_t away = 0;   ///< Have not come to this call.
+  std::uint32_t other = 0;  ///< Are in another one.
+};
 template <int kRanks>
-__device__ __forceinline__ std::uint64_t look_at_clock(const Group<kRanks>& g, std::uint64_t epoch,
-                                                       int missing, std::uint64_t start) {
-  const volatile InboxControl* own = control(g.own());
-  if (own->error != 0) {
-    return kWaitIsOver;
+static __device__ __forceinline__ Whereabouts look_for(const Group<kRanks>& g, std::uint64_t epoch,
+                                                       std::uint32_t missing) {
+  Whereabouts found;
+#pragma unroll 1
+  for (std::uint32_t left = missing; left != 0; left &= left - 1) {
+    const std::uint32_t bit = left & (0U - left);
+    const std::uint64_t theirs = *const_cast<const volatile std::uint64_t*>(
+        announcement(g.own(), __ffs(static_cast<int>(left)) - 1));
+    const bool here = static_cast<std::uint32_t>(theirs) == static_cast<std::uint32_t>(epoch);
+    found.away |= here ? 0U : bit;
+    found.other |= here && static_cast<std::uint32_t>(theirs >> 32) != g.signature.word ? bit : 0U;
   }
+  return found;
+}
+
+/// Ends a wait for the ranks `missing`: says why, unless the group has failed before.
+template <int kRanks>
+static __device__ __noinline__ void end_wait(const Group<kRanks>& g, std::uint64_t epoch,
+                                             std::uint32_t missing) {
+  InboxControl* const own = control(g.own());
+  const Whereabouts found = look_for(g, epoch, missing);
+  // Ranks that have come but do not go on count where no other is missing.
+  const std::uint32_t named = found.away != 0 ? found.away : missing;
+  if (found.other != 0) {
+    const int rank = __ffs(static_cast<int>(found.other)) - 1;
+    const std::uint64_t theirs =
+        *const_cast<const volatile std::uint64_t*>(announcement(g.own(), rank));
+    fail(g, InboxError::encode(epoch, rank, g.signature.call(),
+                               CallSignature{static_cast<std::uint32_t>(theirs >> 32)}.call()));
+  } else if (*const_cast<volatile std::uint64_t*>(&own->error) == 0) {
+    tell_missing(own, named);
+    fail(g, InboxError::encode(epoch, __ffs(static_cast<int>(named)) - 1, g.signature.call()));
+  } else {
+    tell_missing(own, found.away);
+  }
+  tell_host(own, *const_cast<volatile std::uint64_t*>(&own->error));
+}
+
+/// Looks at the error word, the peers' announcements, the host's word and the clock. Returns when
+/// the wait began, or kWaitIsOver. `missing` is 0 in a thread that misses nothing and polls with
+/// its warp.
+template <int kRanks>
+__device__ __forceinline__ std::uint64_t look_around(const Group<kRanks>& g, std::uint64_t epoch,
+                                                     std::uint32_t missing, std::uint64_t start) {
+  InboxControl* const own = control(g.own());
+  const volatile InboxControl* const seen = own;
   const std::uint64_t now = global_time();
-  if (start == 0) {
-    return now;
+  const bool late = start != 0 && now - start >= seen->limit_ns;
+  if (!late && seen->error == 0 &&
+      (missing == 0 || (look_for(g, epoch, missing).other == 0 && !host_gave_up(own, now)))) {
+    return start != 0 ? start : now;
   }
-  if (now - start < own->limit_ns) {
-    return start;
-  }
-  if (missing >= 0) {
-    report_missing(g, epoch, missing);
+  if (missing != 0) {
+    end_wait(g, epoch, missing);
   }
   return kWaitIsOver;
 }
+
+/// The same out of line, for warps that keep nothing across it.
+template <int kRanks>
+static __device__ __noinline__ std::uint64_t look_around_apart(const Group<kRanks>& g,
+                                                               std::uint64_t epoch,
+                                                               std::uint32_t missing,
+                                                               std::uint64_t start) {
+  return look_around(g, epoch, missing, start);
+}
+
+/// What `poll_in_warp` returns when all is there.
+inline constexpr std::uint64_t kNoneInWarp = std::uint64_t{1} << 32;
 
 /// How long a thread goes on polling.
 class Patience {
@@ -213,29 +333,37 @@ class Patience {
   /// Polls between two looks at the clock.
   static constexpr int kPolls = 256;
 
-  /// After kPolls polls, the last of which missed rank `missing`. True if the wait is over: the
-  /// limit is reached, or another thread or rank has failed.
+  /// After kPolls polls, the last of which missed the ranks `missing`. True if the wait is over:
+  /// the limit is reached, or another thread or rank has failed, or the host gave up.
   template <int kRanks>
-  __device__ __forceinline__ bool is_over(const Group<kRanks>& g, const Call& c, int missing) {
-    start_ = look_at_clock(g, c.epoch, missing, start_);
+  __device__ __forceinline__ bool is_over(const Group<kRanks>& g, const Call& c,
+                                          std::uint32_t missing) {
+    start_ = look_around(g, c.epoch(), missing, start_);
     return start_ == kWaitIsOver;
+  }
+  /// The same for a warp that missed so much in `poll_in_warp`; the answer is one for all of it.
+  template <int kRanks>
+  __device__ __forceinline__ bool is_over_in_warp(const Group<kRanks>& g, const Call& c,
+                                                  std::uint64_t missed) {
+    start_ = look_around_apart(g, c.epoch(), static_cast<std::uint32_t>(missed), start_);
+    return __any_sync(kFullWarp, start_ == kWaitIsOver);
   }
 
  private:
   std::uint64_t start_ = 0;
 };
 
-/// Polls until `poll()`, a rank whose words are not there yet, is negative. False if the wait
-/// failed. Polls are a loop of their own, so that the rare look at the clock is not in their way.
+/// Polls until `poll()`, the ranks whose words are not there yet, as bits, is 0. False if the wait
+/// failed. Polls are a loop of their own, so that the rare look around is not in their way.
 template <int kRanks, class Poll>
 __device__ __forceinline__ bool await(const Group<kRanks>& g, const Call& c, Patience& patience,
                                       const Poll& poll) {
-  int missing = -1;
+  std::uint32_t missing = 0;
   do {
 #pragma unroll 1
     for (int i = 0; i < Patience::kPolls; ++i) {
       missing = poll();
-      if (missing < 0) {
+      if (missing == 0) {
         return true;
       }
     }
@@ -243,22 +371,20 @@ __device__ __forceinline__ bool await(const Group<kRanks>& g, const Call& c, Pat
   return false;
 }
 
-/// The same for the threads of a warp together, until nothing is missing in any. False in the whole
-/// warp if the wait failed.
-template <int kRanks, class Poll>
-__device__ __forceinline__ bool await_in_warp(const Group<kRanks>& g, const Call& c,
-                                              Patience& patience, const Poll& poll) {
-  int missing = -1;
-  do {
+/// Polls for a while with all threads of a warp, until nothing is missing in any: the ranks whose
+/// words this thread misses, or kNoneInWarp in the whole warp. Whoever gets ranks looks around and
+/// begins anew: little lives in registers there, and nothing of the kind is in a poll's way.
+template <class Poll>
+__device__ __forceinline__ std::uint64_t poll_in_warp(const Poll& poll) {
+  std::uint32_t missing = 0;
 #pragma unroll 1
-    for (int i = 0; i < Patience::kPolls; ++i) {
-      missing = poll();
-      if (__all_sync(kFullWarp, missing < 0)) {
-        return true;
-      }
+  for (int i = 0; i < Patience::kPolls; ++i) {
+    missing = poll();
+    if (__all_sync(kFullWarp, missing == 0)) {
+      return kNoneInWarp;
     }
-  } while (!__any_sync(kFullWarp, patience.is_over(g, c, missing)));
-  return false;
+  }
+  return missing;
 }
 
 // --- flag words
@@ -394,14 +520,14 @@ __device__ __forceinline__ bool ll_receive(const Group<kRanks>& g, const Call& c
     return await(g, c, patience, [&] {
       const uint4 v = ll_load(from);
       values[0] = values[1] = make_uint2(v.x, v.z);
-      return ll_differs(v, c) != 0 ? peer : -1;
+      return ll_differs(v, c) != 0 ? 1U << peer : 0U;
     });
   }
   const std::byte* lane = g.own() + ll_place(g, c, first, word);
   const std::int64_t lane_bytes = std::int64_t{g.ll_words} * 16;
   uint4 words[kBatch<kRanks>] = {};
   const auto poll = [&] {
-    int missing = -1;
+    std::uint32_t missing = 0;
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
       ll_load_if(is_peer(g, first + j), lane + j * lane_bytes, words[j]);
@@ -409,7 +535,7 @@ __device__ __forceinline__ bool ll_receive(const Group<kRanks>& g, const Call& c
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
       const bool differs = is_peer(g, first + j) && ll_differs(words[j], c) != 0;
-      missing = differs ? first + j : missing;
+      missing |= differs ? 1U << (first + j) : 0U;
     }
     return missing;
   };
@@ -426,8 +552,8 @@ __device__ __forceinline__ bool ll_receive(const Group<kRanks>& g, const Call& c
 // --- entering a call
 // -------------------------------------------------------------------------------
 
-/// Makes this call's epoch the last one and wipes one old flag word of each lane. One warp of every
-/// block, when all threads of the block have read the epoch.
+/// Makes this call's epoch the last one, announces the call to the peers and wipes one old flag
+/// word of each lane. One warp of every block, when all threads of the block have read the epoch.
 ///
 /// @param ll_used  Flag words of each lane that this call uses; the same on all ranks.
 ///
@@ -437,17 +563,26 @@ __device__ __forceinline__ bool ll_receive(const Group<kRanks>& g, const Call& c
 /// itself, which PTX excludes ("No-Thin-Air"). The arrival is relaxed on purpose: acquire-release
 /// would first wait for sends to be acknowledged by the peers.
 ///
-/// Wiping: a flag word could match by accident if it was last written 2^32 epochs ago. Call e
-/// clears word e/2 mod ll_words of every lane of its own slot unless the call uses that word, in
-/// which case it is written with e. Nobody else touches an unused word of slot e until a peer
-/// reaches e+2. So every word is 0 or at most 2*ll_words epochs old. Flag lines carry the whole
-/// epoch, which does not wrap.
+/// Wiping: a flag word, which has room for some lower bits of the epoch, could match by accident
+/// if it were old enough. Call e clears word e/2 mod ll_words of every lane of its own slot unless
+/// the call uses that word, in which case it is written with e. Nobody else touches an unused word
+/// of slot e until a peer reaches e+2. So every word is 0 or at most 2*ll_words epochs old, and
+/// those differ in their lower bits (`flag_epoch_bits`). Flag lines carry 48 bits of the epoch,
+/// which last for ever.
+///
+/// Announcing: where ranks make different calls, each waits for words with flags that never come,
+/// and finds in its inbox, when the wait takes long, what the other is in.
 template <int kRanks>
 __device__ __forceinline__ void keep_books(const Group<kRanks>& g, const Call& c,
                                            std::uint32_t ll_used) {
   const std::uint32_t thread = threadIdx.x % kWarp;
   if (blockIdx.x == 0 && thread < static_cast<unsigned>(g.size())) {
-    const std::uint32_t word = static_cast<std::uint32_t>(c.epoch >> 1) & (g.ll_words - 1);
+    const auto call =
+        (std::uint64_t{g.signature.word} << 32) | static_cast<std::uint32_t>(c.epoch());
+    asm volatile("st.volatile.global.u64 [%0],%1;" ::"l"(announcement(g.peers[thread], g.rank)),
+                 "l"(call)
+                 : "memory");
+    const std::uint32_t word = static_cast<std::uint32_t>(c.epoch() >> 1) & (g.ll_words - 1);
     if (word >= ll_used) {
       std::byte* old = g.own() + ll_place(g, c, static_cast<int>(thread), word);
       *reinterpret_cast<uint4*>(old) = make_uint4(0, 0, 0, 0);
@@ -463,7 +598,7 @@ __device__ __forceinline__ void keep_books(const Group<kRanks>& g, const Call& c
   const bool last = __shfl_sync(kFullWarp, before, 0) == gridDim.x - 1;  // and `arrived` is 0 again
   if (last && thread < kEpochRecords) {
     asm volatile("st.volatile.global.u64 [%0],%1;" ::"l"(&record(g.own(), thread)->epoch),
-                 "l"(c.epoch)
+                 "l"(c.epoch())
                  : "memory");
   }
 }
@@ -477,8 +612,10 @@ __device__ __forceinline__ void keep_books(const Group<kRanks>& g, const Call& c
 template <int kRanks, class SendFirst>
 __device__ __forceinline__ bool enter(const Group<kRanks>& g, const Found& found, Call& c,
                                       std::uint32_t ll_used, const SendFirst& send_first) {
-  c.epoch = next_epoch(found.epoch);
-  c.flag = static_cast<std::uint32_t>(c.epoch);
+  const std::uint64_t epoch = found.epoch + 1;
+  const FlagCode code = FlagCode::make(g.signature, g.ll_words);
+  c.line_flag = code.line_flag(epoch);
+  c.flag = code.word_flag(epoch);
   c.slot = c.flag & 1U;
   const bool good = found.error == 0;
   const bool works = threadIdx.x < workers();
@@ -494,6 +631,8 @@ __device__ __forceinline__ bool enter(const Group<kRanks>& g, const Found& found
     asm volatile("barrier.cta.sync 1,%0;" ::"r"(all) : "memory");
     if (good) {
       keep_books(g, c, ll_used);
+    } else if (blockIdx.x == 0 && threadIdx.x == workers()) {
+      tell_host(control(g.own()), found.error);
     }
     return false;
   }
@@ -505,6 +644,13 @@ template <int kRanks>
 __device__ __forceinline__ bool enter(const Group<kRanks>& g, const Found& found, Call& c,
                                       std::uint32_t ll_used) {
   return enter(g, found, c, ll_used, [](bool) {});
+}
+
+/// Whether every block of this launch runs or has run: their first stores wait for nothing.
+template <int kRanks>
+__device__ __forceinline__ bool all_arrived(const Group<kRanks>& g, const Call& c) {
+  return *const_cast<const volatile std::uint64_t*>(
+             &record(g.own(), blockIdx.x % kEpochRecords)->epoch) == c.epoch();
 }
 
 // --- flag lines
@@ -550,8 +696,8 @@ __device__ __forceinline__ std::int64_t line_own_place(const Group<kRanks>& g, c
 /// payload are left out whole.
 __device__ __forceinline__ void line_store(std::byte* to, uint2 first, uint2 second, const Call& c,
                                            const LinePart& part) {
-  const auto low = static_cast<std::uint32_t>(c.epoch);
-  const auto high = static_cast<std::uint32_t>(c.epoch >> 32);
+  const auto low = static_cast<std::uint32_t>(c.line_flag);
+  const auto high = static_cast<std::uint32_t>(c.line_flag >> 32);
   asm volatile("st.volatile.global.v4.u32 [%0],{%1,%2,%3,%4};" ::"l"(to), "r"(first.x),
                "r"(first.y), "r"(part.flag ? low : second.x), "r"(part.flag ? high : second.y)
                : "memory");
@@ -560,20 +706,20 @@ __device__ __forceinline__ void line_store(std::byte* to, uint2 first, uint2 sec
 /// 0 unless the thread has the flag and it is not the call's.
 __device__ __forceinline__ std::uint32_t line_differs(uint4 v, const Call& c,
                                                       const LinePart& part) {
-  const auto low = static_cast<std::uint32_t>(c.epoch);
-  const auto high = static_cast<std::uint32_t>(c.epoch >> 32);
+  const auto low = static_cast<std::uint32_t>(c.line_flag);
+  const auto high = static_cast<std::uint32_t>(c.line_flag >> 32);
   return part.flag ? (v.z ^ low) | (v.w ^ high) : 0;
 }
 
-/// Waits for a warp's part of a line of each of the ranks [first, first + kBatch) but this one;
-/// values by rank. `any` is false in threads whose line lies beyond the payload. False in the whole
-/// warp if the wait failed.
+/// Polls for a warp's part of a line of each of the ranks [first, first + kBatch) but this one;
+/// values by rank. `any` is false in threads whose line lies beyond the payload. Returns as
+/// `poll_in_warp`.
 template <int kRanks>
-__device__ __forceinline__ bool receive_lines(const Group<kRanks>& g, const Call& c, int first,
-                                              const LinePart& part, bool any,
-                                              uint4 (&values)[kBatch<kRanks>], Patience& patience) {
-  return await_in_warp(g, c, patience, [&] {
-    int missing = -1;
+__device__ __forceinline__ std::uint64_t receive_lines(const Group<kRanks>& g, const Call& c,
+                                                       int first, const LinePart& part, bool any,
+                                                       uint4 (&values)[kBatch<kRanks>]) {
+  return poll_in_warp([&] {
+    std::uint32_t missing = 0;
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
       ll_load_if(any && is_peer(g, first + j), g.own() + line_place(g, c, first + j, part),
@@ -582,7 +728,7 @@ __device__ __forceinline__ bool receive_lines(const Group<kRanks>& g, const Call
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
       const bool differs = any && is_peer(g, first + j) && line_differs(values[j], c, part) != 0;
-      missing = differs ? first + j : missing;
+      missing |= differs ? 1U << (first + j) : 0U;
     }
     return missing;
   });
@@ -681,8 +827,8 @@ __device__ __forceinline__ void send_to_peers(const Group<kRanks>& g, const Call
 }
 
 /// Sends and receives a call's lines as this warp's role says. `load(group)` gives what the thread
-/// sends and `send(group, loaded)` sends it; `receive(group)` is false in the whole warp if a wait
-/// failed.
+/// sends and `send(group, loaded)` sends it; `receive(group)` polls for it and returns as
+/// `poll_in_warp`, and is called again while something is missing.
 ///
 /// @param first  What the thread has loaded of the role's first group, if it leads.
 template <int kRanks, class Loaded, class Load, class Send, class Receive>
@@ -698,9 +844,14 @@ __device__ __forceinline__ void exchange_lines(const Group<kRanks>& g, const Cal
   }
   if (role.receives) {
     delay_point(g, c, 1);
+    Patience patience;
     for (std::uint32_t i = role.first; i < role.groups; i += role.step) {
-      if (!receive(i)) {
-        return;
+      std::uint64_t missed = receive(i);
+      while (missed != kNoneInWarp) {
+        if (patience.is_over_in_warp(g, c, missed)) {
+          return;
+        }
+        missed = receive(i);
       }
     }
   }
@@ -778,6 +929,18 @@ inline PeerPath checked_path(const PeerTable& table, PeerPath path, std::int64_t
   return PeerPath::flag_line;
 }
 
+inline int blocks_of(const PeerTable& table) {
+  return limited_blocks(table.layout.max_blocks, table.block_limit);
+}
+
+/// The call as the ranks must agree on it. Blocks of one number wait for each other, so the limit
+/// on them is part of it.
+inline CallSignature signature_of(const PeerTable& table, PeerCall call, DType dtype,
+                                  std::int64_t bytes, std::int64_t more = 0) {
+  return CallSignature::make(call,
+                             {static_cast<std::int64_t>(dtype), blocks_of(table), bytes, more});
+}
+
 struct Grid {
   int blocks;
   int threads;  ///< With the last warp.
@@ -786,7 +949,7 @@ struct Grid {
 /// Grid of a flag-word kernel: a word a worker while the blocks last, in small blocks first.
 inline constexpr int kLlThreads = 512 + kWarp;
 inline Grid ll_grid(std::int64_t words, const PeerTable& table) {
-  const std::int64_t most = table.layout.max_blocks;
+  const std::int64_t most = blocks_of(table);
   int threads = words <= 64 ? 64 : 128;
   while (threads < 512 && ceil_div(words, threads) > most) {
     threads *= 2;
@@ -802,7 +965,7 @@ inline constexpr int kLineThreads = kRanks >= 1 && kRanks <= 4 ? 1024 : 512;
 template <int kRanks>
 Grid line_grid(std::int64_t words, const PeerTable& table) {
   const std::int64_t groups = ceil_div(words, kGroupWords);
-  const auto blocks = std::clamp<std::int64_t>(groups, 1, table.layout.max_blocks);
+  const auto blocks = std::clamp<std::int64_t>(groups, 1, blocks_of(table));
   constexpr std::int64_t kMostWarps = kLineThreads<kRanks> / kWarp - 1;
   const auto warps = std::clamp<std::int64_t>(ceil_div(groups, blocks), 1, kMostWarps);
   return {static_cast<int>(blocks), static_cast<int>((warps + 1) * kWarp)};

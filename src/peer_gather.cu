@@ -26,11 +26,13 @@ __global__ void __launch_bounds__(2 * kWarp) barrier_kernel(const __grid_constan
                "l"(mine)
                : "memory");
   delay_point(g, c, 1);
-  const std::byte* word = g.own() + ll_place(g, c, g.rank_at(k), 0);
+  std::byte* word = g.own() + ll_place(g, c, g.rank_at(k), 0);
+  // Nobody writes the other half in this call, and barriers alone would leave it to grow old.
+  *reinterpret_cast<volatile std::uint64_t*>(word + 8) = 0;
   await(g, c, patience, [&] {
     std::uint64_t theirs;
     asm volatile("ld.acquire.sys.global.u64 %0,[%1];" : "=l"(theirs) : "l"(word) : "memory");
-    return theirs != mine ? g.rank_at(k) : -1;
+    return theirs != mine ? 1U << g.rank_at(k) : 0U;
   });
 }
 
@@ -217,17 +219,17 @@ __device__ __forceinline__ void send_lines(const Group<kRanks>& g, const Call& c
   }
 }
 
-/// Waits for the same group of lines of every peer and stores it. False in the whole warp if a wait
-/// failed.
+/// Polls for the same group of lines of every peer and stores it. Returns as `poll_in_warp`.
 template <int kRanks, class Args>
-__device__ __forceinline__ bool collect_lines(const Group<kRanks>& g, const Call& c, const Args& a,
-                                              std::uint32_t group, Patience& patience) {
+__device__ __forceinline__ std::uint64_t collect_lines(const Group<kRanks>& g, const Call& c,
+                                                       const Args& a, std::uint32_t group) {
   const LinePart part(group);
   const bool any = part.line * kLineWords < a.words;
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
     uint4 values[kBatch<kRanks>] = {};
-    if (!receive_lines(g, c, r0, part, any, values, patience)) {
-      return false;
+    const std::uint64_t missed = receive_lines(g, c, r0, part, any, values);
+    if (missed != kNoneInWarp) {
+      return missed;
     }
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
@@ -241,7 +243,7 @@ __device__ __forceinline__ bool collect_lines(const Group<kRanks>& g, const Call
       }
     }
   }
-  return true;
+  return kNoneInWarp;
 }
 
 /// The all-gather and the query gather.
@@ -249,7 +251,6 @@ template <int kRanks, class Args>
 __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
     gather_line_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ Args a) {
   Call c;
-  Patience patience;
   const LineRole role(a.words);
   const auto load = [&](std::uint32_t group) { return load_lines(a, group); };
   const Found found = begin(g);
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
   exchange_lines(
       g, c, role, first, load,
       [&](std::uint32_t group, const LineWords<1>& loaded) { send_lines(g, c, a, group, loaded); },
-      [&](std::uint32_t group) { return collect_lines(g, c, a, group, patience); });
+      [&](std::uint32_t group) { return collect_lines(g, c, a, group); });
 }
 
 // bench/results/own_kernels/nvidia-h100-2cards.json: two H100s, NVLink, 2 ranks, 128 heads of
@@ -308,21 +309,37 @@ void gather_query(const PeerTable& t, const Query& query, const Rows& out, PeerP
   const auto any = args_of<false>(query, out);
   const bool aligned = any.nope.aligned && (query.pe_dim == 0 || any.pe.aligned) && out.aligned;
   const std::uint32_t used = std::max(any.words, 1U);  // an empty call signals nevertheless
+  const CallSignature signature =
+      signature_of(t, PeerCall::gather_query, query.dtype, any.words * std::int64_t{8},
+                   query.batch * 4096 + query.pe_dim);
   const bool words = checked_path(t, path, any.words, "peer_gather_query") == PeerPath::flag_word;
   with_ranks(aligned ? t.size : 0, [&](auto n) {
     const auto args = args_of<(n() > 0)>(query, out);
     if (words) {
       const Grid grid = ll_grid(used, t);
-      launch(query_word_kernel<n()>, grid.blocks, grid.threads, stream, Group<n()>(t), args, used);
+      launch(query_word_kernel<n()>, grid.blocks, grid.threads, stream, Group<n()>(t, signature),
+             args, used);
     } else {
       const Grid grid = line_grid<n()>(args.words, t);
       launch(gather_line_kernel<n(), QueryFor<n()>>, grid.blocks, grid.threads, stream,
-             Group<n()>(t), args);
+             Group<n()>(t, signature), args);
     }
   });
 }
 
 }  // namespace
+
+void load_gather(int n) {
+  load(barrier_kernel);
+  with_ranks(n, [](auto r) {
+    load(all_gather_kernel<r(), FlatView>);
+    load(all_gather_kernel<r(), ByteView>);
+    load(query_word_kernel<r()>);
+    load(gather_line_kernel<r(), QueryFor<r()>>);
+    load(gather_line_kernel<r(), ShareArgs<FlatView>>);
+  });
+  load(gather_line_kernel<0, ShareArgs<ByteView>>);
+}
 
 void report_gather(int n, std::vector<KernelInfo>& report) {
   report.push_back(describe("barrier", barrier_kernel, 2 * kWarp));
@@ -362,7 +379,8 @@ PeerPath choose_share_path(const InboxLayout& layout, std::int64_t share_bytes) 
 
 void peer_barrier(const PeerTable& table, cudaStream_t stream) {
   check_table(table);
-  launch(barrier_kernel, 1, 2 * kWarp, stream, Group<0>(table));
+  launch(barrier_kernel, 1, 2 * kWarp, stream,
+         Group<0>(table, signature_of(table, PeerCall::barrier, DType::u8, 0)));
 }
 
 void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* in, void* out,
@@ -375,6 +393,7 @@ void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* i
   const ByteView to(out, dims.outer, dims.inner_bytes, dims.full_outer_stride,
                     dims.full_rank_stride);
   const std::int64_t words = words_of(bytes);
+  const CallSignature signature = signature_of(table, PeerCall::all_gather, DType::u8, bytes);
   const PeerPath chosen =
       path == PeerPath::automatic ? choose_share_path(table.layout, bytes) : path;
   if (checked_path(table, chosen, words, "peer_all_gather") == PeerPath::flag_line) {
@@ -383,7 +402,7 @@ void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* i
       with_line_ranks<View>(table.size, [&](auto n) {
         const Grid grid = line_grid<n()>(words, table);
         launch(gather_line_kernel<n(), ShareArgs<View>>, grid.blocks, grid.threads, stream,
-               Group<n()>(table), args);
+               Group<n()>(table, signature), args);
       });
     });
     return;
@@ -392,8 +411,8 @@ void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* i
   const Grid grid = ll_grid(used, table);
   with_views(from, to, [&]<class View>(const View& source, const View& target) {
     with_ranks(table.size, [&](auto n) {
-      launch(all_gather_kernel<n(), View>, grid.blocks, grid.threads, stream, Group<n()>(table),
-             source, target, static_cast<std::uint32_t>(used));
+      launch(all_gather_kernel<n(), View>, grid.blocks, grid.threads, stream,
+             Group<n()>(table, signature), source, target, static_cast<std::uint32_t>(used));
     });
   });
 }

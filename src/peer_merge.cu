@@ -100,6 +100,53 @@ struct FirstLses {
   }
 };
 
+/// Out of line: few blocks come here, in the first moments of a large call.
+template <int kRanks>
+static __device__ __noinline__ void send_lse(const Group<kRanks>& g, const MergeFor<kRanks>& a,
+                                             std::int64_t place, std::uint32_t flag,
+                                             std::uint32_t i) {
+#pragma unroll 1
+  for (int k = 1; k < g.size(); ++k) {
+    ll_store(g.peers[k] + place, a.load_lses(g.rank_at(k), i), flag);
+  }
+}
+
+/// Sends the LSE word `i` that a thread is about to wait for itself, where the block that was to
+/// send it may not run yet: behind a block that waits for it, it might never. So a block needs its
+/// peers' block of the same number alone, and a merge gets on with one multiprocessor. A word that
+/// is sent twice is the same.
+///
+/// @param all_run  What an earlier call found: whether all blocks run.
+/// @param at       Where the LSEs begin in each lane.
+template <int kRanks>
+__device__ __forceinline__ void cover_lse(const Group<kRanks>& g, const Call& c,
+                                          const MergeFor<kRanks>& a, bool& all_run,
+                                          std::uint32_t at, std::uint32_t i) {
+  if (i >= (blockIdx.x + 1) * workers() && !all_run) {
+    all_run = all_arrived(g, c);
+    if (!all_run) {
+      send_lse(g, a, ll_own_place(g, c, at + i), c.flag, i);
+    }
+  }
+}
+
+/// The same for all rows of a group of lines, in a whole warp.
+template <int kRanks>
+__device__ __forceinline__ void cover_lses(const Group<kRanks>& g, const Call& c,
+                                           const MergeFor<kRanks>& a, bool& all_run,
+                                           std::uint32_t group) {
+  const std::uint32_t first_word = group * kGroupWords;
+  const std::uint32_t last_row = a.words_per_row.divide(min(first_word + kGroupWords, a.words) - 1);
+  if (last_row / 2 < (blockIdx.x + 1) * workers()) {
+    return;  // its own block or an earlier one has sent them
+  }
+  const std::uint32_t row = a.words_per_row.divide(first_word) + (threadIdx.x & 31U);
+  if (row <= last_row) {
+    cover_lse(g, c, a, all_run, 0, row / 2);
+  }
+  __syncwarp();
+}
+
 __device__ __forceinline__ float lse_of(uint4 flag_word, std::uint32_t row) {
   return __uint_as_float((row & 1U) != 0 ? flag_word.z : flag_word.x);
 }
@@ -108,8 +155,9 @@ __device__ __forceinline__ float lse_of(uint4 flag_word, std::uint32_t row) {
 template <int kRanks, class T>
 __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c,
                                            const MergeFor<kRanks>& a, std::uint32_t word,
-                                           Patience& patience) {
+                                           Patience& patience, bool& all_run) {
   const MergePlace place = a.place(word);
+  cover_lse(g, c, a, all_run, a.words, place.row / 2);
   const uint2 own = a.load(g.rank, place);
   const float own_lse = a.load_lse(g.rank, place.row);
   float scales[Group<kRanks>::kMost];
@@ -117,7 +165,7 @@ __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c
   const auto receive = [&](int r0) {
     uint4 lses[kBatch<kRanks>] = {};
     return await(g, c, patience, [&] {
-      int missing = -1;
+      std::uint32_t missing = 0;
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
         const bool wanted = is_peer(g, r0 + j);
@@ -129,7 +177,7 @@ __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c
         const int r = r0 + j;
         const bool differs =
             is_peer(g, r) && (ll_differs(values[j], c) | ll_differs(lses[j], c)) != 0;
-        missing = differs ? r : missing;
+        missing |= differs ? 1U << r : 0U;
         if (r < g.size()) {
           scales[r] = r == g.rank ? own_lse : lse_of(lses[j], place.row);
         }
@@ -206,9 +254,10 @@ __global__ void __launch_bounds__(kLlThreads, 1)
     }
   }
   delay_point(g, c, 1);
+  bool all_run = false;
 #pragma unroll 1
   for (std::uint32_t i = first; i < a.words; i += step) {
-    if (!merge_word<kRanks, T>(g, c, a, i, patience)) {
+    if (!merge_word<kRanks, T>(g, c, a, i, patience, all_run)) {
       return;
     }
   }
@@ -223,12 +272,12 @@ __global__ void __launch_bounds__(kLlThreads, 1)
 }
 
 /// Merges a group of lines. A group spans at most 31 rows, because a row has at least two words:
-/// thread i has the LSEs of the group's row i and hands their scales to those that need them. False
-/// in the whole warp if a wait failed.
+/// thread i has the LSEs of the group's row i and hands their scales to those that need them.
+/// Returns as `poll_in_warp`.
 template <int kRanks, class T>
-__device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& c,
-                                            const MergeFor<kRanks>& a, std::uint32_t group,
-                                            Patience& patience) {
+__device__ __forceinline__ std::uint64_t merge_lines(const Group<kRanks>& g, const Call& c,
+                                                     const MergeFor<kRanks>& a,
+                                                     std::uint32_t group) {
   const LinePart part(group);
   const std::uint32_t first_word = group * kGroupWords;
   const std::uint32_t last_word = min(first_word + kGroupWords, a.words) - 1;
@@ -247,8 +296,8 @@ __device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& 
   uint4 values[kBatch<kRanks>] = {};
   const auto receive = [&](int r0, bool again) {
     uint4 lses[kBatch<kRanks>] = {};
-    return await_in_warp(g, c, patience, [&] {
-      int missing = -1;
+    return poll_in_warp([&] {
+      std::uint32_t missing = 0;
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
         const bool wanted = is_peer(g, r0 + j);
@@ -263,7 +312,7 @@ __device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& 
           differs = (has_line ? line_differs(values[j], c, part) : 0) |
                     (has_row && !again ? ll_differs(lses[j], c) : 0);
         }
-        missing = differs != 0 ? r : missing;
+        missing |= differs != 0 ? 1U << r : 0U;
         if (r < g.size() && !again) {
           scales[r] = r == g.rank ? own_lse : lse_of(lses[j], row);
         }
@@ -272,8 +321,9 @@ __device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& 
     });
   };
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
-    if (!receive(r0, false)) {
-      return false;
+    const std::uint64_t missed = receive(r0, false);
+    if (missed != kNoneInWarp) {
+      return missed;
     }
   }
   if (has_row) {
@@ -286,8 +336,11 @@ __device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& 
   WeightedSum<T> first_sum;
   WeightedSum<T> second_sum;
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
-    if (kRanks == 0 && !receive(r0, true)) {
-      return false;  // more ranks than one batch: the lines are there already, read them again
+    if constexpr (kRanks == 0) {  // more ranks than one batch: the lines are there, read them again
+      const std::uint64_t missed = receive(r0, true);
+      if (missed != kNoneInWarp) {
+        return missed;
+      }
     }
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
@@ -307,7 +360,7 @@ __device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& 
   if (has_second) {
     a.store(second_place, second_sum.result());
   }
-  return true;
+  return kNoneInWarp;
 }
 
 /// Payload in lines, LSEs in flag words.
@@ -316,7 +369,6 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
     merge_line_kernel(const __grid_constant__ Group<kRanks> g,
                       const __grid_constant__ MergeFor<kRanks> a, std::uint32_t lse_words) {
   Call c;
-  Patience patience;
   const LineRole role(a.words);
   const auto word_for = [&](int rank, std::uint32_t word) { return a.load(rank, a.place(word)); };
   const auto load = [&](std::uint32_t group) {
@@ -340,12 +392,16 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
     return;
   }
   send_lses(g, c, a, 0, second_word<kRanks>(), lse_words);
+  bool all_run = false;
   exchange_lines(
       g, c, role, first, load,
       [&](std::uint32_t group, const PeerLineWords<kRanks>& loaded) {
         send_to_peers(g, c, a.words, group, loaded, word_for);
       },
-      [&](std::uint32_t group) { return merge_lines<kRanks, T>(g, c, a, group, patience); });
+      [&](std::uint32_t group) {
+        cover_lses(g, c, a, all_run, group);
+        return merge_lines<kRanks, T>(g, c, a, group);
+      });
 }
 
 // bench/results/own_kernels/nvidia-h100-2cards.json: two H100s, NVLink, 2 ranks, H=128 D=512 bf16,
@@ -378,6 +434,9 @@ MergeArgs<kAligned> args_of(int n, const MergeShape& s, const Partial& partial,
 void merge(const PeerTable& t, const MergeShape& s, const Partial& partial, const Merged& merged,
            PeerPath path, cudaStream_t stream) {
   const auto any = args_of<false>(t.size, s, partial, merged);
+  const CallSignature signature =
+      signature_of(t, PeerCall::merge, s.dtype, any.words * std::int64_t{8},
+                   s.batch * 4096 + s.dim * 2 + static_cast<std::int64_t>(s.base));
   const bool words = path == PeerPath::flag_word || any.words == 0;
   const std::int64_t lse_words = std::max<std::int64_t>(ceil_div(any.rows, 2), 1);
   check_ll_words(t, (words ? any.words : 0) + lse_words, "peer_merge");
@@ -389,12 +448,25 @@ void merge(const PeerTable& t, const MergeShape& s, const Partial& partial, cons
       const auto args = args_of<(n() > 0)>(t.size, s, partial, merged);
       const Grid grid = words ? ll_grid(args.words + lse_words, t) : line_grid<n()>(args.words, t);
       launch(words ? merge_word_kernel<n(), T> : merge_line_kernel<n(), T>, grid.blocks,
-             grid.threads, stream, Group<n()>(t), args, static_cast<std::uint32_t>(lse_words));
+             grid.threads, stream, Group<n()>(t, signature), args,
+             static_cast<std::uint32_t>(lse_words));
     });
   });
 }
 
 }  // namespace
+
+void load_merge(int n) {
+  const auto load_for = [n]<class T>(T*) {
+    with_ranks(n, [](auto r) {
+      load(merge_word_kernel<r(), T>);
+      load(merge_line_kernel<r(), T>);
+    });
+  };
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    with_float_type(dtype, "dtype", load_for);
+  }
+}
 
 void report_merge(int n, std::vector<KernelInfo>& report) {
   with_ranks(n, [&](auto r) {

@@ -80,11 +80,11 @@ __global__ void __launch_bounds__(kLlThreads, 1)
   }
 }
 
-/// Sums a group of lines, in rank order. False in the whole warp if a wait failed.
+/// Sums a group of lines, in rank order. Returns as `poll_in_warp`.
 template <class T, int kRanks, class View>
-__device__ __forceinline__ bool sum_lines(const Group<kRanks>& g, const Call& c, const View& in,
-                                          const View& out, std::uint32_t words, std::uint32_t group,
-                                          Patience& patience) {
+__device__ __forceinline__ std::uint64_t sum_lines(const Group<kRanks>& g, const Call& c,
+                                                   const View& in, const View& out,
+                                                   std::uint32_t words, std::uint32_t group) {
   const LinePart part(group);
   const bool has_first = part.word < words;
   const bool has_second = !part.flag && part.word + 1 < words;
@@ -94,8 +94,10 @@ __device__ __forceinline__ bool sum_lines(const Group<kRanks>& g, const Call& c,
   Sum<T> second;
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
     uint4 values[kBatch<kRanks>] = {};
-    if (!receive_lines(g, c, r0, part, part.line * kLineWords < words, values, patience)) {
-      return false;
+    const std::uint64_t missed =
+        receive_lines(g, c, r0, part, part.line * kLineWords < words, values);
+    if (missed != kNoneInWarp) {
+      return missed;
     }
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
@@ -113,7 +115,7 @@ __device__ __forceinline__ bool sum_lines(const Group<kRanks>& g, const Call& c,
   if (has_second) {
     store_word(out, part.word + 1, second.result());
   }
-  return true;
+  return kNoneInWarp;
 }
 
 template <int kRanks, class View, class T>
@@ -122,7 +124,6 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
                                const __grid_constant__ View in, const __grid_constant__ View out,
                                std::uint32_t words) {
   Call c;
-  Patience patience;
   const LineRole role(words);
   const auto word_for = [&](int rank, std::uint32_t word) { return load_word(in, word, rank); };
   const auto load = [&](std::uint32_t group) { return load_for_peers(g, words, group, word_for); };
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
       [&](std::uint32_t group, const PeerLineWords<kRanks>& loaded) {
         send_to_peers(g, c, words, group, loaded, word_for);
       },
-      [&](std::uint32_t group) { return sum_lines<T>(g, c, in, out, words, group, patience); });
+      [&](std::uint32_t group) { return sum_lines<T>(g, c, in, out, words, group); });
 }
 
 /// Everyone sends everything to everyone and reduces it all: one flight.
@@ -254,6 +255,24 @@ void check_sum_view(DType dtype, const void* in, const void* out, std::int64_t b
 
 }  // namespace
 
+void load_reduce(int n) {
+  const auto load_for = [n]<class T>(T*) {
+    with_ranks(n, []<class Ranks>(Ranks) {
+      constexpr int kRanks = Ranks::value;
+      load(reduce_scatter_kernel<kRanks, FlatView, T>);
+      load(reduce_scatter_kernel<kRanks, ByteView, T>);
+      load(reduce_scatter_line_kernel<kRanks, FlatView, T>);
+      load(all_reduce_kernel<kRanks, FlatView, T>);
+      load(all_reduce_kernel<kRanks, ByteView, T>);
+      load(all_reduce_two_step_kernel<kRanks, T>);
+    });
+    load(reduce_scatter_line_kernel<0, ByteView, T>);
+  };
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    with_float_type(dtype, "dtype", load_for);
+  }
+}
+
 void report_reduce(int n, std::vector<KernelInfo>& report) {
   with_ranks(n, [&](auto r) {
     report.push_back(describe("reduce_scatter bf16",
@@ -282,6 +301,7 @@ void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dty
                       dims.full_rank_stride);
   const ByteView to(out, dims.outer, dims.inner_bytes, dims.share_outer_stride, 0);
   const std::int64_t words = words_of(bytes);
+  const CallSignature signature = signature_of(table, PeerCall::reduce_scatter, dtype, bytes);
   const PeerPath chosen =
       path == PeerPath::automatic ? choose_share_path(table.layout, bytes) : path;
   if (checked_path(table, chosen, words, "peer_reduce_scatter") == PeerPath::flag_line) {
@@ -290,7 +310,7 @@ void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dty
         with_line_ranks<View>(table.size, [&](auto n) {
           const Grid grid = line_grid<n()>(words, table);
           launch(reduce_scatter_line_kernel<n(), View, T>, grid.blocks, grid.threads, stream,
-                 Group<n()>(table), source, target, static_cast<std::uint32_t>(words));
+                 Group<n()>(table, signature), source, target, static_cast<std::uint32_t>(words));
         });
       });
     });
@@ -302,7 +322,7 @@ void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dty
     with_views(from, to, [&]<class View>(const View& source, const View& target) {
       with_ranks(table.size, [&](auto n) {
         launch(reduce_scatter_kernel<n(), View, T>, grid.blocks, grid.threads, stream,
-               Group<n()>(table), source, target, static_cast<std::uint32_t>(used));
+               Group<n()>(table, signature), source, target, static_cast<std::uint32_t>(used));
       });
     });
   });
@@ -325,7 +345,7 @@ void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, co
   const Grid grid = ll_grid(one ? words : share, table);
   with_float_type(dtype, "dtype", [&]<class T>(T*) {
     with_ranks(table.size, [&](auto n) {
-      const Group<n()> group(table);
+      const Group<n()> group(table, signature_of(table, PeerCall::all_reduce, dtype, bytes));
       if (!one) {
         launch(all_reduce_two_step_kernel<n(), T>, grid.blocks, grid.threads, stream, group, from,
                to, static_cast<std::uint32_t>(share));

@@ -161,6 +161,8 @@ fi
 # Flag lines over the link, whose stores must arrive whole: 100,000 calls in the long run.
 if [[ -x $bin/gpu_own_kernels ]]; then
   for n in 2 4; do
+    run "own kernels of several groups at once, $n ranks on 2 cards" "$bin/gpu_own_kernels" \
+      --only overlap --ranks "$n" --cards 2 --rounds "$( ((full)) && echo 10000 || echo 1000)"
     run "own kernels, $n ranks on 2 cards" "$bin/gpu_own_kernels" --only soak --ranks "$n" --cards 2 \
       --soak "$( ((full)) && echo 100000 || echo 10000)"
   done
@@ -170,6 +172,18 @@ for ((n = 2; n <= cards; n *= 2)); do
   ranks "transport, a card a rank" "$n" one "$transport"
   ranks "transport, a card a rank, NCCL for all sizes" "$n" one COHORT_OWN_MAX_BYTES=0 "$transport"
 done
+for ((n = 2; n <= cards; n *= 2)); do
+  ranks "late, stopped and absent ranks" "$n" one "$bin/gpu_liveness"
+done
+if [[ -x $bin/gpu_survivor ]]; then
+  for way in own nccl; do
+    # mpirun's own status is that of the rank that was killed, so the counts decide.
+    run "a rank killed among calls: $way" bash -c \
+      'mpirun -n 2 --enable-recovery --timeout 100 "$@" 2>&1 | grep -a "^survivor\|^cohort-test" |
+       tee /dev/stderr | grep -q "^cohort-test: passed=[1-9][0-9]* failed=0"' _ \
+      "$bin/gpu_survivor" "$way"
+  done
+fi
 # Each process sees its own card alone.
 run "transport, one visible card a process" mpirun -n 2 --timeout "$limit" bash -c \
   'export CUDA_VISIBLE_DEVICES=${OMPI_COMM_WORLD_LOCAL_RANK:-0}; exec "$@"' one_card "$transport"

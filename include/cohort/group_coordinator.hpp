@@ -61,8 +61,8 @@ class GroupCoordinator {
       : parts_(std::move(parts)),
         rank_(parts_.control->rank()),
         size_(parts_.control->size()),
-        equal_(static_cast<std::size_t>(size_)),
-        order_("group " + parts_.name) {
+        equal_(static_cast<std::size_t>(size_)) {
+    lanes_.emplace_back("group " + parts_.name);
     arena_ = SymmetricArena::create(*parts_.backend, parts_.name, audience(), parts_.arena);
   }
   GroupCoordinator(const GroupCoordinator&) = delete;
@@ -251,13 +251,60 @@ class GroupCoordinator {
     }
   }
 
+  /// Whether a call of the group is known to have failed, without asking the device: one load, for
+  /// engines that wait for their streams by CUDA's own means. `synchronize` says what happened.
+  [[nodiscard]] bool failed() const noexcept {
+    return parts_.transport != nullptr && parts_.transport->failed();
+  }
+
+  /// Collective. At least so many lanes, for work that goes on side by side, such as micro-batches:
+  /// the library orders calls of one lane, and lets those of different lanes overlap where its own
+  /// kernels carry them. Not within a capture.
+  void reserve_lanes(int lanes) {
+    throw_if_closed();
+    if (lanes < 1) {
+      throw UsageError(fmt::format("reserve_lanes: expected at least 1, got {}", lanes));
+    }
+    if (parts_.transport != nullptr) {
+      parts_.transport->reserve_lanes(lanes);
+    }
+    while (lanes_.size() < static_cast<std::size_t>(lanes)) {
+      lanes_.emplace_back("group " + parts_.name);
+    }
+  }
+  /// The lane of the calls that follow, equal on all ranks for each of them. Lane 0 at first.
+  void use_lane(int lane) {
+    throw_if_closed();
+    if (lane < 0 || static_cast<std::size_t>(lane) >= lanes_.size()) {
+      throw UsageError(fmt::format("use_lane: expected one of the {} reserved lanes, got {}",
+                                   lanes_.size(), lane));
+    }
+    lane_ = static_cast<std::size_t>(lane);
+    if (parts_.transport != nullptr) {
+      parts_.transport->select_lane(lane);
+    }
+  }
+  /// Most thread blocks of the own kernels in the calls that follow, so that other work keeps the
+  /// rest of the device; 0 for the backend's budget. Equal on all ranks for each call.
+  void limit_blocks(int blocks) {
+    throw_if_closed();
+    if (blocks < 0) {
+      throw UsageError(fmt::format("limit_blocks: expected at least 0, got {}", blocks));
+    }
+    if (parts_.transport != nullptr) {
+      parts_.transport->limit_blocks(blocks);
+    }
+  }
+
   /// Work that `stream` gets after this runs after the group's calls so far, and the group's later
   /// calls after what `stream` gets before them or before `launched`. Every call does it by itself;
   /// an engine does it before it launches a graph with calls of the group. Calls of one capture are
   /// ordered among themselves: their place among eager calls is where the graph is launched.
   void order(StreamRef stream) {
     throw_if_closed();
-    static_cast<void>(begin(stream));
+    for (StreamOrder& lane : lanes_) {  // a graph may hold calls of any
+      static_cast<void>(lane.before(stream));
+    }
     arena_->order_launch(stream);
   }
   /// Right behind a launch that `order` preceded, so that later calls on other streams wait for it
@@ -265,7 +312,9 @@ class GroupCoordinator {
   void launched(StreamRef stream) {
     throw_if_closed();
     if (stream.valid()) {
-      order_.after({stream, stream.capture_id()});
+      for (StreamOrder& lane : lanes_) {
+        lane.after({stream, stream.capture_id()});
+      }
     }
   }
 
@@ -274,6 +323,17 @@ class GroupCoordinator {
                                  const TensorView& out, int dim = 0) const {
     throw_if_closed();
     return size_ == 1 ? "single rank" : parts_.transport->path(collective, x, out, dim);
+  }
+
+  /// How long teardown waits for calls that may still come to their end.
+  static constexpr std::chrono::milliseconds kTeardownPatience{5'000};
+
+  /// Local, before teardown: waits so long for the group's calls to come to their end, and then
+  /// tells those that wait for ranks to end. No call may follow.
+  void settle(std::chrono::milliseconds patience) noexcept {
+    if (parts_.transport != nullptr) {
+      parts_.transport->settle(patience);
+    }
   }
 
   /// Collective. Deregisters the windows and disconnects; tensors of the group stay readable. Every
@@ -296,6 +356,7 @@ class GroupCoordinator {
   /// Local: `shutdown` once the ranks have waited for each other, or where they no longer can.
   void close() noexcept {
     closed_ = true;
+    settle(kTeardownPatience);  // before memory goes away that its calls may use
     if (arena_ != nullptr) {
       arena_->close();
     }
@@ -332,9 +393,9 @@ class GroupCoordinator {
   }
 
   /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.
-  [[nodiscard]] Call begin(StreamRef stream) { return order_.before(stream); }
+  [[nodiscard]] Call begin(StreamRef stream) { return lanes_[lane_].before(stream); }
   /// All of the call has been enqueued.
-  void finish(const Call& call) { order_.after(call); }
+  void finish(const Call& call) { lanes_[lane_].after(call); }
 
   [[nodiscard]] Caller caller() const noexcept { return {parts_.name, rank_, size_}; }
 
@@ -532,7 +593,8 @@ class GroupCoordinator {
   int size_;
   std::vector<std::int64_t> equal_;  // one extent for each rank, refilled by each call
   std::shared_ptr<SymmetricArena> arena_;
-  StreamOrder order_;
+  std::vector<StreamOrder> lanes_;  // each with an order of its own
+  std::size_t lane_ = 0;
   std::uint64_t debug_sequence_ = 0;
   bool closed_ = false;
 };

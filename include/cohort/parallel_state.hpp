@@ -86,6 +86,7 @@ class ParallelState {
   ParallelState(const ParallelState&) = delete;
   ParallelState& operator=(const ParallelState&) = delete;
   ~ParallelState() {
+    settle();
     close_audiences();
     if (formed_ != nullptr) {
       formed_->clear();
@@ -219,6 +220,7 @@ class ParallelState {
       failure = std::current_exception();
     }
     shut_down_ = true;
+    settle();
     close_audiences();
     for (auto group = formed_->rbegin(); group != formed_->rend(); ++group) {
       (*group)->close();
@@ -400,6 +402,18 @@ class ParallelState {
     }
   }
 
+  /// All groups within one patience: a call of one holds up the device of all.
+  void settle() noexcept {
+    if (formed_ == nullptr) {
+      return;
+    }
+    const auto deadline = Clock::now() + GroupCoordinator::kTeardownPatience;
+    for (auto group = formed_->rbegin(); group != formed_->rend(); ++group) {
+      (*group)->settle(
+          std::max(std::chrono::milliseconds::zero(),
+                   std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now())));
+    }
+  }
   void close_audiences() noexcept {
     for (const auto& known : audiences_) {
       if (known.arena != nullptr) {

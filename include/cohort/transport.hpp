@@ -217,6 +217,25 @@ class Transport {
   /// Waits until the stream is idle, watching the group as well. Throws `TimeoutError` naming the
   /// missing ranks, `TransportError` where a peer failed.
   virtual void synchronize(StreamRef stream, std::chrono::milliseconds limit) = 0;
+
+  /// Whether a call of the group is known to have failed, without asking the device: one load, for
+  /// engines that wait by means of their own. `synchronize` then says what happened.
+  [[nodiscard]] virtual bool failed() const noexcept { return false; }
+
+  /// Before teardown: waits so long for the group's calls to come to their end, and then tells
+  /// those that wait for ranks to end. Local; the group makes no call afterwards. What cannot be
+  /// ended keeps its memory when the transport goes.
+  virtual void settle(std::chrono::milliseconds /*patience*/) noexcept {}
+
+  /// Collective. At least so many lanes: a call of one lane needs no order against those of others,
+  /// where the transport's own kernels carry it. A transport whose calls block has nothing to do.
+  virtual void reserve_lanes(int /*lanes*/) {}
+  /// The lane of the calls that follow, one of those reserved; 0 at first.
+  virtual void select_lane(int /*lane*/) noexcept {}
+
+  /// Most thread blocks of own kernels in the calls that follow; 0 for the backend's budget. Equal
+  /// on all ranks.
+  virtual void limit_blocks(int /*blocks*/) noexcept {}
 };
 
 /// A kind of device with its memory, streams, transports and arithmetic. Shared by all groups.

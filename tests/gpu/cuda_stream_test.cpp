@@ -89,6 +89,71 @@ TEST_CASE_METHOD(Fixture, "a graph keeps what it was given", "[cuda_stream]") {
   CHECK(watch.expired());
 }
 
+TEST_CASE("graphs may be destroyed in flight, and their streams' driver with them",
+          "[cuda_stream]") {
+  for (int round = 0; round < 200; ++round) {
+    Fixture fixture;
+    std::vector<std::unique_ptr<ExecutableGraph>> graphs;
+    for (int g = 0; g < 4; ++g) {
+      fixture.a.driver().begin_capture(fixture.a.native());
+      for (int k = 0; k < 8; ++k) {
+        fixture.a.retain_in_capture(std::make_shared<std::vector<int>>(1000));
+      }
+      fixture.a.submit([] { std::this_thread::sleep_for(100us); });
+      graphs.push_back(fixture.a.driver().end_capture(fixture.a.native()));
+      graphs.back()->launch(fixture.a);
+    }
+    if (round % 2 == 0) {
+      fixture.a.synchronize(10s);
+    }
+    graphs.clear();
+  }
+  CHECK(cudaDeviceSynchronize() == cudaSuccess);
+}
+
+TEST_CASE_METHOD(Fixture, "a stream may be waited for while another is captured, in every mode",
+                 "[cuda_stream]") {
+  for (const auto mode : {cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal,
+                          cudaStreamCaptureModeRelaxed}) {
+    b.submit([] { std::this_thread::sleep_for(5ms); });
+    cuda_check(cudaStreamBeginCapture(first.get(), mode), "cudaStreamBeginCapture");
+    b.synchronize(10s);
+    const Tensor tensor = backend->allocate({1000}, DType::f32, b);
+    backend->ops().copy(tensor.view(), tensor.view(), b);
+    CHECK(a.capture_id() != 0);
+    a.submit([] {});
+    CHECK(a.driver().end_capture(a.native()) != nullptr);
+  }
+}
+
+TEST_CASE_METHOD(Fixture, "a card is waited for within a limit", "[device_drain]") {
+  const int device = backend->device().index;
+  CHECK(device_idle_within(device, 5s));
+  const auto release = std::make_shared<std::atomic<bool>>(false);
+  a.submit([release] {
+    while (!*release) {
+      std::this_thread::sleep_for(1ms);
+    }
+  });
+  CHECK_FALSE(device_idle_within(device, 100ms));
+  CHECK_FALSE(device_idle_within(device, 100ms));
+  *release = true;
+  CHECK(device_idle_within(device, 10s));
+}
+
+TEST_CASE_METHOD(Fixture, "memory can be mapped twice in one process", "[exportable_memory]") {
+  const int device = backend->device().index;
+  const auto memory = DeviceMapping::allocate(device, 1 << 20);
+  const auto descriptor = DeviceMapping::export_descriptor(memory.data());
+  auto again = std::make_unique<DeviceMapping>(
+      DeviceMapping::import(device, memory.bytes(), descriptor.get()));
+  const std::uint64_t word = 0x0123456789abcdef;
+  std::uint64_t got = 0;
+  CHECK(cudaMemcpy(memory.data(), &word, sizeof(word), cudaMemcpyHostToDevice) == cudaSuccess);
+  CHECK(cudaMemcpy(&got, again->data(), sizeof(got), cudaMemcpyDeviceToHost) == cudaSuccess);
+  CHECK(got == word);
+}
+
 TEST_CASE_METHOD(Fixture, "captures that do not exist or broke are errors", "[cuda_stream]") {
   CHECK_THROWS_AS(a.driver().end_capture(a.native()), UsageError);
   a.driver().begin_capture(a.native());

@@ -52,9 +52,9 @@ class CudaMemory : public std::enable_shared_from_this<CudaMemory> {
     }
     const DeviceGuard guard(device_);
     const bool capturing = stream.capture_id() != 0;
+    const RelaxedCapture relaxed;  // another stream's capture would forbid it as well
     const auto block = std::make_shared<Block>(shared_from_this());
     if (capturing) {
-      const RelaxedCapture relaxed;
       block->allocate(bytes, cleanup_.get());
       cuda_check(cudaStreamSynchronize(cleanup_.get()), "cudaStreamSynchronize");
       stream.retain_in_capture(block);
@@ -127,6 +127,7 @@ class CudaMemory : public std::enable_shared_from_this<CudaMemory> {
         return;  // the graph holds the memory and frees it with itself
       }
       const DeviceGuard guard(block_->device());
+      const RelaxedCapture relaxed;
       if (stream_.capture_id() != 0) {
         // What was captured so far may use the memory at every replay.
         stream_.retain_in_capture(block_);

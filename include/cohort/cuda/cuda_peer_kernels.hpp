@@ -15,8 +15,10 @@
 
 #include "cohort/agreement.hpp"
 #include "cohort/control_plane.hpp"
+#include "cohort/cuda/block_budget.hpp"
 #include "cohort/cuda/cuda_ops.hpp"
 #include "cohort/cuda/handles.hpp"
+#include "cohort/cuda/host_words.hpp"
 #include "cohort/cuda/inbox.hpp"
 #include "cohort/cuda/kernels.hpp"
 #include "cohort/cuda/peer_mapping.hpp"
@@ -65,7 +67,7 @@ namespace detail {
 class CudaPeerKernels final : public PeerKernels {
  public:
   struct Options {
-    int max_blocks = 1;                       ///< Resident whatever the kernel; equal on all ranks.
+    int max_blocks = 1;                       ///< See block_budget.hpp; equal on all ranks.
     bool whole_lines = false;                 ///< See `cuda::PeerPath::flag_line`; equal likewise.
     std::chrono::milliseconds limit{60'000};  ///< Of a wait in a kernel.
     std::uint64_t after_epoch = 0;            ///< For tests; equal on all ranks.
@@ -87,8 +89,14 @@ class CudaPeerKernels final : public PeerKernels {
       return {nullptr, fmt::format("{} ranks are more than the {} that an inbox has room for",
                                    group.size(), cuda::kMaxPeers)};
     }
+    {
+      // Loading a kernel may wait for the card, so none is left to be loaded while others wait.
+      const DeviceGuard guard(device);
+      const RelaxedCapture relaxed;
+      cuda::load_kernels(group.size());
+    }
     std::unique_ptr<CudaPeerKernels> kernels(new CudaPeerKernels(group, device, options));
-    if (auto refusal = kernels->build(options.whole_lines ? kFirstLineBytes : 0);
+    if (auto refusal = kernels->build(0, options.whole_lines ? kFirstLineBytes : 0);
         !refusal.empty()) {
       return {nullptr, std::move(refusal)};
     }
@@ -103,18 +111,34 @@ class CudaPeerKernels final : public PeerKernels {
   /// lane for every rank. Flag words do not grow: their use is small payloads.
   void reserve(std::size_t slot_bytes) override {
     const auto ranks = static_cast<std::int64_t>(group_.size());
-    const std::int64_t lane = (static_cast<std::int64_t>(slot_bytes) + ranks - 1) / ranks;
-    Intent intent{.place = fmt::format("growth of the inboxes of {}", group_.name()),
-                  .sequence = inboxes_.size(),
-                  .bytes = slot_bytes};
-    agree(group_, std::move(intent));
+    const std::int64_t share = (static_cast<std::int64_t>(slot_bytes) + ranks - 1) / ranks;
+    agree_to_grow(slot_bytes);
     const std::int64_t there = table().layout.flag_line_capacity();
-    if (!options_.whole_lines || lane <= there) {
+    if (!options_.whole_lines || share <= there) {
       return;
     }
-    if (const auto refusal = build(std::max(lane, 2 * there)); !refusal.empty()) {
-      throw TransportError(
-          {.call = "PeerMapping::create", .rank = group_.rank(), .group = group_.name()}, refusal);
+    for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
+      require_built(build(lane, std::max(share, 2 * there)));
+    }
+  }
+
+  /// Collective. At least so many inboxes that need no order among each other: calls on one lane
+  /// are ordered, those of different ones are not. Throws as `reserve`.
+  void reserve_lanes(int lanes) {
+    agree_to_grow(static_cast<std::size_t>(lanes));
+    while (lanes_.size() < static_cast<std::size_t>(lanes)) {
+      require_built(build(lanes_.size(), table().layout.flag_line_capacity()));
+    }
+  }
+  [[nodiscard]] int lanes() const noexcept { return static_cast<int>(lanes_.size()); }
+  /// The lane of the calls that follow, one of those reserved.
+  void select_lane(int lane) noexcept { lane_ = static_cast<std::size_t>(lane); }
+
+  /// Most thread blocks of the calls that follow; 0 for the budget. Equal on all ranks.
+  void limit_blocks(int blocks) noexcept {
+    block_limit_ = blocks;
+    for (auto& lane : lanes_) {
+      lane.back().table.block_limit = blocks;
     }
   }
 
@@ -128,6 +152,7 @@ class CudaPeerKernels final : public PeerKernels {
 
   void merge_attention(const MergeArguments& arguments, StreamRef stream) override {
     const DeviceGuard guard(device_);
+    check_usable("merge_attention");
     if (arguments.out.numel() == 0) {
       return;  // on every rank
     }
@@ -155,6 +180,7 @@ class CudaPeerKernels final : public PeerKernels {
   void gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe, const TensorView& q,
                     StreamRef stream) override {
     const DeviceGuard guard(device_);
+    check_usable("gather_query");
     if (q.numel() == 0) {
       return;
     }
@@ -198,23 +224,39 @@ class CudaPeerKernels final : public PeerKernels {
     used_ = true;
   }
 
-  /// The first wait in a kernel that reached its limit, of any inbox. Reads on a stream of its own,
-  /// so it also answers while kernels run.
-  [[nodiscard]] cuda::InboxError error() const {
-    if (!used_) {
-      return {};
-    }
-    const DeviceGuard guard(device_);
-    for (const auto& inbox : inboxes_) {
-      if (const auto error = cuda::read_inbox_error(inbox.table, stream_.get())) {
-        return error;
+  /// Whether a wait of the group's kernels has failed, here or elsewhere: one load.
+  [[nodiscard]] bool failed() const noexcept { return words_.failed(); }
+  /// The first wait that failed, and the ranks that this rank missed then.
+  [[nodiscard]] cuda::InboxError error() const noexcept { return words_.failure(); }
+  [[nodiscard]] std::vector<int> missing() const { return words_.missing(); }
+
+  /// Ends all waits of the group's kernels, those under way and those to come: each fails at its
+  /// next look and says which ranks it missed. Local; returns at once.
+  void give_up() noexcept { words_.give_up(); }
+
+  /// Whether any kernel was enqueued.
+  [[nodiscard]] bool used() const noexcept { return used_; }
+
+  /// Leaves all memory mapped for good: for kernels that never end.
+  void abandon() noexcept {
+    for (auto& lane : lanes_) {
+      for (Inbox& inbox : lane) {
+        inbox.mapping->abandon();
       }
     }
-    return {};
+    words_.abandon();
+  }
+
+  /// Throws `TransportError` after a failure: the group has to be formed anew.
+  void check_usable(const char* call) const {
+    if (failed()) {
+      throw TransportError({.call = call, .rank = group_.rank(), .group = group_.name()},
+                           "an earlier call of this group failed; form the group anew");
+    }
   }
 
   /// What the kernels get.
-  [[nodiscard]] const cuda::PeerTable& table() const noexcept { return inboxes_.back().table; }
+  [[nodiscard]] const cuda::PeerTable& table() const noexcept { return lanes_[lane_].back().table; }
 
  private:
   struct Inbox {
@@ -223,10 +265,33 @@ class CudaPeerKernels final : public PeerKernels {
   };
 
   CudaPeerKernels(ControlPlane& group, int device, const Options& options)
-      : group_(group), device_(device), options_(options), stream_(make_stream(device)) {}
+      : group_(group),
+        device_(device),
+        options_(options),
+        stream_(make_stream(device)),
+        words_(device) {}
 
-  /// A further inbox; why there cannot be one, or "". Collective.
-  [[nodiscard]] std::string build(std::int64_t flag_line_bytes) {
+  void agree_to_grow(std::size_t bytes) {
+    Intent intent{.place = fmt::format("growth of the inboxes of {}", group_.name()),
+                  .sequence = inboxes_,
+                  .bytes = bytes};
+    if (failed()) {
+      intent.failure = "an earlier call of the group failed";
+    }
+    agree(group_, std::move(intent));
+  }
+  void require_built(const std::string& refusal) const {
+    if (!refusal.empty()) {
+      throw TransportError(
+          {.call = "PeerMapping::create", .rank = group_.rank(), .group = group_.name()}, refusal);
+    }
+  }
+
+  /// A further inbox of a lane, or of a new one; why there cannot be one, or "". Collective.
+  [[nodiscard]] std::string build(std::size_t lane, std::int64_t flag_line_bytes) {
+    if (inboxes_ >= cuda::kMaxInboxes) {
+      return fmt::format("a group has room for {} inboxes", cuda::kMaxInboxes);
+    }
     Inbox inbox;
     auto& table = inbox.table;
     table.layout = cuda::InboxLayout::make({.ranks = group_.size(),
@@ -243,14 +308,21 @@ class CudaPeerKernels final : public PeerKernels {
     }
     table.rank = group_.rank();
     table.size = group_.size();
+    table.block_limit = block_limit_;
     {
       const DeviceGuard guard(device_);
       const RelaxedCapture relaxed;
-      cuda::initialize_inbox(table, stream_.get(), options_.limit, options_.after_epoch);
+      cuda::initialize_inbox(table, stream_.get(), options_.limit, options_.after_epoch,
+                             words_.on_card());
       cuda_check(cudaStreamSynchronize(stream_.get()), "cudaStreamSynchronize");
     }
     group_.barrier();  // no rank stores into an inbox that is not ready
-    inboxes_.push_back(std::move(inbox));
+    words_.add(inbox.mapping->peers());
+    ++inboxes_;
+    if (lane == lanes_.size()) {
+      lanes_.emplace_back();
+    }
+    lanes_[lane].push_back(std::move(inbox));
     return {};
   }
 
@@ -268,7 +340,11 @@ class CudaPeerKernels final : public PeerKernels {
   int device_;
   Options options_;
   UniqueStream stream_;
-  std::vector<Inbox> inboxes_;
+  GroupWords words_;                       // kernels in the inboxes use it
+  std::vector<std::vector<Inbox>> lanes_;  // each with the inboxes that a larger one replaced
+  std::size_t lane_ = 0;
+  std::size_t inboxes_ = 0;  // of all lanes
+  int block_limit_ = 0;
   bool used_ = false;
 };
 

@@ -3,6 +3,7 @@
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -30,66 +32,96 @@ namespace detail {
 
 /// What graphs held and hold no longer. CUDA calls a user object's destructor on a thread of its
 /// own from which no CUDA function may be called, so what the graph held is handed to a thread of
-/// ours, which lets go of it.
+/// ours, which lets go of it. Nobody can wait for CUDA's thread: a graph's callback may come when
+/// the driver of its streams is gone, so our thread stays until no graph holds anything.
 class Releases {
  public:
-  Releases() : thread_([this] { run(); }) {}
+  /// What one CUDA user object keeps.
+  class Retained;
+
+  Releases() : state_(std::make_shared<State>()) {
+    std::thread thread([state = state_] { run(*state); });
+    state_->thread = thread.get_id();
+    thread.detach();
+  }
   Releases(const Releases&) = delete;
   Releases& operator=(const Releases&) = delete;
+  /// Returns when everything that was handed over is let go of, unless it is our thread itself that
+  /// lets go of this.
   ~Releases() {
-    {
-      const std::lock_guard lock(mutex_);
-      ending_ = true;
+    std::unique_lock lock(state_->mutex);
+    state_->ending = true;
+    state_->changed.notify_all();
+    if (state_->thread != std::this_thread::get_id()) {
+      state_->changed.wait(lock, [this] { return state_->objects.empty() && !state_->busy; });
     }
-    changed_.notify_one();
-    thread_.join();
   }
 
-  void push(std::shared_ptr<void> object) {
-    {
-      const std::lock_guard lock(mutex_);
-      objects_.push_back(std::move(object));
-    }
-    changed_.notify_one();
-  }
+  [[nodiscard]] inline std::unique_ptr<Retained> retain(std::shared_ptr<void> object);
 
  private:
-  void run() {
-    std::unique_lock lock(mutex_);
+  struct State {
+    std::mutex mutex;
+    std::condition_variable changed;
+    std::vector<std::shared_ptr<void>> objects;  ///< To be let go of.
+    std::size_t held = 0;                        ///< By graphs.
+    bool busy = false;
+    bool ending = false;
+    std::thread::id thread;
+  };
+
+  static void run(State& state) {
+    std::unique_lock lock(state.mutex);
+    const auto is_over = [&] { return state.ending && state.held == 0; };
     while (true) {
-      changed_.wait(lock, [this] { return ending_ || !objects_.empty(); });
-      if (objects_.empty()) {
+      state.changed.wait(lock, [&] { return !state.objects.empty() || is_over(); });
+      if (state.objects.empty()) {
         return;
       }
       std::vector<std::shared_ptr<void>> objects;
-      objects.swap(objects_);
+      objects.swap(state.objects);
+      state.busy = true;
       lock.unlock();
       objects.clear();
       lock.lock();
+      state.busy = false;
+      state.changed.notify_all();
     }
   }
 
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  std::vector<std::shared_ptr<void>> objects_;
-  bool ending_ = false;
-  std::thread thread_;  // last: it uses all of the others
+  std::shared_ptr<State> state_;
 };
 
-/// What one CUDA user object keeps. The driver outlives all graphs.
-struct Retained {
-  std::shared_ptr<void> object;
-  Releases* releases = nullptr;
-
-  static void CUDART_CB release(void* self) noexcept {
-    const std::unique_ptr<Retained> mine(static_cast<Retained*>(self));
+class Releases::Retained {
+ public:
+  Retained(std::shared_ptr<State> state, std::shared_ptr<void> object)
+      : state_(std::move(state)), object_(std::move(object)) {
+    const std::lock_guard lock(state_->mutex);
+    ++state_->held;
+  }
+  Retained(const Retained&) = delete;
+  Retained& operator=(const Retained&) = delete;
+  ~Retained() {
+    const std::lock_guard lock(state_->mutex);
+    --state_->held;
     try {
-      mine->releases->push(std::move(mine->object));
+      state_->objects.push_back(std::move(object_));
     } catch (const std::exception& error) {
       log(LogLevel::error, error.what());
     }
+    state_->changed.notify_all();
   }
+
+  static void CUDART_CB release(void* self) noexcept { delete static_cast<Retained*>(self); }
+
+ private:
+  std::shared_ptr<State> state_;
+  std::shared_ptr<void> object_;
 };
+
+inline std::unique_ptr<Releases::Retained> Releases::retain(std::shared_ptr<void> object) {
+  return std::make_unique<Retained>(state_, std::move(object));
+}
 
 /// Host work of a stream. An exception has nowhere to go on CUDA's thread.
 inline void run_host_work(const std::function<void()>& work) noexcept {
@@ -191,6 +223,20 @@ class CudaStreamEvent final : public StreamEvent {
   UniqueEvent event_;
 };
 
+/// Whoever enqueues work that waits for other ranks. It may hold up any stream of the device.
+class RankWaits {
+ public:
+  RankWaits() = default;
+  RankWaits(const RankWaits&) = delete;
+  RankWaits& operator=(const RankWaits&) = delete;
+  virtual ~RankWaits() = default;
+
+  /// Has them end, without waiting for it.
+  virtual void end_waits() noexcept = 0;
+  /// Why they have failed, or "".
+  [[nodiscard]] virtual std::string failure() const = 0;
+};
+
 /// The streams of one device. Thread-safe.
 class CudaStreamDriver final : public StreamDriver {
  public:
@@ -271,10 +317,10 @@ class CudaStreamDriver final : public StreamDriver {
     if (info.status != cudaStreamCaptureStatusActive) {
       throw UsageError("retain_in_capture: expected a stream that is being captured");
     }
-    auto kept = std::make_unique<detail::Retained>(detail::Retained{std::move(object), &releases_});
+    auto kept = releases_.retain(std::move(object));
     cudaUserObject_t user_object = nullptr;
-    cuda_check(cudaUserObjectCreate(&user_object, kept.get(), &detail::Retained::release, 1,
-                                    cudaUserObjectNoDestructorSync),
+    cuda_check(cudaUserObjectCreate(&user_object, kept.get(), &detail::Releases::Retained::release,
+                                    1, cudaUserObjectNoDestructorSync),
                "cudaUserObjectCreate");
     static_cast<void>(kept.release());  // the user object owns it
     const cudaError_t code =
@@ -306,17 +352,52 @@ class CudaStreamDriver final : public StreamDriver {
   }
 
   void synchronize(void* native, std::chrono::milliseconds limit) override {
+    if (!idle_within(native, limit)) {
+      throw TimeoutError(fmt::format("synchronize: a stream of cuda:{} was still busy after {} ms",
+                                     device_, limit.count()),
+                         {});
+    }
+  }
+
+  /// Those whose work may hold up the device's streams, while they exist.
+  void add(RankWaits& waits) {
+    const std::lock_guard lock(waits_mutex_);
+    waits_.push_back(&waits);
+  }
+  void remove(RankWaits& waits) noexcept {
+    const std::lock_guard lock(waits_mutex_);
+    waits_.erase(std::remove(waits_.begin(), waits_.end(), &waits), waits_.end());
+  }
+  /// Ends the waits of all of them.
+  void end_all_waits() noexcept {
+    const std::lock_guard lock(waits_mutex_);
+    for (RankWaits* const waits : waits_) {
+      waits->end_waits();
+    }
+  }
+  /// Why they failed, all but `but`; "" where none has.
+  [[nodiscard]] std::string failures(const RankWaits& but) {
+    const std::lock_guard lock(waits_mutex_);
+    std::string text;
+    for (const RankWaits* const waits : waits_) {
+      if (const auto failure = waits != &but ? waits->failure() : ""; !failure.empty()) {
+        text += (text.empty() ? "" : "; ") + failure;
+      }
+    }
+    return text;
+  }
+
+  /// `idle`, asked until the limit.
+  [[nodiscard]] bool idle_within(void* native, std::chrono::milliseconds limit) const {
     const auto deadline = std::chrono::steady_clock::now() + limit;
     detail::PollPause pause;
     while (!idle(native)) {
       if (std::chrono::steady_clock::now() >= deadline) {
-        throw TimeoutError(
-            fmt::format("synchronize: a stream of cuda:{} was still busy after {} ms", device_,
-                        limit.count()),
-            {});
+        return false;
       }
       pause();
     }
+    return true;
   }
 
   /// Whether all work of the stream is done. Throws `UsageError` on a capturing stream, whose
@@ -327,6 +408,7 @@ class CudaStreamDriver final : public StreamDriver {
     if (detail::capture_status(stream) != cudaStreamCaptureStatusNone) {
       throw UsageError("synchronize: the stream is being captured");
     }
+    const RelaxedCapture relaxed;  // this thread may be capturing another stream
     const cudaError_t code = cudaStreamQuery(stream);
     if (code == cudaErrorNotReady) {
       static_cast<void>(cudaGetLastError());
@@ -341,6 +423,8 @@ class CudaStreamDriver final : public StreamDriver {
   std::mutex event_mutex_;
   UniqueEvent event_;
   detail::Releases releases_;
+  std::mutex waits_mutex_;
+  std::vector<RankWaits*> waits_;
 };
 
 }  // namespace cohort

@@ -88,6 +88,13 @@ class DeviceMapping {
     return os::keep(descriptor);
   }
 
+  /// Leaves the memory mapped for good: for kernels that never end.
+  void abandon() noexcept {
+    handle_ = 0;
+    address_ = 0;
+    mapped_ = false;
+  }
+
   [[nodiscard]] void* data() const noexcept {
     return reinterpret_cast<void*>(static_cast<std::uintptr_t>(address_));
   }

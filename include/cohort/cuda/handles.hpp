@@ -92,6 +92,7 @@ inline constexpr char kEventDestroy[] = "cudaEventDestroy";
 inline constexpr char kGraphDestroy[] = "cudaGraphDestroy";
 inline constexpr char kGraphExecDestroy[] = "cudaGraphExecDestroy";
 inline constexpr char kFree[] = "cudaFree";
+inline constexpr char kFreeHost[] = "cudaFreeHost";
 inline constexpr char kMemPoolDestroy[] = "cudaMemPoolDestroy";
 
 }  // namespace detail
@@ -103,6 +104,8 @@ using UniqueGraphExec =
     detail::UniqueCuda<cudaGraphExec_t, &cudaGraphExecDestroy, detail::kGraphExecDestroy>;
 /// Memory of cudaMalloc.
 using UniqueMemory = detail::UniqueCuda<void*, &cudaFree, detail::kFree>;
+/// Memory of cudaHostAlloc.
+using UniqueHostMemory = detail::UniqueCuda<void*, &cudaFreeHost, detail::kFreeHost>;
 using UniqueMemPool =
     detail::UniqueCuda<cudaMemPool_t, &cudaMemPoolDestroy, detail::kMemPoolDestroy>;
 

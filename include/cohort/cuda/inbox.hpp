@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cohort/cuda/call_signature.hpp"
 #include "cohort/error.hpp"
 
 /// \file
@@ -17,6 +18,7 @@
 ///
 ///     control     128 bytes: error word, time limit, arrivals
 ///     records     [kEpochRecords]             128 bytes each: equal copies of epoch and error word
+///     calls       [source rank]               8 bytes each: the call that a rank is in
 ///     flag words  [slot][source rank][word]   16 bytes each: 8 bytes of payload with their flags
 ///     flag lines  [slot][source rank][line]   128 bytes each: 120 bytes of payload and their flag
 ///
@@ -42,9 +44,15 @@ inline constexpr int kMaxPeerBlocks = 512;
 /// one.
 inline constexpr int kEpochRecords = 8;
 
+/// Most inboxes of one group: of its lanes, and those that larger ones replaced.
+inline constexpr int kMaxInboxes = 64;
+
 /// Payload bytes of a flag line, and the line's size.
 inline constexpr std::int64_t kLinePayload = 120;
 inline constexpr std::int64_t kLineBytes = 128;
+
+/// Where the announcements of the ranks' calls lie in an inbox; see call_signature.hpp.
+inline constexpr std::int64_t kCallsOffset = (kEpochRecords + 1) * kLineBytes;
 
 /// What an inbox must have room for. Equal on all ranks.
 struct InboxOptions {
@@ -54,9 +62,7 @@ struct InboxOptions {
   /// Payload bytes that one rank sends to one peer by flag lines; 0 where no call needs them, or
   /// where the links between the ranks do not keep lines whole (see `PeerPath::flag_line`).
   std::int64_t flag_line_bytes = 0;
-  /// Most thread blocks of a launch. All blocks of all ranks that share a card must fit on it at
-  /// once, whichever kernels the ranks are in; with one rank a card, the number of its
-  /// multiprocessors.
+  /// Most thread blocks of a launch; see block_budget.hpp.
   int max_blocks = 128;
 };
 
@@ -88,7 +94,7 @@ struct InboxLayout {
     InboxLayout layout;
     layout.ranks = options.ranks;
     layout.max_blocks = options.max_blocks;
-    layout.ll_offset = round_up(std::int64_t{kEpochRecords + 1} * kLineBytes);
+    layout.ll_offset = round_up(kCallsOffset + std::int64_t{kMaxPeers} * 8);
     layout.ll_words = static_cast<std::int64_t>(std::bit_ceil(
         std::max(kFewestWords, static_cast<std::uint64_t>(options.flag_word_bytes + 7) / 8)));
     layout.line_offset = layout.ll_offset + lanes * layout.ll_words * 16;
@@ -119,23 +125,37 @@ struct PeerTable {
   InboxLayout layout;
   int rank = 0;
   int size = 0;
+  /// Most thread blocks of the calls that follow, within the layout's; 0 for those. Equal on all
+  /// ranks.
+  int block_limit = 0;
   /// For tests: not 0 makes thread blocks wait for random times, differing by rank, block and
   /// epoch.
   std::uint32_t delay_seed = 0;
 };
 
-/// The epoch after `epoch`. Flag words carry its lower 32 bits, of which 0 means "never written",
-/// so epochs whose lower half is 0 are left out; 1 with it, so that the slots go on alternating.
-[[nodiscard]] constexpr std::uint64_t next_epoch(std::uint64_t epoch) noexcept {
-  const std::uint64_t next = epoch + 1;
-  return (next & 0xffffffffU) == 0 ? next + 2 : next;
-}
+/// Words that the host and the kernels of one group on one rank share, in memory of the host that
+/// the card has mapped. Only waits that take long look at them.
+struct HostWords {
+  /// Host to kernels: not 0 tells every wait to end.
+  alignas(kLineBytes) std::uint64_t give_up = 0;
+  /// Kernels to host: 0, or the `InboxError` that this rank met or was told of first.
+  alignas(kLineBytes) std::uint64_t failure = 0;
+  /// Not 0 for ranks that this rank was waiting for when its waits ended.
+  std::uint32_t missing[kMaxPeers] = {};
+  /// The group's inboxes by rank, as addresses on the card: a failure in one ends calls in all.
+  alignas(kLineBytes) std::uint64_t inboxes = 0;
+  std::byte* peers[kMaxInboxes][kMaxPeers] = {};
+};
 
 /// The start of an inbox.
 struct alignas(kLineBytes) InboxControl {
-  std::uint64_t error = 0;     ///< 0, or see `InboxError`; written by this rank and its peers.
-  std::uint64_t limit_ns = 0;  ///< Of one wait.
-  std::uint32_t arrived = 0;   ///< Thread blocks of the running launch that know its epoch.
+  std::uint64_t error = 0;      ///< 0, or see `InboxError`; written by this rank and its peers.
+  std::uint64_t limit_ns = 0;   ///< Of one wait.
+  std::uint64_t next_look = 0;  ///< When a wait may look at the host's words again.
+  HostWords* words = nullptr;   ///< This rank's, as the card sees them; null for none.
+  std::uint32_t arrived = 0;    ///< Thread blocks of the running launch that know its epoch.
+  std::uint32_t told = 0;       ///< Whether the host knows of the error.
+  std::uint32_t missing = 0;    ///< Bits of the ranks that `HostWords::missing` has.
 };
 
 /// What a thread block reads when it starts. Behind the control block; equal between launches.
@@ -144,18 +164,27 @@ struct alignas(kLineBytes) EpochRecord {
   std::uint64_t error = 0;  ///< A copy of `InboxControl::error`.
 };
 
-/// The first wait that reached its limit in a group.
+/// The first wait that failed in a group: one that reached its limit, that the host ended, or whose
+/// peer made another call.
 struct InboxError {
   std::uint64_t epoch = 0;
-  int missing_rank = -1;  ///< The rank that did not come; -1 if there was no error.
+  int missing_rank = -1;             ///< The rank that did not come; -1 if there was no error.
+  PeerCall mine = PeerCall::none;    ///< The call that waited.
+  PeerCall theirs = PeerCall::none;  ///< What the rank made instead; none if it did not come.
 
   [[nodiscard]] explicit operator bool() const noexcept { return missing_rank >= 0; }
 
-  [[nodiscard]] static constexpr std::uint64_t encode(std::uint64_t epoch, int missing) noexcept {
-    return (epoch << 8) | static_cast<std::uint64_t>(missing + 1);
+  [[nodiscard]] static constexpr std::uint64_t encode(std::uint64_t epoch, int missing,
+                                                      PeerCall mine = PeerCall::none,
+                                                      PeerCall theirs = PeerCall::none) noexcept {
+    return (epoch << 16) | (static_cast<std::uint64_t>(theirs) << 12) |
+           (static_cast<std::uint64_t>(mine) << 8) | static_cast<std::uint64_t>(missing + 1);
   }
   [[nodiscard]] static constexpr InboxError decode(std::uint64_t word) noexcept {
-    return {word >> 8, static_cast<int>(word & 0xffU) - 1};
+    return {.epoch = word >> 16,
+            .missing_rank = static_cast<int>(word & 0xffU) - 1,
+            .mine = static_cast<PeerCall>(word >> 8 & 0xfU),
+            .theirs = static_cast<PeerCall>(word >> 12 & 0xfU)};
   }
 };
 
@@ -163,11 +192,12 @@ struct InboxError {
 /// Local. Before any rank's first peer kernel all ranks must have completed it (synchronise the
 /// stream, then meet on the control plane). Not to be captured.
 ///
-/// @param after_epoch  Equal on all ranks; the first call has `next_epoch(after_epoch)`.
+/// @param after_epoch  Equal on all ranks; the first call has the one after it.
+/// @param words        What this rank's host shares with its kernels, as the card sees it, or null.
 /// @throw TransportError if CUDA refuses.
 void initialize_inbox(const PeerTable& table, cudaStream_t stream,
                       std::chrono::nanoseconds limit = std::chrono::seconds(60),
-                      std::uint64_t after_epoch = 0);
+                      std::uint64_t after_epoch = 0, HostWords* words = nullptr);
 
 /// Changes the time limit of the own inbox's waits, in stream order. Local.
 void set_inbox_limit(const PeerTable& table, std::chrono::nanoseconds limit, cudaStream_t stream);

@@ -47,12 +47,7 @@ class PeerMapping {
     try {
       mapping->mine_ = DeviceMapping::allocate(device, bytes);
       descriptor = DeviceMapping::export_descriptor(mapping->mine_.data());
-      offer = {this_process().process_key,
-               reinterpret_cast<std::uintptr_t>(mapping->mine_.data()),
-               mapping->mine_.bytes(),
-               detail::random_word(),
-               device,
-               0};
+      offer = {.bytes = mapping->mine_.bytes(), .proof = detail::random_word()};
       write_word(device, mapping->mine_.data(), offer.proof);
     } catch (const Error& error) {
       problem = error.what();
@@ -83,14 +78,18 @@ class PeerMapping {
   [[nodiscard]] void* data() const noexcept { return mine_.data(); }
   [[nodiscard]] std::size_t bytes() const noexcept { return mine_.bytes(); }
 
+  /// Leaves everything mapped for good: for kernels that never end.
+  void abandon() noexcept {
+    mine_.abandon();
+    for (DeviceMapping& mapping : imported_) {
+      mapping.abandon();
+    }
+  }
+
  private:
   struct Offer {
-    std::uint64_t process_key = 0;
-    std::uint64_t address = 0;
     std::uint64_t bytes = 0;
     std::uint64_t proof = 0;
-    std::int32_t device = -1;
-    std::int32_t unused = 0;
   };
 
   PeerMapping() = default;
@@ -112,19 +111,18 @@ class PeerMapping {
   /// Maps every rank's memory; what went wrong, or "".
   [[nodiscard]] std::string import(int rank, std::span<const Offer> offers,
                                    const ReceivedDescriptors& received) {
-    const auto& me = offers[static_cast<std::size_t>(rank)];
+    const int device = mine_.device();
     try {
       for (std::size_t r = 0; r < offers.size(); ++r) {
         const auto& theirs = offers[r];
-        const bool here = theirs.process_key == me.process_key && theirs.device == me.device;
-        if (here) {  // ranks that are threads, on one card: the owner's address is good
-          peers_.push_back(reinterpret_cast<void*>(static_cast<std::uintptr_t>(theirs.address)));
-        } else {
-          imported_.push_back(DeviceMapping::import(
-              me.device, static_cast<std::size_t>(theirs.bytes), received.descriptors[r].get()));
+        if (static_cast<int>(r) == rank) {
+          peers_.push_back(mine_.data());
+        } else {  // also of ranks that are threads on one card: each may go when it likes
+          imported_.push_back(DeviceMapping::import(device, static_cast<std::size_t>(theirs.bytes),
+                                                    received.descriptors[r].get()));
           peers_.push_back(imported_.back().data());
         }
-        if (read_word(me.device, peers_.back()) != theirs.proof) {
+        if (read_word(device, peers_.back()) != theirs.proof) {
           return fmt::format("the memory mapped for rank {} is not rank {}'s", r, r);
         }
       }

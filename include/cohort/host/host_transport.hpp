@@ -174,6 +174,10 @@ class HostTransport final : public Transport {
     }
   }
 
+  [[nodiscard]] bool failed() const noexcept override {
+    return access_ != nullptr ? access_->meeting().failed() : exchange_.poisoned();
+  }
+
  private:
   static int from_front(int dim, int ndim) noexcept { return dim < 0 ? dim + ndim : dim; }
 

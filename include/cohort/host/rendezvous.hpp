@@ -105,6 +105,8 @@ class Rendezvous {
     }
   }
 
+  [[nodiscard]] bool failed() const noexcept { return poisoned_; }
+
   /// No later call can work: the ranks are not at the same step. Peers that wait for this rank
   /// learn it instead of waiting for the time limit.
   void poison() noexcept {

@@ -6,8 +6,11 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <thread>
 #include <utility>
+
+#include "cohort/log.hpp"
 
 /// \file
 /// Calls that may never return, with a time limit. Needs no CUDA and no NCCL.
@@ -54,5 +57,37 @@ namespace cohort::detail {
   }
   return true;
 }
+
+/// A call of NCCL on a thread of its own, which may outlive everyone who waits for it.
+class DetachedCall {
+ public:
+  [[nodiscard]] static std::shared_ptr<DetachedCall> start(std::function<int()> work) {
+    const auto call = std::make_shared<DetachedCall>();
+    std::thread([call, work = std::move(work)] {
+      int result = -1;
+      try {
+        result = work();
+      } catch (const std::exception& error) {
+        log(LogLevel::error, error.what());
+      }
+      const std::lock_guard lock(call->mutex_);
+      call->result_ = result;
+      call->changed_.notify_all();
+    }).detach();
+    return call;
+  }
+
+  /// Its result, or nothing at the limit.
+  [[nodiscard]] std::optional<int> result_within(std::chrono::milliseconds limit) {
+    std::unique_lock lock(mutex_);
+    changed_.wait_for(lock, limit, [this] { return result_.has_value(); });
+    return result_;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::optional<int> result_;
+};
 
 }  // namespace cohort::detail

@@ -30,8 +30,8 @@
 ///
 /// The communicator is a blocking one. A non-blocking one could be polled and aborted, but each of
 /// its calls starts a thread and leaves its handles unwritten until that is done. So calls that
-/// wait for peers run on a helper thread; one that does not come back cannot be ended, and the
-/// error says that the process must leave.
+/// wait for peers run on a helper thread; one that does not come back cannot be ended, and is left
+/// to its thread with all that it uses.
 
 namespace cohort {
 
@@ -87,26 +87,43 @@ class Communicator {
     if (comm_ == nullptr) {
       return;
     }
-    const bool abort = broken_;
-    const char* const call = abort ? "ncclCommAbort" : "ncclCommDestroy";
+    const char* const call = broken_ ? "ncclCommAbort" : "ncclCommDestroy";
     try {
-      const auto code = std::make_shared<ncclResult_t>(ncclSuccess);
-      const bool done = detail::call_within(
-          std::min(limit_, kTeardownLimit), [code, abort, comm = comm_, device = device_] {
-            const DeviceGuard guard(device);
-            *code = abort ? ncclCommAbort(comm) : ncclCommDestroy(comm);
-          });
-      if (!done) {
+      if (broken_) {
+        abort();
+      } else {
+        end_ = detail::DetachedCall::start([comm = comm_, device = device_] {
+          const DeviceGuard guard(device);
+          return ncclCommDestroy(comm);
+        });
+      }
+      const auto result = end_->result_within(std::min(limit_, kTeardownLimit));
+      const auto code = static_cast<ncclResult_t>(result.value_or(ncclSuccess));
+      if (!result) {
         log(LogLevel::error,
-            fmt::format("{} in group {} on rank {} did not return: a graph with its calls is still "
-                        "alive, or a peer is gone and the process must leave",
+            fmt::format("{} in group {} on rank {} did not return in time, and is left to itself: "
+                        "a graph with its calls is still alive, a rank of this host has not torn "
+                        "down its own (NCCL from 2.31.2 on waits for that), or a kernel of NCCL "
+                        "waits for a peer that is gone",
                         call, group_, rank_));
-      } else if (*code != ncclSuccess) {
+      } else if (code != ncclSuccess) {
         log(LogLevel::error, fmt::format("{} in group {} on rank {}: {}", call, group_, rank_,
-                                         nccl_error_text(*code)));
+                                         nccl_error_text(code)));
       }
     } catch (const std::exception& error) {
       log(LogLevel::error, fmt::format("{} in group {}: {}", call, group_, error.what()));
+    }
+  }
+
+  /// Has the communicator's kernels end, and begins to take it down, on a thread of its own: NCCL
+  /// goes on waiting for graphs with its calls. No call may follow.
+  void abort() {
+    mark_broken();
+    if (comm_ != nullptr && end_ == nullptr) {
+      end_ = detail::DetachedCall::start([comm = comm_, device = device_] {
+        const DeviceGuard guard(device);
+        return ncclCommAbort(comm);
+      });
     }
   }
 
@@ -128,6 +145,10 @@ class Communicator {
   /// Throws `TransportError` where NCCL noticed a failure since the last call, such as a peer that
   /// is gone.
   void check_asynchronous() {
+    if (end_ != nullptr) {
+      throw TransportError({.call = "ncclCommAbort", .rank = rank_, .group = group_},
+                           "an earlier call of this group failed; form the group anew");
+    }
     ncclResult_t state = ncclSuccess;
     check(ncclCommGetAsyncError(comm_, &state), "ncclCommGetAsyncError");
     if (state != ncclSuccess && state != ncclInProgress) {
@@ -142,7 +163,7 @@ class Communicator {
       throw TimeoutError(
           fmt::format(
               "{} in group {} on rank {} did not return within {} ms although all ranks had "
-              "agreed to call it; it cannot be ended, so the process must leave",
+              "agreed to call it; it cannot be ended, and its thread is left to itself",
               call, group_, rank_, limit.count()),
           {});
     }
@@ -181,7 +202,7 @@ class Communicator {
 
  private:
   // Teardown waits for local work and, at most, for peers that tear down as well.
-  static constexpr std::chrono::milliseconds kTeardownLimit{20'000};
+  static constexpr std::chrono::milliseconds kTeardownLimit{10'000};
 
   struct Range {
     const std::byte* base = nullptr;
@@ -195,6 +216,7 @@ class Communicator {
   std::chrono::milliseconds limit_;
   ncclComm_t comm_ = nullptr;
   std::atomic<bool> broken_ = false;
+  std::shared_ptr<detail::DetachedCall> end_;  // once it is being taken down
   std::vector<Range> windows_;
 };
 

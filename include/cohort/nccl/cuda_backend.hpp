@@ -40,6 +40,11 @@ struct CudaOptions {
   bool peer_mapping = true;
   /// Time limit of a wait in one of the library's kernels.
   std::chrono::milliseconds kernel_limit{60'000};
+  /// Own kernels of all groups that this rank may have under way at once, on as many streams; calls
+  /// of NCCL count as well. Decides how many multiprocessors one kernel may hold, because kernels
+  /// that wait for peers must not keep each other off a card: see cuda/block_budget.hpp. Of a
+  /// group's ranks the one that can afford least decides.
+  int kernels_at_once = 2;
   /// Total bytes up to which the library's kernels take small collectives; 0 turns them off. Equal
   /// on all ranks. COHORT_OWN_MAX_BYTES replaces it; without both, `default_own_max_bytes` holds.
   std::optional<std::int64_t> own_max_bytes = {};
@@ -84,12 +89,17 @@ class CudaBackend final : public Backend {
   }
 
   [[nodiscard]] std::unique_ptr<Transport> connect(ControlPlane& group) override {
-    return std::make_unique<NcclTransport>(
+    auto transport = std::make_unique<NcclTransport>(
         group, streams_, device_,
         NcclTransportOptions{.peer_mapping = options_.peer_mapping,
                              .kernel_limit = options_.kernel_limit,
+                             .kernels_at_once = options_.kernels_at_once,
+                             .ranks_per_card = ranks_per_card_,
                              .own_max_bytes = options_.own_max_bytes,
                              .visibility_guard = options_.visibility_guard});
+    // The world is connected first: groups of few ranks learn who else is on their cards.
+    ranks_per_card_ = transport->ranks_per_card();
+    return transport;
   }
 
  private:
@@ -116,6 +126,7 @@ class CudaBackend final : public Backend {
   CudaStreamDriver streams_;
   CudaOps ops_;
   std::shared_ptr<CudaMemory> memory_;
+  int ranks_per_card_ = 1;
 };
 
 /// The backend for the device that the options, or the process's local rank, pick. Call it before

@@ -20,13 +20,17 @@
 
 #include "cohort/agreement.hpp"
 #include "cohort/control_plane.hpp"
+#include "cohort/cuda/block_budget.hpp"
 #include "cohort/cuda/cuda_ops.hpp"
 #include "cohort/cuda/cuda_peer_kernels.hpp"
 #include "cohort/cuda/cuda_stream.hpp"
+#include "cohort/cuda/device_drain.hpp"
 #include "cohort/cuda/handles.hpp"
+#include "cohort/cuda/process_liveness.hpp"
 #include "cohort/cuda/support_kernels.hpp"
 #include "cohort/cuda/workspace.hpp"
 #include "cohort/error.hpp"
+#include "cohort/joined.hpp"
 #include "cohort/nccl/communicator.hpp"
 #include "cohort/nccl/machine_probe.hpp"
 #include "cohort/nccl/nccl_check.hpp"
@@ -74,11 +78,13 @@ namespace cohort {
 struct NcclTransportOptions {
   bool peer_mapping = true;                        ///< Whether to map peers' memory at all.
   std::chrono::milliseconds kernel_limit{60'000};  ///< Of a wait in an own kernel.
+  int kernels_at_once = 2;                         ///< Own ones of this rank; see block_budget.hpp.
+  int ranks_per_card = 1;                          ///< At least so many; may differ by rank.
   std::optional<std::int64_t> own_max_bytes;       ///< Instead of `default_own_max_bytes`; 0: none.
   bool visibility_guard = true;                    ///< `false` is for the guard's own test.
 };
 
-class NcclTransport final : public Transport {
+class NcclTransport final : public Transport, private RankWaits {
  public:
   /// Collective over `group`, which outlives the transport. Throws `ConfigError` on every rank
   /// where NCCL would refuse the group, `SymmetryError`, `TimeoutError` and `TransportError`.
@@ -89,11 +95,15 @@ class NcclTransport final : public Transport {
         device_(device),
         options_(options),
         rank_(group.rank()),
-        size_(group.size()),
-        workspace_(device) {
+        size_(group.size()) {
+    workspaces_.emplace_back(device);
     agree_on_options();
     GroupProbe probe = probe_group(group_, device_);
     capabilities_ = probe.capabilities;
+    ranks_per_card_ = std::max(options_.ranks_per_card, probe.ranks_per_device);
+    for (const MachineFacts& facts : probe.ranks) {
+      processes_.push_back(facts.process);
+    }
     nccl_version_ = capabilities_.nccl_runtime_version;
     whole_lines_ = probe.whole_lines;
     if (size_ == 1) {
@@ -107,15 +117,16 @@ class NcclTransport final : public Transport {
     } else if (!options_.peer_mapping) {
       capabilities_.obstacle = "CudaOptions::peer_mapping is false";
     }
+    streams_.add(*this);
   }
 
   // The members' order is the order of teardown in reverse: inboxes and scratch memory go before
   // the communicator. Windows hold the communicator themselves.
   ~NcclTransport() override {
-    if (communicator_ != nullptr && communicator_->broken()) {
-      // A kernel that waits for a missing peer may still run, and freeing memory would wait for it.
-      workspace_.abandon();
-      static_cast<void>(barrier_word_.release());
+    if (size_ > 1) {
+      settle(kDrainLimit);
+      streams_.remove(*this);
+      abandon_what_runs();
     }
   }
   NcclTransport(const NcclTransport&) = delete;
@@ -132,13 +143,24 @@ class NcclTransport final : public Transport {
   /// Symmetric kernels compute a peer's address from the own offset.
   [[nodiscard]] bool needs_equal_offsets() const noexcept override { return true; }
 
-  void reserve_scratch(std::size_t bytes) override { workspace_.reserve(bytes + 2 * kAlignment); }
+  /// The most ranks that share a card, as far as is known.
+  [[nodiscard]] int ranks_per_card() const noexcept { return ranks_per_card_; }
+
+  void reserve_scratch(std::size_t bytes) override {
+    for (Workspace& workspace : workspaces_) {
+      workspace.reserve(bytes + 2 * kAlignment);
+    }
+  }
 
   [[nodiscard]] std::unique_ptr<Window> register_segment(Segment& segment) override {
     if (size_ == 1) {
       return std::make_unique<LocalWindow>(segment);
     }
-    return NcclWindow::create(communicator_, segment, group_.limit());
+    auto* const own = dynamic_cast<NcclSegment*>(&segment);
+    if (own == nullptr) {
+      throw UsageError("segment: expected one of the CUDA backend");
+    }
+    return NcclWindow::create(communicator_, *own, group_.limit());
   }
 
   void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
@@ -346,31 +368,77 @@ class NcclTransport final : public Transport {
     const auto deadline = std::chrono::steady_clock::now() + limit;
     detail::PollPause pause;
     while (!streams_.idle(stream.native())) {
+      if (own_failed()) {
+        static_cast<void>(drain(stream));
+        throw_failure();
+      }
       check_asynchronous();
       if (std::chrono::steady_clock::now() >= deadline) {
-        throw_if_rank_missing();
-        give_up();
-        throw TimeoutError(
-            fmt::format("synchronize in group {} on rank {}: the stream was still busy after {} "
-                        "ms. A kernel of NCCL whose peer is missing may not be abortable, so the "
-                        "process must leave",
-                        group_.name(), rank_, limit.count()),
-            {});
+        const bool drained = drain(stream);
+        if (own_failed()) {
+          throw_failure();
+        }
+        throw_time_out(limit, drained);
       }
       pause();
     }
+    if (own_failed()) {
+      throw_failure();
+    }
     check_asynchronous();
-    throw_if_rank_missing();
+  }
+
+  [[nodiscard]] bool failed() const noexcept override {
+    return own_failed() || (communicator_ != nullptr && communicator_->broken());
+  }
+
+  void settle(std::chrono::milliseconds patience) noexcept override {
+    if (size_ == 1 || std::exchange(settled_, true)) {
+      return;
+    }
+    if (!device_idle_within(device_, failed() ? std::min(patience, kDrainLimit) : patience)) {
+      end_waits();
+    } else if (own_failed()) {
+      communicator_->mark_broken();  // peers have failed too: nobody waits for them
+    }
+  }
+
+  void reserve_lanes(int lanes) override {
+    while (workspaces_.size() < static_cast<std::size_t>(lanes)) {
+      workspaces_.emplace_back(device_);
+    }
+    if (peers_ != nullptr) {
+      peers_->reserve_lanes(lanes);
+    }
+  }
+  void select_lane(int lane) noexcept override {
+    lane_ = static_cast<std::size_t>(lane);
+    if (peers_ != nullptr) {
+      peers_->select_lane(lane);
+    }
+  }
+  void limit_blocks(int blocks) noexcept override {
+    if (peers_ != nullptr) {
+      peers_->limit_blocks(blocks);
+    }
   }
 
  private:
   static constexpr std::size_t kAlignment = 256;
+  /// How long waits that were told to end may take.
+  static constexpr std::chrono::milliseconds kDrainLimit{1'000};
 
   /// What every call begins with: the device made current. The caller's may be another, and may
   /// change between calls.
   struct Call {
     Call(const NcclTransport& transport, StreamRef reference)
-        : guard(transport.device_), stream(detail::native(reference)) {}
+        : guard(transport.device_), stream(detail::native(reference)) {
+      if (transport.failed()) {
+        throw TransportError(
+            {.call = "a collective", .rank = transport.rank_, .group = transport.group_.name()},
+            "an earlier call of this group failed; form the group anew");
+      }
+    }
 
     DeviceGuard guard;
     cudaStream_t stream;
@@ -449,9 +517,11 @@ class NcclTransport final : public Transport {
   }
 
   void connect_peers(const GroupProbe& probe) {
-    // One block for each multiprocessor is resident whatever the kernel; ranks on one card share.
-    const int blocks =
-        std::clamp(probe.multiprocessors / probe.ranks_per_device, 1, cuda::kMaxPeerBlocks);
+    const int affordable = cuda::block_budget({.multiprocessors = probe.multiprocessors,
+                                               .ranks_per_card = ranks_per_card_,
+                                               .kernels_at_once = options_.kernels_at_once});
+    const auto budgets = detail::gather_values(group_, affordable);
+    const int blocks = *std::min_element(budgets.begin(), budgets.end());
     auto outcome = CudaPeerKernels::create(
         group_, device_,
         {.max_blocks = blocks, .whole_lines = probe.whole_lines, .limit = options_.kernel_limit});
@@ -612,7 +682,7 @@ class NcclTransport final : public Transport {
   /// The group orders its calls, so one has the scratch memory to itself. Whether the stream is
   /// being captured matters only where the memory has to grow.
   [[nodiscard]] std::byte* scratch_at_least(const Call& call, std::size_t bytes) {
-    return workspace_.get(bytes, [&] { return streams_.capture_id(call.stream) != 0; });
+    return workspaces_[lane_].get(bytes, [&] { return streams_.capture_id(call.stream) != 0; });
   }
 
   [[nodiscard]] TensorView scratch_like(const Call& call, const ConstTensorView& view,
@@ -795,25 +865,113 @@ class NcclTransport final : public Transport {
     }
   }
 
-  /// Teardown must not wait for peers from here on.
-  void give_up() noexcept {
+  [[nodiscard]] bool own_failed() const noexcept { return peers_ != nullptr && peers_->failed(); }
+
+  // RankWaits
+  void end_waits() noexcept override {
+    if (peers_ != nullptr) {
+      peers_->give_up();
+    }
+    if (communicator_ != nullptr) {
+      try {
+        communicator_->abort();
+      } catch (const std::exception& error) {
+        log(LogLevel::error, error.what());
+      }
+    }
+  }
+  [[nodiscard]] std::string failure() const override {
+    if (!own_failed()) {
+      return "";
+    }
+    const cuda::InboxError error = peers_->error();
+    if (error.theirs != cuda::PeerCall::none) {
+      return fmt::format(
+          "group {}: at call {} of the group's own kernels rank {} made {} {}, and "
+          "this rank {}",
+          group_.name(), error.epoch, error.missing_rank,
+          error.theirs == error.mine ? "another" : "a", to_string(error.theirs),
+          to_string(error.mine));
+    }
+    const auto missing = peers_->missing();
+    return fmt::format("group {}: rank{} {} did not come to call {} of the group's own kernels, {}",
+                       group_.name(), missing.size() > 1 ? "s" : "", detail::joined(missing, ", "),
+                       error.epoch, to_string(error.mine));
+  }
+
+  /// Has the stream drain: own waits of this group first, so that they can say who was missing,
+  /// then whatever else waits for ranks. False where it stays busy.
+  [[nodiscard]] bool drain(StreamRef stream) {
+    if (peers_ != nullptr) {
+      peers_->give_up();
+      if (streams_.idle_within(stream.native(), kDrainLimit)) {
+        return true;
+      }
+    }
+    end_waits();
+    if (streams_.idle_within(stream.native(), kDrainLimit)) {
+      return true;
+    }
+    streams_.end_all_waits();
+    return streams_.idle_within(stream.native(), kDrainLimit);
+  }
+
+  [[noreturn]] void throw_failure() {
+    if (communicator_ != nullptr) {
+      communicator_->mark_broken();  // teardown must not wait for peers from here on
+    }
+    const cuda::InboxError error = peers_->error();
+    const std::string text =
+        failure() + "; outputs since then are undefined, and the group must be formed anew";
+    if (error.theirs != cuda::PeerCall::none) {
+      throw SymmetryError(text, {error.missing_rank});
+    }
+    throw TimeoutError(text, peers_->missing());
+  }
+
+  /// Of a wait for which no own kernel of this group is to blame.
+  [[noreturn]] void throw_time_out(std::chrono::milliseconds limit, bool drained) {
     if (communicator_ != nullptr) {
       communicator_->mark_broken();
     }
+    std::vector<int> gone;
+    for (std::size_t r = 0; r < processes_.size(); ++r) {
+      if (process_is_gone(processes_[static_cast<std::size_t>(rank_)], processes_[r])) {
+        gone.push_back(static_cast<int>(r));
+      }
+    }
+    const std::string others = streams_.failures(*this);
+    throw TimeoutError(
+        fmt::format(
+            "synchronize in group {} on rank {}: the stream was still busy after {} ms{}{}; "
+            "{}, and the group must be formed anew",
+            group_.name(), rank_, limit.count(),
+            gone.empty()
+                ? ""
+                : fmt::format("; the process of rank {} is gone", detail::joined(gone, ", ")),
+            others.empty() ? "" : "; " + others,
+            drained ? "its waits were ended" : "a kernel on it could not be ended"),
+        std::move(gone));
   }
 
-  void throw_if_rank_missing() {
-    if (peers_ == nullptr) {
+  /// Leaks what kernels may use that do not end.
+  void abandon_what_runs() noexcept {
+    if (device_idle_within(device_, kDrainLimit)) {
       return;
     }
-    if (const cuda::InboxError error = peers_->error()) {
-      give_up();
-      throw TimeoutError(
-          fmt::format("group {}: rank {} did not come to call {} of the group's own kernels within "
-                      "{} ms; outputs since then are undefined, and the group must be formed anew",
-                      group_.name(), error.missing_rank, error.epoch,
-                      options_.kernel_limit.count()),
-          {error.missing_rank});
+    log(LogLevel::error,
+        fmt::format("teardown of group {} on rank {}: cuda:{} did not become idle; what its "
+                    "kernels may use stays mapped",
+                    group_.name(), rank_, device_));
+    for (Workspace& workspace : workspaces_) {
+      workspace.abandon();
+    }
+    static_cast<void>(barrier_word_.release());
+    if (peers_ != nullptr) {
+      peers_->abandon();
+    }
+    if (communicator_ != nullptr) {
+      communicator_->mark_broken();
     }
   }
 
@@ -829,8 +987,12 @@ class NcclTransport final : public Transport {
   SymmetricCapabilities capabilities_;
   std::shared_ptr<Communicator> communicator_;
   UniqueMemory barrier_word_;
-  Workspace workspace_;
+  std::vector<Workspace> workspaces_;  // by lane
+  std::size_t lane_ = 0;
   std::unique_ptr<CudaPeerKernels> peers_;
+  std::vector<ProcessIdentity> processes_;  // by rank
+  int ranks_per_card_ = 1;
+  bool settled_ = false;
 };
 
 }  // namespace cohort

@@ -8,6 +8,7 @@
 #include <span>
 #include <utility>
 
+#include "cohort/cuda/device_drain.hpp"
 #include "cohort/cuda/exportable_memory.hpp"
 #include "cohort/cuda/handles.hpp"
 #include "cohort/error.hpp"
@@ -45,38 +46,56 @@ namespace cohort {
 class NcclSegment final : public Segment {
  public:
   /// Throws `TransportError`.
-  NcclSegment(int device, std::size_t bytes) : device_(device), bytes_(bytes) {
-    const DeviceGuard guard(device_);
-    nccl_check(ncclMemAlloc(&data_, bytes), "ncclMemAlloc");
-  }
-  NcclSegment(const NcclSegment&) = delete;
-  NcclSegment& operator=(const NcclSegment&) = delete;
-  ~NcclSegment() override {
-    try {
-      const DeviceGuard guard(device_);
-      nccl_check(ncclMemFree(data_), "ncclMemFree");
-    } catch (const std::exception& error) {
-      log(LogLevel::error, error.what());
-    }
+  NcclSegment(int device, std::size_t bytes) : bytes_(bytes) {
+    memory_ = std::make_shared<Memory>(device, bytes);
   }
 
-  [[nodiscard]] void* data() const noexcept override { return data_; }
+  [[nodiscard]] void* data() const noexcept override { return memory_->data; }
   [[nodiscard]] std::size_t bytes() const noexcept override { return bytes_; }
 
   /// Whether other processes could map it. ncclMemAlloc falls back to cudaMalloc without cuMem, and
   /// says nothing.
   [[nodiscard]] bool exportable() const noexcept {
     try {
-      return static_cast<bool>(DeviceMapping::export_descriptor(data_));
+      return static_cast<bool>(DeviceMapping::export_descriptor(data()));
     } catch (const std::exception&) {
       return false;
     }
   }
 
+  /// Keeps the memory, beyond the segment, for a registration that does not come back.
+  [[nodiscard]] std::shared_ptr<void> memory() const noexcept { return memory_; }
+
  private:
-  int device_;
+  struct Memory {
+    Memory(int of, std::size_t bytes) : device(of) {
+      const DeviceGuard guard(device);
+      nccl_check(ncclMemAlloc(&data, bytes), "ncclMemAlloc");
+    }
+    Memory(const Memory&) = delete;
+    Memory& operator=(const Memory&) = delete;
+    ~Memory() {
+      try {
+        // It is unmapped without waiting (NCCL, src/include/alloc.h, ncclCuMemFree).
+        if (!device_idle_within(device, kDrainLimit)) {
+          log(LogLevel::error,
+              fmt::format("cuda:{} does not become idle: a segment stays mapped", device));
+          return;
+        }
+        const DeviceGuard guard(device);
+        nccl_check(ncclMemFree(data), "ncclMemFree");
+      } catch (const std::exception& error) {
+        log(LogLevel::error, error.what());
+      }
+    }
+
+    int device;
+    void* data = nullptr;
+  };
+  static constexpr std::chrono::milliseconds kDrainLimit{500};
+
   std::size_t bytes_;
-  void* data_ = nullptr;
+  std::shared_ptr<Memory> memory_;
 };
 
 /// A segment's window with one communicator.
@@ -86,12 +105,13 @@ class NcclWindow final : public Window {
   /// sizes, and waits without limit for a rank that never comes. Never during a capture.
   /// Throws `TransportError` and `TimeoutError`.
   [[nodiscard]] static std::unique_ptr<NcclWindow> create(
-      const std::shared_ptr<Communicator>& communicator, const Segment& segment,
+      const std::shared_ptr<Communicator>& communicator, const NcclSegment& segment,
       std::chrono::milliseconds limit) {
 #if NCCL_VERSION_CODE >= 22700
     const auto window = std::make_shared<ncclWindow_t>(nullptr);
     communicator->run("ncclCommWindowRegister", limit,
-                      [communicator, window, data = segment.data(), bytes = segment.bytes()] {
+                      [communicator, window, memory = segment.memory(), data = segment.data(),
+                       bytes = segment.bytes()] {
                         const DeviceGuard guard(communicator->device());
                         communicator->check(
                             ncclCommWindowRegister(communicator->get(), data, bytes, window.get(),

@@ -9,12 +9,12 @@
 
 #include "world.cuh"
 
-// gpu_own_kernels [--soak CALLS] [--seed S] [--ranks N] [--cards C] [--only local|collectives|
-// attention|failures|soak]
+// gpu_own_kernels [--soak CALLS] [--seed S] [--ranks N] [--cards C] [--rounds R]
+// [--only local|collectives|attention|failures|overlap|soak]
 //
 // Every kernel of the library on one card, without MPI and NCCL. `--soak` is the number of calls of
 // each rank count's soak; the default is a small one. With `--cards` the soak deals its ranks out
-// to that many cards.
+// to that many cards, and kernels of several groups overlap in so many rounds.
 
 namespace {
 
@@ -23,6 +23,7 @@ struct Options {
   std::uint32_t seed = 1;
   int ranks = 0;  ///< 0: all
   int cards = 1;
+  int rounds = 300;
   std::string only;
 };
 
@@ -38,6 +39,8 @@ Options parse(int argc, char** argv) {
       options.ranks = std::atoi(argv[i + 1]);
     } else if (key == "--cards") {
       options.cards = std::atoi(argv[i + 1]);
+    } else if (key == "--rounds") {
+      options.rounds = std::atoi(argv[i + 1]);
     } else if (key == "--only") {
       options.only = argv[i + 1];
     } else {
@@ -65,7 +68,7 @@ int main(int argc, char** argv) {
   Tally tally;
   if (!has_devices(options.cards)) {
     std::printf("skipped: fewer CUDA devices than %d\n", options.cards);
-    tally.skipped = 5;  // the parts that `--only` names
+    tally.skipped = 6;  // the parts that `--only` names
   } else {
     const auto wants = [&](const char* part) {
       return options.only.empty() || options.only == part;
@@ -87,6 +90,9 @@ int main(int argc, char** argv) {
     }
     if (wants("failures")) {
       test_failures(tally);
+    }
+    if (wants("overlap")) {
+      test_overlap(tally, options.cards, options.rounds);
     }
     for (const int n : counts) {
       if (wants("soak")) {

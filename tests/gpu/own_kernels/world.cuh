@@ -10,12 +10,16 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "cohort/cuda/block_budget.hpp"
+#include "cohort/cuda/host_words.hpp"
 #include "cohort/cuda/inbox.hpp"
 #include "cohort/cuda/kernels.hpp"
 #include "cohort/dtype.hpp"
@@ -88,6 +92,8 @@ class Buffer {
   std::size_t bytes_ = 0;
 };
 
+inline std::size_t to_size(std::int64_t value) { return static_cast<std::size_t>(value); }
+
 /// A bounded wait for a stream; a hang is a failure, and the process leaves because it cannot go
 /// on.
 inline void finish(cudaStream_t stream, std::chrono::seconds limit = std::chrono::seconds(120)) {
@@ -128,11 +134,12 @@ inline void connect_cards(int cards) {
 class World {
  public:
   World(int n, std::int64_t flag_word_bytes, std::int64_t flag_line_bytes,
-        std::uint64_t after_epoch = 0, int cards = 1)
+        std::uint64_t after_epoch = 0, int cards = 1, int blocks = 0)
       : n_(n), cards_(cards) {
-    // All blocks of all ranks are resident at once on 132 multiprocessors with room for other load,
-    // whichever mixture of kernels the ranks are in: at most one block a multiprocessor.
-    const int blocks = std::max(1, 120 / ((n + cards - 1) / cards));
+    if (blocks == 0) {
+      blocks = cuda::block_budget(
+          {.multiprocessors = multiprocessors(), .ranks_per_card = (n + cards - 1) / cards});
+    }
     layout_ = cuda::InboxLayout::make({.ranks = n,
                                        .flag_word_bytes = flag_word_bytes,
                                        .flag_line_bytes = flag_line_bytes,
@@ -157,6 +164,11 @@ class World {
     }
     reset(std::chrono::seconds(30), after_epoch);
   }
+  [[nodiscard]] static int multiprocessors() {
+    int count = 0;
+    COHORT_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0));
+    return count;
+  }
   World(const World&) = delete;
   World& operator=(const World&) = delete;
   ~World() {
@@ -166,10 +178,23 @@ class World {
   }
 
   void reset(std::chrono::nanoseconds limit, std::uint64_t after_epoch = 0) {
-    each([&](int, const cuda::PeerTable& t, cudaStream_t s) {
-      cuda::initialize_inbox(t, s, limit, after_epoch);
+    words_.clear();
+    each([&](int r, const cuda::PeerTable& t, cudaStream_t s) {
+      auto& words = words_.emplace_back(std::make_unique<GroupWords>(r % cards_));
+      void* peers[cuda::kMaxPeers];
+      std::copy(std::begin(t.peers), std::end(t.peers), peers);
+      words->add(std::span(peers, to_size(n_)));
+      cuda::initialize_inbox(t, s, limit, after_epoch, words->on_card());
     });
     finish_all();
+  }
+  /// What the rank's host shares with its kernels.
+  [[nodiscard]] GroupWords& words(int r) const { return *words_[static_cast<std::size_t>(r)]; }
+  /// Most blocks of the calls that follow; 0 for the layout's.
+  void limit_blocks(int blocks) {
+    for (auto& table : tables_) {
+      table.block_limit = blocks;
+    }
   }
   void finish_all() {
     for (cudaStream_t stream : streams_) {
@@ -231,11 +256,10 @@ class World {
   std::vector<Buffer> inboxes_;
   std::vector<cudaStream_t> streams_;
   std::vector<cuda::PeerTable> tables_;
+  std::vector<std::unique_ptr<GroupWords>> words_;
 };
 
 using Random = std::mt19937;
-
-inline std::size_t to_size(std::int64_t value) { return static_cast<std::size_t>(value); }
 
 /// Host values of an element type.
 inline double decode(DType dtype, const std::byte* at) {
@@ -293,6 +317,7 @@ void test_local(Tally& tally);
 void test_collectives(Tally& tally, int n);
 void test_attention(Tally& tally, int n);
 void test_failures(Tally& tally);
+void test_overlap(Tally& tally, int cards, int rounds);
 void soak(Tally& tally, int n, int cards, std::int64_t calls, std::uint32_t seed);
 
 }  // namespace cohort::test

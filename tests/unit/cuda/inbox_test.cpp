@@ -20,7 +20,8 @@ TEST_CASE("an inbox's regions have room and alignment and do not overlap", "[inb
     CHECK(layout.flag_line_capacity() == 5040);
     CHECK(layout.ll_offset >=
           static_cast<std::int64_t>(sizeof(cuda::InboxControl) +
-                                    cuda::kEpochRecords * sizeof(cuda::EpochRecord)));
+                                    cuda::kEpochRecords * sizeof(cuda::EpochRecord)) +
+              std::int64_t{cuda::kMaxPeers} * 8);
     CHECK(layout.line_offset >= layout.ll_offset + lanes * layout.ll_words * 16);
     CHECK(layout.bytes >= layout.line_offset + lanes * layout.lines * 128);
     CHECK(layout.ll_offset % 16 == 0);
@@ -44,24 +45,14 @@ TEST_CASE("an impossible inbox is refused", "[inbox]") {
   }
 }
 
-TEST_CASE("slots alternate and flags stay valid where the lower half of an epoch wraps",
-          "[inbox]") {
-  CHECK(cuda::next_epoch(0) == 1);
-  std::uint64_t epoch = (std::uint64_t{1} << 32) - 8;
-  for (int i = 0; i < 20; ++i) {
-    const std::uint64_t next = cuda::next_epoch(epoch);
-    CHECK(next > epoch);
-    CHECK((next & 1) != (epoch & 1));
-    CHECK(static_cast<std::uint32_t>(next) != 0);  // the flag of memory never written
-    epoch = next;
-  }
-}
-
 TEST_CASE("error words name the epoch and the rank, and 0 is no error", "[inbox]") {
-  const auto error = cuda::InboxError::decode(cuda::InboxError::encode(1234, 31));
+  const auto error = cuda::InboxError::decode(
+      cuda::InboxError::encode(1234, 31, cuda::PeerCall::merge, cuda::PeerCall::barrier));
   CHECK(static_cast<bool>(error));
   CHECK(error.epoch == 1234);
   CHECK(error.missing_rank == 31);
+  CHECK(error.mine == cuda::PeerCall::merge);
+  CHECK(error.theirs == cuda::PeerCall::barrier);
   CHECK(static_cast<bool>(cuda::InboxError::decode(cuda::InboxError::encode(0, 0))));
   CHECK_FALSE(static_cast<bool>(cuda::InboxError::decode(0)));
 }

@@ -1,0 +1,42 @@
+#pragma once
+
+#include <algorithm>
+
+#include "cohort/cuda/inbox.hpp"
+
+/// \file
+/// How many thread blocks a peer kernel is launched with, so that kernels which wait for peers
+/// cannot keep each other off a card. Pure.
+
+namespace cohort::cuda {
+
+/// What a card has to hold at once.
+struct BlockDemand {
+  int multiprocessors = 0;  ///< Of the smallest card of the group.
+  int ranks_per_card = 1;   ///< On the card that most ranks of the world share.
+  int kernels_at_once = 2;  ///< Of one rank, on as many streams.
+};
+
+/// Multiprocessors that a peer kernel of the default budget leaves to others.
+inline constexpr int kSpareMultiprocessors = 4;
+
+/// Most thread blocks of a peer kernel; at least 1.
+///
+/// A block of a peer kernel may fill a multiprocessor, and stays until its peers' blocks of the
+/// same number have come; it needs no others of theirs. So a kernel gets on as long as one of its
+/// blocks at a time finds room on every card, and none is kept out for good where all kernels but
+/// one leave room for it: k kernels of at most (SMs - spare) / (k - 1) blocks.
+[[nodiscard]] constexpr int block_budget(const BlockDemand& demand) noexcept {
+  const int ranks = std::max(demand.ranks_per_card, 1);
+  const int others = ranks * std::max(demand.kernels_at_once, 1) - 1;
+  const int fair = demand.multiprocessors / ranks;
+  const int spared = demand.multiprocessors - kSpareMultiprocessors;
+  return std::clamp(others == 0 ? fair : std::min(fair, spared / others), 1, kMaxPeerBlocks);
+}
+
+/// The blocks of one call: the caller's limit, 0 for none, within the budget.
+[[nodiscard]] constexpr int limited_blocks(int budget, int limit) noexcept {
+  return limit > 0 ? std::min(limit, budget) : budget;
+}
+
+}  // namespace cohort::cuda

@@ -1,0 +1,281 @@
+#include <cuda_runtime_api.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <csignal>
+#include <cstdint>
+#include <memory>
+#include <numeric>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cohort/cohort.hpp"
+#include "cohort/cuda.hpp"
+#include "gpu/device_tensor.hpp"
+#include "support/ranks.hpp"
+
+// A state whose ranks are late, stopped, absent or make other calls: what the others learn, and
+// that their processes go on. And captures that begin after eager work on other streams, in every
+// mode.
+
+using namespace cohort;
+using namespace cohort::test;
+using namespace std::chrono_literals;
+
+namespace {
+
+constexpr auto kLimit = 30s;
+
+int ranks() { return world_size(); }
+int rank() { return world_rank(); }
+
+/// A backend, a state of one group of all ranks, and two streams.
+struct Fixture {
+  explicit Fixture(std::chrono::milliseconds kernel_limit = 60s, ControlPlane& control = world())
+      : backend(cuda_backend({.environment = {.multicast = false}, .kernel_limit = kernel_limit})),
+        first(make_stream(backend->device().index)),
+        second(make_stream(backend->device().index)),
+        state(std::make_unique<ParallelState>(ParallelState::create(
+            control, {.layout = {.tp = ranks(), .pp = 1, .dcp = ranks()}, .backend = backend}))) {}
+
+  [[nodiscard]] StreamRef a() { return backend->stream(first.get()); }
+  [[nodiscard]] StreamRef b() { return backend->stream(second.get()); }
+  [[nodiscard]] bool has_own_kernels() { return state->dcp().decision().peer_mapping.on; }
+  [[nodiscard]] DeviceTensor tensor(std::int64_t elements) {
+    return {DType::f32, {elements}, Layout::contiguous, backend->device()};
+  }
+
+  /// An all-reduce whose sum is right.
+  void check_sum(StreamRef stream, std::int64_t elements = 1000) {
+    auto x = tensor(elements);
+    x.fill([](std::int64_t i) { return static_cast<double>((i + rank()) % 7); });
+    state->tp().all_reduce(x.view(), stream);
+    state->tp().synchronize(stream, kLimit);
+    CHECK(x.differs([](std::int64_t i) {
+      double sum = 0;
+      for (int r = 0; r < ranks(); ++r) {
+        sum += static_cast<double>((i + r) % 7);
+      }
+      return sum;
+    }) == "");
+  }
+
+  std::shared_ptr<CudaBackend> backend;
+  UniqueStream first;
+  UniqueStream second;
+  std::unique_ptr<ParallelState> state;
+};
+
+std::vector<int> everyone() {
+  std::vector<int> all(static_cast<std::size_t>(ranks()));
+  std::iota(all.begin(), all.end(), 0);
+  return all;
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+TEST_CASE("a rank that never comes is named at the caller's limit, and a new state forms",
+          "[liveness]") {
+  if (skip_all_if(ranks() < 2, "needs two ranks")) {
+    return;
+  }
+  const int absent = ranks() - 1;
+  const auto first_world = world().subgroup(everyone(), 11, "first");
+  {
+    Fixture fixture(60s, *first_world);
+    if (skip_all_if(!fixture.has_own_kernels(), "needs own kernels")) {
+      return;
+    }
+    fixture.check_sum(fixture.a());
+    CHECK_FALSE(fixture.state->tp().failed());
+    auto x = fixture.tensor(1000);
+    if (rank() != absent) {
+      fixture.state->tp().all_reduce(x.view(), fixture.a());
+      const auto start = std::chrono::steady_clock::now();
+      try {
+        fixture.state->tp().synchronize(fixture.a(), 1s);
+        FAIL("expected a TimeoutError");
+      } catch (const TimeoutError& error) {
+        CHECK(error.missing() == std::vector<int>{absent});
+      }
+      CHECK(seconds_since(start) < 4);
+      CHECK(fixture.state->tp().failed());
+      CHECK_THROWS_AS(fixture.state->tp().all_reduce(x.view(), fixture.a()), TransportError);
+      CHECK(cudaDeviceSynchronize() == cudaSuccess);
+    }
+    const auto start = std::chrono::steady_clock::now();
+    fixture.state.reset();
+    CHECK(seconds_since(start) < 15);
+  }
+  world().barrier();
+  CHECK(cudaDeviceSynchronize() == cudaSuccess);
+  const auto second_world = world().subgroup(everyone(), 12, "second");
+  Fixture again(60s, *second_world);
+  again.check_sum(again.a());
+}
+
+TEST_CASE("a state that goes while its calls wait leaves the device alone", "[liveness]") {
+  if (skip_all_if(ranks() < 2, "needs two ranks")) {
+    return;
+  }
+  const auto first_world = world().subgroup(everyone(), 13, "third");
+  {
+    Fixture fixture(60s, *first_world);
+    fixture.check_sum(fixture.a());
+    auto x = fixture.tensor(1000);
+    if (rank() == 0) {
+      fixture.state->tp().all_reduce(x.view(), fixture.a());  // nobody else comes
+    }
+    const auto start = std::chrono::steady_clock::now();
+    fixture.state.reset();
+    CHECK(seconds_since(start) < 25);
+    CHECK(cudaDeviceSynchronize() == cudaSuccess);
+  }
+  world().barrier();
+  const auto second_world = world().subgroup(everyone(), 14, "fourth");
+  Fixture again(60s, *second_world);
+  again.check_sum(again.a());
+}
+
+TEST_CASE("ranks that make different calls are told which", "[liveness]") {
+  if (skip_all_if(ranks() < 2, "needs two ranks")) {
+    return;
+  }
+  const auto own_world = world().subgroup(everyone(), 15, "fifth");
+  Fixture fixture(20s, *own_world);
+  if (skip_all_if(!fixture.has_own_kernels(), "needs own kernels")) {
+    return;
+  }
+  fixture.check_sum(fixture.a());
+  auto x = fixture.tensor(1024);
+  auto all = fixture.tensor(1024 * ranks());
+  auto& tp = fixture.state->tp();
+  if (rank() == ranks() - 1) {
+    tp.all_gather_into(all.view(), x.view(), 0, fixture.a());
+  } else {
+    tp.all_reduce(x.view(), fixture.a());
+  }
+  try {
+    tp.synchronize(fixture.a(), 10s);
+    FAIL("expected a SymmetryError");
+  } catch (const SymmetryError& error) {
+    CHECK(error.ranks().size() == 1);
+    CHECK_THAT(std::string(error.what()), contains("all_gather"));
+  }
+  fixture.state.reset();
+}
+
+TEST_CASE("a rank that is stopped for seconds comes back right", "[liveness]") {
+  if (skip_all_if(ranks() < 2, "needs two ranks")) {
+    return;
+  }
+  Fixture fixture;
+  const auto pids = cohort::detail::gather_values(world(), static_cast<std::int64_t>(::getpid()));
+  fixture.check_sum(fixture.a());
+  std::thread waker;
+  if (rank() == 0) {
+    const auto pid = static_cast<pid_t>(pids.back());
+    REQUIRE(::kill(pid, SIGSTOP) == 0);
+    waker = std::thread([pid] {
+      std::this_thread::sleep_for(5s);
+      ::kill(pid, SIGCONT);
+    });
+  }
+  for (int i = 0; i < 20; ++i) {
+    fixture.check_sum(fixture.a());
+    fixture.check_sum(fixture.a(), 3 << 20);  // over NCCL
+  }
+  if (waker.joinable()) {
+    waker.join();
+  }
+}
+
+TEST_CASE("lanes of a group need no order among each other", "[liveness]") {
+  if (skip_all_if(ranks() < 2, "needs two ranks")) {
+    return;
+  }
+  Fixture fixture;
+  if (skip_all_if(!fixture.has_own_kernels(), "needs own kernels")) {
+    return;
+  }
+  auto& tp = fixture.state->tp();
+  CHECK_THROWS_AS(tp.use_lane(1), UsageError);
+  tp.reserve_lanes(2);
+  auto x = fixture.tensor(1000);
+  auto y = fixture.tensor(1000);
+  // Lane 0 waits on one rank, and lane 1 on the other, until both have been enqueued everywhere.
+  for (int round = 0; round < 50; ++round) {
+    x.fill([&](std::int64_t i) { return static_cast<double>(i % 5 + rank() + round); });
+    y.fill([&](std::int64_t i) { return static_cast<double>(i % 3 + rank() * 2 + round); });
+    for (int turn = 0; turn < 2; ++turn) {
+      const int lane = (turn + rank()) % 2;
+      tp.use_lane(lane);
+      tp.all_reduce((lane == 0 ? x : y).view(), lane == 0 ? fixture.a() : fixture.b());
+      if (turn == 0) {
+        std::this_thread::sleep_for(1ms);
+      }
+    }
+    tp.synchronize(fixture.a(), kLimit);
+    tp.synchronize(fixture.b(), kLimit);
+    const int n = ranks();
+    CHECK(x.differs([&](std::int64_t i) {
+      return static_cast<double>(n * (i % 5 + round) + n * (n - 1) / 2);
+    }) == "");
+    CHECK(y.differs([&](std::int64_t i) {
+      return static_cast<double>(n * (i % 3 + round) + n * (n - 1));
+    }) == "");
+  }
+  tp.use_lane(0);
+  tp.limit_blocks(4);
+  fixture.check_sum(fixture.a(), 100'000);
+  tp.limit_blocks(0);
+}
+
+TEST_CASE("captures of every mode may follow eager work on other streams", "[liveness]") {
+  Fixture fixture;
+  auto& tp = fixture.state->tp();
+  auto x = fixture.tensor(4096);
+  auto out = fixture.tensor(4096 * ranks());
+  const auto step = [&](StreamRef stream) {
+    const Tensor gathered = tp.all_gather(x.view(), 0, stream);
+    fixture.backend->ops().copy(gathered, out.view(), stream);
+  };
+  const auto check = [&](StreamRef stream) {
+    tp.synchronize(stream, kLimit);
+    CHECK(out.differs(
+              [](std::int64_t i) { return static_cast<double>(i % 4096 % 11 + i / 4096); }) == "");
+    out.fill([](std::int64_t) { return -1.0; });
+  };
+  x.fill([](std::int64_t i) { return static_cast<double>(i % 11 + rank()); });
+  for (const auto mode : {cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal,
+                          cudaStreamCaptureModeRelaxed}) {
+    for (const StreamRef eager : {fixture.backend->stream(nullptr), fixture.b(), fixture.a()}) {
+      step(eager);  // warm-up, as engines do, its temporaries still in flight
+      step(eager);
+      if (eager == fixture.backend->stream(nullptr)) {
+        tp.synchronize(eager, kLimit);  // CUDA lets no capture begin that it would have to join
+      }
+      cuda_check(cudaStreamBeginCapture(fixture.first.get(), mode), "cudaStreamBeginCapture");
+      {
+        const CaptureScope scope(fixture.state->captures(), fixture.a());
+        step(fixture.a());
+      }
+      cudaGraph_t captured = nullptr;
+      cuda_check(cudaStreamEndCapture(fixture.first.get(), &captured), "cudaStreamEndCapture");
+      check(eager);
+      {
+        CudaExecutableGraph graph(fixture.backend->device().index, UniqueGraph(captured));
+        tp.order(fixture.a());
+        graph.launch(fixture.a());
+        graph.launch(fixture.a());
+        check(fixture.a());
+      }
+      fixture.state->reclaim_graphs();
+    }
+  }
+}

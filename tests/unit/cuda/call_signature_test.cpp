@@ -1,0 +1,62 @@
+#include <cohort/cuda/call_signature.hpp>
+
+#include <cstdint>
+#include <set>
+
+#include "support/catch.hpp"
+
+using namespace cohort::cuda;
+
+TEST_CASE("a signature has the call's kind, and differs where anything else does",
+          "[call_signature]") {
+  std::set<std::uint32_t> words;
+  for (const auto call : {PeerCall::all_gather, PeerCall::all_reduce, PeerCall::merge}) {
+    for (std::int64_t bytes = 0; bytes < 4096; bytes += 8) {
+      const auto signature = CallSignature::make(call, {1, 124, bytes, 0});
+      CHECK(signature.call() == call);
+      words.insert(signature.word);
+    }
+  }
+  CHECK(words.size() == 3 * 512);
+  CHECK(CallSignature::make(PeerCall::merge, {1, 2}) ==
+        CallSignature::make(PeerCall::merge, {1, 2}));
+  CHECK_FALSE(CallSignature::make(PeerCall::merge, {1, 2}) ==
+              CallSignature::make(PeerCall::merge, {2, 1}));
+}
+
+TEST_CASE("flags of all epochs that an inbox can hold at once differ, and none is 0",
+          "[call_signature]") {
+  for (const std::int64_t ll_words :
+       {std::int64_t{32}, std::int64_t{1} << 16, std::int64_t{1} << 28}) {
+    CAPTURE(ll_words);
+    // A word is at most 2 * ll_words calls old.
+    CHECK((std::int64_t{1} << flag_epoch_bits(ll_words)) > 2 * ll_words);
+    const auto code = FlagCode::make(CallSignature::make(PeerCall::barrier, {}),
+                                     static_cast<std::uint32_t>(ll_words));
+    CHECK(std::int64_t{code.epoch_mask} + 1 == std::int64_t{1} << flag_epoch_bits(ll_words));
+    const std::uint64_t epoch = (std::uint64_t{5} << 32) - 1;
+    CHECK(code.word_flag(epoch) != code.word_flag(epoch + 1));
+    CHECK(code.word_flag(epoch) !=
+          code.word_flag(epoch + static_cast<std::uint64_t>(2 * ll_words)));
+    CHECK(code.word_flag(0) != 0);
+    CHECK(code.word_flag(epoch + 1) != 0);                // the lower half is 0
+    CHECK((code.word_flag(epoch) & 1U) == (epoch & 1U));  // the slot
+    CHECK((code.line_flag(epoch) & kLineEpochMask) == epoch);
+    CHECK((code.line_flag(epoch) >> 48) == (code.signature >> 16));
+  }
+}
+
+TEST_CASE("flags of different calls of one epoch differ", "[call_signature]") {
+  constexpr std::uint32_t kWords = 1 << 16;
+  int equal_words = 0;
+  int equal_lines = 0;
+  const auto one = FlagCode::make(CallSignature::make(PeerCall::all_reduce, {1, 8}), kWords);
+  for (std::int64_t bytes = 16; bytes < 16 + 8 * 2048; bytes += 8) {
+    const auto other =
+        FlagCode::make(CallSignature::make(PeerCall::all_reduce, {1, bytes}), kWords);
+    equal_words += one.word_flag(7) == other.word_flag(7) ? 1 : 0;
+    equal_lines += one.line_flag(7) == other.line_flag(7) ? 1 : 0;
+  }
+  CHECK(equal_words <= 2);  // 14 bits
+  CHECK(equal_lines == equal_words);
+}
