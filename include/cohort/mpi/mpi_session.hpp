@@ -11,11 +11,13 @@
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <string>
 #include <string_view>
 #include <vector>
 
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
+#include "cohort/launcher.hpp"
 #include "cohort/log.hpp"
 #include "cohort/mpi/mpi_control_plane.hpp"
 #include "cohort/owner_process.hpp"
@@ -32,7 +34,7 @@ struct MpiSessionOptions {
   int thread_level = MPI_THREAD_FUNNELED;
   /// Time limit of every wait, that for the other ranks at both ends of the session included.
   std::chrono::milliseconds limit = kDefaultTimeLimit;
-  /// The ranks that form the world.
+  /// The ranks that form the world. `MPI_COMM_SELF`: this process is alone, whoever started it.
   MPI_Comm ranks = MPI_COMM_WORLD;
 };
 
@@ -78,10 +80,26 @@ inline void abort_mpi_at_exit() noexcept {
   }
 }
 
+/// Why MPI's one rank is not what the launcher started, or "": with the launcher of another MPI
+/// every process is alone, and each would give an answer of its own.
+[[nodiscard]] inline std::string lone_rank(const std::optional<LauncherSize>& launcher) {
+  int ranks = 1;
+  MPI_Comm_size(MPI_COMM_WORLD, &ranks);
+  if (ranks > 1 || !launcher || launcher->size <= 1) {
+    return "";
+  }
+  return fmt::format(
+      "MpiSession: the launcher started {} ranks ({}), MPI has 1: start the program by the "
+      "launcher "
+      "of the MPI that it is linked with, or let MpiSessionOptions::ranks be MPI_COMM_SELF where "
+      "each process is to be alone",
+      launcher->size, launcher->variable);
+}
+
 /// Initialises MPI unless the engine has, and then also finalises it.
 class MpiRuntime {
  public:
-  MpiRuntime(int* argc, char*** argv, int thread_level) {
+  MpiRuntime(int* argc, char*** argv, const MpiSessionOptions& options) {
     int initialized = 0;
     int finalized = 0;
     MPI_Initialized(&initialized);
@@ -89,21 +107,25 @@ class MpiRuntime {
     if (finalized != 0) {
       throw UsageError("MpiSession: MPI_Finalize was called before, and MPI starts only once");
     }
+    // Before MPI starts: an MPI without launcher may set some of the variables for itself.
+    const auto launcher = launcher_size();
     int provided = MPI_THREAD_SINGLE;
     if (initialized == 0) {
-      mpi_check(MPI_Init_thread(argc, argv, thread_level, &provided), "MPI_Init_thread");
+      mpi_check(MPI_Init_thread(argc, argv, options.thread_level, &provided), "MPI_Init_thread");
       owned_ = true;
     } else {
       mpi_check(MPI_Query_thread(&provided), "MPI_Query_thread");
     }
-    if (provided < thread_level) {
-      if (owned_) {
-        MPI_Finalize();  // nothing has been sent, so every rank gets here
+    if (provided < options.thread_level) {
+      refuse(fmt::format("MpiSession thread_level: expected MPI to provide {}, {} has {}",
+                         thread_level_name(options.thread_level),
+                         owned_ ? "this library" : "the engine's MPI_Init",
+                         thread_level_name(provided)));
+    }
+    if (options.ranks != MPI_COMM_SELF) {
+      if (const auto why = lone_rank(launcher); !why.empty()) {
+        refuse(why);
       }
-      throw ConfigError(fmt::format(
-          "MpiSession thread_level: expected MPI to provide {}, {} has {}",
-          thread_level_name(thread_level), owned_ ? "this library" : "the engine's MPI_Init",
-          thread_level_name(provided)));
     }
   }
   MpiRuntime(const MpiRuntime&) = delete;
@@ -133,6 +155,13 @@ class MpiRuntime {
   }
 
  private:
+  [[noreturn]] void refuse(const std::string& why) const {
+    if (owned_) {
+      MPI_Finalize();  // nothing has been sent, so every rank gets here
+    }
+    throw ConfigError(why);
+  }
+
   OwnerProcess owner_;
   bool owned_ = false;
   bool left_ = false;
@@ -153,7 +182,8 @@ class MpiRuntime {
 class MpiSession {
  public:
   /// Collective over all ranks of MPI, and over `options.ranks`.
-  /// Throws `ConfigError` where MPI gives a lower thread level, `UsageError` after `MPI_Finalize`,
+  /// Throws `ConfigError` where MPI gives a lower thread level, or has one rank where the launcher
+  /// started several (`launcher_size`), `UsageError` after `MPI_Finalize`,
   /// `TimeoutError` naming ranks that do not come, `TransportError`.
   MpiSession(int& argc, char**& argv, const MpiSessionOptions& options = {})
       : MpiSession(&argc, &argv, options) {}
@@ -192,7 +222,7 @@ class MpiSession {
 
  private:
   MpiSession(int* argc, char*** argv, const MpiSessionOptions& options)
-      : runtime_(argc, argv, options.thread_level), world_(options.ranks, options.limit) {
+      : runtime_(argc, argv, options), world_(options.ranks, options.limit) {
     world_.barrier();  // names who is missing, and keeps the next call from waiting for them
     const MPI_Comm comm = world_.messenger().communicator();
     MPI_Comm node = MPI_COMM_NULL;

@@ -16,6 +16,7 @@
 #include "cohort/cuda/device_choice.hpp"
 #include "cohort/cuda/handles.hpp"
 #include "cohort/cuda/support_kernels.hpp"
+#include "cohort/launcher.hpp"
 #include "cohort/log.hpp"
 #include "cohort/nccl/known_faults.hpp"
 #include "cohort/nccl/machine_probe.hpp"

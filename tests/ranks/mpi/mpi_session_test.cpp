@@ -198,6 +198,68 @@ int forked(int argc, char** argv) {
   return 0;
 }
 
+// The environment of a process that the mpirun of another MPI started as one of three: for this
+// MPI, it is alone.
+int become_stranger() {
+  const int rank = std::atoi(std::getenv("OMPI_COMM_WORLD_RANK"));
+  std::vector<std::string> names;
+  for (char** entry = environ; *entry != nullptr; ++entry) {
+    const std::string_view text = *entry;
+    if (text.starts_with("PMIX_") || text.starts_with("OMPI_") || text.starts_with("ORTE_")) {
+      names.emplace_back(text.substr(0, text.find('=')));
+    }
+  }
+  for (const auto& name : names) {
+    unsetenv(name.c_str());
+  }
+  setenv("PMI_RANK", std::to_string(rank).c_str(), 1);
+  setenv("PMI_SIZE", "3", 1);
+  setenv("PMI_FD", "99", 1);
+  setenv("OMPI_MCA_plm_rsh_agent", "", 1);  // a lone process need not be able to start others
+  return rank;
+}
+
+bool names_both_sizes(const ConfigError& error) {
+  return std::string_view(error.what())
+             .find("the launcher started 3 ranks (PMI_SIZE), MPI has 1") != std::string_view::npos;
+}
+
+int strangers(int argc, char** argv) {
+  const int rank = become_stranger();
+  try {
+    MpiSession session(argc, argv);
+    std::puts("a lone rank took itself for the world");
+    return 1;
+  } catch (const ConfigError& error) {
+    check(names_both_sizes(error), error.what());
+  }
+  check(finalized(), "the session that was refused finalises MPI");
+  ok("strangers", rank);
+  return 0;
+}
+
+// The engine has initialised MPI; and it may say that each process is to be alone.
+int alone(int argc, char** argv) {
+  const int rank = become_stranger();
+  int provided = 0;
+  MPI_Init_thread(&argc, &argv, MPI_THREAD_FUNNELED, &provided);
+  try {
+    MpiSession session;
+    std::puts("a lone rank took itself for the world");
+    return 1;
+  } catch (const ConfigError& error) {
+    check(names_both_sizes(error), error.what());
+  }
+  {
+    MpiSession session({.ranks = MPI_COMM_SELF});
+    check(session.world().size() == 1, "alone");
+    session.world().barrier();
+  }
+  MPI_Finalize();
+  ok("alone", rank);
+  return 0;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -223,6 +285,13 @@ int main(int argc, char** argv) {
   if (mode == "forked") {
     return forked(argc, argv);
   }
-  std::puts("usage: mpi_session own|engine|thread_level|late|unwinding|goodbye|forked");
+  if (mode == "strangers") {
+    return strangers(argc, argv);
+  }
+  if (mode == "alone") {
+    return alone(argc, argv);
+  }
+  std::puts(
+      "usage: mpi_session own|engine|thread_level|late|unwinding|goodbye|forked|strangers|alone");
   return 2;
 }
