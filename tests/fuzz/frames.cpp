@@ -14,6 +14,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -63,6 +64,10 @@ class FaultyMessenger : public Messenger {
   void send(int to, Bytes message) override { arrived_[to].push_back(std::move(message)); }
 
   std::optional<Bytes> receive(int from, Deadline) override {
+    if (flood_) {
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+      return flood_;
+    }
     auto& queue = arrived_[from];
     const std::uint8_t action = input_.byte();
     if (action % 16 < 9 && !queue.empty()) {
@@ -111,6 +116,13 @@ class FaultyMessenger : public Messenger {
       case 13:  // is lost
         queue.pop_front();
         return std::nullopt;
+      case 14:  // without end, for a group that is not there
+        if (message.size() >= ControlPlane::kTrailerBytes && input_.byte() % 8 == 0) {
+          message[message.size() - ControlPlane::kTrailerBytes] ^= std::byte{1};
+          flood_ = message;
+        }
+        queue.pop_front();
+        break;
       default:
         break;
     }
@@ -120,6 +132,7 @@ class FaultyMessenger : public Messenger {
   Input& input_;
   int size_;
   std::map<int, std::deque<Bytes>> arrived_;
+  std::optional<Bytes> flood_;
   bool faulty_ = false;
 };
 

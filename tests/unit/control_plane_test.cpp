@@ -583,3 +583,32 @@ TEST_CASE("a messenger's failure and foreign bytes are transport errors that poi
   CHECK(plane.poisoned());
   CHECK(messenger->abandoned);
 }
+
+namespace {
+
+// A messenger whose peer sends without end, but nothing for the group that waits.
+class FloodingMessenger : public Messenger {
+ public:
+  [[nodiscard]] int rank() const noexcept override { return 0; }
+  [[nodiscard]] int size() const noexcept override { return 2; }
+  void send(int, Bytes) override {}
+  std::optional<Bytes> receive(int, Deadline) override {
+    if (Clock::now() > end_) {
+      return std::nullopt;  // so that a wait without end fails this test and does not stop it
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+    return Bytes(ControlPlane::kTrailerBytes + 8);
+  }
+
+ private:
+  Deadline end_ = Clock::now() + 20s;
+};
+
+}  // namespace
+
+TEST_CASE("a peer that floods other groups is missing at the time limit") {
+  MessageControlPlane plane(std::make_shared<FloodingMessenger>(), 1s);
+  const auto begin = Clock::now();
+  CHECK_THROWS_MATCHES(plane.barrier(), TimeoutError, says("rank 1 did not arrive"));
+  CHECK(Clock::now() - begin < 10s);
+}
