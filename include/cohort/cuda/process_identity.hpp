@@ -5,12 +5,12 @@
 
 #include <array>
 #include <cstdint>
-#include <cstring>
 #include <mutex>
 #include <random>
 #include <sstream>
 #include <string>
 
+#include "cohort/fixed_text.hpp"
 #include "cohort/machine.hpp"
 #include "cohort/owner_process.hpp"
 #include "cohort/process_state.hpp"
@@ -88,8 +88,7 @@ namespace detail {
 [[nodiscard]] inline ProcessIdentity this_process() {
   ProcessIdentity me;
   const BootId boot = read_boot_id();
-  std::memcpy(me.boot_id.data(), boot.text.data(),
-              std::min(boot.text.size(), me.boot_id.size() - 1));
+  detail::copy_text(boot.text, me.boot_id);
   me.boot_id_error = boot.error;
   me.secret = {detail::random_word(), detail::random_word()};
   me.process_key = detail::process_key();

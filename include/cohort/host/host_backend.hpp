@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -17,12 +18,14 @@
 #include <vector>
 
 #include "cohort/agreement.hpp"
+#include "cohort/fixed_text.hpp"
 #include "cohort/host/host_ops.hpp"
 #include "cohort/host/host_stream.hpp"
 #include "cohort/host/host_transport.hpp"
 #include "cohort/host/rendezvous.hpp"
 #include "cohort/host/shared_memory.hpp"
 #include "cohort/host/window.hpp"
+#include "cohort/joined.hpp"
 #include "cohort/transport.hpp"
 
 /// \file
@@ -54,19 +57,13 @@ namespace host {
 
 /// What a rank tells its group when a transport is made.
 struct Introduction {
-  std::array<char, 64> machine{};    ///< "" where this rank could not find out.
-  std::array<char, 192> obstacle{};  ///< Why this rank offers no pad; "" where it does.
+  std::uint64_t protocol = kPadProtocol;  ///< First in every version.
+  std::array<char, 64> machine{};         ///< "" where this rank could not find out.
+  std::array<char, 192> obstacle{};       ///< Why this rank offers no pad; "" where it does.
   MemoryHandle pad;
   std::uint64_t has_memory_files = 0;
 };
-static_assert(std::is_trivially_copyable_v<Introduction>);
-
-/// Cuts a text that is too long; the last character stays zero.
-template <std::size_t N>
-inline void copy_text(std::string_view text, std::array<char, N>& to) noexcept {
-  to = {};
-  std::copy_n(text.begin(), std::min(text.size(), N - 1), to.begin());
-}
+static_assert(std::is_trivially_copyable_v<Introduction> && offsetof(Introduction, protocol) == 0);
 
 /// Ordinary memory of one tensor. A graph in whose capture it was allocated keeps it as well.
 class HostBuffer : public MemoryOwner, public std::enable_shared_from_this<HostBuffer> {
@@ -188,12 +185,12 @@ inline Introduction HostBackend::introduce() const {
   Introduction mine;
   const BootId boot = read_boot_id();
   const std::string machine = options_.machine.empty() ? boot.text : options_.machine;
-  copy_text(machine, mine.machine);
+  cohort::detail::copy_text(machine, mine.machine);
   if (machine.empty()) {
-    copy_text(fmt::format("the boot id could not be read: {}", std::strerror(boot.error)),
-              mine.obstacle);
+    cohort::detail::copy_text(
+        fmt::format("the boot id could not be read: {}", std::strerror(boot.error)), mine.obstacle);
   } else if (!options_.map_peers) {
-    copy_text("HostOptions::map_peers is false", mine.obstacle);
+    cohort::detail::copy_text("HostOptions::map_peers is false", mine.obstacle);
   }
   return mine;
 }
@@ -207,24 +204,33 @@ inline std::shared_ptr<SharedMemory> HostBackend::make_pad(const PadGeometry& ge
     return pad;
   } catch (const TransportError& error) {
     mine.has_memory_files = 0;
-    copy_text(error.what(), mine.obstacle);
+    cohort::detail::copy_text(error.what(), mine.obstacle);
     return nullptr;
   }
 }
 
 /// Every rank's introduction, by rank. Collective.
+/// @throw SymmetryError on every rank where one was built from another version of the protocol:
+///        their files would not mean the same.
 [[nodiscard]] inline std::vector<Introduction> exchange_introductions(ControlPlane& group,
                                                                       const Introduction& mine) {
   std::vector<Introduction> all;
+  std::vector<int> others;
   for (const auto& bytes : group.all_gather(std::as_bytes(std::span(&mine, 1)))) {
-    Introduction theirs;
-    if (bytes.size() != sizeof(theirs)) {
-      throw SymmetryError(fmt::format("connect in group {}: rank {} sent no introduction",
-                                      group.name(), all.size()),
-                          {static_cast<int>(all.size())});
+    Introduction& theirs = all.emplace_back();
+    if (bytes.size() == sizeof(theirs)) {
+      std::memcpy(&theirs, bytes.data(), sizeof(theirs));
     }
-    std::memcpy(&theirs, bytes.data(), sizeof(theirs));
-    all.push_back(theirs);
+    if (bytes.size() != sizeof(theirs) || theirs.protocol != mine.protocol) {
+      others.push_back(static_cast<int>(all.size()) - 1);
+    }
+  }
+  if (!others.empty()) {
+    throw SymmetryError(
+        fmt::format("connect in group {}: rank {} runs a build whose shared memory has another "
+                    "layout than that of rank {}; use one version of the library on all ranks",
+                    group.name(), cohort::detail::joined(others, ", "), group.rank()),
+        others);
   }
   return all;
 }
@@ -233,7 +239,7 @@ inline std::shared_ptr<SharedMemory> HostBackend::make_pad(const PadGeometry& ge
 [[nodiscard]] inline std::string obstacle_among(std::span<const Introduction> all) {
   for (std::size_t r = 0; r < all.size(); ++r) {
     if (all[r].obstacle[0] != '\0') {
-      return fmt::format("rank {}: {}", r, all[r].obstacle.data());
+      return fmt::format("rank {}: {}", r, cohort::detail::text_of(all[r].obstacle));
     }
   }
   return "";
@@ -244,7 +250,7 @@ inline std::shared_ptr<SharedMemory> HostBackend::make_pad(const PadGeometry& ge
   std::set<std::string> machines;
   for (const auto& introduction : all) {
     if (introduction.machine[0] != '\0') {
-      machines.insert(introduction.machine.data());
+      machines.emplace(cohort::detail::text_of(introduction.machine));
     }
   }
   return std::max(1, static_cast<int>(machines.size()));
@@ -256,11 +262,18 @@ struct PadImport {
   std::string failure;
 };
 
-[[nodiscard]] inline PadImport import_pads(std::span<const Introduction> all) {
+[[nodiscard]] inline PadImport import_pads(std::span<const Introduction> all,
+                                           const PadGeometry& geometry) {
   PadImport result;
   for (std::size_t r = 0; r < all.size() && result.failure.empty(); ++r) {
     try {
-      result.pads.push_back(import_shared_memory(all[r].pad));
+      auto pad = import_shared_memory(all[r].pad);
+      if (pad->bytes() != geometry.bytes()) {
+        throw TransportError(
+            {.call = "import", .native_code = EBADF},
+            fmt::format("its memory file has {} bytes, not {}", pad->bytes(), geometry.bytes()));
+      }
+      result.pads.push_back(std::move(pad));
     } catch (const Error& error) {
       result.failure = fmt::format("with rank {}: {}", r, error.what());
     }
@@ -307,7 +320,7 @@ inline std::unique_ptr<Transport> HostBackend::connect(ControlPlane& group) {
   std::unique_ptr<PeerAccess> access;
   if (group.size() > 1 && found.machines == 1 && found.obstacle.empty()) {
     // Reach counts only if every rank has it, so the ranks compare before anyone relies on it.
-    auto imported = import_pads(all);
+    auto imported = import_pads(all, geometry);
     found.obstacle = first_text(group, imported.failure);
     found.peer_import = found.obstacle.empty();
     if (found.peer_import) {

@@ -96,8 +96,9 @@ class PeerAccess {
     if (memory == nullptr) {
       meeting_->poison();
       throw SymmetryError(
-          fmt::format("group {}: rank {} uses window {}, which rank {} has deregistered",
-                      meeting_->group(), peer, where.window, rank()),
+          fmt::format("group {}: rank {} uses byte {} of window {}, which rank {} has not, or has "
+                      "deregistered",
+                      meeting_->group(), peer, where.offset, where.window, rank()),
           {rank()});
     }
     if (peer != rank() && (read_.empty() || read_.back() != peer)) {

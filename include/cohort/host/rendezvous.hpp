@@ -251,7 +251,11 @@ class Rendezvous {
       wait(
           arrived, [&](int r) { return r != from || arrived(); }, from);
       const std::byte* parcel = peers_[index(from)] + geometry_.parcel(rank_, number);
-      message_bytes = reinterpret_cast<const ParcelHeader*>(parcel)->message_bytes;
+      const ParcelHeader header = *reinterpret_cast<const ParcelHeader*>(parcel);
+      if (header.first != first || (first != 0 && header.message_bytes != message_bytes)) {
+        fail_channel(from, header, first);
+      }
+      message_bytes = header.message_bytes;
       const std::size_t piece = std::min(message_bytes - first, kParcelBytes);
       if (message_bytes == bytes) {
         take(first, piece, parcel + sizeof(ParcelHeader));
@@ -338,6 +342,14 @@ class Rendezvous {
                     "{} ms",
                     epoch_, group_, size(), cohort::detail::joined(missing, ", "), limit_.count()),
         missing);
+  }
+
+  [[noreturn]] void fail_channel(int from, const ParcelHeader& header, std::size_t first) {
+    poison();
+    throw TransportError({.call = "recv", .rank = rank_, .group = group_},
+                         fmt::format("byte {} of a message of rank {} was to come, byte {} of {} "
+                                     "did",
+                                     first, from, header.first, header.message_bytes));
   }
 
   [[noreturn]] void fail_departed(int peer, Presence presence) {

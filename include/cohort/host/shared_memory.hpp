@@ -6,7 +6,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <array>
 #include <cerrno>
 #include <cstddef>
@@ -21,6 +20,7 @@
 #include <utility>
 
 #include "cohort/error.hpp"
+#include "cohort/fixed_text.hpp"
 #include "cohort/host/memory_limits.hpp"
 #include "cohort/log.hpp"
 #include "cohort/machine.hpp"
@@ -107,9 +107,7 @@ class SharedMemory {
                         .inode = status.st_ino,
                         .bytes = bytes_,
                         .cookie = cookie_};
-    const std::string machine = known_boot_id();
-    std::copy_n(machine.begin(), std::min(machine.size(), handle.machine.size() - 1),
-                handle.machine.begin());
+    cohort::detail::copy_text(known_boot_id(), handle.machine);
     return handle;
   }
 
@@ -259,7 +257,7 @@ class PrivateMemory {
         {.call = call, .native_code = code},
         fmt::format("importing descriptor {} of process {}: {}", handle.fd, handle.pid, why));
   };
-  if (known_boot_id() != handle.machine.data()) {
+  if (known_boot_id() != cohort::detail::text_of(handle.machine)) {
     refuse("import", EXDEV, "it runs on another machine");
   }
   if (handle.pid_namespace != pid_namespace()) {

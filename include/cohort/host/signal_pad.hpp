@@ -156,6 +156,42 @@ struct alignas(64) ParcelHeader {
 inline constexpr std::size_t kParcels = 4;
 inline constexpr std::size_t kParcelBytes = 64 * 1024;
 
+/// What ranks must have been built with alike to read each other's files. The first number counts
+/// changes of meaning that the layout does not show.
+inline constexpr std::uint64_t kPadProtocol = [] {
+  std::uint64_t hash = cohort::detail::kHashSeed;
+  for (const std::size_t word : {std::size_t{1},
+                                 sizeof(void*),
+                                 sizeof(SignalPad),
+                                 offsetof(SignalPad, finished),
+                                 offsetof(SignalPad, presence),
+                                 offsetof(SignalPad, processors),
+                                 sizeof(Ticket),
+                                 offsetof(Ticket, call),
+                                 offsetof(Ticket, place),
+                                 offsetof(Ticket, dense),
+                                 offsetof(Ticket, first_window),
+                                 offsetof(Ticket, first_offset),
+                                 offsetof(Ticket, second),
+                                 offsetof(Ticket, strides),
+                                 sizeof(Call),
+                                 offsetof(Call, root),
+                                 offsetof(Call, layout),
+                                 offsetof(Call, bytes),
+                                 sizeof(ChannelEnd),
+                                 offsetof(ChannelEnd, received),
+                                 sizeof(ParcelHeader),
+                                 kParcels,
+                                 kParcelBytes,
+                                 kSignalAlignment,
+                                 static_cast<std::size_t>(kMaxDims),
+                                 static_cast<std::size_t>(Operation::gather_query),
+                                 static_cast<std::size_t>(Presence::left)}) {
+    hash = cohort::detail::mix(hash, word);
+  }
+  return hash;
+}();
+
 /// Where things lie in the memory file of a rank; equal on all ranks of a group.
 struct PadGeometry {
   int ranks = 1;

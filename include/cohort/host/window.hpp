@@ -96,12 +96,14 @@ class WindowTable {
     return WindowOffset{it->number, static_cast<std::uint64_t>(data - it->begin)};
   }
 
-  /// A rank's memory at an offset of a window, or null where this rank has no such window.
+  /// A rank's memory at an offset of a window, or null where this rank has no such window, or where
+  /// the offset, which a peer gave, lies outside.
   [[nodiscard]] const std::byte* at(const WindowOffset& where, int rank) const noexcept {
     const auto it = std::lower_bound(
         by_number_.begin(), by_number_.end(), where.window,
         [](const Entry& entry, std::uint32_t number) { return entry.number < number; });
-    if (it == by_number_.end() || it->number != where.window) {
+    if (it == by_number_.end() || it->number != where.window ||
+        where.offset >= static_cast<std::uint64_t>(it->end - it->begin)) {
       return nullptr;
     }
     return static_cast<const std::byte*>(it->peers[static_cast<std::size_t>(rank)]) + where.offset;

@@ -23,6 +23,7 @@
 #include "cohort/cuda/handles.hpp"
 #include "cohort/cuda/process_identity.hpp"
 #include "cohort/error.hpp"
+#include "cohort/fixed_text.hpp"
 #include "cohort/log.hpp"
 #include "cohort/nccl/nccl_window.hpp"
 #include "cohort/runtime_env.hpp"
@@ -244,7 +245,7 @@ struct GroupProbe {
   for (std::size_t a = 0; a < ranks.size(); ++a) {
     hosts.insert(ranks[a].nccl_host);
     if (ranks[a].process.boot_id_error == 0) {
-      machines.insert(ranks[a].process.boot_id.data());
+      machines.emplace(detail::text_of(ranks[a].process.boot_id));
     } else if (obstacle.empty()) {
       obstacle = fmt::format("rank {}: {}", a,
                              os::error_text("the boot id could not be read",
@@ -259,7 +260,7 @@ struct GroupProbe {
         throw ConfigError(fmt::format(
             "group {}: ranks {} and {} use the same card, {}; NCCL refuses that on one host. Give "
             "each rank a card, or, for functional tests over sockets, an NCCL_HOSTID of its own",
-            group.name(), a, b, ranks[a].pci_bus_id.data()));
+            group.name(), a, b, detail::text_of(ranks[a].pci_bus_id)));
       }
     }
     probe.ranks_per_device = std::max(probe.ranks_per_device, sharing);

@@ -2,12 +2,15 @@
 #include <cohort/host/host_backend.hpp>
 #include <filesystem>
 #include <fstream>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "support/catch.hpp"
 #include "support/host_site.hpp"
 
 using namespace cohort;
+using namespace cohort::host;
 using namespace cohort::test;
 
 namespace {
@@ -85,6 +88,38 @@ TEST_CASE("options that differ are named before anyone relies on them", "[host]"
         host_backend({.slot_bytes = plane.rank() == 2 ? std::size_t{4096} : std::size_t{8192}});
     check_throws<SymmetryError>([&] { (void)backend->connect(plane); }, "rank 2", "4096 bytes");
   });
+}
+
+TEST_CASE("a rank of another build is refused on all ranks", "[host]") {
+  run_ranks(3, [](ControlPlane& plane) {
+    Introduction mine;
+    (void)exchange_introductions(plane, mine);
+    mine.protocol += plane.rank() == 1 ? 1U : 0U;
+    check_throws<SymmetryError>(
+        [&] { (void)exchange_introductions(plane, mine); },
+        plane.rank() == 1 ? "rank 0, 2 runs a build" : "rank 1 runs a build", "another layout");
+    if (plane.rank() == 1) {  // an introduction of another size
+      (void)plane.all_gather(std::as_bytes(std::span(&mine, 1)).first(8));
+    } else {
+      check_throws<SymmetryError>([&] { (void)exchange_introductions(plane, mine); },
+                                  "rank 1 runs a build");
+    }
+  });
+}
+
+TEST_CASE("what a rank says of itself is read within its bounds", "[host]") {
+  std::vector<Introduction> all(2);
+  all[0].machine.fill('m');  // no zero ends it
+  all[1].machine.fill('m');
+  all[1].obstacle.fill('o');
+  CHECK(count_machines(all) == 1);
+  CHECK(obstacle_among(all) == "rank 1: " + std::string(all[1].obstacle.size(), 'o'));
+
+  const PadGeometry geometry{.ranks = 1, .slot_bytes = 4096};
+  const auto small = make_shared_memory(4096, Commit::at_first_access);
+  all.resize(1);
+  all[0].pad = small->handle();
+  CHECK_THAT(import_pads(all, geometry).failure, contains("rank 0", "4096 bytes"));
 }
 
 TEST_CASE("one rank that maps nobody takes the whole group over the control plane", "[host]") {

@@ -176,6 +176,24 @@ TEST_CASE("messages keep their order and wait only for room", "[host]") {
   });
 }
 
+TEST_CASE("a message that changes its size on the way is refused", "[host]") {
+  const PadGeometry geometry{.ranks = 2, .slot_bytes = 4096};
+  std::vector<std::shared_ptr<SharedMemory>> pads;
+  for (int r = 0; r < 2; ++r) {
+    pads.push_back(make_shared_memory(geometry.bytes(), Commit::at_first_access));
+    Rendezvous::construct(*pads.back(), geometry);
+  }
+  Rendezvous sender(pads, geometry, 0, "test", 1000ms);
+  Rendezvous receiver(pads, geometry, 1, "test", 1000ms);
+  const std::size_t bytes = 2 * kParcelBytes;
+  sender.send(1, bytes, [](std::size_t, std::size_t, std::byte*) {});
+  new (pads[0]->data() + geometry.parcel(1, 1)) ParcelHeader{3 * kParcelBytes, kParcelBytes};
+  CHECK_THROWS_MATCHES(
+      receiver.receive(0, bytes, [](std::size_t, std::size_t, const std::byte*) {}), TransportError,
+      says("byte 65536", "rank 0", "196608"));
+  CHECK(receiver.poisoned());
+}
+
 TEST_CASE("a message that nobody takes ends at the limit", "[host]") {
   meet(2, 200ms, [](Rendezvous& rendezvous) {
     if (rendezvous.rank() == 1) {

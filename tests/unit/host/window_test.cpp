@@ -64,3 +64,11 @@ TEST_CASE("a destroyed window is found no more, the others are", "[host]") {
   CHECK(fixture.table->find(floats(third->peers()[0], 4))->window == 2);
   CHECK(fixture.make()->peers().size() == 2);
 }
+
+TEST_CASE("an offset outside the window is no address", "[host]") {
+  Fixture fixture;
+  const auto window = fixture.make();
+  CHECK(fixture.table->at({0, 4095}, 1) != nullptr);
+  CHECK(fixture.table->at({0, 4096}, 1) == nullptr);
+  CHECK(fixture.table->at({0, ~std::uint64_t{0}}, 1) == nullptr);
+}
