@@ -1,15 +1,20 @@
+#include <algorithm>
 #include <cohort/dtype.hpp>
 #include <cohort/float_mode.hpp>
+#include <cohort/host/host_backend.hpp>
 #include <cohort/host/reduce.hpp>
+#include <vector>
 
 #include "support/catch.hpp"
 #include "support/skip.hpp"
+#include "support/threads.hpp"
 
 #if defined(__x86_64__)
 #include <xmmintrin.h>
 #endif
 
 using namespace cohort;
+using namespace cohort::test;
 
 #if defined(__x86_64__)
 
@@ -59,10 +64,29 @@ TEST_CASE("halves become floats without subnormal arithmetic", "[float_mode]") {
   CHECK(std::bit_cast<std::uint32_t>(f16_to_float(least)) == 0x33800000U);
 }
 
+TEST_CASE("one rank that flushes subnormals gets the bits that the others get", "[float_mode]") {
+  const bool map_peers = GENERATE(true, false);
+  run_ranks(2, [map_peers](ControlPlane& plane) {
+    const Mode mode(plane.rank() == 0 ? kFlushAll : 0U);  // of this rank's thread
+    const auto backend = host_backend({.map_peers = map_peers});
+    const auto transport = backend->connect(plane);
+    for (const std::size_t count : {std::size_t{67}, std::size_t{65536}}) {
+      const auto all_reduce = [&]<class Word>(DType dtype, Word) {
+        std::vector<Word> words(count, Word{1});
+        const TensorView tensor(words.data(), dtype, Dims{static_cast<std::int64_t>(count)});
+        transport->all_reduce(tensor, tensor, ReduceOp::sum, {});
+        check_equal(std::count(words.begin(), words.end(), Word{2}),
+                    static_cast<std::ptrdiff_t>(count), "the least number and itself");
+      };
+      all_reduce(DType::f16, std::uint16_t{});
+      all_reduce(DType::bf16, std::uint16_t{});
+      all_reduce(DType::f32, std::uint32_t{});
+    }
+  });
+}
+
 #else
 
-TEST_CASE("float modes are tested on x86-64", "[float_mode]") {
-  test::mark_skipped("another processor");
-}
+TEST_CASE("float modes are tested on x86-64", "[float_mode]") { mark_skipped("another processor"); }
 
 #endif

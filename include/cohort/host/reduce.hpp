@@ -68,13 +68,13 @@ struct Product {
 struct Minimum {
   template <class T>
   [[nodiscard]] static constexpr T apply(T a, T b) noexcept {
-    return (((b < a) & !is_nan(a)) | is_nan(b)) ? b : a;
+    return ((int{b < a} & int{!is_nan(a)}) | int{is_nan(b)}) != 0 ? b : a;
   }
 };
 struct Maximum {
   template <class T>
   [[nodiscard]] static constexpr T apply(T a, T b) noexcept {
-    return (((b > a) & !is_nan(a)) | is_nan(b)) ? b : a;
+    return ((int{b > a} & int{!is_nan(a)}) | int{is_nan(b)}) != 0 ? b : a;
   }
 };
 
