@@ -1,10 +1,13 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -15,8 +18,9 @@
 /// Best fit, and of equal fits the lowest offset; neighbours coalesce at once. Where a block goes
 /// is therefore a function of which blocks are live, not of how they came to be: ranks with the
 /// same live blocks go on alike even if they released others in different orders. Free blocks are
-/// in a treap (R. Seidel and C. R. Aragon, "Randomized search trees", Algorithmica 16, 1996) whose
-/// priorities are a hash of the offset, so allocation and release take O(log n) expected.
+/// in pairing heaps (M. L. Fredman, R. Sedgewick, D. D. Sleator and R. E. Tarjan, "The pairing
+/// heap", Algorithmica 1, 1986), one for each class of sizes, so allocation and release take O(log
+/// n) amortized; a large block also looks at the smaller free ones of its class.
 
 namespace cohort {
 
@@ -140,8 +144,13 @@ class OffsetAllocator {
 
   [[nodiscard]] Statistics statistics() const noexcept {
     Statistics result = statistics_;
-    for (std::uint32_t node = root_; node != kNone; node = nodes_[node].right) {
-      result.largest_free = nodes_[node].size;
+    for (std::size_t word = filled_.size(); word-- > 0;) {
+      if (filled_[word] != 0) {
+        const std::size_t last =
+            word * 64 + 63 - static_cast<unsigned>(std::countl_zero(filled_[word]));
+        result.largest_free = largest_in(last);
+        break;
+      }
     }
     return result;
   }
@@ -155,10 +164,11 @@ class OffsetAllocator {
     Marks marks = 0;
     std::uint32_t previous = kNone;  // neighbours in memory
     std::uint32_t next = kNone;
-    // Of a free block its children in the treap, of a live one those allocated before and after it,
-    // of a node without a block (right only) the next such node.
+    // Of a free block its first child and its next sibling in the heap, of a live one those
+    // allocated before and after it, of a node without a block (right only) the next such node.
     std::uint32_t left = kNone;
     std::uint32_t right = kNone;
+    std::uint32_t up = kNone;  // of a free block the sibling before it, of the first the parent
     bool used = false;
   };
 
@@ -200,7 +210,43 @@ class OffsetAllocator {
     (after == kNone ? newest_ : nodes_[after].left) = before;
   }
 
-  // The treap of free blocks, ordered by size and then by offset.
+  // The heaps of free blocks, each ordered by size and then by offset. Classes ascend with the
+  // size: one for each of the smallest sizes, then eight an octave.
+
+  static constexpr std::uint64_t kExact = 64;  // sizes in units of the alignment
+  static constexpr std::size_t kClasses = 64 + 8 * 46;
+
+  [[nodiscard]] static constexpr std::size_t class_of(std::uint64_t size) noexcept {
+    const std::uint64_t units = size / kAlignment;
+    if (units <= kExact) {
+      return static_cast<std::size_t>(units - 1);
+    }
+    const auto octave = static_cast<unsigned>(std::bit_width(units)) - 1;  // 6 and more
+    return std::min(kClasses - 1, 64 + (octave - 6) * std::size_t{8} +
+                                      static_cast<std::size_t>((units >> (octave - 3)) & 7));
+  }
+
+  /// The first class from `begin` on that has a block, or `kClasses`.
+  [[nodiscard]] std::size_t first_filled(std::size_t begin) const noexcept {
+    std::size_t word = begin / 64;
+    if (word >= filled_.size()) {
+      return kClasses;
+    }
+    std::uint64_t bits = filled_[word] & (~std::uint64_t{0} << (begin % 64));
+    while (bits == 0) {
+      if (++word == filled_.size()) {
+        return kClasses;
+      }
+      bits = filled_[word];
+    }
+    return word * 64 + static_cast<std::size_t>(std::countr_zero(bits));
+  }
+
+  [[nodiscard]] static constexpr std::array<std::uint32_t, kClasses> all_empty() noexcept {
+    std::array<std::uint32_t, kClasses> roots{};
+    roots.fill(kNone);
+    return roots;
+  }
 
   [[nodiscard]] bool less(std::uint32_t a, std::uint32_t b) const noexcept {
     const Node& x = nodes_[a];
@@ -208,74 +254,137 @@ class OffsetAllocator {
     return x.size != y.size ? x.size < y.size : x.offset < y.offset;
   }
 
-  [[nodiscard]] std::uint64_t priority(std::uint32_t index) const noexcept {
-    std::uint64_t hash = nodes_[index].offset * 0x9e3779b97f4a7c15ULL;
-    hash ^= hash >> 32;
-    return hash * 0xd6e8feb86659fd93ULL;
-  }
-
   /// The smallest free block of at least `size`, of several the one with the lowest offset.
   [[nodiscard]] std::uint32_t find(std::uint64_t size) const noexcept {
-    std::uint32_t best = kNone;
-    for (std::uint32_t node = root_; node != kNone;) {
-      if (nodes_[node].size >= size) {
-        best = node;
-        node = nodes_[node].left;
-      } else {
-        node = nodes_[node].right;
+    const std::size_t own = class_of(size);
+    std::size_t first = first_filled(own);
+    if (first == own) {
+      const std::uint32_t found = find_in(own, size);
+      if (found != kNone) {
+        return found;
       }
+      first = first_filled(own + 1);
+    }
+    return first < kClasses ? roots_[first] : kNone;
+  }
+
+  /// The same in one class. Blocks below a large enough one are larger and not looked at.
+  [[nodiscard]] std::uint32_t find_in(std::size_t of, std::uint64_t size) const noexcept {
+    std::uint32_t best = kNone;
+    for (std::uint32_t node = roots_[of]; node != kNone;) {
+      const bool fits = nodes_[node].size >= size;
+      if (fits && (best == kNone || less(node, best))) {
+        best = node;
+      }
+      node = following(node, !fits);
     }
     return best;
   }
 
-  void insert_free(std::uint32_t index) noexcept {
-    const std::uint64_t own = priority(index);
-    std::uint32_t* place = &root_;
-    while (*place != kNone && priority(*place) >= own) {
-      place = less(index, *place) ? &nodes_[*place].left : &nodes_[*place].right;
+  /// The largest block of a class.
+  [[nodiscard]] std::uint64_t largest_in(std::size_t of) const noexcept {
+    std::uint64_t largest = 0;
+    for (std::uint32_t node = roots_[of]; node != kNone; node = following(node, true)) {
+      largest = std::max(largest, nodes_[node].size);
     }
-    // What was here falls apart into what comes before and what comes after the new node.
-    std::uint32_t rest = *place;
-    *place = index;
-    std::uint32_t* before = &nodes_[index].left;
-    std::uint32_t* after = &nodes_[index].right;
-    while (rest != kNone) {
-      if (less(rest, index)) {
-        *before = rest;
-        before = &nodes_[rest].right;
-        rest = *before;
-      } else {
-        *after = rest;
-        after = &nodes_[rest].left;
-        rest = *after;
+    return largest;
+  }
+
+  /// The next block of a heap in pre-order, with or without those below `node`.
+  [[nodiscard]] std::uint32_t following(std::uint32_t node, bool descends) const noexcept {
+    if (descends && nodes_[node].left != kNone) {
+      return nodes_[node].left;
+    }
+    while (nodes_[node].right == kNone) {
+      std::uint32_t child = node;
+      while (true) {  // back over the siblings before it to the parent
+        const std::uint32_t up = nodes_[child].up;
+        if (up == kNone) {
+          return kNone;
+        }
+        const bool is_parent = nodes_[up].left == child;
+        child = up;
+        if (is_parent) {
+          break;
+        }
       }
+      node = child;
     }
-    *before = kNone;
-    *after = kNone;
+    return nodes_[node].right;
+  }
+
+  /// Joins two heaps.
+  std::uint32_t meld(std::uint32_t a, std::uint32_t b) noexcept {
+    if (less(b, a)) {
+      std::swap(a, b);
+    }
+    const std::uint32_t child = nodes_[a].left;
+    nodes_[b].up = a;
+    nodes_[b].right = child;
+    if (child != kNone) {
+      nodes_[child].up = b;
+    }
+    nodes_[a].left = b;
+    return a;
+  }
+
+  /// Joins the heaps of a list of siblings, in pairs and then from the last pair to the first.
+  std::uint32_t meld_siblings(std::uint32_t first) noexcept {
+    std::uint32_t pairs = kNone;
+    while (first != kNone) {
+      const std::uint32_t a = first;
+      const std::uint32_t b = nodes_[a].right;
+      first = b == kNone ? kNone : nodes_[b].right;
+      const std::uint32_t pair = b == kNone ? a : meld(a, b);
+      nodes_[pair].right = pairs;
+      pairs = pair;
+    }
+    std::uint32_t all = kNone;
+    while (pairs != kNone) {
+      const std::uint32_t pair = pairs;
+      pairs = nodes_[pair].right;
+      all = all == kNone ? pair : meld(all, pair);
+    }
+    if (all != kNone) {
+      nodes_[all].up = kNone;
+      nodes_[all].right = kNone;
+    }
+    return all;
+  }
+
+  void insert_free(std::uint32_t index) noexcept {
+    const std::size_t of = class_of(nodes_[index].size);
+    auto& node = nodes_[index];
+    node.left = node.right = node.up = kNone;
+    if (roots_[of] == kNone) {
+      roots_[of] = index;
+      filled_[of / 64] |= std::uint64_t{1} << (of % 64);
+    } else {
+      roots_[of] = meld(roots_[of], index);
+    }
   }
 
   void remove_free(std::uint32_t index) noexcept {
-    std::uint32_t* place = &root_;
-    while (*place != index) {
-      place = less(index, *place) ? &nodes_[*place].left : &nodes_[*place].right;
-    }
-    std::uint32_t before = nodes_[index].left;
-    std::uint32_t after = nodes_[index].right;
-    while (before != kNone && after != kNone) {
-      if (priority(before) >= priority(after)) {
-        *place = before;
-        place = &nodes_[before].right;
-        before = *place;
-      } else {
-        *place = after;
-        place = &nodes_[after].left;
-        after = *place;
+    const std::size_t of = class_of(nodes_[index].size);
+    const auto [left, right, up] =
+        std::tuple(nodes_[index].left, nodes_[index].right, nodes_[index].up);
+    if (up == kNone) {
+      roots_[of] = meld_siblings(left);
+      if (roots_[of] == kNone) {
+        filled_[of / 64] &= ~(std::uint64_t{1} << (of % 64));
       }
+      return;
     }
-    *place = before != kNone ? before : after;
+    (nodes_[up].left == index ? nodes_[up].left : nodes_[up].right) = right;
+    if (right != kNone) {
+      nodes_[right].up = up;
+    }
+    if (left != kNone) {
+      roots_[of] = meld(roots_[of], meld_siblings(left));
+    }
   }
 
-  /// Cuts `size` off the front of a block that is not in the treap; the rest becomes free.
+  /// Cuts `size` off the front of a block that is in no heap; the rest becomes free.
   void split(std::uint32_t index, std::uint64_t size) {
     if (nodes_[index].size == size) {
       return;
@@ -293,7 +402,7 @@ class OffsetAllocator {
     insert_free(rest);
   }
 
-  /// Joins a block that is not in the treap with its free neighbours. Returns the joint block.
+  /// Joins a block that is in no heap with its free neighbours. Returns the joint block.
   std::uint32_t coalesce(std::uint32_t index) noexcept {
     if (const auto next = nodes_[index].next; next != kNone && !nodes_[next].used) {
       remove_free(next);
@@ -320,8 +429,9 @@ class OffsetAllocator {
 
   std::vector<Node> nodes_;
   std::uint32_t unused_ = kNone;  // nodes without a block, linked by `right`
-  std::uint32_t root_ = kNone;    // of the treap
-  std::uint32_t oldest_ = kNone;  // of the live blocks
+  std::array<std::uint32_t, kClasses> roots_ = all_empty();
+  std::array<std::uint64_t, (kClasses + 63) / 64> filled_{};  // a bit for each class with a block
+  std::uint32_t oldest_ = kNone;                              // of the live blocks
   std::uint32_t newest_ = kNone;
   Statistics statistics_;
 };
