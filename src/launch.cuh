@@ -33,12 +33,11 @@ __device__ __forceinline__ void await_predecessor() {
 /// Whether the current device takes the attribute; see card.hpp.
 [[nodiscard]] bool launches_programmatically();
 
-/// One launch, with programmatic stream serialization where there is such a thing: the kernel's
-/// blocks may then be scheduled while the predecessor drains. Every kernel starts with
-/// await_predecessor() in all threads.
+/// One launch. Programmatic: the kernel's blocks may be scheduled while the predecessor drains,
+/// where there is such a thing. Every kernel starts with await_predecessor() in all threads.
 template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), int blocks, int threads, cudaStream_t stream,
-            const Args&... args) {
+void launch_as(bool programmatic, void (*kernel)(Params...), int blocks, int threads,
+               cudaStream_t stream, const Args&... args) {
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -47,9 +46,15 @@ void launch(void (*kernel)(Params...), int blocks, int threads, cudaStream_t str
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = launches_programmatically() ? 1 : 0;
+  config.numAttrs = programmatic && launches_programmatically() ? 1 : 0;
   check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...),
              "cudaLaunchKernelEx");
+}
+
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), int blocks, int threads, cudaStream_t stream,
+            const Args&... args) {
+  launch_as(true, kernel, blocks, threads, stream, args...);
 }
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(2 * kWarp) barrier_kernel(const __grid_constan
   if (k == 0 || k >= g.size()) {
     return;
   }
-  const std::uint64_t mine = std::uint64_t{c.flag} << 32;
+  // What would be payload has the whole signature: the flag has room for a part of it.
+  const std::uint64_t mine = (std::uint64_t{c.flag} << 32) | g.signature.word;
   asm volatile("st.release.sys.global.u64 [%0],%1;" ::"l"(g.peers[k] + ll_own_place(g, c, 0)),
                "l"(mine)
                : "memory");
@@ -381,6 +382,11 @@ void peer_barrier(const PeerTable& table, cudaStream_t stream) {
   check_table(table);
   launch(barrier_kernel, 1, 2 * kWarp, stream,
          Group<0>(table, signature_of(table, PeerCall::barrier, DType::u8, 0)));
+}
+
+void peer_meet(const PeerTable& table, CallSignature call, cudaStream_t stream) {
+  check_table(table);
+  launch_as(false, barrier_kernel, 1, 2 * kWarp, stream, Group<0>(table, call));
 }
 
 void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* in, void* out,

@@ -583,7 +583,14 @@ TEST_CASE("shapes beyond the kernels are refused before anything is enqueued", "
   for (const MergePlan plan :
        {MergePlan::automatic, MergePlan::staged, MergePlan::packed, MergePlan::one_kernel}) {
     CAPTURE(to_string(plan));
-    DecodeContextParallelGroup group(parts("shapes"), {.plan = plan});
+    GroupParts shapes = parts("shapes");
+    if (plan == MergePlan::one_kernel) {
+      if (ranks() > 1 && shapes.transport->peer_kernels() == nullptr) {
+        continue;  // such a group cannot be formed where ranks cannot map each other
+      }
+      shapes.decision.peer_mapping.on = true;
+    }
+    DecodeContextParallelGroup group(std::move(shapes), {.plan = plan});
     const auto refused = [&](const auto& call, const std::string& word) {
       stream.driver().begin_capture(stream.native());
       CHECK_THROWS_MATCHES(call(), UsageError, says(word));
@@ -610,9 +617,7 @@ TEST_CASE("shapes beyond the kernels are refused before anything is enqueued", "
                                   stream);
         },
         "16 bytes");
-    if (plan != MergePlan::one_kernel) {  // this group maps no peers
-      merge(0, 512);                      // the group works on
-    }
+    merge(0, 512);  // the group works on
   }
 }
 
@@ -778,6 +783,76 @@ TEST_CASE("buffers at different places of a window cannot be captured", "[nccl][
           transport.reduce_scatter(at(0, far), at(2 * far + own, kCount), 0, sizes, ReduceOp::sum,
                                    stream);
         }) == "");
+}
+
+TEST_CASE("eager calls of buffers at different places of a window fail the group",
+          "[nccl][window][errors]") {
+  const SymmetricOptions options{.enabled = true, .selection = Selection::all()};
+  const auto decision =
+      decide(options, GroupKind::tensor_parallel, {.tp = ranks(), .pp = 1, .dcp = 1},
+             session().transport->capabilities());
+  if (skip_all_if(!decision.nccl_windows.on, "no windows here: " + describe(decision)) ||
+      skip_all_if(session().transport->peer_kernels() == nullptr, "needs own kernels")) {
+    return;
+  }
+  const auto collective =
+      GENERATE(Collective::all_gather, Collective::reduce_scatter, Collective::all_reduce);
+  CAPTURE(static_cast<int>(collective));
+  const StreamRef stream = session().ref();
+  const Device device = session().backend->device();
+  const auto segment = session().backend->allocate_segment(std::size_t{8} << 20);
+  NcclTransport transport(world(), session().backend->streams(), device.index,
+                          {.own_max_bytes = 0});
+  const auto window = transport.register_segment(*segment);
+  constexpr std::int64_t kCount = 4096;
+  const std::int64_t whole = kCount * ranks();
+  const auto at = [&](std::int64_t offset, std::int64_t count) {
+    return TensorView(static_cast<BFloat16*>(segment->data()) + offset, DType::bf16, {count},
+                      device);
+  };
+  const auto sizes = equal_sizes(kCount);
+  const bool gathers = collective == Collective::all_gather;
+  const bool scatters = collective == Collective::reduce_scatter;
+  const TensorView in = at(0, scatters ? whole : kCount);
+  const auto call = [&](const TensorView& from, const TensorView& to) {
+    if (gathers) {
+      transport.all_gather(from, to, 0, sizes, stream);
+    } else if (scatters) {
+      transport.reduce_scatter(from, to, 0, sizes, ReduceOp::sum, stream);
+    } else {
+      transport.all_reduce(from, to, ReduceOp::sum, stream);
+    }
+  };
+  const TensorView out = at(2 * whole, gathers ? whole : kCount);
+  auto source = tensor(DType::bf16, {in.numel()});
+  auto result = tensor(DType::bf16, {out.numel()});
+  for (int round = 0; round < 20; ++round) {
+    source.fill([round](std::int64_t i) { return value(rank(), i, round); });
+    session().backend->ops().copy(source.view(), in, stream);
+    call(in, out);
+    session().backend->ops().copy(out, result.view(), stream);
+    transport.synchronize(stream, kLimit);
+    CHECK(result.differs([&](std::int64_t i) {
+      return gathers ? value(static_cast<int>(i / kCount), i % kCount, round)
+                     : reduced(ReduceOp::sum, scatters ? rank() * kCount + i : i, round);
+    }) == "");
+  }
+  // What only this rank touches may lie anywhere.
+  if (gathers) {
+    call(at(rank() * kCount, kCount), out);
+  } else if (scatters) {
+    call(in, at(2 * whole + rank() * kCount, kCount));
+  }
+  transport.synchronize(stream, kLimit);
+  CHECK_FALSE(transport.failed());
+
+  const std::int64_t own = rank() * kCount;
+  scatters ? call(at(own, whole), out) : call(in, at(2 * whole + own, out.numel()));
+  CHECK_THROWS_MATCHES(transport.synchronize(stream, kLimit), SymmetryError,
+                       says("over NCCL", "other offsets of their windows"));
+  CHECK(transport.failed());
+  CHECK_THROWS_AS(call(in, out), TransportError);
+  world().barrier();
 }
 
 TEST_CASE("pairs on two hosts: windows within a pair, none across", "[nccl][window]") {

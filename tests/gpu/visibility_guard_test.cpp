@@ -24,14 +24,15 @@ constexpr std::int64_t kMaxBytes = 16 << 20;  // of the gathered, or scattered, 
 constexpr std::chrono::seconds kLimit{60};
 
 /// Transport, windows and counters, with or without the guard. Each buffer lies in the window or in
-/// memory that is not registered.
+/// memory that is not registered. Before eager calls the kernel in which the ranks meet stands in
+/// for the guard where there are own kernels, so without the guard there are none.
 struct Setup {
   Setup(CudaBackend& b, InWindows windows, bool guard)
       : where(windows),
         backend(b),
         stream(make_stream(b.device().index)),
         transport(world(), b.streams(), b.device().index,
-                  {.own_max_bytes = 0, .visibility_guard = guard}),
+                  {.peer_mapping = guard, .own_max_bytes = 0, .visibility_guard = guard}),
         segment(b.allocate_segment(2 * kMaxBytes)),
         window(transport.register_segment(*segment)),
         plain(make_memory(b.device().index, 2 * kMaxBytes)),

@@ -19,7 +19,7 @@
 
 namespace cohort::cuda {
 
-/// The kinds of peer kernels. 0 is no call.
+/// The kinds of peer kernels, and of calls over NCCL before which the ranks meet. 0 is no call.
 enum class PeerCall : std::uint8_t {
   none,
   barrier,
@@ -28,7 +28,15 @@ enum class PeerCall : std::uint8_t {
   all_reduce,
   gather_query,
   merge,
+  nccl_all_gather,
+  nccl_reduce_scatter,
+  nccl_all_reduce,
 };
+
+[[nodiscard]] constexpr bool is_over_nccl(PeerCall call) noexcept {
+  return call == PeerCall::nccl_all_gather || call == PeerCall::nccl_reduce_scatter ||
+         call == PeerCall::nccl_all_reduce;
+}
 
 [[nodiscard]] constexpr std::string_view to_string(PeerCall call) noexcept {
   switch (call) {
@@ -46,6 +54,12 @@ enum class PeerCall : std::uint8_t {
       return "gather_query";
     case PeerCall::merge:
       return "merge_attention";
+    case PeerCall::nccl_all_gather:
+      return "all_gather over NCCL";
+    case PeerCall::nccl_reduce_scatter:
+      return "reduce_scatter over NCCL";
+    case PeerCall::nccl_all_reduce:
+      return "all_reduce over NCCL";
   }
   return "unknown";
 }

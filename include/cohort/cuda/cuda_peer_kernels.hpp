@@ -224,6 +224,12 @@ class CudaPeerKernels final : public PeerKernels {
     used_ = true;
   }
 
+  /// Before a call over NCCL on which the ranks must agree; see `cuda::peer_meet`.
+  void meet(cuda::CallSignature call, cudaStream_t stream) {
+    cuda::peer_meet(table(), call, stream);
+    used_ = true;
+  }
+
   /// Whether a wait of the group's kernels has failed, here or elsewhere: one load.
   [[nodiscard]] bool failed() const noexcept { return words_.failed(); }
   /// The first wait that failed, and the ranks that this rank missed then.

@@ -19,10 +19,10 @@
 /// \file
 /// The library's own kernels, as functions that enqueue one launch on a stream.
 ///
-/// All of them return at once, can be captured, allocate nothing, and are launched with
-/// programmatic stream serialization: a kernel may be scheduled while its predecessor in the stream
-/// drains, but every thread waits for the predecessor's memory before it touches any, and none
-/// triggers its own completion early. So they are ordered like ordinary kernels.
+/// All of them return at once, can be captured, allocate nothing, and, but for `peer_meet`, are
+/// launched with programmatic stream serialization: a kernel may be scheduled while its predecessor
+/// in the stream drains, but every thread waits for the predecessor's memory before it touches any,
+/// and none triggers its own completion early. So they are ordered like ordinary kernels.
 ///
 /// Pointers are device memory of the current device. Strides of tensors count elements. Every
 /// function throws `UsageError` for arguments that it cannot take, before the launch, and
@@ -215,6 +215,12 @@ void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, co
 /// Returns on the stream when every rank has reached it; what the ranks wrote before is visible
 /// after. The floor of every peer kernel.
 void peer_barrier(const PeerTable& table, cudaStream_t stream);
+
+/// The same before a call over NCCL, on whose signature the ranks must agree: the group fails where
+/// they do not. Launched without programmatic stream serialization, so it begins when the work
+/// before it has ended and its writes are visible: it is a visibility guard as well (see
+/// nccl/visibility_guard.hpp).
+void peer_meet(const PeerTable& table, CallSignature call, cudaStream_t stream);
 
 /// Query gather: every rank's packed query, [B,n*h,Dn+Dr] by strides, the heads of rank r from r*h.
 /// nope and pe are read once.

@@ -169,35 +169,33 @@ class Communicator {
     }
   }
 
-  /// Memory whose window belongs to this communicator.
+  /// A registration begins; collective, so the count is equal on all ranks whatever comes of it.
+  void count_registration() noexcept { ++registrations_; }
+  /// Whether there may be windows. Equal on all ranks, while they lose windows at their own times.
+  [[nodiscard]] bool has_registered() const noexcept { return registrations_ > 0; }
+  /// Memory whose window belongs to this communicator: of the last registration.
   void add_window(const void* base, std::size_t bytes) {
-    windows_.push_back({static_cast<const std::byte*>(base), bytes});
+    windows_.push_back({static_cast<const std::byte*>(base), bytes, registrations_});
   }
   void remove_window(const void* base) noexcept {
     const auto same = [base](const Range& range) { return range.base == base; };
     windows_.erase(std::remove_if(windows_.begin(), windows_.end(), same), windows_.end());
   }
-  [[nodiscard]] bool has_windows() const noexcept { return !windows_.empty(); }
-  /// Which window the bytes lie in, by the order of registration, and where; equal on all ranks for
-  /// buffers that NCCL takes for each other's. 0 outside.
+  /// Which window the bytes lie in, by the number of its registration, and where; equal on all
+  /// ranks for buffers that NCCL takes for each other's. 0 outside.
   [[nodiscard]] std::uint64_t place(const void* data, std::size_t bytes) const noexcept {
-    for (std::size_t i = 0; i < windows_.size(); ++i) {
-      const auto begin = reinterpret_cast<std::uintptr_t>(data);
-      const auto base = reinterpret_cast<std::uintptr_t>(windows_[i].base);
-      if (begin >= base && bytes <= windows_[i].bytes &&
-          begin - base <= windows_[i].bytes - bytes) {
-        return ((static_cast<std::uint64_t>(i) + 1) << 48) + (begin - base);
+    const auto begin = reinterpret_cast<std::uintptr_t>(data);
+    for (const Range& range : windows_) {
+      const auto base = reinterpret_cast<std::uintptr_t>(range.base);
+      if (begin >= base && bytes <= range.bytes && begin - base <= range.bytes - bytes) {
+        return (range.number << 48) + (begin - base);
       }
     }
     return 0;
   }
   /// Whether the bytes lie in one window of this communicator.
   [[nodiscard]] bool in_window(const void* data, std::size_t bytes) const noexcept {
-    const auto* begin = static_cast<const std::byte*>(data);
-    return std::any_of(windows_.begin(), windows_.end(), [&](const Range& range) {
-      return begin >= range.base && bytes <= range.bytes &&
-             static_cast<std::size_t>(begin - range.base) <= range.bytes - bytes;
-    });
+    return place(data, bytes) != 0;
   }
 
  private:
@@ -207,6 +205,7 @@ class Communicator {
   struct Range {
     const std::byte* base = nullptr;
     std::size_t bytes = 0;
+    std::uint64_t number = 0;  ///< Of its registration, from 1 on.
   };
 
   std::string group_;
@@ -218,6 +217,7 @@ class Communicator {
   std::atomic<bool> broken_ = false;
   std::shared_ptr<detail::DetachedCall> end_;  // once it is being taken down
   std::vector<Range> windows_;
+  std::uint64_t registrations_ = 0;
 };
 
 }  // namespace cohort

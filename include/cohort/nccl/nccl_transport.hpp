@@ -31,6 +31,7 @@
 #include "cohort/cuda/workspace.hpp"
 #include "cohort/error.hpp"
 #include "cohort/joined.hpp"
+#include "cohort/nccl/call_places.hpp"
 #include "cohort/nccl/communicator.hpp"
 #include "cohort/nccl/machine_probe.hpp"
 #include "cohort/nccl/nccl_check.hpp"
@@ -47,7 +48,8 @@
 ///
 /// **Which path a call takes** follows from sizes, types and the group alone, so all ranks take the
 /// same. How a rank's tensors lie decides only whether that rank packs them into scratch memory
-/// first. `path` tells both.
+/// first. `path` tells both. In groups with windows what peers touch must lie alike on all ranks:
+/// see call_places.hpp.
 
 namespace cohort {
 
@@ -614,48 +616,55 @@ class NcclTransport final : public Transport, private RankWaits {
     return "nccl";
   }
 
-  void guard(Collective collective, const void* in, std::size_t in_bytes, const void* out,
-             std::size_t out_bytes, DType dtype, ReduceOp op, cudaStream_t stream) const {
-    if (options_.visibility_guard &&
-        needs_visibility_guard(nccl_version_,
-                               symmetric(collective, in, in_bytes, out, out_bytes, dtype, op))) {
+  /// Before a call of NCCL that may take its symmetric path: the ranks compare the places of its
+  /// buffers (see call_places.hpp), and what it reads is made visible. Throws `SymmetryError` on
+  /// every rank, before anything is enqueued, where the call is captured; an eager one fails the
+  /// group.
+  void prepare(Collective collective, const void* in, std::size_t in_bytes, const void* out,
+               std::size_t out_bytes, DType dtype, ReduceOp op, cudaStream_t stream) {
+    const SymmetricPath path = symmetric(collective, in, in_bytes, out, out_bytes, dtype, op);
+    const bool registered = communicator_->has_registered();
+    const PlaceCheck check =
+        place_check({.nccl_runtime_version = nccl_version_,
+                     .symmetric_kernel = has_symmetric_kernel(collective, dtype, op),
+                     .registered = registered,
+                     .captured = registered && streams_.capture_id(stream) != 0,
+                     .own_kernels = peers_ != nullptr});
+    if (check != PlaceCheck::none) {
+      const std::uint64_t places = place_token(
+          collective, path,
+          {.in = communicator_->place(in, in_bytes), .out = communicator_->place(out, out_bytes)});
+      if (check == PlaceCheck::own_kernel) {
+        peers_->meet(
+            cuda::CallSignature::make(over_nccl(collective), {static_cast<std::int64_t>(dtype),
+                                                              static_cast<std::int64_t>(in_bytes),
+                                                              static_cast<std::int64_t>(places)}),
+            stream);
+        return;  // it is a guard as well
+      }
+      agree(group_, {.place = fmt::format("capture of a call of group {}: the places of its "
+                                          "buffers in their windows",
+                                          group_.name()),
+                     .history = places});
+    }
+    if (options_.visibility_guard && needs_visibility_guard(nccl_version_, path)) {
       cuda::launch_visibility_guard(stream);
     }
   }
 
-  /// NCCL's symmetric kernels reach a peer at the offset that the buffer here has in its window,
-  /// and a rank cannot see where a peer's lies; nor whether it lies in a window at all, without
-  /// which the peer takes another path. So the ranks compare once, when the call is captured, the
-  /// place of what peers touch: the output of an all-gather, the input of a reduce-scatter, both of
-  /// an all-reduce. Decided by what is equal on all ranks. Throws `SymmetryError` on every rank,
-  /// before anything is enqueued. Eager calls are not compared here: an exchange costs tens of
-  /// microseconds; debug checks compare them.
-  void compare_places(Collective collective, const void* in, std::size_t in_bytes, const void* out,
-                      std::size_t out_bytes, DType dtype, ReduceOp op, cudaStream_t stream) {
-    if (!communicator_->has_windows() || !has_symmetric_kernel(collective, dtype, op) ||
-        !has_trait(NcclTrait::own_offset_for_all, nccl_version_) ||
-        streams_.capture_id(stream) == 0) {
-      return;
+  [[nodiscard]] static constexpr cuda::PeerCall over_nccl(Collective collective) noexcept {
+    switch (collective) {
+      case Collective::all_gather:
+        return cuda::PeerCall::nccl_all_gather;
+      case Collective::reduce_scatter:
+        return cuda::PeerCall::nccl_reduce_scatter;
+      case Collective::all_reduce:
+        return cuda::PeerCall::nccl_all_reduce;
+      case Collective::all_to_all:
+      case Collective::broadcast:
+        break;
     }
-    const bool both = collective == Collective::all_reduce;
-    std::uint64_t places = detail::kHashSeed;
-    if (both || collective == Collective::reduce_scatter) {
-      places = detail::mix(places, communicator_->place(in, in_bytes));
-    }
-    if (both || collective == Collective::all_gather) {
-      places = detail::mix(places, communicator_->place(out, out_bytes));
-    }
-    agree(group_, {.place = fmt::format("capture of a call of group {}: the places of its buffers "
-                                        "in their windows",
-                                        group_.name()),
-                   .history = places});
-  }
-
-  /// Before a call of NCCL that may take its symmetric path.
-  void prepare(Collective collective, const void* in, std::size_t in_bytes, const void* out,
-               std::size_t out_bytes, DType dtype, ReduceOp op, cudaStream_t stream) {
-    compare_places(collective, in, in_bytes, out, out_bytes, dtype, op, stream);
-    guard(collective, in, in_bytes, out, out_bytes, dtype, op, stream);
+    return cuda::PeerCall::none;
   }
 
   /// Of equal shares of the type and size of `share`, without gaps.
@@ -888,10 +897,14 @@ class NcclTransport final : public Transport, private RankWaits {
     if (error.theirs != cuda::PeerCall::none) {
       return fmt::format(
           "group {}: at call {} of the group's own kernels rank {} made {} {}, and "
-          "this rank {}",
+          "this rank {}{}",
           group_.name(), error.epoch, error.missing_rank,
           error.theirs == error.mine ? "another" : "a", to_string(error.theirs),
-          to_string(error.mine));
+          to_string(error.mine),
+          error.theirs == error.mine && is_over_nccl(error.mine)
+              ? ": its buffers lie at other offsets of their windows, or on one rank in none, or "
+                "its sizes or types differ"
+              : "");
     }
     const auto missing = peers_->missing();
     return fmt::format("group {}: rank{} {} did not come to call {} of the group's own kernels, {}",

@@ -108,6 +108,7 @@ class NcclWindow final : public Window {
       const std::shared_ptr<Communicator>& communicator, const NcclSegment& segment,
       std::chrono::milliseconds limit) {
 #if NCCL_VERSION_CODE >= 22700
+    communicator->count_registration();
     const auto window = std::make_shared<ncclWindow_t>(nullptr);
     communicator->run("ncclCommWindowRegister", limit,
                       [communicator, window, memory = segment.memory(), data = segment.data(),

@@ -16,7 +16,9 @@
 /// The guard cannot be spared after a kernel that never triggers early, such as the library's own
 /// that pack and correct: the end of its last block lets the collective start, and the memory
 /// barrier that makes its writes visible runs after that (NVIDIA/cccl, issue 9134). What does not
-/// wait for the kernel itself may read in between.
+/// wait for the kernel itself may read in between. The kernel in which ranks meet before a call
+/// (call_places.hpp) is launched without the attribute and writes nothing that the call reads: it
+/// is a guard itself.
 
 namespace cohort {
 

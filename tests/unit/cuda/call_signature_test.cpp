@@ -1,7 +1,10 @@
 #include <cohort/cuda/call_signature.hpp>
 
+#include <cohort/cuda/inbox.hpp>
+#include <cstddef>
 #include <cstdint>
 #include <set>
+#include <string_view>
 
 #include "support/catch.hpp"
 
@@ -22,6 +25,23 @@ TEST_CASE("a signature has the call's kind, and differs where anything else does
         CallSignature::make(PeerCall::merge, {1, 2}));
   CHECK_FALSE(CallSignature::make(PeerCall::merge, {1, 2}) ==
               CallSignature::make(PeerCall::merge, {2, 1}));
+}
+
+TEST_CASE("every kind of call has a name of its own, and survives a signature and an error word",
+          "[call_signature]") {
+  std::set<std::string_view> names;
+  for (int kind = 0; kind <= static_cast<int>(PeerCall::nccl_all_reduce); ++kind) {
+    const auto call = static_cast<PeerCall>(kind);
+    CAPTURE(kind);
+    names.insert(to_string(call));
+    CHECK(CallSignature::make(call, {7}).call() == call);
+    const auto error = InboxError::decode(InboxError::encode(9, 3, call, call));
+    CHECK(error.mine == call);
+    CHECK(error.theirs == call);
+    CHECK(is_over_nccl(call) == (to_string(call).find("over NCCL") != std::string_view::npos));
+  }
+  CHECK(names.size() == static_cast<std::size_t>(PeerCall::nccl_all_reduce) + 1);
+  CHECK_FALSE(names.contains("unknown"));
 }
 
 TEST_CASE("flags of all epochs that an inbox can hold at once differ, and none is 0",

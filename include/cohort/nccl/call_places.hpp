@@ -1,0 +1,74 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cohort/control_plane.hpp"
+#include "cohort/nccl/known_faults.hpp"
+#include "cohort/nccl/visibility_guard.hpp"
+#include "cohort/transport.hpp"
+
+/// \file
+/// Whether the ranks compare where the buffers of a call over NCCL lie, how, and what they compare.
+/// Pure.
+///
+/// NCCL's symmetric kernels reach a peer at the offset that the buffer here has in its window, and
+/// a rank cannot see where a peer's lies; nor whether it lies in a window at all, without which the
+/// peer takes another path. A call that is captured is compared once, over the control plane,
+/// before it is enqueued. For an eager call such an exchange, of tens of microseconds, is too slow:
+/// the ranks meet in a kernel of their own before NCCL's, which takes the place of the guard, and a
+/// difference fails the group. What NCCL's kernel does after that stays within the windows, which
+/// have one size on all ranks.
+
+namespace cohort {
+
+enum class PlaceCheck : std::uint8_t {
+  none,        ///< Places do not matter, or only debug checks can compare them.
+  agreement,   ///< Over the control plane.
+  own_kernel,  ///< In a kernel before the call.
+};
+
+/// What the decision rests on: all of it is equal on all ranks.
+struct PlaceFacts {
+  int nccl_runtime_version = 0;
+  bool symmetric_kernel = false;  ///< NCCL has one for operation and type.
+  bool registered = false;        ///< The group has registered windows.
+  bool captured = false;          ///< The call is being captured.
+  bool own_kernels = false;       ///< The ranks have mapped each other's inboxes.
+};
+
+[[nodiscard]] constexpr PlaceCheck place_check(const PlaceFacts& facts) noexcept {
+  if (!facts.registered || !facts.symmetric_kernel ||
+      !has_trait(NcclTrait::own_offset_for_all, facts.nccl_runtime_version)) {
+    return PlaceCheck::none;
+  }
+  if (facts.captured) {
+    return PlaceCheck::agreement;
+  }
+  return facts.own_kernels ? PlaceCheck::own_kernel : PlaceCheck::none;
+}
+
+/// Where the buffers of one rank's call lie: window and offset as a number, 0 outside of windows.
+struct CallPlaces {
+  std::uint64_t in = 0;
+  std::uint64_t out = 0;
+};
+
+/// What has to be equal on all ranks: whether NCCL may take its symmetric path and, if so, the
+/// places of what peers touch there: the output of an all-gather, the input of a reduce-scatter,
+/// both of an all-reduce. 0 for the ordinary path, which addresses no peer by an offset.
+[[nodiscard]] constexpr std::uint64_t place_token(Collective collective, SymmetricPath path,
+                                                  CallPlaces places) noexcept {
+  if (path == SymmetricPath::never) {
+    return 0;
+  }
+  std::uint64_t token = detail::kHashSeed;
+  if (collective != Collective::all_gather) {
+    token = detail::mix(token, places.in);
+  }
+  if (collective != Collective::reduce_scatter) {
+    token = detail::mix(token, places.out);
+  }
+  return token;
+}
+
+}  // namespace cohort
