@@ -135,7 +135,7 @@ class Rendezvous {
   /// Begins the next step: publishes the call, where this rank's tensors are, and the slot.
   /// The ticket is written last and at once, because peers that wait poll its line.
   void enter(const Call& call, const Showing& showing) noexcept {
-    ++epoch_;
+    begin_step();
     Ticket& ticket = pad(rank_).tickets[epoch_ % 2];
     ticket.call = call;
     ticket.place = showing.place;
@@ -154,15 +154,19 @@ class Rendezvous {
 
   /// Begins a further step of the same call; its ticket says nothing but that.
   void enter() noexcept {
-    ++epoch_;
+    begin_step();
     pad(rank_).tickets[epoch_ % 2].epoch.store(epoch_, std::memory_order_release);
   }
 
-  /// Waits until a peer has entered the current step.
+  /// Waits until a peer has entered the current step. Throws `TransportError` where it has given up
+  /// since: this rank would go on alone.
   const Ticket& await(int peer) {
     const Ticket& ticket = ticket_of(peer);
     wait([&] { return has_entered(ticket); }, [&](int r) { return has_entered(ticket_of(r)); },
          peer);
+    if (const auto presence = presence_of(peer); presence == Presence::gave_up) {
+      fail_departed(peer, presence);
+    }
     return ticket;
   }
 
@@ -226,6 +230,7 @@ class Rendezvous {
       const auto room = [&] {  // acquire: the receiver has read the parcel that lay here
         return number < taken.load(std::memory_order_acquire) + kParcels;
       };
+      waited_ = {};
       wait(
           room, [&](int r) { return r != to || room(); }, to);
       std::byte* parcel = own_ + geometry_.parcel(to, number);
@@ -248,6 +253,7 @@ class Rendezvous {
     do {
       const std::uint64_t number = taken.load(std::memory_order_relaxed);
       const auto arrived = [&] { return sent.load(std::memory_order_acquire) > number; };
+      waited_ = {};
       wait(
           arrived, [&](int r) { return r != from || arrived(); }, from);
       const std::byte* parcel = peers_[index(from)] + geometry_.parcel(rank_, number);
@@ -277,6 +283,11 @@ class Rendezvous {
   static constexpr int kSpins = 300;
   // After this long nobody is about to come; polling then leaves the processor to others.
   static constexpr std::chrono::milliseconds kYieldFor{200};
+
+  void begin_step() noexcept {
+    ++epoch_;
+    waited_ = {};
+  }
 
   static std::size_t index(int rank) noexcept { return static_cast<std::size_t>(rank); }
 
@@ -310,10 +321,10 @@ class Rendezvous {
 
   template <class Ready, class Arrived>
   [[gnu::noinline]] void wait_long(const Ready& ready, const Arrived& arrived, int peer) {
-    const auto start = Clock::now();
+    const auto start = Clock::now() - waited_;
     cohort::detail::PollPause pause(kYieldFor, 0);  // `wait` has spun
     while (!ready()) {
-      const auto waited = Clock::now() - start;
+      waited_ = Clock::now() - start;
       const auto presence = presence_of(peer);
       if (ready()) {  // after the look at the peer: it may have come, then left
         return;
@@ -321,7 +332,7 @@ class Rendezvous {
       if (presence != Presence::here) {
         fail_departed(peer, presence);
       }
-      if (waited > limit_) {
+      if (waited_ > limit_) {
         fail_late(arrived);
       }
       pause();
@@ -371,6 +382,9 @@ class Rendezvous {
   std::vector<std::byte*> peers_;
   int spins_ = kSpins;
   std::uint64_t epoch_ = 0;
+  // In the current step, for all peers together: ranks that come one after another do not each have
+  // the limit. Work between waits does not count.
+  Clock::duration waited_{};
   bool poisoned_ = false;
 };
 

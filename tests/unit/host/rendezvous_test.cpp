@@ -209,3 +209,33 @@ TEST_CASE("a message that nobody takes ends at the limit", "[host]") {
     }
   });
 }
+
+TEST_CASE("ranks that come one after another do not each have the time limit", "[host]") {
+  constexpr auto kLimit = 1000ms;
+  meet(4, kLimit, [&](Rendezvous& rendezvous) {
+    std::this_thread::sleep_for(kLimit * 8 / 10 *
+                                rendezvous.rank());  // the last ones come too late
+    const auto begin = std::chrono::steady_clock::now();
+    rendezvous.enter(Call{}, showing(Place::slot));
+    if (rendezvous.rank() == 0) {
+      check_throws<TimeoutError>([&] { rendezvous.await_all(); }, "rank 2, 3 did not arrive");
+    } else {  // one that comes in time has waited with it, or hears that it gave up
+      check_throws<Error>([&] { rendezvous.await_all(); });
+    }
+    check(std::chrono::steady_clock::now() - begin < kLimit * 5 / 4 + 500ms, "one limit for all");
+  });
+}
+
+TEST_CASE("a rank that comes when the others have given up does not go on alone", "[host]") {
+  meet(3, 500ms, [](Rendezvous& rendezvous) {
+    if (rendezvous.rank() == 2) {
+      std::this_thread::sleep_for(1500ms);
+    }
+    rendezvous.enter(Call{}, showing(Place::slot));
+    if (rendezvous.rank() == 2) {
+      check_throws<TransportError>([&] { rendezvous.await_all(); }, "rank 0 gave up");
+    } else {
+      check_throws<Error>([&] { rendezvous.await_all(); });
+    }
+  });
+}
