@@ -53,13 +53,14 @@ class RawNccl final : public RawLibrary {
       return {tensor->view(), tensor};
     }
     struct Registered {
-      std::unique_ptr<Segment> segment;
+      std::unique_ptr<NcclSegment> segment;
       std::unique_ptr<Window> window;  // goes first
     };
     const std::size_t bytes = static_cast<std::size_t>(numel(shape)) * size_of(dtype);
     const std::size_t unit = backend_.segment_granularity();
     auto owner = std::make_shared<Registered>();
-    owner->segment = backend_.allocate_segment(std::max(unit, (bytes + unit - 1) / unit * unit));
+    owner->segment = std::make_unique<NcclSegment>(
+        backend_.device().index, std::max(unit, (bytes + unit - 1) / unit * unit));
     control_->barrier();
     owner->window = NcclWindow::create(communicator_, *owner->segment, kLimit);
     return {TensorView(owner->segment->data(), dtype, shape, backend_.device()), owner};

@@ -10,7 +10,8 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 source "$here/../../cmake/mpi_env.sh"
 
-cmake --install "$build" --prefix "$work/first" >"$work/log" || { cat "$work/log"; exit 1; }
+# Programs without debug information, which names their sources.
+cmake --install "$build" --prefix "$work/first" --strip >"$work/log" || { cat "$work/log"; exit 1; }
 mv "$work/first" "$work/installed"  # nothing may refer to where it was installed first
 if grep -rl "$work/first\|$(cd "$here/../.." && pwd)/include" "$work/installed"; then
   echo "FAILED: the installed files above name the source or the first prefix"

@@ -318,7 +318,9 @@ inline std::unique_ptr<Transport> HostBackend::connect(ControlPlane& group) {
       .obstacle = obstacle_among(all)};
   auto windows = std::make_shared<WindowTable>();
   std::unique_ptr<PeerAccess> access;
-  if (group.size() > 1 && found.machines == 1 && found.obstacle.empty()) {
+  if (group.size() == 1) {
+    found.peer_import = found.obstacle.empty();
+  } else if (found.machines == 1 && found.obstacle.empty()) {
     // Reach counts only if every rank has it, so the ranks compare before anyone relies on it.
     auto imported = import_pads(all, geometry);
     found.obstacle = first_text(group, imported.failure);

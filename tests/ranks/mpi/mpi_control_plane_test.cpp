@@ -198,7 +198,7 @@ TEST_CASE("a time-out over MPI names the rank that is late, and survivors go on"
                  contains("all_gather #0 of group own", "rank " + std::to_string(late), "300 ms"));
     }
     const auto waited = Clock::now() - start;
-    CHECK(waited >= 300ms);
+    CHECK(waited >= 200ms);  // a peer that gives up a little earlier tells it
     CHECK(waited < 5s);
     CHECK(plane.poisoned());
     CHECK(plane.messenger().abandoned());
