@@ -33,8 +33,9 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
     return part;
   }
 
-  /// Keeps the part out of the arena for as long as it lives. Its end is safe on any thread and
-  /// calls no driver, because it may come from a graph's destruction callback.
+  /// Keeps the part out of the arena, and its memory mapped, for as long as it lives. Its end is
+  /// safe on any thread, because it comes with a graph's; it frees memory only where the arena is
+  /// gone.
   class Lease {
    public:
     explicit Lease(std::shared_ptr<GraphExtents> held) : held_(std::move(held)) { ++held_->leases; }

@@ -61,7 +61,8 @@ class GroupCoordinator {
       : parts_(std::move(parts)),
         rank_(parts_.control->rank()),
         size_(parts_.control->size()),
-        equal_(static_cast<std::size_t>(size_)) {
+        equal_(static_cast<std::size_t>(size_)),
+        lifeline_(std::make_shared<Lifeline>("group " + parts_.name)) {
     lanes_.emplace_back("group " + parts_.name);
     arena_ = SymmetricArena::create(*parts_.backend, parts_.name, audience(), parts_.arena);
   }
@@ -356,6 +357,7 @@ class GroupCoordinator {
   /// Local: `shutdown` once the ranks have waited for each other, or where they no longer can.
   void close() noexcept {
     closed_ = true;
+    lifeline_->end();
     settle(kTeardownPatience);  // before memory goes away that its calls may use
     if (arena_ != nullptr) {
       arena_->close();
@@ -393,7 +395,14 @@ class GroupCoordinator {
   }
 
   /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.
-  [[nodiscard]] Call begin(StreamRef stream) { return lanes_[lane_].before(stream); }
+  [[nodiscard]] Call begin(StreamRef stream) {
+    const Call call = lanes_[lane_].before(stream);
+    if (call.capture != 0) {
+      // Not each piece of work: local arithmetic belongs to the backend, which outlives the group.
+      call.stream.check_at_launch(lifeline_);
+    }
+    return call;
+  }
   /// All of the call has been enqueued.
   void finish(const Call& call) { lanes_[lane_].after(call); }
 
@@ -591,7 +600,8 @@ class GroupCoordinator {
   GroupParts parts_;
   int rank_;
   int size_;
-  std::vector<std::int64_t> equal_;  // one extent for each rank, refilled by each call
+  std::vector<std::int64_t> equal_;     // one extent for each rank, refilled by each call
+  std::shared_ptr<Lifeline> lifeline_;  // kept by graphs with calls of the group
   std::shared_ptr<SymmetricArena> arena_;
   std::vector<StreamOrder> lanes_;  // each with an order of its own
   std::size_t lane_ = 0;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <functional>
@@ -35,6 +36,24 @@ struct Device {
 using CaptureId = std::uint64_t;
 /// The number of every capture that has failed already, where the device tells no other.
 inline constexpr CaptureId kInvalidatedCapture = ~CaptureId{0};
+
+/// Whether what is recorded in graphs may still be called. An engine's own graph may outlive the
+/// object whose calls it holds; each of these keeps this instead.
+class Lifeline {
+ public:
+  explicit Lifeline(std::string owner) : owner_(std::move(owner)) {}
+  /// The owner goes. Its calls in graphs throw from here on.
+  void end() noexcept { ended_ = true; }
+  void check() const {
+    if (ended_) {
+      throw UsageError("graph launch: " + owner_ + " was used after shutdown");
+    }
+  }
+
+ private:
+  std::string owner_;
+  std::atomic<bool> ended_{false};
+};
 
 class StreamRef;
 
@@ -91,6 +110,11 @@ class StreamDriver {
   /// executable made of it, are destroyed. Throws `UsageError` where the stream is not capturing.
   virtual void retain_in_capture(void* native, std::shared_ptr<void> object) = 0;
 
+  /// Each launch of the graph that is being captured on the stream checks `owner` before any of its
+  /// work runs. Where launches do not pass through this library, as on devices, nothing happens.
+  virtual void check_at_launch(void* /*native*/, const std::shared_ptr<const Lifeline>& /*owner*/) {
+  }
+
   /// Starts and ends a capture of the stream by this thread. `end_capture` throws `UsageError`
   /// where nothing was being captured, `TransportError` where the capture was invalidated.
   virtual void begin_capture(void* native) = 0;
@@ -129,6 +153,9 @@ class StreamRef {
   [[nodiscard]] CaptureId capture_id() const { return checked("capture_id").capture_id(native_); }
   void retain_in_capture(std::shared_ptr<void> object) const {
     checked("retain_in_capture").retain_in_capture(native_, std::move(object));
+  }
+  void check_at_launch(const std::shared_ptr<const Lifeline>& owner) const {
+    checked("check_at_launch").check_at_launch(native_, owner);
   }
   void synchronize(std::chrono::milliseconds limit) const {
     checked("synchronize").synchronize(native_, limit);

@@ -70,6 +70,7 @@ struct GraphExtents {
   struct Extent {
     OffsetAllocator::Block block = 0;
     OffsetAllocator::Marks users = 0;  ///< Streams that used it before the graphs.
+    std::shared_ptr<Segment> segment;  ///< Of the block; graphs may outlive the arena.
   };
 
   std::weak_ptr<CaptureMemory> part;
@@ -156,8 +157,8 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   }
 
   /// Deregisters every window, newest first, then frees the segments, and refuses every later
-  /// allocation. Segments with live tensors are freed with the last of them. Called by the owner
-  /// before the audience's groups go.
+  /// allocation. Segments with live tensors are freed with the last of them, those that graphs
+  /// lease with the last of these. Called by the owner before the audience's groups go.
   void close() noexcept {
     closed_ = true;
     while (!windows_.empty()) {
@@ -469,7 +470,9 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
           name_, room(bytes), reclaimable()));
     }
     const auto users = space_.marks(*taken);
-    held.extents.push_back({*taken, users});
+    held.extents.push_back(
+        {*taken, users,
+         segments_[static_cast<std::size_t>(space_.offset(*taken) >> kSegmentBits)]});
     space.add_range(space_.offset(*taken), space_.size(*taken));
     before_launch_ |= users;
   }
@@ -550,7 +553,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   Audience audience_;
   ArenaOptions options_;
   OffsetAllocator space_;
-  std::vector<std::unique_ptr<Segment>> segments_;
+  std::vector<std::shared_ptr<Segment>> segments_;
   std::vector<std::unique_ptr<Window>> windows_;  // destroyed before the segments
   std::vector<OffsetAllocator::Marks> users_;     // by block: the streams that use it
   std::vector<StreamRef> streams_;

@@ -300,31 +300,79 @@ inline void check_two_captured_streams(ControlPlane& world) {
 inline void check_launch_after_shutdown(ControlPlane& world) {
   HostStream stream;
   std::vector<CapturedGraph> graphs;
-  std::array<float, 4> x{};
-  const TensorView view(x.data(), DType::f32, {4});
-  {
-    auto state = make_state(world, {.tp = world.size(), .dcp = world.size()});
-    graphs.push_back(state.capture(stream, [&] { state.dcp().all_reduce(view, stream); }));
-    graphs.back().launch(stream);
-    stream.begin_capture();
-    {
-      const CaptureScope scope(state, stream);
-      state.dcp().all_reduce(view, stream);
+  std::vector<std::unique_ptr<ExecutableGraph>> own;  // the engine's, which no group knows of
+  const std::int64_t n = world.size();
+  std::vector<float> x(u(2 * n * 8), 1.0F);
+  std::vector<float> lse(u(2 * n), 0.0F);
+  const TensorView view(x.data(), DType::f32, {2, n, 8});
+  const TensorView view_of_lse(lse.data(), DType::f32, {2, n});
+  int ran = 0;
+  const auto refused = [&] {
+    for (const auto& graph : own) {
+      check_throws<UsageError>([&] { graph->launch(stream); }, "dcp[0]", "after shutdown");
     }
-    const auto own = stream.end_capture();  // the engine's, which no group knows of
-    state.order(stream);
-    own->launch(stream);
-    state.launched(stream);
+    check_equal(ran, 0, "work before a refused call");
+  };
+  {
+    auto state = decode_state(world, {.plan = MergePlan::packed});
+    auto& dcp = state.dcp();
+    dcp.reserve(1 << 20);
+    const auto capture = [&](const std::function<void()>& record) {
+      stream.begin_capture();
+      {
+        const CaptureScope scope(state, stream);
+        stream.submit([&] { ++ran; });
+        record();
+      }
+      own.push_back(stream.end_capture());
+    };
+    graphs.push_back(state.capture(stream, [&] { dcp.all_reduce(view, stream); }));
+    graphs.back().launch(stream);
+    capture([&] { dcp.all_reduce(view, stream); });
+    capture([&] { (void)dcp.all_gather(view, 0, stream); });
+    capture([&] { (void)dcp.merge_attention(view, view_of_lse, LseBase::e, stream); });
+    capture([&] { (void)dcp.gather_query(view, view, stream); });
+    capture([&] { dcp.barrier(stream); });
+    for (const auto& graph : own) {
+      state.order(stream);
+      graph->launch(stream);
+      state.launched(stream);
+    }
+    check_equal(std::exchange(ran, 0), static_cast<int>(own.size()), "launches while it is up");
     world.barrier();
     state.shutdown();
     check_throws<UsageError>([&] { graphs.back().launch(stream); }, "after shutdown");
     check_throws<UsageError>([&] { state.order(stream); }, "after shutdown");
-    if (world.size() > 1) {
-      check_throws<UsageError>([&] { own->launch(stream); }, "dcp[0]", "after shutdown");
-    }
+    refused();
     check_throws<UsageError>([&] { (void)state.capture(stream, [] {}); }, "shut down");
   }
   check_throws<UsageError>([&] { graphs.back().launch(stream); }, "ParallelState", "destroyed");
+  refused();
+}
+
+/// An engine's own work in a graph may use what the graph leases, whatever has become of the state.
+inline void check_lease_after_state(ControlPlane& world) {
+  HostStream stream;
+  std::unique_ptr<ExecutableGraph> graph;
+  int sum = 0;
+  {
+    auto state = make_state(world, {.tp = world.size(), .dcp = world.size()});
+    state.dcp().reserve(1 << 20);
+    stream.begin_capture();
+    {
+      const CaptureScope scope(state, stream);
+      const Tensor x = state.dcp().arena()->empty({100'000}, DType::u8, stream);
+      stream.submit([&sum, data = x.data_as<std::uint8_t>()] {
+        std::memset(data, 3, 100'000);
+        sum += data[0] + data[99'999];
+      });
+    }
+    graph = stream.end_capture();
+    state.shutdown();
+    graph->launch(stream);
+  }
+  graph->launch(stream);
+  check_equal(sum, 12, "two launches");
 }
 
 }  // namespace cohort::test

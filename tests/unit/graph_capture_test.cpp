@@ -42,3 +42,9 @@ TEST_CASE("graphs that outlive their groups cannot be launched", "[capture]") {
     DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_launch_after_shutdown); }
   }
 }
+
+TEST_CASE("graphs keep what they lease mapped when the state is gone", "[capture]") {
+  for (const int n : {1, 2}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_lease_after_state); }
+  }
+}

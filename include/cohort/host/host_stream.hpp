@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <functional>
@@ -27,12 +28,21 @@ class HostStream;
 
 namespace host {
 
-/// What one capture recorded: the work in submission order, and what the work needs.
+/// What one capture recorded: the work in submission order, what the work needs, and whose it is.
 class Recording {
  public:
   void add(std::function<void()> work) { work_.push_back(std::move(work)); }
   void retain(std::shared_ptr<void> object) { retained_.push_back(std::move(object)); }
+  /// Every run checks `owner` before any of the work.
+  void require(const std::shared_ptr<const Lifeline>& owner) {
+    if (std::find(owners_.begin(), owners_.end(), owner) == owners_.end()) {
+      owners_.push_back(owner);
+    }
+  }
   void run() const {
+    for (const auto& owner : owners_) {
+      owner->check();
+    }
     for (const auto& work : work_) {
       work();
     }
@@ -41,6 +51,7 @@ class Recording {
  private:
   // Declared first, destroyed last: captured work may hold references into what is retained.
   std::vector<std::shared_ptr<void>> retained_;
+  std::vector<std::shared_ptr<const Lifeline>> owners_;
   std::vector<std::function<void()>> work_;
 };
 
@@ -63,7 +74,8 @@ class HostGraph : public ExecutableGraph {
       : recording_(std::move(recording)) {}
 
   /// Runs the captured work, or records its replay where `stream` is capturing. What a piece of
-  /// work throws comes out of here; the rest of the work is then not run.
+  /// work throws comes out of here; the rest of the work is then not run. Where a group whose calls
+  /// it holds was shut down, `UsageError`, and none of it is run.
   void launch(StreamRef stream) override {
     if (stream.valid()) {
       stream.submit([recording = recording_] { recording->run(); });
@@ -90,6 +102,8 @@ class HostStreamDriver final : public StreamDriver {
   inline void wait(void* waiter, StreamEvent& event) override;
   [[nodiscard]] inline CaptureId capture_id(void* native) const override;
   inline void retain_in_capture(void* native, std::shared_ptr<void> object) override;
+  /// Throws `UsageError` where the stream is not capturing.
+  inline void check_at_launch(void* native, const std::shared_ptr<const Lifeline>& owner) override;
   /// Throws `UsageError` where the stream is capturing already.
   inline void begin_capture(void* native) override;
   /// Ends the capture for every stream that joined it. Throws `UsageError` where `native` did not
@@ -195,6 +209,15 @@ inline void HostStreamDriver::retain_in_capture(void* native, std::shared_ptr<vo
   capture->recording->retain(std::move(object));
 }
 
+inline void HostStreamDriver::check_at_launch(void* native,
+                                              const std::shared_ptr<const Lifeline>& owner) {
+  auto* capture = stream(native).capture();
+  if (capture == nullptr) {
+    throw UsageError("check_at_launch: the stream is not capturing");
+  }
+  capture->recording->require(owner);
+}
+
 inline void HostStreamDriver::begin_capture(void* native) {
   auto& captured = stream(native);
   if (captured.capture() != nullptr) {
@@ -238,24 +261,6 @@ template <class T>
 [[nodiscard]] std::vector<std::remove_const_t<T>> keep(std::span<T> values) {
   return {values.begin(), values.end()};
 }
-
-/// Whether what is recorded in graphs may still be called. An engine's own graph may outlive the
-/// object whose calls it holds; each of these keeps this instead.
-class Lifeline {
- public:
-  explicit Lifeline(std::string owner) : owner_(std::move(owner)) {}
-  /// The owner goes. Its calls in graphs throw from here on.
-  void end() noexcept { ended_ = true; }
-  void check() const {
-    if (ended_) {
-      throw UsageError(fmt::format("graph launch: {} was used after shutdown", owner_));
-    }
-  }
-
- private:
-  std::string owner_;
-  std::atomic<bool> ended_{false};
-};
 
 /// Whether work for the stream runs before the call returns.
 [[nodiscard]] inline bool runs_at_once(StreamRef stream) {

@@ -146,3 +146,21 @@ TEST_CASE("enqueue copies arguments only where it must", "[host]") {
   stream.end_capture()->launch(stream);
   CHECK(ran == 3);
 }
+
+TEST_CASE("a launch checks the owners of its work before any of it runs", "[host]") {
+  HostStream stream;
+  int ran = 0;
+  const auto owner = std::make_shared<Lifeline>("the owner");
+  CHECK_THROWS_AS(stream.ref().check_at_launch(owner), UsageError);  // it is not capturing
+  stream.begin_capture();
+  stream.submit([&] { ++ran; });
+  stream.ref().check_at_launch(owner);
+  stream.ref().check_at_launch(owner);
+  CHECK(owner.use_count() == 2);  // kept once
+  const auto graph = stream.end_capture();
+  graph->launch(stream);
+  CHECK(ran == 1);
+  owner->end();
+  CHECK_THROWS_AS(graph->launch(stream), UsageError);
+  CHECK(ran == 1);
+}
