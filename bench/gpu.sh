@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Measures what this machine's GPUs allow, and writes bench/results/<gpu>-<ranks>ranks.json:
 #
 #   bash bench/gpu.sh                 all GPUs; on one GPU, two ranks that share it

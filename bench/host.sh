@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Measures the host goals with two ranks, prints them as a table, and writes
 # bench/results/host-<cpu>-2ranks.json:   bash bench/host.sh [cohort_bench option]...
 #

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Result files of cohort_bench and torch_baseline.py: JSON lines, the facts of the run first."""
 
 import json

@@ -1,4 +1,5 @@
 #!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
 """The rows of cohort_bench through torch.distributed, into the same schema.
 
     torchrun --nproc-per-node N bench/torch_baseline.py --check --json FILE

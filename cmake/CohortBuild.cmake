@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # What every target built in this tree shares: output folders, warnings, sanitizers.
 
 if(PROJECT_IS_TOP_LEVEL)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cohort::cuda, where the CUDA toolkit and NCCL are found. A GPU or a driver is not needed to build.
 
 set(cohort_cuda_missing "")

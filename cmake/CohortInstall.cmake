@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cmake --install: headers, the package for find_package(cohort CONFIG [COMPONENTS mpi cuda]), and
 # pkg-config files.
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cohort_join_tests(VAR NAME test...): one source that holds many test files, for builds of the whole
 # suite, where most of the time goes into compiling the same headers again and again. It includes
 # what the files include first, so that their own includes are empty; then each file lies in a

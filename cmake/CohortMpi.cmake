@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cohort::mpi, where MPI is found.
 
 if(COHORT_MPI)

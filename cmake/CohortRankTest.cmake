@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # cohort_add_rank_test(name
 #   SOURCES file...            compiled into the program `name` in the build's bin folder
 #   RANKS n...                 one test per rank count: ranks.<name>.n<count>

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Finds NCCL: NCCL::NCCL, NCCL_VERSION (read from nccl.h), NCCL_INCLUDE_DIR, NCCL_LIBRARY.
 #
 # Under NCCL_ROOT (variable or environment), where it is set, and nowhere else then; otherwise in the

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Configures a preset and builds it, or only some targets of it:  bash cmake/build.sh PRESET [TARGET...]
 # Exit status 3: the GPU parts cannot be built here; the last line says why. COHORT_WERROR=ON makes
 # warnings errors.

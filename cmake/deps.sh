@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Installs what the project needs from Debian 12 or Ubuntu 24.04.
 #
 #   bash cmake/deps.sh            compiler, CMake, MPI, libraries
@@ -33,7 +34,7 @@ case $level in
       "clang-tidy clang-tidy")
     ;;
   *)
-    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    sed -n '3,13s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

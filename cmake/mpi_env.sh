@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # The environment in which the project's scripts and tests start mpirun: as root, with fewer cores
 # than ranks, in a container. Sourced by shell scripts and read line by line by CMake, so each line
 # is one plain assignment. Open MPI 4 reads OMPI_, Open MPI 5 PRTE_.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The groups of a layout, and what the policy decides for each.
 //
 //   mpirun -n 8 groups 4 2 2        tp pp dcp

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Scopes decide where cohort::empty allocates: in one group's symmetric arena, in an arena that is
 // registered with several groups, or in ordinary memory.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Collectives along any dimension, of any strides: the result has its final layout, and no call
 // site permutes or copies.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // An engine whose processes meet over Unix sockets of its own, without MPI. It implements
 // cohort::Messenger (own_control_plane/unix_messenger.hpp) and gets groups, collectives and time
 // limits from Cohort.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Captures collectives of two groups in one graph and launches it again and again with fresh
 // inputs. On the host a stream is an in-order executor, so this runs everywhere.
 //

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Decodes with a KV cache that the ranks of a DCP group share, as an engine does: queries are
 // gathered, every rank attends to its own tokens, the partial attentions are merged, and every step
 // is compared with an attention over all tokens in fp64.

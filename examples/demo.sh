@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Installs what is missing, builds, and decodes with a sharded KV cache: on four ranks of this host,
 # and, where there is a GPU, on this card. Builds the programs that it runs and nothing else.
 # Arguments go to both decodes:  bash examples/demo.sh --steps 4

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "byte_view.cuh"
 #include "cohort/cuda/shapes.hpp"
 #include "peer_device.cuh"

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: examples.sh BIN
 # Runs every command that a README shows in a console block and compares what it prints with the
 # block. BIN takes the place of build/host/bin. In a block, "…" stands for any text, and a line of its
@@ -80,7 +81,7 @@ done
 
 awk '/^```cpp$/ && !done { inside = 1; next } /^```/ { if (inside) done = 1; inside = 0 } inside' \
   README.md >"$work/first_program.cpp"
-diff "$work/first_program.cpp" examples/first_program.cpp ||
+diff "$work/first_program.cpp" <(tail -n +2 examples/first_program.cpp) ||  # without the licence's line
   fail "the first program of README.md is not examples/first_program.cpp"
 
 echo "examples: $compared commands compared, $skipped not built, $failures failures"

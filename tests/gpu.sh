@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Runs the tests that need a GPU, with what this machine has, and says what it leaves out. The
 # programs are those of the preset gpu. The last line is "N passed, M failed, K skipped".
 #

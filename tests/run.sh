@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Installs what is missing, builds, and runs the test suite. The last line is
 # "N passed, M failed, K skipped"; the exit status is 0 only when nothing failed.
 #
@@ -19,7 +20,7 @@ for argument in "$@"; do
     --full) full=1 sanitize=1 ;;
     --sanitize) sanitize=1 ;;
     *)
-      sed -n '2,11s/^# \{0,1\}//p' "$0"
+      sed -n '3,12s/^# \{0,1\}//p' "$0"
       exit 2
       ;;
   esac

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "device_kernels.hpp"
 
 #include "cohort/cuda/cuda_check.hpp"

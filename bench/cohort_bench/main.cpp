@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Microbenchmarks of Cohort and of the library under it, side by side. See ../README.md.
 
 #include <fmt/format.h>

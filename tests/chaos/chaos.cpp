@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Ranks as processes, one of which meets a fault in a random phase. All others must get the right
 // result or a typed error within 1.25 times the time limit of each call, the error must name the
 // rank that failed or one that gave up because of it, nothing may be left behind, and those that

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Random lives of arenas: what lives never overlaps, everything comes back, offsets stay alike.
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Random collectives against a formula: every element of every result, and every byte around it.
 
 #include <cohort/cohort.hpp>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The readers of bytes from outside, with random bytes.
 
 #include "driver.hpp"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // The same for libFuzzer, which finds inputs by the code that they reach.
 
 #include <cstddef>

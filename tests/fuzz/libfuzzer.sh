@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Builds the frames fuzzer with libFuzzer and runs it for two minutes:  libfuzzer.sh FOLDER [OPTION...]
 # Options go to libFuzzer; what it finds lies in FOLDER as crash-*, and is repeated by giving that
 # file as an option.

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // Random merges of partial attentions, by every plan, against fp64; and gathered queries.
 
 #include <cmath>

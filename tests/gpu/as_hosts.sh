@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: mpirun -n N as_hosts.sh MODE PROGRAM ARGUMENT...
 # Starts a rank as one that NCCL takes to be on a host of its own, or of its pair:
 #   one    all ranks on this host

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cohort/nccl/visibility_guard.hpp"
 
 #include <cuda_runtime_api.h>

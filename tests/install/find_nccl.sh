@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: find_nccl.sh [CMAKE]
 # Which header and which library FindNCCL takes, with made-up installations: a header is three lines,
 # a library the banner that NCCL's has.

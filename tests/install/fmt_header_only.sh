@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: fmt_header_only.sh
 # Cohort installed with fmt by its headers alone: a program needs no fmt library, by find_package and
 # by pkg-config.

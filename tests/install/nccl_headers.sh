@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: nccl_headers.sh COMPILER-FLAG...
 # The library's headers against those of every NCCL: <cohort/cuda.hpp> is compiled with nccl.h of each
 # release, which its wheel brings. The flags are those of a source that uses cohort::cuda, less NCCL's

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: run.sh BUILD-TREE
 # Installs the tree to a temporary folder, moves it, and builds the consumer against it with each
 # compiler and standard, with find_package and with pkg-config; in the long run with all pairs of

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "modules/state.hpp"
 
 extern "C" [[gnu::visibility("default")]] void cohort_test_state(cohort::test::ModuleState* state) {

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A process whose modules (the program and the plugins named as arguments) each bring the library:
 // what exists once in a process is the same for all. The plugins ask first, in threads of their
 // own.

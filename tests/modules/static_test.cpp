@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // A program without shared libraries: it has a loader's list of one module, and no dlopen.
 
 #include <cohort/process_state.hpp>

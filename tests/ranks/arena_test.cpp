@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "support/arena_checks.hpp"
 #include "support/capture_checks.hpp"
 #include "support/catch.hpp"

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # cohort_info on one and several ranks: the page, the JSON, the exit status, and wrong options.
 #
 #   cohort_info.sh PROGRAM MPIRUN

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "support/capture_checks.hpp"
 #include "support/catch.hpp"
 #include "support/collective_checks.hpp"

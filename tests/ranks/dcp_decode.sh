@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: dcp_decode.sh PROGRAM [matrix|full|killed]
 # Runs the example dcp_decode and judges it by its last line, its exit status and its output hash.
 #   matrix  every layout once or twice, every plan and both bases somewhere (the default)
@@ -178,7 +179,7 @@ killed() {
 case $mode in
   matrix | full | killed) "$mode" ;;
   *)
-    sed -n '2,8s/^# \{0,1\}//p' "$0"
+    sed -n '3,9s/^# \{0,1\}//p' "$0"
     exit 2
     ;;
 esac

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: dead_peer.sh recovery|plain PROGRAM RANKS MODE [VICTIM [LIMIT_MS]]
 # Runs PROGRAM (dead_peer_test.cpp), in which the rank VICTIM is killed, and judges what is left.
 #   recovery  mpirun does not end the job when a rank dies: each survivor must print its own

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // One rank is killed while the others wait for it. Judged by dead_peer.sh, by the survivors' own
 // lines: "survivor <rank>: TimeoutError after <ms> ms, missing <ranks>: <message>", then
 // "survivor <rank>: leaves".

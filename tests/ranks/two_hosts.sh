@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: two_hosts.sh [--same-boot-id] PROGRAM [ARGUMENT...]
 # Runs PROGRAM with four ranks on two "hosts", two on each: ranks 0 and 1 on cohort-a, 2 and 3 on
 # cohort-b. A host is a set of namespaces of this machine: network (joined by a bridge), host name,

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Checks every source against .clang-format. Versions of clang-format disagree about details, so
 # only the one that the project formats with judges.
 set -euo pipefail

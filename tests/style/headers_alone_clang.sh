@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Every public header compiles alone with clang++ too, as C++20 and C++23.
 set -euo pipefail
 cd "$(dirname "$0")/../.."

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: include_arrows.sh ROOT [RULES]
 # Checks the direction of every #include under ROOT/include and ROOT/src against include_layers.txt:
 # each file belongs to a layer, includes only what its layer may, and no files include each other in

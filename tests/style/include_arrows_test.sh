@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # The check of the include arrows must find what it is there to find.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

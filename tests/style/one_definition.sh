@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: one_definition.sh ROOT [FEWEST]
 # No name of the library is defined twice in different headers: two classes or functions of one name
 # break the one definition rule wherever both headers meet in one program, also where no source

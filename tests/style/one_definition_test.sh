@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # The check for names that are defined twice must find what it is there to find, and nothing else.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

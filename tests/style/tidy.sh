@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # clang-tidy over every public header (through the file that includes it alone), the examples and the
 # tests' support code, with the checks of .clang-tidy.
 set -euo pipefail

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cohort/decode_context_parallel.hpp"
 
 #include "support/catch.hpp"

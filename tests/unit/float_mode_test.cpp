@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
 #include <cohort/dtype.hpp>
 #include <cohort/float_mode.hpp>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cohort/graph_capture.hpp"
 
 #include "support/capture_checks.hpp"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include <cohort/merge_plan.hpp>
 #include <set>
 #include <string_view>

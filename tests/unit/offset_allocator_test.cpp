@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cohort/offset_allocator.hpp"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include <cohort/owner_process.hpp>
 
 #include "support/catch.hpp"

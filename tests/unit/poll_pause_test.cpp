@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include <chrono>
 #include <cohort/poll_pause.hpp>
 #include <ctime>

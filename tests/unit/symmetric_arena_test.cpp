@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cohort/symmetric_arena.hpp"
 
 #include <cohort/graph_part.hpp>

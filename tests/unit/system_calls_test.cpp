@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include <cohort/system_calls.hpp>
 
 #include <sys/time.h>

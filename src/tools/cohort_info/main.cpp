@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What this machine and these ranks can do, and why not; then a self-test of every collective.
 //
 //   cohort_info                      one rank

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "world.cuh"
 
 // Query gather and merge: every path against fp64 and, bitwise, against each other and the packed

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: run.sh BUILD-TREE NCCL-LIBRARY
 # The part for cards from an installed tree, by find_package, which must find the NCCL that the
 # library was built with, and by pkg-config.

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: run.sh NCCL-INCLUDE-FOLDER NCCL-LIBRARY
 # Cohort inside a project that has CUDA sources of another standard, a fmt and an NCCL of its own. The
 # short run builds the engine's kernel and the lightest of the library's sources, for one card; the

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: interrupt.sh COHORT_BENCH MPIEXEC
 # An interrupted run ends on all ranks, in order, and keeps the rows that it had. One rank gets the
 # signal: the others learn of it in the next round.

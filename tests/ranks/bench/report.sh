@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # The scripts around result files: compare finds slow, missing and wrong rows, report fills the
 # section between the README's markers and nothing else, and damaged files are refused.
 set -euo pipefail

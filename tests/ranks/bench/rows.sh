@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
 # Usage: rows.sh COHORT_BENCH RANKS MPIEXEC
 # Measures a few tiny rows of every benchmark, all checked, and holds the result file to its schema:
 # one line of facts, then rows with every key in its place and no wrong element.

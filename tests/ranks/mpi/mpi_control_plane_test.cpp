@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cohort/mpi/mpi_control_plane.hpp"
 
 #include <mpi.h>

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // How a session begins and ends. Each mode is a program of its own, because MPI starts only once;
 // the name of the mode is the first argument. The last line of a rank that went right is
 // "session <mode>: rank <r> ok".

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cohort/cuda/cuda_ops.hpp"
 
 #include "cohort/cuda/cuda_peer_kernels.hpp"

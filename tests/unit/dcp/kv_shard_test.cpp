@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include <cohort/dcp/kv_shard.hpp>
 #include <cstdint>
 #include <limits>

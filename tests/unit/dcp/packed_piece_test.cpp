@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cohort/dcp/packed_piece.hpp"
 
 #include "support/catch.hpp"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include "cohort/nccl/call_places.hpp"
 
 #include "support/catch.hpp"

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 #include <cohort/nccl/machine_probe.hpp>
 
 #include "support/catch.hpp"
