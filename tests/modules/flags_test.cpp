@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Built with a consumer's flags for arithmetic, -ffast-math among them: empty ranks are found and
 // not read, and NaN stays. Bits are compared, because under such flags a comparison of floats may
-// mean anything. A weight may miss by a unit in the last place: README, Limits.
+// mean anything. A weight may miss by a unit in the last place: include/cohort/README.md, Limits.
 
 #include <algorithm>
 #include <array>

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# The scripts around result files: compare finds slow, missing and wrong rows, report fills the
-# section between the README's markers and nothing else, and damaged files are refused.
+# The scripts around result files: compare finds slow, missing and wrong rows, report writes the page
+# of all tables and, between the README's markers and nowhere else, its figures, and damaged files are
+# refused. The committed pages are what report makes of the committed files.
 set -euo pipefail
 bench=$(cd "$(dirname "$0")/../../../bench" && pwd)
 if ! command -v python3 >/dev/null; then
@@ -60,42 +61,75 @@ compared 1 "4 with problems"
 head -n 2 base.json | sed 's/"us_min": 1.0, //' >new.json
 compared 2 "no us_min"
 
+# has FILE TEXT...
+has() {
+  local file=$1 text
+  shift
+  for text in "$@"; do
+    grep -q -- "$text" "$file" || { cat "$file"; fail "$file has no $text"; }
+  done
+}
+report() { "$bench/report" "$@" --readme README.md --page page.md --plots plots >output 2>&1; }
+
 printf '# Title\nbefore\n<!-- results:begin -->\nstale 12345\n<!-- results:end -->\nafter\n' >README.md
-"$bench/report" base.json --readme README.md --plots plots >output 2>&1 || fail "report ended with $?"
-for text in '^# Title$' '^before$' '^after$' 'a CPU (2 cores), 2 ranks, host' '| 2 KiB | 1.00 | 0.40 | \*\*0.40\*\* |' \
-  '| 1 | 8.00 | 2.00 | \*\*0.25\*\* |' '| Cohort, own kernels, one_kernel (graph) | 250.0 | \*\*0.25\*\* | - |' \
-  '7 of 7 rows checked, 0 wrong' 'scope, entry and exit | 2.0 ns'; do
-  grep -q -- "$text" README.md || { cat README.md; fail "the README has no $text"; }
-done
+report base.json || fail "report ended with $?"
+has README.md '^# Title$' '^before$' '^after$' 'a CPU (2 cores), 2 ranks, host' 'headline.svg' '7 of 7 rows checked, 0 wrong' \
+  '| communication of one decoded token, batch 1 | 1000.0 us (MPI, staged) | 250.0 us (Cohort, own kernels, one_kernel) | \*\*0.25\*\* |' \
+  '| one merge, batch 1 | 8.0 us (MPI, staged) | 2.0 us (Cohort, own kernels, one_kernel) | \*\*0.25\*\* |' '61 layers of 128 heads of 512'
 ! grep -q stale README.md || fail "the old results are still there"
+has page.md '| 2 KiB | 1.00 | 0.40 | \*\*0.40\*\* |' '| 1 | 8.00 | 2.00 | \*\*0.25\*\* |' \
+  '| Cohort, own kernels, one_kernel (graph) | 250.0 | \*\*0.25\*\* | - |' '7 of 7 rows checked, 0 wrong' 'scope, entry and exit | 2.0 ns'
+has plots/headline.svg '<svg' '>MPI, staged<' '>1000<' '>250<' '</svg>'
 cp README.md once.md
-"$bench/report" base.json --readme README.md --plots plots >output 2>&1
-cmp -s README.md once.md || fail "a second report changed the README"
+cp page.md once_page.md
+report base.json
+cmp -s README.md once.md && cmp -s page.md once_page.md || fail "a second report changed the pages"
+"$bench/report" base.json --print >printed && diff printed <(cat page.md; echo) | grep -v '^[<>] *$' | grep '^[<>]' |
+  grep -v '!\[' && fail "--print prints another page"
+# What the command line does not say is cohort_bench's default.
+for text in 'heads = 128;' 'head_dim = 512;' 'layers = 61;' 'context = 128 << 10;'; do has "$bench/cohort_bench/options.hpp" "$text"; done
+sed '1s/"cohort_bench"/"cohort_bench --layers 7"/' base.json >seven.json
+report seven.json && has README.md '7 layers of 128 heads of 512'
 { # PyTorch's rows join those of their machine, and many payloads are shown by turns
   echo "${meta/'"mpi": "an MPI"'/'"torch": "9.9"'}"
   row all_gather torch - eager 2048 0 3.0 0
 } >torch.json
 for ((bytes = 4096; bytes <= 1 << 20; bytes *= 2)); do row all_gather raw - eager "$bytes" 0 1.0 0; done >>base.json
-"$bench/report" torch.json base.json --readme README.md --plots plots >output 2>&1 || fail "report with PyTorch"
-for text in '| 2 KiB | 3.00 | 1.00 | 0.40 | \*\*0.40\*\* |' '| 8 KiB | - | 1.00 |' 'PyTorch 9.9; 17 of 17 rows'; do
-  grep -q -- "$text" README.md || { cat README.md; fail "the README has no $text"; }
-done
-[[ $(grep -c '^### ' README.md) == 1 ]] || fail "PyTorch's rows have a section of their own"
-! grep -q '| 4 KiB |' README.md || fail "all of many payloads are shown"
+report torch.json base.json || fail "report with PyTorch"
+has page.md '| 2 KiB | 3.00 | 1.00 | 0.40 | \*\*0.40\*\* |' '| 8 KiB | - | 1.00 |' 'PyTorch 9.9; 17 of 17 rows'
+[[ $(grep -c '^### ' page.md) == 1 ]] || fail "PyTorch's rows have a section of their own"
+! grep -q '| 4 KiB |' page.md || fail "all of many payloads are shown"
+echo '{"gpu": "a card", "setting": "graph", "kernels": [], "rows": [{"op": "merge", "ranks": 2, "batch": 1, "path": "lines", "us": 3.5},
+  {"op": "merge", "ranks": 2, "batch": 1, "path": "words", "us": 2.5}, {"op": "pack", "us": 9}]}' >kernels.json
+report base.json kernels.json || fail "report with kernels"
+has page.md 'own kernels by themselves: a card, graph' '| merge, batch 1, 2 ranks | 2.50 | words |' '| pack | 9.00 | - |'
+sed 's/"op": "pack", //' kernels.json >damaged.json
+! report base.json damaged.json || fail "a row of a kernel without a name was accepted"
 if python3 -c 'import matplotlib' 2>/dev/null; then
   for picture in latency merge decode; do
-    grep -q '<svg' "plots/base-$picture.svg" || fail "no picture of $picture"
-    grep -q "plots/base-$picture.svg" README.md || fail "the README does not show $picture"
+    has "plots/base-$picture.svg" '<svg'
+    has page.md "plots/base-$picture.svg"
   done
 else
   grep -q 'python3-matplotlib is not installed' output || fail "no word of the missing pictures"
   echo "cohort-skip: bench.report pictures: python3-matplotlib is not installed"
 fi
 echo '# no markers' >README.md
-if "$bench/report" base.json --readme README.md --plots plots >output 2>&1; then
-  fail "a README without markers was accepted"
-fi
-[[ $(cat README.md) == '# no markers' ]] || fail "a README without markers was changed"
+rm page.md
+! report base.json || fail "a README without markers was accepted"
+[[ $(cat README.md) == '# no markers' && ! -e page.md ]] || fail "a README without markers was changed"
+
+# The committed pages, made again from the committed files.
+cp "$bench/../README.md" committed.md
+cp -r "$bench/results" committed
+sed -i 's|(bench/results|(committed|g; s|\[bench/results|[committed|g' committed.md
+cp committed.md again.md
+files=("$bench"/results/*.json "$bench"/results/own_kernels/*.json)
+PYTHONPATH= "$bench/report" "${files[@]}" --readme again.md --page committed/README.md --plots committed/plots >output 2>&1 ||
+  fail "report of the committed files"
+diff committed.md again.md >output || fail "README.md is not what bench/report writes"
+diff "$bench/results/README.md" committed/README.md >output || fail "bench/results/README.md is not what bench/report writes"
+cmp -s "$bench/results/plots/headline.svg" committed/plots/headline.svg || fail "headline.svg is not what bench/report writes"
 
 python3 "$bench/torch_baseline.py" --help >output 2>&1 || fail "torch_baseline.py --help"
 echo "bench.report: compare, report and the facts of result files are as they should be"
