@@ -77,7 +77,8 @@ struct Plan {
   bool map_peers = true;
   bool small_slots = false;
   bool debug_checks = false;
-  int merge_plan = 0;  ///< Of automatic, staged and packed.
+  bool mixed_memory = true;  ///< A call's tensors lie in the arena on some ranks only.
+  int merge_plan = 0;        ///< Of automatic, staged and packed.
   Fault fault = Fault::kill;
   Phase phase = Phase::calling;
   int victim = 0;
@@ -103,6 +104,7 @@ struct Plan {
   plan.map_peers = !random.one_in(4);
   plan.small_slots = random.one_in(3);
   plan.debug_checks = random.one_in(4);
+  plan.mixed_memory = !plan.debug_checks;  // they compare where the ranks' tensors lie
   plan.merge_plan = random.below(3);
   plan.fault = static_cast<Fault>(random.below(kFaults));
   plan.phase = static_cast<Phase>(random.below(kPhases));

@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#include "chaos/machine.hpp"
 #include "chaos/plan.hpp"
 #include "own_control_plane/unix_messenger.hpp"
 #include "support/collective_checks.hpp"
@@ -202,12 +203,21 @@ class Trouble {
 
 class Rank {
  public:
-  Rank(const Plan& plan, int rank, std::string job, std::chrono::milliseconds limit, int to,
-       int from)
-      : plan_(plan), rank_(rank), limit_(limit), job_(std::move(job)), reporter_(to), from_(from) {}
+  Rank(MakeMachine make, const Plan& plan, int rank, std::string job,
+       std::chrono::milliseconds limit, int to, int from)
+      : machine_(make(plan, rank, limit)),
+        plan_(plan),
+        rank_(rank),
+        limit_(limit),
+        job_(std::move(job)),
+        reporter_(to),
+        from_(from) {}
 
   /// Exit status: 0, or 3 where the engine threw on purpose.
   int run() {
+    if (machine_->starts_slowly()) {
+      warm_up();
+    }
     const auto messenger = std::make_shared<own_control_plane::UnixMessenger>(
         job_, rank_, plan_.ranks, std::chrono::milliseconds(20'000));
     MessageControlPlane world(messenger, limit_);
@@ -279,15 +289,29 @@ class Rank {
   [[nodiscard]] ParallelOptions options(const ParallelLayout& layout) const {
     ParallelOptions options;
     options.layout = layout;
-    options.backend =
-        host_backend({.slot_bytes = plan_.small_slots ? std::size_t{4096} : std::size_t{1} << 18,
-                      .map_peers = plan_.map_peers});
+    options.backend = machine_->backend();
     options.symmetric = {.enabled = plan_.symmetric, .selection = Selection::all()};
     options.arena.growth_bytes = std::size_t{1} << 18;
     options.debug_checks = plan_.debug_checks;
     constexpr MergePlan kPlans[] = {MergePlan::automatic, MergePlan::staged, MergePlan::packed};
     options.merge.plan = kPlans[plan_.merge_plan];
     return options;
+  }
+
+  /// A state that no limit is judged by.
+  void warm_up() {
+    const std::chrono::seconds limit(20);
+    const auto messenger = std::make_shared<own_control_plane::UnixMessenger>(
+        job_ + "-first", rank_, plan_.ranks, limit);
+    MessageControlPlane world(messenger, limit);
+    auto state =
+        ParallelState::create(world, options({.tp = plan_.ranks, .pp = 1, .dcp = plan_.ranks}));
+    machine_->follow(state.world());
+    test::Site site(state.world(), test::Memory::ordinary, machine_->stream());
+    test::check_all_reduce(state.world(), site, {8}, DType::f32, test::Form::contiguous,
+                           ReduceOp::sum, machine_->stream());
+    state.shutdown();
+    world.barrier();
   }
 
   void go_through_phases(ControlPlane& world, std::optional<ParallelState>& state,
@@ -348,8 +372,7 @@ class Rank {
     Random random(plan_.seed * 1000 + static_cast<std::uint64_t>(i) +
                   static_cast<std::uint64_t>(phase) * 100);
     auto& group = *state.groups()[static_cast<std::size_t>(random.below(4))];
-    // Debug checks compare where the ranks' tensors lie, which these mixtures let differ.
-    const auto memory = test::kMemories[random.below(plan_.debug_checks ? 2 : 3)];
+    const auto memory = test::kMemories[random.below(plan_.mixed_memory ? 3 : 2)];
     const auto form = test::kForms[random.below(3)];
     const auto dtype = test::kFloats[random.below(3)];
     const int kind = random.below(8);
@@ -362,36 +385,39 @@ class Rank {
            if (trouble.at(phase, i)) {
              mine[2] += 7;
            }
-           test::Site site(group, memory);
+           const StreamRef stream = machine_->stream();
+           machine_->follow(group);
+           test::Site site(group, memory, stream);
            switch (kind) {
              case 0:
                return test::check_all_gather(group, site, mine, dim, equal(group, mine[dim]), dtype,
-                                             form);
+                                             form, stream);
              case 1:
                return test::check_all_gather(group, site, mine, dim,
                                              test::uneven(mine[dim] * group.size(), group.size()),
-                                             dtype, form);
+                                             dtype, form, stream);
              case 2:
-               return test::check_reduce_scatter(group, site, mine, 1, equal(group, 2), dtype,
-                                                 form);
+               return test::check_reduce_scatter(group, site, mine, 1, equal(group, 2), dtype, form,
+                                                 stream);
              case 3:
-               return test::check_all_reduce(group, site, mine, dtype, form);
+               return test::check_all_reduce(group, site, mine, dtype, form, ReduceOp::sum, stream);
              case 4:
-               return test::check_broadcast(group, site, mine, dtype, form, root);
+               return test::check_broadcast(group, site, mine, dtype, form, root, stream);
              case 5:
-               return test::check_all_to_all(group, site, mine, dtype, form);
+               return test::check_all_to_all(group, site, mine, dtype, form, stream);
              case 6:
-               return test::check_send_recv(group, site, mine, dtype, form);
+               return test::check_send_recv(group, site, mine, dtype, form, stream);
              default:
                return decode(state, mine[0] + mine[2] % 9, memory);
            }
          });
   }
 
-  static void decode(ParallelState& state, std::int64_t batch, test::Memory memory) {
+  void decode(ParallelState& state, std::int64_t batch, test::Memory memory) {
     auto& dcp = state.dcp();
+    machine_->follow(dcp);
     const test::DecodeCase c{.batch = batch, .heads = 4 * dcp.size(), .dim = 24, .memory = memory};
-    static_cast<void>(test::merge_once(state, c, "merge"));
+    static_cast<void>(test::merge_once(state, c, "merge", false, machine_->stream()));
   }
 
   static std::vector<std::int64_t> equal(const GroupCoordinator& group, std::int64_t extent) {
@@ -400,38 +426,33 @@ class Rank {
 
   /// A graph over two groups, captured in steps, then launched again and again.
   void replay(ParallelState& state, const Trouble& trouble) {
-    HostStream stream;
-    std::vector<float> x(96);
-    std::vector<float> gathered(96 * static_cast<std::size_t>(state.tp().size()));
-    const TensorView in(x.data(), DType::f32, {96});
-    const TensorView out(gathered.data(), DType::f32, {96 * state.tp().size()});
+    const StreamRef stream = machine_->capture_stream();
+    machine_->follow(state.world());
+    const Tensor x = state.backend().allocate({96}, DType::f32, stream);
+    const Tensor gathered = state.backend().allocate({96 * state.tp().size()}, DType::f32, stream);
     std::optional<CapturedGraph> graph;
     int i = 0;
     step(Phase::capturing, plan_.step, everyone(), "capture", [&] {
       graph.emplace(state.capture(stream, [&] {
         for (; i < kSteps; ++i) {
           const bool other = trouble.at(Phase::capturing, i);
-          const TensorView part(x.data(), DType::f32, {other ? 48 : 96});
-          state.world().all_reduce(part, stream);
-          state.tp().all_gather_into(out, in, 0, stream);
+          state.world().all_reduce(x.view().slice(0, 0, other ? 48 : 96), stream);
+          state.tp().all_gather_into(gathered.view(), x.view(), 0, stream);
         }
       }));
     });
     for (int launch = 0; launch < kSteps; ++launch) {
       step(Phase::replaying, launch, everyone(), "launch", [&] {
         static_cast<void>(trouble.at(Phase::replaying, launch));
-        for (std::size_t k = 0; k < x.size(); ++k) {
-          x[k] = k % 3 == 0 ? 1.0F : 0.0F;
-        }
+        test::fill_with(x.view(), [](std::int64_t k) { return k % 3 == 0 ? 1 : 0; });
         graph->launch(stream);
         state.world().synchronize(stream, limit_);
-        float expected = 1;
+        std::int64_t expected = 1;
         for (int k = 0; k < kSteps; ++k) {
-          expected *= static_cast<float>(plan_.ranks);
+          expected *= plan_.ranks;
         }
-        for (std::size_t k = 0; k < gathered.size(); ++k) {
-          test::check(gathered[k] == (k % 96 % 3 == 0 ? expected : 0.0F), "a replay's element");
-        }
+        test::check_values(gathered.view(), "a replay",
+                           [expected](std::int64_t k) { return k % 96 % 3 == 0 ? expected : 0; });
       });
     }
   }
@@ -447,11 +468,14 @@ class Rank {
         const auto again = world.subgroup(left, 7, "survivors");
         auto state = ParallelState::create(
             *again, options({.tp = again->size(), .pp = 1, .dcp = again->size()}));
-        test::Site site(state.tp(), test::Memory::arena);
-        test::check_all_reduce(state.tp(), site, {3, 50}, DType::f32, test::Form::contiguous);
+        const StreamRef stream = machine_->stream();
+        machine_->follow(state.tp());
+        test::Site site(state.tp(), test::Memory::arena, stream);
+        test::check_all_reduce(state.tp(), site, {3, 50}, DType::f32, test::Form::contiguous,
+                               ReduceOp::sum, stream);
         test::check_all_gather(state.world(), site, {3, 5}, 1, equal(state.world(), 5), DType::bf16,
-                               test::Form::transposed);
-        decode(state, 3, plan_.debug_checks ? test::Memory::arena : test::Memory::mixed);
+                               test::Form::transposed, stream);
+        decode(state, 3, plan_.mixed_memory ? test::Memory::mixed : test::Memory::arena);
         state.shutdown();
       });
     } catch (const Failed&) {
@@ -479,6 +503,7 @@ class Rank {
     return ranks;
   }
 
+  std::unique_ptr<Machine> machine_;  // the first: a card starts before any limit runs
   Plan plan_;
   int rank_;
   std::chrono::milliseconds limit_;

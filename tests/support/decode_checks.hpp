@@ -93,10 +93,10 @@ struct Partial {
     merged = tensor(own, c.dim, c.dtype);
     merged_lse = rows(tensor(own, 1, DType::f32));
     const int rank = group.rank();
-    walk(lse, [&](std::int64_t row, const std::byte* address) {
+    write_elements(lse, [&](std::int64_t row, std::byte* address) {
       store_float(DType::f32, address, lse_at(c, rank, group.size(), row));
     });
-    walk(out, [&](std::int64_t flat, const std::byte* address) {
+    write_elements(out, [&](std::int64_t flat, std::byte* address) {
       // An empty rank's output must never be read into the result.
       const bool empty = std::isinf(lse_at(c, rank, group.size(), flat / c.dim));
       store_float(c.dtype, address,
@@ -143,7 +143,7 @@ inline void check_merged(GroupCoordinator& group, const DecodeCase& c, const Ten
   };
   std::int64_t last_row = -1;
   MergedRow row;
-  walk(merged, [&](std::int64_t flat, const std::byte* address) {
+  read_elements(merged, [&](std::int64_t flat, const std::byte* address) {
     const std::int64_t b = flat / c.dim / own;
     const std::int64_t global = row_of(b, flat / c.dim % own);
     if (global != last_row) {
@@ -162,7 +162,7 @@ inline void check_merged(GroupCoordinator& group, const DecodeCase& c, const Ten
          (narrow ? 2.1 * epsilon_of(c.dtype) : rounding) + 2e-6);
   });
   if (merged_lse != nullptr) {
-    walk(*merged_lse, [&](std::int64_t flat, const std::byte* address) {
+    read_elements(*merged_lse, [&](std::int64_t flat, const std::byte* address) {
       const double expected = reference_row(c, n, row_of(flat / own, flat % own)).lse;
       near(load_float(DType::f32, address), expected, 2e-6 * std::max(1.0, std::abs(expected)));
     });
@@ -171,7 +171,7 @@ inline void check_merged(GroupCoordinator& group, const DecodeCase& c, const Ten
 
 [[nodiscard]] inline std::vector<std::byte> bits_of(const TensorView& view) {
   std::vector<std::byte> bits;
-  walk(view, [&](std::int64_t, const std::byte* address) {
+  read_elements(view, [&](std::int64_t, const std::byte* address) {
     bits.insert(bits.end(), address, address + size_of(view.dtype()));
   });
   return bits;
@@ -188,14 +188,15 @@ inline void check_merged(GroupCoordinator& group, const DecodeCase& c, const Ten
 
 /// Merges one case with one plan and compares it; returns the bits.
 inline std::vector<std::byte> merge_once(ParallelState& state, const DecodeCase& c,
-                                         const std::string& what, bool narrow = false) {
+                                         const std::string& what, bool narrow = false,
+                                         StreamRef stream = {}) {
   auto& dcp = state.dcp();
-  Site site(dcp, c.memory);
+  Site site(dcp, c.memory, stream);
   const Partial partial(dcp, site, c);
-  dcp.merge_attention_into(partial.merged, partial.out, partial.lse, c.base, {},
+  dcp.merge_attention_into(partial.merged, partial.out, partial.lse, c.base, stream,
                            &partial.merged_lse);
   check_merged(dcp, c, partial.merged, &partial.merged_lse, narrow, what);
-  const Tensor owned = dcp.merge_attention(partial.out, partial.lse, c.base);
+  const Tensor owned = dcp.merge_attention(partial.out, partial.lse, c.base, stream);
   auto bits = bits_of(partial.merged);
   check(bits == bits_of(owned), what + ": the two forms give the same bits");
   const auto lse_bits = bits_of(partial.merged_lse);

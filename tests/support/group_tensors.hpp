@@ -116,14 +116,75 @@ void walk(const ConstTensorView& view, const Each& each) {
   }
 }
 
+/// How the host reaches a card's memory, where tests run on one. Reading waits for the work before.
+class DeviceAccess {
+ public:
+  DeviceAccess() = default;
+  DeviceAccess(const DeviceAccess&) = delete;
+  DeviceAccess& operator=(const DeviceAccess&) = delete;
+  virtual ~DeviceAccess() = default;
+  virtual void read(void* to, const void* from, std::size_t bytes) = 0;
+  virtual void write(void* to, const void* from, std::size_t bytes) = 0;
+};
+inline DeviceAccess* device_access = nullptr;  // of the process
+
+/// A view's memory as the host can read it: itself, or a copy.
+class HostImage {
+ public:
+  explicit HostImage(const ConstTensorView& view) : view_(view) {
+    if (view.device().kind == DeviceKind::host || view.numel() == 0) {
+      return;
+    }
+    std::int64_t last = 0;
+    for (int d = 0; d < view.ndim(); ++d) {
+      last += (view.shape()[d] - 1) * view.strides()[d];
+    }
+    copy_.resize(u(last + 1) * size_of(view.dtype()));
+    device_access->read(copy_.data(), view.data(), copy_.size());
+    view_ = ConstTensorView(copy_.data(), view.dtype(), view.shape(), view.strides());
+  }
+
+  [[nodiscard]] const ConstTensorView& view() const noexcept { return view_; }
+  /// What was written into the image is in `view` then.
+  void store(const TensorView& view) const {
+    if (!copy_.empty()) {
+      device_access->write(view.data(), copy_.data(), copy_.size());
+    }
+  }
+
+ private:
+  ConstTensorView view_;
+  std::vector<std::byte> copy_;
+};
+
+/// As `walk`, wherever the elements lie; what `each` writes to the addresses is kept.
+template <class Each>
+void write_elements(const TensorView& view, const Each& each) {
+  const HostImage image(view);
+  walk(image.view(), [&](std::int64_t flat, const std::byte* address) {
+    each(flat, const_cast<std::byte*>(address));
+  });
+  image.store(view);
+}
+/// As `walk`, wherever the elements lie.
+template <class Each>
+void read_elements(const ConstTensorView& view, const Each& each) {
+  walk(HostImage(view).view(), each);
+}
+inline void fill_bytes(const TensorView& view, int byte) {
+  const HostImage image(view);
+  std::memset(const_cast<void*>(image.view().data()), byte, view.bytes());
+  image.store(view);
+}
+
 /// Writes `value(flat)`.
 template <class Value>
 void fill_with(const TensorView& view, const Value& value) {
   with_type(view.dtype(), [&](auto type) {
     using T = decltype(type);
-    walk(view, [&](std::int64_t flat, const std::byte* address) {
+    write_elements(view, [&](std::int64_t flat, std::byte* address) {
       const T x = from_integer<T>(value(flat));
-      std::memcpy(const_cast<std::byte*>(address), &x, sizeof(x));
+      std::memcpy(address, &x, sizeof(x));
     });
   });
 }
@@ -136,7 +197,7 @@ template <class Value>
 void check_values(const ConstTensorView& view, std::string_view what, const Value& value) {
   with_type(view.dtype(), [&](auto type) {
     using T = decltype(type);
-    walk(view, [&](std::int64_t flat, const std::byte* address) {
+    read_elements(view, [&](std::int64_t flat, const std::byte* address) {
       const T expected = from_integer<T>(value(flat));
       if (std::memcmp(address, &expected, sizeof(T)) != 0) {
         throw std::runtime_error(fmt::format("{}: element {} of {} is not {}", what, flat,
@@ -167,7 +228,7 @@ class Site {
       kept_.push_back(group_.backend().allocate(storage, dtype, stream_));
     }
     const TensorView all = kept_.back();
-    std::memset(all.data(), 0x5a, all.bytes());
+    fill_bytes(all, 0x5a);
     if (form == Form::sliced) {
       return all.slice(last, 1, shape[last]);
     }

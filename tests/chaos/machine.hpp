@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <chrono>
+#include <cohort/cohort.hpp>
+#include <functional>
+#include <memory>
+
+#include "chaos/plan.hpp"
+
+/// \file
+/// What a rank of a round computes with.
+
+namespace cohort::chaos {
+
+class Machine {
+ public:
+  Machine() = default;
+  Machine(const Machine&) = delete;
+  Machine& operator=(const Machine&) = delete;
+  virtual ~Machine() = default;
+
+  [[nodiscard]] virtual std::shared_ptr<Backend> backend() = 0;
+  /// Whether the first state of a process takes seconds, as where code is loaded.
+  [[nodiscard]] virtual bool starts_slowly() const { return false; }
+  /// That calls are made on.
+  [[nodiscard]] virtual StreamRef stream() = 0;
+  /// That they are captured on and launched on.
+  [[nodiscard]] virtual StreamRef capture_stream() = 0;
+  /// The group that the next results come from: what waits for them does so through it.
+  virtual void follow(GroupCoordinator& group) = 0;
+};
+
+/// Of the rank, in its own process. `limit` is that of a wait.
+using MakeMachine = std::function<std::unique_ptr<Machine>(const Plan& plan, int rank,
+                                                           std::chrono::milliseconds limit)>;
+
+}  // namespace cohort::chaos
