@@ -26,8 +26,11 @@
 namespace cohort::host {
 namespace detail {
 
-/// Elements at once: a constant trip count lets compilers vectorise at -O2.
+/// Elements of an inner loop: a constant trip count lets compilers vectorise at -O2.
 inline constexpr std::int64_t kReduceBlock = 64;
+/// Elements that are accumulated before the next: few enough for the nearest cache, and so many
+/// that what chooses the loop costs nothing.
+inline constexpr std::int64_t kReduceBatch = 8 * kReduceBlock;
 
 template <class T>
 using Accumulator =
@@ -79,72 +82,54 @@ struct Maximum {
   }
 };
 
-/// out = a op b. `out` overlaps neither.
+/// `body(i)` for every i in [0, count).
+template <class Body>
+[[gnu::always_inline]] inline void for_each_element(std::int64_t count, const Body& body) noexcept {
+  const std::int64_t whole = count / kReduceBlock * kReduceBlock;
+  for (std::int64_t i = 0; i < whole; i += kReduceBlock) {
+    for (std::int64_t j = 0; j < kReduceBlock; ++j) {
+      body(i + j);
+    }
+  }
+  for (std::int64_t i = whole; i < count; ++i) {
+    body(i);
+  }
+}
+
+/// sums = a op b, overlapping neither.
 template <class T, class Op>
 struct CombineTwo {
-  [[gnu::always_inline]] static T combine(T a, T b) noexcept {
-    return static_cast<T>(
-        Op::apply(static_cast<Accumulator<T>>(a), static_cast<Accumulator<T>>(b)));
-  }
-  [[gnu::always_inline]] static void run(T* __restrict out, const T* __restrict a,
+  [[gnu::always_inline]] static void run(Accumulator<T>* __restrict sums, const T* __restrict a,
                                          const T* __restrict b, std::int64_t count) noexcept {
-    const std::int64_t whole = count / kReduceBlock * kReduceBlock;
-    for (std::int64_t i = 0; i < whole; i += kReduceBlock) {
-      for (std::int64_t j = 0; j < kReduceBlock; ++j) {
-        out[i + j] = combine(a[i + j], b[i + j]);
-      }
-    }
-    for (std::int64_t i = whole; i < count; ++i) {
-      out[i] = combine(a[i], b[i]);
-    }
+    for_each_element(
+        count, [&](std::int64_t i) __attribute__((always_inline)) {
+          sums[i] = Op::apply(static_cast<Accumulator<T>>(a[i]), static_cast<Accumulator<T>>(b[i]));
+        });
   }
 };
 
-/// The first operand of a block.
-template <class T>
-[[gnu::always_inline]] inline void load_block(Accumulator<T>* __restrict sums,
-                                              const T* __restrict from,
-                                              std::int64_t count) noexcept {
-  if (count == kReduceBlock) {
-    for (std::int64_t j = 0; j < kReduceBlock; ++j) {
-      sums[j] = static_cast<Accumulator<T>>(from[j]);
-    }
-  } else {
-    for (std::int64_t j = 0; j < count; ++j) {
-      sums[j] = static_cast<Accumulator<T>>(from[j]);
-    }
-  }
-}
-
+/// sums = sums op from.
 template <class T, class Op>
-[[gnu::always_inline]] inline void combine_block(Accumulator<T>* __restrict sums,
-                                                 const T* __restrict from,
-                                                 std::int64_t count) noexcept {
-  if (count == kReduceBlock) {
-    for (std::int64_t j = 0; j < kReduceBlock; ++j) {
-      sums[j] = Op::apply(sums[j], static_cast<Accumulator<T>>(from[j]));
-    }
-  } else {
-    for (std::int64_t j = 0; j < count; ++j) {
-      sums[j] = Op::apply(sums[j], static_cast<Accumulator<T>>(from[j]));
-    }
+struct CombineNext {
+  [[gnu::always_inline]] static void run(Accumulator<T>* __restrict sums, const T* __restrict from,
+                                         std::int64_t count) noexcept {
+    for_each_element(
+        count, [&](std::int64_t i) __attribute__((always_inline)) {
+          sums[i] = Op::apply(sums[i], static_cast<Accumulator<T>>(from[i]));
+        });
   }
-}
+};
 
+/// out = sums, rounded.
 template <class T>
-[[gnu::always_inline]] inline void store_block(T* __restrict out,
-                                               const Accumulator<T>* __restrict sums,
-                                               std::int64_t count) noexcept {
-  if (count == kReduceBlock) {
-    for (std::int64_t j = 0; j < kReduceBlock; ++j) {
-      out[j] = static_cast<T>(sums[j]);
-    }
-  } else {
-    for (std::int64_t j = 0; j < count; ++j) {
-      out[j] = static_cast<T>(sums[j]);
-    }
+struct StoreSums {
+  [[gnu::always_inline]] static void run(T* __restrict out, const Accumulator<T>* __restrict sums,
+                                         std::int64_t count) noexcept {
+    for_each_element(
+        count, [&](std::int64_t i)
+                   __attribute__((always_inline)) { out[i] = static_cast<T>(sums[i]); });
   }
-}
+};
 
 template <class T>
 [[nodiscard]] T* as(std::byte* memory) noexcept {
@@ -155,131 +140,154 @@ template <class T>
   return reinterpret_cast<const T*>(memory);
 }
 
+/// The loops of one type and operation. Only they know the type: what walks tensors is compiled
+/// once.
+struct ReduceLoops {
+  using Two = void (*)(std::byte* to, const std::byte* a, const std::byte* b, std::int64_t count);
+  using One = void (*)(std::byte* to, const std::byte* from, std::int64_t count);
+
+  Two first;            ///< Accumulators = a op b.
+  One next;             ///< Accumulators op= operand.
+  One store;            ///< Accumulators to the type; none where they are of the type.
+  std::size_t element;  ///< Bytes of the type; those of an accumulator are at most 8.
+};
+
+template <class T, class Op>
+void combine_two(std::byte* sums, const std::byte* a, const std::byte* b, std::int64_t count) {
+  cohort::detail::vectorised<CombineTwo<T, Op>>(as<Accumulator<T>>(sums), as<T>(a), as<T>(b),
+                                                count);
+}
+template <class T, class Op>
+void combine_next(std::byte* sums, const std::byte* from, std::int64_t count) {
+  cohort::detail::vectorised<CombineNext<T, Op>>(as<Accumulator<T>>(sums), as<T>(from), count);
+}
+template <class T>
+void store_sums(std::byte* out, const std::byte* sums, std::int64_t count) {
+  cohort::detail::vectorised<StoreSums<T>>(as<T>(out), as<Accumulator<T>>(sums), count);
+}
+
+template <class T, class Op>
+[[nodiscard]] ReduceLoops reduce_loops() noexcept {
+  ReduceLoops loops{.first = &combine_two<T, Op>,
+                    .next = &combine_next<T, Op>,
+                    .store = nullptr,
+                    .element = sizeof(T)};
+  if constexpr (!std::is_same_v<T, Accumulator<T>>) {
+    loops.store = &store_sums<T>;
+  }
+  return loops;
+}
+
+/// Sums and products of signed integers have the bits of the unsigned ones.
+template <class T>
+[[nodiscard]] ReduceLoops reduce_loops(ReduceOp op) noexcept {
+  using Modular = decltype(modular(T{}));
+  switch (op) {
+    case ReduceOp::sum:
+      return reduce_loops<Modular, Sum>();
+    case ReduceOp::prod:
+      return reduce_loops<Modular, Product>();
+    case ReduceOp::min:
+      return reduce_loops<T, Minimum>();
+    case ReduceOp::max:
+      break;
+  }
+  return reduce_loops<T, Maximum>();
+}
+
+/// Throws `UsageError` for a type without arithmetic.
+[[nodiscard]] inline ReduceLoops reduce_loops(DType dtype, ReduceOp op) {
+  switch (dtype) {
+    case DType::f64:
+      return reduce_loops<double>(op);
+    case DType::f32:
+      return reduce_loops<float>(op);
+    case DType::f16:
+      return reduce_loops<Half>(op);
+    case DType::bf16:
+      return reduce_loops<BFloat16>(op);
+    case DType::i8:
+      return reduce_loops<std::int8_t>(op);
+    case DType::u8:
+      return reduce_loops<std::uint8_t>(op);
+    case DType::i32:
+      return reduce_loops<std::int32_t>(op);
+    case DType::i64:
+      return reduce_loops<std::int64_t>(op);
+    case DType::f8_e4m3:
+    case DType::f8_e5m2:
+      break;
+  }
+  throw UsageError("dtype: expected one with arithmetic, got " + std::string(to_string(dtype)));
+}
+
+/// Room for a batch of any type.
+struct alignas(64) ReduceBatch {
+  std::byte bytes[static_cast<std::size_t>(kReduceBatch) * sizeof(std::uint64_t)];
+};
+
 [[nodiscard]] inline bool overlap(const std::byte* a, const std::byte* b,
                                   std::size_t bytes) noexcept {
   return a < b + bytes && b < a + bytes;
 }
 
-/// Operands without gaps; `source(r)` is where those of r begin. `out` may be one of them.
-template <class T, class Source>
-struct DenseOperands {
-  T* out;
-  std::size_t n;
-  Source source;
-};
-
-/// out = source(0) op source(1) op ..., a block at a time.
-template <class T, class Op, class Source>
-struct ReduceBlocks {
-  [[gnu::always_inline]] static void run(DenseOperands<T, Source> operands,
-                                         std::int64_t count) noexcept {
-    const auto& [out, n, source] = operands;
-    for (std::int64_t i = 0; i < count; i += kReduceBlock) {
-      const std::int64_t length = std::min(kReduceBlock, count - i);
-      Accumulator<T> sums[kReduceBlock];
-      load_block<T>(sums, as<T>(source(0)) + i, length);
-      for (std::size_t r = 1; r < n; ++r) {
-        combine_block<T, Op>(sums, as<T>(source(r)) + i, length);
-      }
-      store_block<T>(out + i, sums, length);
-    }
+inline void store(const ReduceLoops& loops, std::byte* out, const std::byte* sums,
+                  std::int64_t count) noexcept {
+  if (loops.store != nullptr) {
+    loops.store(out, sums, count);
+  } else {
+    std::memcpy(out, sums, static_cast<std::size_t>(count) * loops.element);
   }
-};
+}
 
 /// `count` elements that lie without gaps in every operand; `source(r)` is where those of r begin.
-template <class T, class Op, class Source>
-void reduce_dense(std::byte* out, std::size_t n, const Source& source, std::int64_t count) {
-  const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
-  if (n == 2 && !overlap(out, source(0), bytes) && !overlap(out, source(1), bytes)) {
-    cohort::detail::vectorised<CombineTwo<T, Op>>(as<T>(out), as<T>(source(0)), as<T>(source(1)),
-                                                  count);
-  } else {
-    cohort::detail::vectorised<ReduceBlocks<T, Op, Source>>(
-        DenseOperands<T, Source>{as<T>(out), n, source}, count);
+template <class Source>
+void reduce_dense(const ReduceLoops& loops, std::byte* out, std::size_t n, const Source& source,
+                  std::int64_t count) {
+  const std::size_t bytes = static_cast<std::size_t>(count) * loops.element;
+  if (n == 1) {
+    std::memmove(out, source(0), bytes);
+    return;
+  }
+  if (n == 2 && loops.store == nullptr && !overlap(out, source(0), bytes) &&
+      !overlap(out, source(1), bytes)) {
+    return loops.first(out, source(0), source(1), count);
+  }
+  ReduceBatch sums;
+  for (std::int64_t i = 0; i < count; i += kReduceBatch) {
+    const std::int64_t length = std::min(kReduceBatch, count - i);
+    const std::size_t at = static_cast<std::size_t>(i) * loops.element;
+    loops.first(sums.bytes, source(0) + at, source(1) + at, length);
+    for (std::size_t r = 2; r < n; ++r) {
+      loops.next(sums.bytes, source(r) + at, length);
+    }
+    store(loops, out + at, sums.bytes, length);
   }
 }
 
-/// `count` <= kReduceBlock elements with gaps somewhere.
-template <class T, class Op>
-void reduce_gapped(WriteCursor& out, std::span<ReadCursor> sources, std::int64_t count) {
-  T gathered[kReduceBlock];
-  Accumulator<T> sums[kReduceBlock];
+/// `count` <= kReduceBatch elements with gaps somewhere.
+inline void reduce_gapped(const ReduceLoops& loops, WriteCursor& out, std::span<ReadCursor> sources,
+                          std::int64_t count) {
   const Layout dense = dense_layout(count);
-  for (std::size_t r = 0; r < sources.size(); ++r) {
-    WriteCursor writer(reinterpret_cast<std::byte*>(gathered), dense, sizeof(T));
-    copy(writer, sources[r], count);
-    if (r == 0) {
-      load_block<T>(sums, gathered, count);
-    } else {
-      combine_block<T, Op>(sums, gathered, count);
+  const auto gather = [&](ReduceBatch& batch, ReadCursor& source) {
+    WriteCursor writer(batch.bytes, dense, loops.element);
+    copy(writer, source, count);
+  };
+  ReduceBatch result;
+  ReduceBatch operand;
+  gather(result, sources[0]);
+  if (sources.size() > 1) {
+    ReduceBatch sums;
+    gather(operand, sources[1]);
+    loops.first(sums.bytes, result.bytes, operand.bytes, count);
+    for (ReadCursor& source : sources.subspan(2)) {
+      gather(operand, source);
+      loops.next(sums.bytes, operand.bytes, count);
     }
+    store(loops, result.bytes, sums.bytes, count);
   }
-  store_block<T>(gathered, sums, count);
-  ReadCursor reader(reinterpret_cast<const std::byte*>(gathered), dense, sizeof(T));
+  ReadCursor reader(result.bytes, dense, loops.element);
   copy(out, reader, count);
-}
-
-template <class T, class Op>
-void reduce_typed(WriteCursor& out, std::span<ReadCursor> sources, std::int64_t count) {
-  while (count > 0) {
-    std::int64_t run = out.stride() == 1 ? std::min(count, out.run()) : 0;
-    for (const auto& source : sources) {
-      run = source.stride() == 1 ? std::min(run, source.run()) : 0;
-    }
-    if (run >= kReduceBlock / 4 || run == count) {
-      reduce_dense<T, Op>(
-          out.at(), sources.size(), [&](std::size_t r) { return sources[r].at(); }, run);
-      out.advance(run);
-      for (auto& source : sources) {
-        source.advance(run);
-      }
-    } else {  // runs this short, or none: gather a block first
-      run = std::min(count, kReduceBlock);
-      reduce_gapped<T, Op>(out, sources, run);
-    }
-    count -= run;
-  }
-}
-
-/// Calls `body(T{}, Op{})` with the C++ type and the operation. Throws `UsageError` for a type
-/// without arithmetic.
-template <class T, class Body>
-void with_operation(ReduceOp op, const Body& body) {
-  switch (op) {
-    case ReduceOp::sum:
-      return body(T{}, Sum{});
-    case ReduceOp::prod:
-      return body(T{}, Product{});
-    case ReduceOp::min:
-      return body(T{}, Minimum{});
-    case ReduceOp::max:
-      return body(T{}, Maximum{});
-  }
-}
-
-template <class Body>
-void with_arithmetic(DType dtype, ReduceOp op, const Body& body) {
-  switch (dtype) {
-    case DType::f64:
-      return with_operation<double>(op, body);
-    case DType::f32:
-      return with_operation<float>(op, body);
-    case DType::f16:
-      return with_operation<Half>(op, body);
-    case DType::bf16:
-      return with_operation<BFloat16>(op, body);
-    case DType::i8:
-      return with_operation<std::int8_t>(op, body);
-    case DType::u8:
-      return with_operation<std::uint8_t>(op, body);
-    case DType::i32:
-      return with_operation<std::int32_t>(op, body);
-    case DType::i64:
-      return with_operation<std::int64_t>(op, body);
-    case DType::f8_e4m3:
-    case DType::f8_e5m2:
-      throw UsageError("dtype: expected one with arithmetic, got " + std::string(to_string(dtype)));
-  }
 }
 
 }  // namespace detail
@@ -290,19 +298,34 @@ void with_arithmetic(DType dtype, ReduceOp op, const Body& body) {
 inline void reduce(DType dtype, ReduceOp op, WriteCursor& out, std::span<ReadCursor> sources,
                    std::int64_t count) {
   const DefaultFloatMode mode;
-  detail::with_arithmetic(dtype, op, [&]<class T, class Op>(T, Op) {
-    detail::reduce_typed<T, Op>(out, sources, count);
-  });
+  const detail::ReduceLoops loops = detail::reduce_loops(dtype, op);
+  while (count > 0) {
+    std::int64_t run = out.stride() == 1 ? std::min(count, out.run()) : 0;
+    for (const auto& source : sources) {
+      run = source.stride() == 1 ? std::min(run, source.run()) : 0;
+    }
+    if (run >= detail::kReduceBlock / 4 || run == count) {
+      detail::reduce_dense(
+          loops, out.at(), sources.size(), [&](std::size_t r) { return sources[r].at(); }, run);
+      out.advance(run);
+      for (auto& source : sources) {
+        source.advance(run);
+      }
+    } else {  // runs this short, or none: gather a batch first
+      run = std::min(count, detail::kReduceBatch);
+      detail::reduce_gapped(loops, out, sources, run);
+    }
+    count -= run;
+  }
 }
 
 /// The same for operands without gaps; same bits.
 inline void reduce(DType dtype, ReduceOp op, std::byte* out,
                    std::span<const std::byte* const> sources, std::int64_t count) {
   const DefaultFloatMode mode;
-  detail::with_arithmetic(dtype, op, [&]<class T, class Op>(T, Op) {
-    detail::reduce_dense<T, Op>(
-        out, sources.size(), [&](std::size_t r) { return sources[r]; }, count);
-  });
+  detail::reduce_dense(
+      detail::reduce_loops(dtype, op), out, sources.size(),
+      [&](std::size_t r) { return sources[r]; }, count);
 }
 
 }  // namespace cohort::host

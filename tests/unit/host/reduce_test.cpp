@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <cmath>
 #include <cohort/host/reduce.hpp>
+#include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -102,6 +104,39 @@ TEMPLATE_TEST_CASE("every length and any gaps give the bits of the scalar loop",
         }
       }
     }
+  }
+}
+
+TEMPLATE_TEST_CASE("every operation on integers has the bits of the scalar loop", "[host]",
+                   std::int8_t, std::uint8_t, std::int32_t, std::int64_t) {
+  using Modular = std::make_unsigned_t<TestType>;
+  for (const std::size_t n : {1U, 2U, 4U}) {
+    std::vector<std::vector<TestType>> inputs(n);
+    for (std::size_t r = 0; r < n; ++r) {
+      for (std::int64_t i = 0; i < 1100; ++i) {
+        inputs[r].push_back(
+            static_cast<TestType>((i * 37 + static_cast<int>(r) * 101) % 251 - 125));
+      }
+    }
+    const auto expected = [&](const auto& apply) {
+      std::vector<TestType> all = inputs[0];
+      for (std::size_t r = 1; r < n; ++r) {
+        for (std::size_t i = 0; i < all.size(); ++i) {
+          all[i] = apply(all[i], inputs[r][i]);
+        }
+      }
+      return all;
+    };
+    CHECK(reduce_all(ReduceOp::sum, inputs) == expected([](TestType x, TestType y) {
+            return static_cast<TestType>(static_cast<Modular>(x) + static_cast<Modular>(y));
+          }));
+    CHECK(reduce_all(ReduceOp::prod, inputs) == expected([](TestType x, TestType y) {
+            return static_cast<TestType>(static_cast<Modular>(x) * static_cast<Modular>(y));
+          }));
+    CHECK(reduce_all(ReduceOp::min, inputs) ==
+          expected([](TestType x, TestType y) { return std::min(x, y); }));
+    CHECK(reduce_all(ReduceOp::max, inputs) ==
+          expected([](TestType x, TestType y) { return std::max(x, y); }));
   }
 }
 
