@@ -8,13 +8,11 @@
 # A file keeps its tag [#file] (Catch's --filenames-as-tags), by which its tests are run alone. One
 # that must not share a program stays out: see cohort_joins.
 
-option(COHORT_JOIN_TESTS "Compile many test files at once: the suite builds sooner, one test later" OFF)
-
 # Sets VAR to whether a test file can share a program: not where it replaces a function of the
 # system, defines macros or brings main().
 function(cohort_joins var test)
   file(STRINGS "${test}" apart REGEX "^extern \"C\"|^#define|^int main")
-  if(COHORT_JOIN_TESTS AND NOT apart)
+  if(COHORT_QUICK_BUILD AND NOT apart)
     set(${var} ON PARENT_SCOPE)
   else()
     set(${var} OFF PARENT_SCOPE)

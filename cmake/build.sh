@@ -2,15 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # Configures a preset and builds it, or only some targets of it:  bash cmake/build.sh PRESET [TARGET...]
 # Exit status 3: the GPU parts cannot be built here; the last line says why. COHORT_WERROR=ON makes
-# warnings errors.
+# warnings errors; COHORT_QUICK=ON builds sooner, for programs whose speed does not matter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 preset=$1
 shift
 
 mkdir -p build
-# The suite builds everything, and sooner so.
-options=("-DCOHORT_WARNINGS_AS_ERRORS=${COHORT_WERROR:-OFF}" -DCOHORT_JOIN_TESTS=ON)
+options=("-DCOHORT_WARNINGS_AS_ERRORS=${COHORT_WERROR:-OFF}"
+  "-DCOHORT_QUICK_BUILD=${COHORT_QUICK:-OFF}")
 if [[ ! -e build/$preset/CMakeCache.txt ]] && command -v ninja >/dev/null; then
   options+=(-G Ninja)
 fi

@@ -33,6 +33,7 @@ skipped=0
 problems=()
 reasons=()
 export COHORT_TEST_FULL=$full
+((full)) || export COHORT_QUICK=ON
 # shellcheck source=cmake/mpi_env.sh
 source cmake/mpi_env.sh
 
@@ -154,13 +155,14 @@ fi
 
 if ((sanitize)); then
   # The long matrix repeats the same code with more shapes: hours under a sanitizer.
-  export COHORT_TEST_FULL=0
+  export COHORT_TEST_FULL=0 COHORT_QUICK=ON
   build asan
   [[ -e build/asan/CTestTestfile.cmake ]] && run_tests asan -L 'unit|ranks' -LE full
   # Open MPI is not instrumented, so the thread sanitizer judges ranks that are threads.
   build tsan
   [[ -e build/tsan/CTestTestfile.cmake ]] && run_tests tsan -L unit -LE full
   export COHORT_TEST_FULL=$full
+  ((full)) && unset COHORT_QUICK
 fi
 
 step "build gpu"
