@@ -4,7 +4,7 @@
 #
 #   bash cmake/deps.sh            compiler, CMake, MPI, libraries
 #   bash cmake/deps.sh --tests    and what the test suite uses where it is there (a second compiler,
-#                                 the formatter, network namespaces)
+#                                 the formatter, Doxygen, network namespaces)
 #   bash cmake/deps.sh --full     and what only the long test run uses
 #
 # Looks for programs and headers, not for packages, so other sources of them are as good; asks apt
@@ -28,9 +28,9 @@ required=(
 useful=()
 case $level in
   "") ;;
-  --tests) useful+=("clang clang++" "clang-format-14 clang-format-14" "iproute2 ip" "util-linux unshare" "procps ps") ;;
+  --tests) useful+=("clang clang++" "clang-format-14 clang-format-14" "doxygen doxygen" "iproute2 ip" "util-linux unshare" "procps ps") ;;
   --full)
-    useful+=("clang clang++" "clang-format-14 clang-format-14" "iproute2 ip" "util-linux unshare" "procps ps"
+    useful+=("clang clang++" "clang-format-14 clang-format-14" "doxygen doxygen" "iproute2 ip" "util-linux unshare" "procps ps"
       "clang-tidy clang-tidy")
     ;;
   *)

@@ -38,8 +38,8 @@ struct Intent {
 
 /// Who is to blame, and the whole message.
 struct Disagreement {
-  std::vector<int> ranks;
-  std::string text;
+  std::vector<int> ranks;  ///< Who differs, in ascending order.
+  std::string text;        ///< What differs, for the error.
 };
 
 namespace detail {

@@ -27,20 +27,21 @@ namespace cohort {
 
 /// A call that a group must have room for; equal on all ranks.
 struct CollectiveShape {
-  Collective collective = Collective::all_gather;
-  Dims shape;  ///< Of a rank's input.
-  DType dtype = DType::f32;
-  int dim = 0;              ///< Where it gathers or scatters.
+  Collective collective = Collective::all_gather;  ///< Which call it is.
+  Dims shape;                                      ///< Of a rank's input.
+  DType dtype = DType::f32;                        ///< Of the elements.
+  int dim = 0;                                     ///< Where it gathers or scatters.
   std::int64_t widest = 0;  ///< Of the v-variants: most extents along `dim` that a rank has.
 };
 
 /// Who makes a call.
 struct Caller {
-  std::string_view group;
-  int rank = 0;
-  int size = 1;
+  std::string_view group;  ///< The group's name, for errors.
+  int rank = 0;            ///< The rank in the group.
+  int size = 1;            ///< Ranks of the group.
 };
 
+/// Throws `UsageError` for elements of a type that cannot be reduced, such as 8-bit floats.
 template <class Void>
 void check_reducible(std::string_view argument, const BasicTensorView<Void>& x) {
   if (!is_reducible(x.dtype())) {
@@ -70,6 +71,7 @@ void check_in_place_or_apart(std::string_view argument, const BasicTensorView<A>
   }
 }
 
+/// Throws `UsageError` unless `size` divides the extent of `dim`.
 template <class Void>
 void check_divisible(std::string_view argument, const BasicTensorView<Void>& x, int dim, int size) {
   if (x.shape()[normalize_dim(dim, x.ndim(), argument)] % size != 0) {
@@ -140,6 +142,7 @@ struct StepRoom {
   std::vector<std::size_t> blocks;  ///< Bytes of every block, in no order.
   std::size_t scratch = 0;          ///< Most bytes of input and output of one call.
 
+  /// Adds a block of that shape.
   void add_block(const Dims& shape, DType dtype) {
     blocks.push_back(static_cast<std::size_t>(numel(shape)) * size_of(dtype));
   }

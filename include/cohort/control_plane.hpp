@@ -55,12 +55,13 @@ class ControlPlane {
  public:
   /// Bytes for one rank, or expected of one.
   struct Outgoing {
-    int to = 0;
-    Bytes payload;
+    int to = 0;     ///< The receiver's rank.
+    Bytes payload;  ///< What it gets.
   };
+  /// A message that is expected.
   struct Incoming {
-    int from = 0;
-    std::size_t bytes = 0;
+    int from = 0;           ///< The sender's rank.
+    std::size_t bytes = 0;  ///< Its length, which the receiver knows.
   };
 
   /// What every message needs beyond its payload.
@@ -71,7 +72,9 @@ class ControlPlane {
   ControlPlane& operator=(const ControlPlane&) = delete;
   virtual ~ControlPlane() = default;
 
+  /// This rank in the group.
   [[nodiscard]] virtual int rank() const noexcept = 0;
+  /// Ranks of the group.
   [[nodiscard]] virtual int size() const noexcept = 0;
   /// Name for messages, such as "world" or "dcp[1]".
   [[nodiscard]] virtual const std::string& name() const noexcept = 0;
@@ -101,8 +104,8 @@ class ControlPlane {
   /// What came of an `all_gather`.
   struct Arrivals {
     std::vector<Bytes> payloads;  ///< By rank; empty for those that are absent.
-    std::vector<int> absent;
-    std::exception_ptr error;  ///< Why it failed, if it did; what had arrived is there as well.
+    std::vector<int> absent;      ///< Those that did not come, in ascending order.
+    std::exception_ptr error;     ///< Why it failed, if it did; what had arrived is there as well.
   };
 
   /// Collective. `all_gather_within` for callers that use what has arrived although it failed. A

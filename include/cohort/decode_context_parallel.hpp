@@ -21,12 +21,12 @@ namespace cohort {
 
 /// The largest decode step that a group must have room for. H = heads of all DCP ranks.
 struct DecodeShape {
-  std::int64_t batch = 0;   ///< B: queries of a step
-  std::int64_t heads = 0;   ///< H
-  std::int64_t latent = 0;  ///< elements of q_nope for each head
-  std::int64_t rope = 0;    ///< elements of q_pe for each head
-  std::int64_t value = 0;   ///< D: elements of the attention's output for each head
-  DType dtype = DType::bf16;
+  std::int64_t batch = 0;     ///< B: queries of a step
+  std::int64_t heads = 0;     ///< H
+  std::int64_t latent = 0;    ///< elements of q_nope for each head
+  std::int64_t rope = 0;      ///< elements of q_pe for each head
+  std::int64_t value = 0;     ///< D: elements of the attention's output for each head
+  DType dtype = DType::bf16;  ///< Of queries and partial outputs.
 };
 
 /// In which precision the staged plan corrects and reduces.
@@ -37,16 +37,17 @@ enum class StagedPrecision : std::uint8_t {
 
 /// Which plan a merge takes, and why.
 struct MergeChoice {
-  MergePlan plan = MergePlan::packed;
-  std::string reason;
+  MergePlan plan = MergePlan::packed;  ///< The plan that was taken.
+  std::string reason;                  ///< Why.
 };
 
 /// How a group merges.
 struct MergeOptions {
-  MergePlan plan = MergePlan::automatic;
-  StagedPrecision staged_precision = StagedPrecision::f32;
+  MergePlan plan = MergePlan::automatic;                    ///< Which plan merges take.
+  StagedPrecision staged_precision = StagedPrecision::f32;  ///< What `staged` adds up in.
 };
 
+/// The ranks that share a KV cache: gathers query heads and merges partial attentions.
 class DecodeContextParallelGroup : public GroupCoordinator {
  public:
   /// Throws `ConfigError` where the plan is forced and the group can never run it.
@@ -58,6 +59,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
   }
 
+  /// How this group merges.
   [[nodiscard]] const MergeOptions& merge_options() const noexcept { return merge_; }
 
   /// Collective. Makes room for decode steps of up to this shape, so that nothing grows or fails

@@ -11,6 +11,7 @@
 
 namespace cohort {
 
+/// Types of elements.
 enum class DType : std::uint8_t {
   f64,
   f32,
@@ -45,6 +46,7 @@ enum class DType : std::uint8_t {
   return 0;
 }
 
+/// Such as "bf16".
 [[nodiscard]] constexpr std::string_view to_string(DType dtype) noexcept {
   switch (dtype) {
     case DType::f64:
@@ -138,17 +140,21 @@ namespace detail {
 
 /// Host storage of one binary16 element.
 struct Half {
-  std::uint16_t bits = 0;
+  std::uint16_t bits = 0;  ///< The bits as they lie in memory.
   Half() = default;
+  /// Rounds to nearest, ties to even.
   constexpr explicit Half(float value) noexcept : bits(float_to_f16(value)) {}
+  /// Exact.
   [[nodiscard]] constexpr explicit operator float() const noexcept { return f16_to_float(bits); }
 };
 
 /// Host storage of one bfloat16 element.
 struct BFloat16 {
-  std::uint16_t bits = 0;
+  std::uint16_t bits = 0;  ///< The bits as they lie in memory.
   BFloat16() = default;
+  /// Rounds to nearest, ties to even.
   constexpr explicit BFloat16(float value) noexcept : bits(float_to_bf16(value)) {}
+  /// Exact.
   [[nodiscard]] constexpr explicit operator float() const noexcept { return bf16_to_float(bits); }
 };
 

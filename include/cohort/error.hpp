@@ -43,9 +43,11 @@ class TransportError : public Error {
     std::string group = {};  ///< Name of the group, or empty.
   };
 
+  /// The message names the call, its code, the rank and the group of `site`, then `detail`.
   TransportError(Site site, const std::string& detail)
       : Error(describe(site, detail)), site_(std::move(site)) {}
 
+  /// Where it happened.
   [[nodiscard]] const Site& site() const noexcept { return site_; }
 
  private:
@@ -67,6 +69,7 @@ class TransportError : public Error {
 /// sequence of registrations, a size, an allocation history, the arguments of a collective.
 class SymmetryError : public Error {
  public:
+  /// Says `what`; `ranks` are those that differ or failed.
   SymmetryError(const std::string& what, std::vector<int> ranks)
       : Error(what), ranks_(std::move(ranks)) {}
 
@@ -80,6 +83,7 @@ class SymmetryError : public Error {
 /// A wait ended at its time limit.
 class TimeoutError : public Error {
  public:
+  /// Says `what`; `missing` are those that did not arrive.
   TimeoutError(const std::string& what, std::vector<int> missing)
       : Error(what), missing_(std::move(missing)) {}
 

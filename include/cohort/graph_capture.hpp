@@ -19,7 +19,9 @@ namespace cohort {
 /// The arenas that captures concern: all those of one `ParallelState`.
 class CaptureDomain {
  public:
+  /// Adds an arena to those that captures cover.
   void add(std::shared_ptr<SymmetricArena> arena) { arenas_.push_back(std::move(arena)); }
+  /// The arenas that captures cover.
   [[nodiscard]] const std::vector<std::shared_ptr<SymmetricArena>>& arenas() const noexcept {
     return arenas_;
   }

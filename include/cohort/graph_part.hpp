@@ -22,6 +22,7 @@ namespace cohort {
 /// they, the pool and every tensor are gone.
 class GraphPart : public CaptureMemory, public std::enable_shared_from_this<GraphPart> {
  public:
+  /// Of one capture in one arena.
   explicit GraphPart(std::shared_ptr<SymmetricArena> arena)
       : arena_(std::move(arena)), held_(std::make_shared<GraphExtents>()) {}
 
@@ -39,6 +40,7 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
   /// gone.
   class Lease {
    public:
+    /// Keeps the extents from other use while it lives.
     explicit Lease(std::shared_ptr<GraphExtents> held) : held_(std::move(held)) { ++held_->leases; }
     Lease(const Lease&) = delete;
     Lease& operator=(const Lease&) = delete;
@@ -48,6 +50,7 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
     std::shared_ptr<GraphExtents> held_;
   };
 
+  /// For a graph that uses the blocks.
   [[nodiscard]] std::shared_ptr<Lease> lease() { return std::make_shared<Lease>(held_); }
 
   /// A capture begins: graphs of one pool are never in flight together, so no free block is in use

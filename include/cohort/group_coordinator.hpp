@@ -33,7 +33,7 @@ namespace cohort {
 
 /// What a group is made of. `ParallelState` fills it.
 struct GroupParts {
-  GroupKind kind = GroupKind::world;
+  GroupKind kind = GroupKind::world;      ///< What the group is for.
   std::string name;                       ///< Such as "dcp[1]".
   std::vector<int> ranks;                 ///< World ranks, by rank in the group.
   std::unique_ptr<ControlPlane> control;  ///< Of this group.
@@ -41,6 +41,7 @@ struct GroupParts {
   std::unique_ptr<Transport> transport;   ///< Null in a group of one.
   SymmetricDecision decision;             ///< Whether it has windows and peer mappings, and why.
   bool debug_checks = false;              ///< Compare each call's arguments across the ranks.
+  /// Of the group's own arena.
   ArenaOptions arena = {};
 };
 
@@ -58,6 +59,7 @@ struct GroupParts {
 /// `TransportError`, `SymmetryError` and `TimeoutError`, at the call or from `synchronize`.
 class GroupCoordinator {
  public:
+  /// Groups are made by `ParallelState::create`.
   explicit GroupCoordinator(GroupParts parts)
       : parts_(std::move(parts)),
         rank_(parts_.control->rank()),
@@ -71,14 +73,21 @@ class GroupCoordinator {
   GroupCoordinator& operator=(const GroupCoordinator&) = delete;
   virtual ~GroupCoordinator() { close(); }
 
+  /// What the group is for.
   [[nodiscard]] GroupKind kind() const noexcept { return parts_.kind; }
+  /// Such as "dcp[0]".
   [[nodiscard]] const std::string& name() const noexcept { return parts_.name; }
+  /// This rank in the group.
   [[nodiscard]] int rank() const noexcept { return rank_; }
+  /// Ranks of the group.
   [[nodiscard]] int size() const noexcept { return size_; }
   /// World ranks, by rank in the group.
   [[nodiscard]] const std::vector<int>& ranks() const noexcept { return parts_.ranks; }
+  /// What the policy decided for the group, and why.
   [[nodiscard]] const SymmetricDecision& decision() const noexcept { return parts_.decision; }
+  /// The group's control plane.
   [[nodiscard]] ControlPlane& control() const noexcept { return *parts_.control; }
+  /// Where its tensors lie.
   [[nodiscard]] Backend& backend() const noexcept { return *parts_.backend; }
   /// Where returned tensors and temporaries come from; without windows where the policy says no.
   [[nodiscard]] const std::shared_ptr<SymmetricArena>& arena() const noexcept { return arena_; }
@@ -129,6 +138,7 @@ class GroupCoordinator {
                                    int dim, StreamRef stream = {}) {
     return gather(x, sizes, normalize_dim(dim, x.ndim(), kGatherDim), stream);
   }
+  /// As `all_gatherv`, into `out`.
   void all_gatherv_into(const TensorView& out, const ConstTensorView& x,
                         std::span<const std::int64_t> sizes, int dim, StreamRef stream = {}) {
     gather_into(out, x, sizes, normalize_dim(dim, x.ndim(), kGatherDim), stream);
@@ -141,6 +151,7 @@ class GroupCoordinator {
     const int d = normalize_dim(dim, x.ndim(), kScatterDim);
     return scatter(x, divided("reduce_scatter x", x, d), d, op, stream);
   }
+  /// As `reduce_scatter_along_dim`, into `out`.
   void reduce_scatter_into(const TensorView& out, const ConstTensorView& x, int dim,
                            StreamRef stream = {}, ReduceOp op = ReduceOp::sum) {
     const int d = normalize_dim(dim, x.ndim(), kScatterDim);
@@ -152,6 +163,7 @@ class GroupCoordinator {
                                        ReduceOp op = ReduceOp::sum) {
     return scatter(x, sizes, normalize_dim(dim, x.ndim(), kScatterDim), op, stream);
   }
+  /// As `reduce_scatterv`, into `out`.
   void reduce_scatterv_into(const TensorView& out, const ConstTensorView& x,
                             std::span<const std::int64_t> sizes, int dim, StreamRef stream = {},
                             ReduceOp op = ReduceOp::sum) {
@@ -203,6 +215,7 @@ class GroupCoordinator {
     finish(call);
     return out;
   }
+  /// As `all_to_all`, into `out`.
   void all_to_all_into(const TensorView& out, const ConstTensorView& x, StreamRef stream = {}) {
     check_call("all_to_all", x);
     check_divisible("all_to_all x", x, 0, size_);
@@ -223,6 +236,7 @@ class GroupCoordinator {
     parts_.transport->send(x, to, call.stream);
     finish(call);
   }
+  /// Fills `x` with what rank `from` sends by `send`, of the same shape and dtype.
   void recv(const TensorView& x, int from, StreamRef stream = {}) {
     check_call("recv", x);
     check_peer("recv from", from);
@@ -367,8 +381,10 @@ class GroupCoordinator {
   }
 
  protected:
+  /// Null in a group of one.
   [[nodiscard]] Transport* transport() const noexcept { return parts_.transport.get(); }
 
+  /// Throws `UsageError` after `shutdown`.
   void throw_if_closed() const {
     if (closed_) {
       throw UsageError(fmt::format("group {}: used after shutdown", parts_.name));
@@ -386,6 +402,7 @@ class GroupCoordinator {
   // The steps of each call: check the arguments, `begin`, compare them across the ranks, allocate,
   // issue, `finish`.
 
+  /// A call's place in the order of the group's calls.
   using Call = StreamOrder::Call;
 
   /// The group is up, and `x` lies on its device.
@@ -407,6 +424,7 @@ class GroupCoordinator {
   /// All of the call has been enqueued.
   void finish(const Call& call) { lanes_[lane_].after(call); }
 
+  /// For errors of arguments.
   [[nodiscard]] Caller caller() const noexcept { return {parts_.name, rank_, size_}; }
 
   /// Memory of a call, from the group's arena.
@@ -416,6 +434,7 @@ class GroupCoordinator {
 
   // Dimensions count from the front.
 
+  /// Enqueues a checked all-gather.
   void issue_gather(const TensorView& out, const ConstTensorView& x,
                     std::span<const std::int64_t> sizes, int dim, const Call& call) {
     if (size_ == 1) {
@@ -425,6 +444,7 @@ class GroupCoordinator {
     }
   }
 
+  /// Enqueues a checked reduce-scatter.
   void issue_scatter(const TensorView& out, const ConstTensorView& x,
                      std::span<const std::int64_t> sizes, int dim, ReduceOp op, const Call& call) {
     if (size_ == 1) {
@@ -434,6 +454,7 @@ class GroupCoordinator {
     }
   }
 
+  /// Enqueues a checked all-to-all.
   void issue_all_to_all(const TensorView& out, const ConstTensorView& x, const Call& call) {
     if (size_ == 1) {
       copy_unless_same(x, out, call.stream);
@@ -448,6 +469,7 @@ class GroupCoordinator {
     return equal_;
   }
 
+  /// Throws `UsageError` for a tensor of another device.
   template <class Void>
   void check_device(std::string_view argument, const BasicTensorView<Void>& x) const {
     if (x.device() != parts_.backend->device()) {
@@ -457,6 +479,7 @@ class GroupCoordinator {
     }
   }
 
+  /// Throws `UsageError` unless it is a rank of the group.
   void check_rank(std::string_view argument, int rank) const {
     if (rank < 0 || rank >= size_) {
       throw UsageError(fmt::format("{}: expected a rank in [0, {}) of group {}, got {}", argument,
@@ -475,6 +498,7 @@ class GroupCoordinator {
     }
   }
 
+  /// Copies, unless both are the same memory.
   void copy_unless_same(const ConstTensorView& from, const TensorView& to, StreamRef stream) {
     if (from.data() != to.data() || from.strides() != to.strides()) {
       parts_.backend->ops().copy(from, to, stream);
@@ -497,6 +521,7 @@ class GroupCoordinator {
                             to_string(shape), dim, detail::joined(sizes, ","), extra,
                             places(x, out)));
   }
+  /// With debug checks, compares the call with those of the other ranks.
   void debug_agree(std::string_view call) {
     if (!parts_.debug_checks || size_ == 1) {
       return;

@@ -61,7 +61,7 @@ namespace detail {
 
 /// How many processes a launcher started together, this one among them.
 struct LauncherSize {
-  std::int64_t size = 1;
+  std::int64_t size = 1;      ///< Processes that the launcher started.
   const char* variable = "";  ///< Who says so.
 };
 

@@ -15,8 +15,10 @@
 
 namespace cohort {
 
+/// How much a message matters.
 enum class LogLevel { info, warning, error };
 
+/// Such as "warning".
 [[nodiscard]] constexpr std::string_view to_string(LogLevel level) noexcept {
   switch (level) {
     case LogLevel::info:

@@ -22,12 +22,14 @@ struct BootId {
   int error = 0;     ///< errno then.
 };
 
+/// Reads the kernel's boot id, which tells machines apart.
 [[nodiscard]] inline BootId read_boot_id() {
   os::TextFile file = os::read_text("/proc/sys/kernel/random/boot_id");
   file.text.erase(std::min(file.text.size(), file.text.find('\n')));
   return {.text = file.error == 0 ? std::move(file.text) : "", .error = file.error};
 }
 
+/// The boot id, empty where it cannot be read.
 [[nodiscard]] inline std::string boot_id() { return read_boot_id().text; }
 
 /// Number of this process's PID namespace, or 0 where it cannot be read. Source: pid_namespaces(7).

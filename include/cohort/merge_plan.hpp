@@ -11,6 +11,7 @@
 
 namespace cohort {
 
+/// How partial attentions are combined.
 enum class MergePlan : std::uint8_t {
   automatic,   ///< Picked by size and topology; the choice and its reason can be read back.
   staged,      ///< All-gather the LSEs, correct locally, reduce-scatter the outputs.
@@ -18,9 +19,11 @@ enum class MergePlan : std::uint8_t {
   one_kernel,  ///< One launch through the library's inboxes; needs the peer mapping.
 };
 
+/// All plans.
 inline constexpr std::array kMergePlans = {MergePlan::automatic, MergePlan::staged,
                                            MergePlan::packed, MergePlan::one_kernel};
 
+/// Such as "one_kernel".
 [[nodiscard]] constexpr std::string_view to_string(MergePlan plan) noexcept {
   switch (plan) {
     case MergePlan::automatic:

@@ -35,8 +35,11 @@
 
 namespace cohort {
 
+/// A message.
 using Bytes = std::vector<std::byte>;
+/// The clock of all limits.
 using Clock = std::chrono::steady_clock;
+/// When a wait ends.
 using Deadline = Clock::time_point;
 
 /// Ordered byte messages between pairs of ranks: all that an engine has to bring. Messages to the
@@ -48,7 +51,9 @@ class Messenger {
   Messenger& operator=(const Messenger&) = delete;
   virtual ~Messenger() = default;
 
+  /// This rank.
   [[nodiscard]] virtual int rank() const noexcept = 0;
+  /// Ranks that can be reached, this one included.
   [[nodiscard]] virtual int size() const noexcept = 0;
 
   /// Hands a message over. Must not wait for the receiver to ask for it. Messages from one rank

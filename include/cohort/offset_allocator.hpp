@@ -25,6 +25,7 @@
 
 namespace cohort {
 
+/// Hands out offsets in a range: best fit, coalescing, the same for the same calls.
 class OffsetAllocator {
  public:
   /// Names a block until it is freed.
@@ -38,12 +39,13 @@ class OffsetAllocator {
   /// The largest request that any memory could serve, in bytes.
   static constexpr std::uint64_t kMaxRequest = std::uint64_t{1} << 60;
 
+  /// What is in use.
   struct Statistics {
     std::uint64_t capacity = 0;      ///< Bytes of all ranges.
     std::uint64_t used = 0;          ///< Bytes of live blocks, rounding included.
     std::uint64_t peak = 0;          ///< Largest `used` so far.
     std::uint64_t largest_free = 0;  ///< Bytes of the largest block that could be allocated.
-    std::uint64_t live_blocks = 0;
+    std::uint64_t live_blocks = 0;   ///< Blocks in use.
   };
 
   /// The size that a request takes; requests of 0 take one unit, so every block has an offset of
@@ -119,7 +121,9 @@ class OffsetAllocator {
     insert_free(coalesce(block));
   }
 
+  /// Of a live block, in bytes.
   [[nodiscard]] std::uint64_t offset(Block block) const noexcept { return nodes_[block].offset; }
+  /// Of a live block, in bytes, rounded up to the alignment.
   [[nodiscard]] std::uint64_t size(Block block) const noexcept { return nodes_[block].size; }
   /// The marks of the free space that a live block was cut from.
   [[nodiscard]] Marks marks(Block block) const noexcept { return nodes_[block].marks; }
@@ -143,6 +147,7 @@ class OffsetAllocator {
     return all;
   }
 
+  /// What is in use now, and was at the peak.
   [[nodiscard]] Statistics statistics() const noexcept {
     Statistics result = statistics_;
     for (std::size_t word = filled_.size(); word-- > 0;) {

@@ -33,6 +33,7 @@ namespace detail {
 /// from that process, destructors leave the peers alone, and calls throw. Costs nanoseconds.
 class OwnerProcess {
  public:
+  /// Whether this process made the object; false in a child after fork.
   [[nodiscard]] bool is_here() const noexcept { return pid_ == detail::current_process(); }
 
   /// Throws `UsageError` in another process than the owner.

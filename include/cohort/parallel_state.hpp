@@ -30,25 +30,30 @@
 
 namespace cohort {
 
+/// What `ParallelState::create` is asked for.
 struct ParallelOptions {
+  /// How the ranks are divided into groups.
   ParallelLayout layout = {};
   /// `host_backend()` or `cuda_backend()`; all groups share it.
   std::shared_ptr<Backend> backend = {};
+  /// Which groups get windows.
   SymmetricOptions symmetric = {};
   /// `COHORT_MERGE_PLAN` wins over `merge.plan` where it is set.
   MergeOptions merge = {};
   /// Compare op, dtype, count and window offsets across the ranks before each call: slow, for
   /// debugging. `COHORT_DEBUG_CHECKS` wins where it is set.
   bool debug_checks = false;
+  /// Of every arena.
   ArenaOptions arena = {};
 };
 
 /// A captured graph and the memory that it leases.
 class CapturedGraph {
  public:
+  /// What is called around launches.
   using Around = std::function<void(StreamRef)>;
 
-  /// @param before, behind  Called around each launch with its stream.
+  /// `before` and `behind` are called around each launch with its stream.
   CapturedGraph(std::unique_ptr<ExecutableGraph> graph, Around before, Around behind)
       : graph_(std::move(graph)), before_(std::move(before)), behind_(std::move(behind)) {}
 
@@ -82,6 +87,7 @@ class ParallelState {
     return ParallelState(world, std::move(options));
   }
 
+  /// The source is empty afterwards.
   ParallelState(ParallelState&&) noexcept = default;
   ParallelState& operator=(ParallelState&&) = delete;
   ParallelState(const ParallelState&) = delete;
@@ -94,11 +100,17 @@ class ParallelState {
     }
   }
 
+  /// How the ranks are divided.
   [[nodiscard]] const ParallelLayout& layout() const noexcept { return options_.layout; }
+  /// Where tensors lie.
   [[nodiscard]] Backend& backend() const noexcept { return *options_.backend; }
+  /// All ranks.
   [[nodiscard]] GroupCoordinator& world() noexcept { return *world_; }
+  /// This rank's TP group.
   [[nodiscard]] TensorParallelGroup& tp() noexcept { return *tp_; }
+  /// This rank's PP group.
   [[nodiscard]] PipelineParallelGroup& pp() noexcept { return *pp_; }
+  /// This rank's DCP group.
   [[nodiscard]] DecodeContextParallelGroup& dcp() noexcept { return *dcp_; }
   /// World, TP, PP, DCP: the order in which all ranks form and leave them.
   [[nodiscard]] const std::vector<GroupCoordinator*>& groups() noexcept { return *formed_; }
@@ -145,6 +157,7 @@ class ParallelState {
 
   /// The arenas that a capture concerns; a `CaptureScope` takes it.
   [[nodiscard]] const CaptureDomain& captures() const noexcept { return *captures_; }
+  /// For `CaptureScope`, which covers all groups.
   operator const CaptureDomain&() const noexcept {  // NOLINT(google-explicit-constructor)
     return *captures_;
   }
@@ -193,6 +206,7 @@ class ParallelState {
   /// that captures took; `launched` right behind it lets later calls on other streams wait for the
   /// launch and for nothing else. A `CapturedGraph` does both. Throw `UsageError` after `shutdown`.
   void order(StreamRef stream) { order_launch(*formed_, *captures_, stream); }
+  /// Right behind a launch of a graph of the engine's own; see `order`.
   void launched(StreamRef stream) {
     for (GroupCoordinator* group : *formed_) {
       group->launched(stream);

@@ -21,25 +21,31 @@ namespace cohort {
 
 /// A tensor with the name under which the other stage knows it.
 struct NamedView {
-  std::string name;
-  TensorView tensor;
+  std::string name;   ///< By which the receiver finds it.
+  TensorView tensor;  ///< What is sent.
 };
+/// A tensor that came, with its name.
 struct NamedTensor {
-  std::string name;
-  Tensor tensor;
+  std::string name;  ///< What the sender called it.
+  Tensor tensor;     ///< What came, in memory of its own.
 };
 
 /// Besides the collectives, the hand-over between neighbouring stages. Stages are ranks in the
 /// group, from 0.
 class PipelineParallelGroup : public GroupCoordinator {
  public:
+  /// Made by `ParallelState::create`.
   using GroupCoordinator::GroupCoordinator;
 
+  /// Whether this is the first stage.
   [[nodiscard]] bool is_first() const noexcept { return rank() == 0; }
+  /// Whether this is the last stage.
   [[nodiscard]] bool is_last() const noexcept { return rank() == size() - 1; }
+  /// The stage before, as a rank in the group; none at the first.
   [[nodiscard]] std::optional<int> prev() const noexcept {
     return is_first() ? std::nullopt : std::optional(rank() - 1);
   }
+  /// The stage behind, as a rank in the group; none at the last.
   [[nodiscard]] std::optional<int> next() const noexcept {
     return is_last() ? std::nullopt : std::optional(rank() + 1);
   }

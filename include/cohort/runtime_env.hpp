@@ -34,16 +34,17 @@ namespace cohort {
 
 /// One row of the documentation below.
 struct EnvVariable {
+  /// What the library does with a variable.
   enum class Use : std::uint8_t {
     set_when_unset,  ///< `apply` sets it unless it is set; CUDA or NCCL reads it.
     read_by_cohort,  ///< The library reads it.
   };
 
-  std::string_view name;
-  Use use;
+  std::string_view name;           ///< As in the environment.
+  Use use;                         ///< Set or read.
   std::string_view values;         ///< What may be given.
   std::string_view default_value;  ///< What holds while it is unset and `apply` leaves it unset.
-  std::string_view meaning;
+  std::string_view meaning;        ///< What it decides.
 };
 
 /// Everything that is set or read.
@@ -122,16 +123,18 @@ struct RuntimeEnvOptions {
 
 /// One variable that the library wants set.
 struct EnvSetting {
+  /// What `apply` did: set it, or left what was set.
   enum class Action : std::uint8_t { set, left };
 
-  std::string name;
-  std::string wanted;
+  std::string name;                     ///< The variable.
+  std::string wanted;                   ///< What the library would set.
   std::optional<std::string> existing;  ///< The value that was there; an empty one counts as set.
   Action action = Action::set;          ///< `left` exactly if there was a value.
 
   friend bool operator==(const EnvSetting&, const EnvSetting&) = default;
 };
 
+/// "set" or "left".
 [[nodiscard]] constexpr std::string_view to_string(EnvSetting::Action action) noexcept {
   return action == EnvSetting::Action::set ? "set" : "left";
 }

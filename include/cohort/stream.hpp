@@ -17,16 +17,18 @@
 
 namespace cohort {
 
+/// Where memory lies.
 enum class DeviceKind : std::uint8_t { host, cuda };
 
 /// A place for memory and work. `index` is the CUDA ordinal; 0 on the host.
 struct Device {
-  DeviceKind kind = DeviceKind::host;
-  int index = 0;
+  DeviceKind kind = DeviceKind::host;  ///< Host or card.
+  int index = 0;                       ///< Of the card; 0 on the host.
 
   friend constexpr bool operator==(const Device&, const Device&) = default;
 };
 
+/// Such as "cuda:1".
 [[nodiscard]] inline std::string to_string(Device device) {
   return device.kind == DeviceKind::host
              ? "host"
@@ -42,9 +44,11 @@ inline constexpr CaptureId kInvalidatedCapture = ~CaptureId{0};
 /// object whose calls it holds; each of these keeps this instead.
 class Lifeline {
  public:
+  /// `owner` is named in the error.
   explicit Lifeline(std::string owner) : owner_(std::move(owner)) {}
   /// The owner goes. Its calls in graphs throw from here on.
   void end() noexcept { ended_ = true; }
+  /// Throws `UsageError` where the owner is gone.
   void check() const {
     if (ended_) {
       throw UsageError("graph launch: " + owner_ + " was used after shutdown");
@@ -119,6 +123,7 @@ class StreamDriver {
   /// Starts and ends a capture of the stream by this thread. `end_capture` throws `UsageError`
   /// where nothing was being captured, `TransportError` where the capture was invalidated.
   virtual void begin_capture(void* native) = 0;
+  /// Ends it; the graph is ready to be launched.
   [[nodiscard]] virtual std::unique_ptr<ExecutableGraph> end_capture(void* native) = 0;
 
   /// Waits until the stream is idle. Throws `TimeoutError` at the limit.
@@ -131,11 +136,15 @@ class StreamDriver {
 class StreamRef {
  public:
   constexpr StreamRef() = default;
+  /// A stream of the driver's; `native` is its handle, such as a cudaStream_t.
   constexpr StreamRef(StreamDriver& driver, void* native) noexcept
       : driver_(&driver), native_(native) {}
 
+  /// Whether it refers to a stream.
   [[nodiscard]] constexpr bool valid() const noexcept { return driver_ != nullptr; }
+  /// The driver's handle.
   [[nodiscard]] constexpr void* native() const noexcept { return native_; }
+  /// Who runs the stream.
   [[nodiscard]] constexpr StreamDriver& driver() const noexcept { return *driver_; }
 
   /// Throws `UsageError` for an empty function as well.
@@ -145,19 +154,26 @@ class StreamRef {
     }
     checked("submit").submit(native_, std::move(work));
   }
+  /// What follows here waits for what `signaller` has got so far.
   void wait_for(StreamRef signaller) const {
     (void)signaller.checked("wait_for signaller");
     checked("wait_for").wait_for(native_, signaller.native_);
   }
+  /// Marks this point of the stream.
   void record(StreamEvent& event) const { checked("record").record(event, native_); }
+  /// What follows waits for the marked point.
   void wait(StreamEvent& event) const { checked("wait").wait(native_, event); }
+  /// 0 outside of captures.
   [[nodiscard]] CaptureId capture_id() const { return checked("capture_id").capture_id(native_); }
+  /// The graph that is being captured keeps the object.
   void retain_in_capture(std::shared_ptr<void> object) const {
     checked("retain_in_capture").retain_in_capture(native_, std::move(object));
   }
+  /// Launches of the graph that is being captured throw once the owner is gone.
   void check_at_launch(const std::shared_ptr<const Lifeline>& owner) const {
     checked("check_at_launch").check_at_launch(native_, owner);
   }
+  /// Waits until the stream is empty. Throws `TimeoutError` after `limit`.
   void synchronize(std::chrono::milliseconds limit) const {
     checked("synchronize").synchronize(native_, limit);
   }

@@ -34,8 +34,8 @@ class StreamOrder {
   /// A call under way. A stream is asked for its capture once in each call, because devices answer
   /// slowly; within the call the answer cannot change.
   struct Call {
-    StreamRef stream;
-    CaptureId capture = 0;
+    StreamRef stream;       ///< Where the call is enqueued.
+    CaptureId capture = 0;  ///< The capture it belongs to, 0 if none.
   };
 
   /// A call begins: what `stream` gets from here on comes after the calls so far. Without a stream

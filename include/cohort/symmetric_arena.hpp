@@ -40,19 +40,21 @@ struct Audience {
   std::vector<Transport*> transports = {};  ///< In the same order on every rank.
 };
 
+/// How an arena grows.
 struct ArenaOptions {
   /// Least size of a segment that growth adds, in bytes.
   std::size_t growth_bytes = std::size_t{32} << 20;
 };
 
+/// What an arena holds.
 struct ArenaStatistics {
   std::uint64_t reserved = 0;      ///< Bytes of all segments.
   std::uint64_t used = 0;          ///< Bytes of live blocks and of what captured graphs lease.
   std::uint64_t peak = 0;          ///< Largest `used` so far.
   std::uint64_t largest_free = 0;  ///< Bytes of the largest block that needs no growth.
-  std::uint64_t live_blocks = 0;
-  std::size_t segments = 0;
-  bool frozen = false;
+  std::uint64_t live_blocks = 0;   ///< Blocks in use.
+  std::size_t segments = 0;        ///< Allocations, each registered with the whole audience.
+  bool frozen = false;             ///< Whether `freeze` was called.
 };
 
 /// Memory that captured graphs lease of an arena, as the arena sees it. Implemented by `GraphPart`.
@@ -68,16 +70,18 @@ class CaptureMemory : public MemoryOwner {
 /// What a part of an arena that graphs use has taken of it. Kept until the part and all its graphs
 /// are gone.
 struct GraphExtents {
+  /// A block that a graph holds.
   struct Extent {
-    OffsetAllocator::Block block = 0;
+    OffsetAllocator::Block block = 0;  ///< In its segment's allocator.
     OffsetAllocator::Marks users = 0;  ///< Streams that used it before the graphs.
     std::shared_ptr<Segment> segment;  ///< Of the block; graphs may outlive the arena.
   };
 
-  std::weak_ptr<CaptureMemory> part;
-  std::atomic<int> leases = 0;  ///< Graphs that are alive.
-  std::vector<Extent> extents;
+  std::weak_ptr<CaptureMemory> part;  ///< The part itself; expired where it is gone.
+  std::atomic<int> leases = 0;        ///< Graphs that are alive.
+  std::vector<Extent> extents;        ///< What they have taken.
 
+  /// Whether the part and all its graphs are gone.
   [[nodiscard]] bool ended() const noexcept { return part.expired() && leases == 0; }
 };
 
@@ -107,6 +111,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
                                             std::move(audience), options);
   }
 
+  /// Made by `create`.
   SymmetricArena(Private, Backend& backend, std::string name, Audience audience,
                  ArenaOptions options)
       : backend_(&backend),
@@ -119,7 +124,9 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
 
   ~SymmetricArena() override { close(); }
 
+  /// Such as "tp+dcp".
   [[nodiscard]] const std::string& name() const noexcept { return name_; }
+  /// Whose memory it hands out.
   [[nodiscard]] Backend& backend() const noexcept { return *backend_; }
 
   /// A contiguous tensor, allocated in the order of `stream`, on which it is also freed. Collective
@@ -170,6 +177,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     }
   }
 
+  /// What it holds now, and held at the peak.
   [[nodiscard]] ArenaStatistics statistics() const {
     const auto space = space_.statistics();
     return {.reserved = space.capacity,
@@ -192,6 +200,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     }
     captures_.push_back({capture, std::move(part)});
   }
+  /// The scope of the capture has ended.
   void leave_capture(CaptureId capture) noexcept {
     std::erase_if(captures_, [&](const ActiveCapture& active) { return active.id == capture; });
   }

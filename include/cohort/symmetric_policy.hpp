@@ -20,12 +20,14 @@ namespace cohort {
 class GroupKindSet {
  public:
   constexpr GroupKindSet() noexcept = default;
+  /// Exactly these kinds.
   constexpr GroupKindSet(std::initializer_list<GroupKind> kinds) noexcept {
     for (const GroupKind kind : kinds) {
       bits_ |= bit(kind);
     }
   }
 
+  /// Whether the kind is in the set.
   [[nodiscard]] constexpr bool contains(GroupKind kind) const noexcept {
     return (bits_ & bit(kind)) != 0;
   }
@@ -50,6 +52,7 @@ class Selection {
   }
   /// TP, PP and DCP at once. The world carries no layer's data and needs naming in `of`.
   [[nodiscard]] static constexpr Selection all() noexcept { return Selection(false, kAll); }
+  /// Windows nowhere.
   [[nodiscard]] static constexpr Selection none() noexcept {
     return Selection(false, GroupKindSet{});
   }
@@ -91,8 +94,10 @@ struct SymmetricOptions {
   bool peer_mapping = true;
 };
 
+/// Where a backend's tensors lie.
 enum class BackendKind : std::uint8_t { host, cuda };
 
+/// "host" or "cuda".
 [[nodiscard]] constexpr std::string_view to_string(BackendKind kind) noexcept {
   return kind == BackendKind::host ? "host" : "cuda";
 }
@@ -101,7 +106,7 @@ enum class BackendKind : std::uint8_t { host, cuda };
 /// they come here (`true` where it holds on every rank, the smallest version, the largest count of
 /// hosts), so that every rank decides alike. The defaults say "nothing is known to work".
 struct SymmetricCapabilities {
-  BackendKind backend = BackendKind::host;
+  BackendKind backend = BackendKind::host;  ///< Whose capabilities these are.
 
   /// cuda: windows were compiled in and the NCCL that was loaded exports them. host: segments are
   /// memory files that other processes can map. A registration that returned a handle proves
@@ -126,6 +131,7 @@ struct SymmetricCapabilities {
   std::string obstacle = {};
 };
 
+/// Why windows or peer mapping are on or off.
 enum class Reason : std::uint8_t {
   granted,
   disabled_by_user,
@@ -137,6 +143,7 @@ enum class Reason : std::uint8_t {
   out_of_peer_reach,
 };
 
+/// In words, as `describe` prints it.
 [[nodiscard]] constexpr std::string_view to_string(Reason reason) noexcept {
   switch (reason) {
     case Reason::granted:
@@ -162,15 +169,15 @@ enum class Reason : std::uint8_t {
 /// One yes or no. `on` holds exactly if `reason` is `granted`; `detail` names the fact behind the
 /// reason and may be empty.
 struct Answer {
-  bool on = false;
-  Reason reason = Reason::not_selected;
-  std::string detail;
+  bool on = false;                       ///< Whether the group has it.
+  Reason reason = Reason::not_selected;  ///< Why.
+  std::string detail;                    ///< What the backend adds, such as a call and its errno.
 };
 
 /// The two independent answers for one group.
 struct SymmetricDecision {
-  GroupKind kind = GroupKind::world;
-  int group_size = 1;
+  GroupKind kind = GroupKind::world;  ///< Of the group that was decided about.
+  int group_size = 1;                 ///< Its ranks.
   /// The user asked for symmetric memory in this group, and the group has peers to share it with.
   bool requested = false;
   /// Callers' buffers are registered: NCCL's windows, on the host backend the host's own.

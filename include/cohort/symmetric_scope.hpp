@@ -18,8 +18,8 @@ namespace cohort {
 /// What a scope allocates from: an arena, or the backend's ordinary memory where the arena is null.
 /// Groups and audiences convert to it.
 struct ScopeTarget {
-  SymmetricArena* arena = nullptr;
-  Backend* backend = nullptr;
+  SymmetricArena* arena = nullptr;  ///< Where `empty` allocates; null under a null scope.
+  Backend* backend = nullptr;       ///< Whose ordinary memory a null scope gives.
 };
 
 /// Whether a scope takes effect; `disabled` makes it a null scope.
@@ -56,6 +56,7 @@ struct ScopePlaces {
 ///     }
 class SymmetricScope {
  public:
+  /// Opens the scope on this thread; its tensors are used and freed on `stream`.
   explicit SymmetricScope(const ScopeTarget& target, StreamRef stream = {},
                           ScopeMode mode = ScopeMode::enabled) noexcept
       : arena_(mode == ScopeMode::enabled ? target.arena : nullptr),
@@ -82,6 +83,7 @@ class SymmetricScope {
 
   /// Whether allocations are ordinary memory.
   [[nodiscard]] bool is_null() const noexcept { return arena_ == nullptr; }
+  /// The scope's stream.
   [[nodiscard]] StreamRef stream() const noexcept { return stream_; }
 
   /// Allocates as `cohort::empty` does. Throws as `SymmetricArena::empty` and `Backend::allocate`,

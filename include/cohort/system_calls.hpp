@@ -38,8 +38,11 @@ namespace cohort {
 class UniqueFd {
  public:
   UniqueFd() = default;
+  /// Owns the descriptor; negative for none.
   explicit UniqueFd(int descriptor) noexcept : descriptor_(descriptor) {}
+  /// Takes it over.
   UniqueFd(UniqueFd&& other) noexcept : descriptor_(std::exchange(other.descriptor_, -1)) {}
+  /// Closes what it had and takes the other's.
   UniqueFd& operator=(UniqueFd&& other) noexcept {
     if (this != &other) {
       reset();
@@ -51,7 +54,9 @@ class UniqueFd {
   UniqueFd& operator=(const UniqueFd&) = delete;
   ~UniqueFd() { reset(); }
 
+  /// The descriptor, negative for none.
   [[nodiscard]] int get() const noexcept { return descriptor_; }
+  /// Whether there is one.
   [[nodiscard]] explicit operator bool() const noexcept { return descriptor_ >= 0; }
 
   /// Not repeated when interrupted: Linux has let the number go by then, and another thread may
@@ -69,6 +74,7 @@ class UniqueFd {
 
 namespace os {
 
+/// Of deadlines.
 using TimePoint = std::chrono::steady_clock::time_point;
 
 /// "connect: Connection refused".
@@ -107,16 +113,18 @@ auto repeat(const Call& call) {
   return UniqueFd(repeat([&] { return ::fcntl(descriptor, F_DUPFD_CLOEXEC, STDERR_FILENO + 1); }));
 }
 
+/// open(2) with O_CLOEXEC, again where a signal came between; errno where it fails.
 [[nodiscard]] inline UniqueFd open_file(const std::string& path, int flags) noexcept {
   return keep(repeat([&] { return ::open(path.c_str(), flags | O_CLOEXEC); }));
 }
 
 /// Content of a small file such as those of /proc, or why it cannot be read.
 struct TextFile {
-  std::string text;
-  int error = 0;
+  std::string text;  ///< What the file holds.
+  int error = 0;     ///< errno where it could not be read.
 };
 
+/// A whole small file.
 [[nodiscard]] inline TextFile read_text(const std::string& path) {
   TextFile file;
   const UniqueFd descriptor = open_file(path, O_RDONLY);
@@ -171,6 +179,7 @@ struct TextFile {
   }
 }
 
+/// poll(2) for `events` until the deadline; false when it passed.
 [[nodiscard]] inline bool wait_ready(int descriptor, short events, TimePoint deadline) noexcept {
   pollfd entry{.fd = descriptor, .events = events, .revents = 0};
   return wait_ready(std::span(&entry, 1), deadline);
@@ -190,6 +199,7 @@ struct TextFile {
 
 // --- sockets, all of them non-blocking -----------------------------------------------------------
 
+/// A stream socket of this machine, not yet connected.
 [[nodiscard]] inline UniqueFd unix_socket() noexcept {
   return keep(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
 }
@@ -224,6 +234,7 @@ struct TextFile {
 [[nodiscard]] inline ssize_t receive_now(int socket, void* data, std::size_t bytes) noexcept {
   return repeat([&] { return ::recv(socket, data, bytes, MSG_DONTWAIT); });
 }
+/// recvmsg(2) without waiting.
 [[nodiscard]] inline ssize_t receive_now(int socket, msghdr& message) noexcept {
   return repeat([&] { return ::recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_DONTWAIT); });
 }
@@ -232,6 +243,7 @@ struct TextFile {
 [[nodiscard]] inline ssize_t send_now(int socket, const void* data, std::size_t bytes) noexcept {
   return repeat([&] { return ::send(socket, data, bytes, MSG_NOSIGNAL | MSG_DONTWAIT); });
 }
+/// sendmsg(2) without waiting and without SIGPIPE.
 [[nodiscard]] inline ssize_t send_now(int socket, const msghdr& message) noexcept {
   return repeat([&] { return ::sendmsg(socket, &message, MSG_NOSIGNAL | MSG_DONTWAIT); });
 }

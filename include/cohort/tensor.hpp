@@ -25,14 +25,17 @@
 
 namespace cohort {
 
+/// The most dimensions of a tensor.
 inline constexpr int kMaxDims = 8;
 
 /// A short list of extents or strides, held in place.
 class Dims {
  public:
   constexpr Dims() = default;
+  /// Throws `UsageError` for more than `kMaxDims`.
   constexpr Dims(std::initializer_list<std::int64_t> values)
       : Dims(std::span<const std::int64_t>(values.begin(), values.size())) {}
+  /// Throws `UsageError` for more than `kMaxDims`.
   constexpr explicit Dims(std::span<const std::int64_t> values) {
     if (values.size() > static_cast<std::size_t>(kMaxDims)) {
       throw UsageError(fmt::format("a tensor has {} dimensions; at most {} are supported",
@@ -43,14 +46,19 @@ class Dims {
     }
   }
 
+  /// How many there are.
   [[nodiscard]] constexpr int size() const noexcept { return size_; }
+  /// The i-th, 0 to `size()` - 1.
   [[nodiscard]] constexpr std::int64_t operator[](int i) const noexcept {
     return values_[static_cast<std::size_t>(i)];
   }
+  /// The i-th, to be changed.
   [[nodiscard]] constexpr std::int64_t& operator[](int i) noexcept {
     return values_[static_cast<std::size_t>(i)];
   }
+  /// The first.
   [[nodiscard]] constexpr const std::int64_t* begin() const noexcept { return values_.data(); }
+  /// Behind the last.
   [[nodiscard]] constexpr const std::int64_t* end() const noexcept {
     return values_.data() + size_;
   }
@@ -72,6 +80,7 @@ class Dims {
   int size_ = 0;
 };
 
+/// Such as "(2,4,8)".
 [[nodiscard]] inline std::string to_string(const Dims& dims) {
   return fmt::format("({})", detail::joined(dims, ","));
 }
@@ -162,6 +171,7 @@ class BasicTensorView {
         device_(other.device()),
         dtype_(other.dtype()) {}
 
+  /// The first element.
   [[nodiscard]] Void* data() const noexcept { return data_; }
   /// The elements as `T`. Throws `UsageError` where `T` is not the view's element type.
   template <class T>
@@ -172,21 +182,28 @@ class BasicTensorView {
     }
     return static_cast<std::conditional_t<std::is_const_v<Void>, const T, T>*>(data_);
   }
+  /// Of the elements.
   [[nodiscard]] DType dtype() const noexcept { return dtype_; }
+  /// Where they lie.
   [[nodiscard]] Device device() const noexcept { return device_; }
+  /// Elements along each dimension.
   [[nodiscard]] const Dims& shape() const noexcept { return shape_; }
+  /// In elements.
   [[nodiscard]] const Dims& strides() const noexcept { return strides_; }
+  /// Dimensions.
   [[nodiscard]] int ndim() const noexcept { return shape_.size(); }
   /// Extent of a dimension; negative ones count from the end.
   [[nodiscard]] std::int64_t size(int dim) const {
     return shape_[normalize_dim(dim, ndim(), "size")];
   }
+  /// Elements.
   [[nodiscard]] std::int64_t numel() const noexcept { return numel_; }
   /// Bytes of the elements, gaps not counted.
   [[nodiscard]] std::size_t bytes() const noexcept {
     return static_cast<std::size_t>(numel_) * size_of(dtype_);
   }
 
+  /// Whether the elements lie side by side, the last dimension fastest.
   [[nodiscard]] bool is_contiguous() const noexcept {
     std::int64_t step = 1;
     for (int i = ndim() - 1; i >= 0; --i) {
@@ -250,6 +267,7 @@ using TensorView = BasicTensorView<void>;
 /// What a call only reads.
 using ConstTensorView = BasicTensorView<const void>;
 
+/// Shape, type and device.
 template <class Void>
 [[nodiscard]] std::string to_string(const BasicTensorView<Void>& view) {
   return fmt::format("{}{} on {}", to_string(view.dtype()), to_string(view.shape()),
@@ -274,12 +292,15 @@ class MemoryOwner {
 class Tensor {
  public:
   Tensor() = default;
+  /// Of a block that its owner gave.
   Tensor(const TensorView& view, std::shared_ptr<MemoryOwner> owner, std::uint64_t block) noexcept
       : view_(view), owner_(std::move(owner)), block_(block) {}
+  /// The other is empty afterwards.
   Tensor(Tensor&& other) noexcept
       : view_(other.view_), owner_(std::move(other.owner_)), block_(other.block_) {
     other.view_ = {};
   }
+  /// Frees its own block first; the other is empty afterwards.
   Tensor& operator=(Tensor&& other) noexcept {
     if (this != &other) {
       release();
@@ -319,21 +340,33 @@ class Tensor {
     }
   }
 
+  /// The same elements, not owned.
   [[nodiscard]] const TensorView& view() const noexcept { return view_; }
+  /// As `view`.
   operator const TensorView&() const noexcept { return view_; }  // NOLINT(google-explicit-*)
-  operator ConstTensorView() const noexcept { return view_; }    // NOLINT(google-explicit-*)
+  /// As `view`, to be read only.
+  operator ConstTensorView() const noexcept { return view_; }  // NOLINT(google-explicit-*)
 
+  /// The first element.
   [[nodiscard]] void* data() const noexcept { return view_.data(); }
+  /// The elements as `T`. Throws `UsageError` where `T` is not their type.
   template <class T>
   [[nodiscard]] T* data_as() const {
     return view_.data_as<T>();
   }
+  /// Of the elements.
   [[nodiscard]] DType dtype() const noexcept { return view_.dtype(); }
+  /// Where they lie.
   [[nodiscard]] Device device() const noexcept { return view_.device(); }
+  /// Elements along each dimension.
   [[nodiscard]] const Dims& shape() const noexcept { return view_.shape(); }
+  /// Dimensions.
   [[nodiscard]] int ndim() const noexcept { return view_.ndim(); }
+  /// Elements along `dim`; negative counts from the end.
   [[nodiscard]] std::int64_t size(int dim) const { return view_.size(dim); }
+  /// Elements.
   [[nodiscard]] std::int64_t numel() const noexcept { return view_.numel(); }
+  /// Of all elements.
   [[nodiscard]] std::size_t bytes() const noexcept { return view_.bytes(); }
 
  private:

@@ -19,6 +19,7 @@ namespace cohort {
 /// "Megatron-LM", 2019, arXiv:1909.08053, section 3).
 class TensorParallelGroup : public GroupCoordinator {
  public:
+  /// Made by `ParallelState::create`.
   using GroupCoordinator::GroupCoordinator;
 
   /// Sums the ranks' partial products of a row-parallel layer, in place. `partial` [..., hidden].

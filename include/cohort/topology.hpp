@@ -26,6 +26,7 @@
 
 namespace cohort {
 
+/// What a group is for.
 enum class GroupKind : std::uint8_t {
   world,
   tensor_parallel,

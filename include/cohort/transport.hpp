@@ -23,8 +23,10 @@
 
 namespace cohort {
 
+/// How elements are combined.
 enum class ReduceOp : std::uint8_t { sum, prod, min, max };
 
+/// Such as "sum".
 [[nodiscard]] constexpr std::string_view to_string(ReduceOp op) noexcept {
   switch (op) {
     case ReduceOp::sum:
@@ -57,7 +59,9 @@ class Segment {
   Segment& operator=(const Segment&) = delete;
   virtual ~Segment() = default;
 
+  /// Its first byte, in this process.
   [[nodiscard]] virtual void* data() const noexcept = 0;
+  /// Its length.
   [[nodiscard]] virtual std::size_t bytes() const noexcept = 0;
 };
 
@@ -82,7 +86,7 @@ struct MergeArguments {
   ConstTensorView lse;  ///< [B, H] in f32; any strides
   TensorView merged;    ///< [B, H/n, D], the type of `out`; any strides, D without gaps
   const TensorView* merged_lse = nullptr;  ///< [B, H/n] in f32, or null where not asked for
-  LseBase base = LseBase::e;
+  LseBase base = LseBase::e;               ///< Of the log-sum-exps.
 };
 
 /// Local tensor arithmetic in stream order. Arguments have been validated; no call communicates or
@@ -172,6 +176,7 @@ class Transport {
   Transport& operator=(const Transport&) = delete;
   virtual ~Transport() = default;
 
+  /// Such as "nccl".
   [[nodiscard]] virtual std::string_view name() const noexcept = 0;
   /// What the policy decides on; equal on all ranks.
   [[nodiscard]] virtual const SymmetricCapabilities& capabilities() const noexcept = 0;
@@ -202,11 +207,13 @@ class Transport {
   /// `in` may be `out`.
   virtual void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
                           StreamRef stream) = 0;
+  /// Every rank gets `root`'s elements.
   virtual void broadcast(const TensorView& tensor, int root, StreamRef stream) = 0;
   /// Part r of `in` along dimension 0 goes to rank r; part r of `out` came from rank r.
   virtual void all_to_all(const ConstTensorView& in, const TensorView& out, StreamRef stream) = 0;
   /// Matched by one `recv` of the same size; messages of a pair keep their order.
   virtual void send(const ConstTensorView& tensor, int to, StreamRef stream) = 0;
+  /// Fills `tensor` with what rank `from` sends.
   virtual void recv(const TensorView& tensor, int from, StreamRef stream) = 0;
   /// Stream work after it runs once every rank's stream has reached it.
   virtual void barrier(StreamRef stream) = 0;
@@ -247,9 +254,13 @@ class Backend {
   Backend& operator=(const Backend&) = delete;
   virtual ~Backend() = default;
 
+  /// Host or cards.
   [[nodiscard]] virtual BackendKind kind() const noexcept = 0;
+  /// Where its tensors lie.
   [[nodiscard]] virtual Device device() const noexcept = 0;
+  /// Runs its streams.
   [[nodiscard]] virtual StreamDriver& streams() noexcept = 0;
+  /// Local work on tensors.
   [[nodiscard]] virtual TensorOps& ops() noexcept = 0;
 
   /// Local. Sizes are multiples of `segment_granularity`. Throws `TransportError`.
@@ -258,6 +269,7 @@ class Backend {
   [[nodiscard]] virtual std::unique_ptr<Segment> allocate_workspace(std::size_t bytes) {
     return allocate_segment(bytes);
   }
+  /// Segments are multiples of that many bytes.
   [[nodiscard]] virtual std::size_t segment_granularity() const noexcept = 0;
   /// Ordinary memory, in stream order where the device allows. Throws `TransportError`.
   [[nodiscard]] virtual Tensor allocate(const Dims& shape, DType dtype, StreamRef stream) = 0;

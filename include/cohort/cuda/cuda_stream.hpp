@@ -194,6 +194,7 @@ struct CaptureInfo {
 /// A captured graph, instantiated.
 class CudaExecutableGraph final : public ExecutableGraph {
  public:
+  /// Instantiates the graph. Throws `TransportError` with CUDA's code.
   CudaExecutableGraph(int device, UniqueGraph graph) : device_(device), graph_(std::move(graph)) {
     const DeviceGuard guard(device_);
     cudaGraphExec_t exec = nullptr;
@@ -215,9 +216,12 @@ class CudaExecutableGraph final : public ExecutableGraph {
   UniqueGraphExec exec_;
 };
 
+/// A CUDA event.
 class CudaStreamEvent final : public StreamEvent {
  public:
+  /// Owns the event.
   explicit CudaStreamEvent(UniqueEvent event) : event_(std::move(event)) {}
+  /// CUDA's handle.
   [[nodiscard]] cudaEvent_t get() const noexcept { return event_.get(); }
 
  private:
@@ -241,7 +245,9 @@ class RankWaits {
 /// The streams of one device. Thread-safe.
 class CudaStreamDriver final : public StreamDriver {
  public:
+  /// Of one card.
   explicit CudaStreamDriver(int device) : device_(device), event_(cohort::make_event(device)) {}
+  /// For calls of groups.
   [[nodiscard]] StreamRef ref(cudaStream_t stream) noexcept { return {*this, stream}; }
 
   /// `work` must make no CUDA call.
@@ -340,6 +346,7 @@ class CudaStreamDriver final : public StreamDriver {
         "cudaStreamBeginCapture");
   }
 
+  /// Ends it and instantiates the graph.
   [[nodiscard]] std::unique_ptr<ExecutableGraph> end_capture(void* native) override {
     const DeviceGuard guard(device_);
     if (capture_id(native) == 0) {
@@ -365,6 +372,7 @@ class CudaStreamDriver final : public StreamDriver {
     const std::lock_guard lock(waits_mutex_);
     waits_.push_back(&waits);
   }
+  /// The group is gone.
   void remove(RankWaits& waits) noexcept {
     const std::lock_guard lock(waits_mutex_);
     waits_.erase(std::remove(waits_.begin(), waits_.end(), &waits), waits_.end());

@@ -98,15 +98,20 @@ inline constexpr char kMemPoolDestroy[] = "cudaMemPoolDestroy";
 
 }  // namespace detail
 
+/// A stream that is destroyed with its owner.
 using UniqueStream = detail::UniqueCuda<cudaStream_t, &cudaStreamDestroy, detail::kStreamDestroy>;
+/// An event, likewise.
 using UniqueEvent = detail::UniqueCuda<cudaEvent_t, &cudaEventDestroy, detail::kEventDestroy>;
+/// A graph, likewise.
 using UniqueGraph = detail::UniqueCuda<cudaGraph_t, &cudaGraphDestroy, detail::kGraphDestroy>;
+/// An instantiated graph, likewise.
 using UniqueGraphExec =
     detail::UniqueCuda<cudaGraphExec_t, &cudaGraphExecDestroy, detail::kGraphExecDestroy>;
 /// Memory of cudaMalloc.
 using UniqueMemory = detail::UniqueCuda<void*, &cudaFree, detail::kFree>;
 /// Memory of cudaHostAlloc.
 using UniqueHostMemory = detail::UniqueCuda<void*, &cudaFreeHost, detail::kFreeHost>;
+/// A memory pool, likewise.
 using UniqueMemPool =
     detail::UniqueCuda<cudaMemPool_t, &cudaMemPoolDestroy, detail::kMemPoolDestroy>;
 

@@ -31,8 +31,8 @@ class PeerMapping {
  public:
   /// A mapping, or why there is none; equal on all ranks.
   struct Outcome {
-    std::unique_ptr<PeerMapping> mapping;
-    std::string refusal;
+    std::unique_ptr<PeerMapping> mapping;  ///< Null where there is none.
+    std::string refusal;                   ///< Why there is none.
   };
 
   /// Allocates `bytes` on `device` on every rank and maps them everywhere. Collective; bounded by
@@ -76,7 +76,9 @@ class PeerMapping {
 
   /// By rank, the own copy included.
   [[nodiscard]] std::span<void* const> peers() const noexcept { return peers_; }
+  /// The own copy.
   [[nodiscard]] void* data() const noexcept { return mine_.data(); }
+  /// Of one rank's copy.
   [[nodiscard]] std::size_t bytes() const noexcept { return mine_.bytes(); }
 
   /// Leaves everything mapped for good: for kernels that never end.

@@ -48,7 +48,9 @@ class KvShard {
     cycle_ = interleave * ranks;
   }
 
+  /// Ranks that share the cache.
   [[nodiscard]] int ranks() const noexcept { return ranks_; }
+  /// Consecutive tokens that stay on one rank.
   [[nodiscard]] std::int64_t interleave() const noexcept { return interleave_; }
 
   /// Rank that holds a token. The owner of the next token to append to a sequence of L tokens is
@@ -92,6 +94,7 @@ class KvShard {
 
   /// `local_count` for each sequence of a batch.
   /// @param lengths  [B] tokens per sequence.
+  /// @param rank     Whose tokens are counted.
   /// @param counts   [B], written; may be `lengths`.
   /// @throw UsageError as `local_count`, or if the sizes differ; nothing is written then.
   void local_counts(std::span<const std::int64_t> lengths, int rank,

@@ -10,6 +10,7 @@
 
 namespace cohort::dcp {
 
+/// Where things lie in what one rank sends to another.
 struct PackedPiece {
   std::size_t lse_offset = 0;  ///< Bytes from the piece's start to the LSEs.
   std::size_t bytes = 0;       ///< Bytes of the whole piece, padding included.

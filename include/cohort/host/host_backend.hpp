@@ -61,25 +61,29 @@ struct Introduction {
   std::uint64_t protocol = kPadProtocol;  ///< First in every version.
   std::array<char, 64> machine{};         ///< "" where this rank could not find out.
   std::array<char, 192> obstacle{};       ///< Why this rank offers no pad; "" where it does.
-  MemoryHandle pad;
-  std::uint64_t has_memory_files = 0;
+  MemoryHandle pad;                       ///< Where its signal pad lies.
+  std::uint64_t has_memory_files = 0;     ///< 1 where this rank can share memory.
 };
 static_assert(std::is_trivially_copyable_v<Introduction> && offsetof(Introduction, protocol) == 0);
 
 /// Ordinary memory of one tensor. A graph in whose capture it was allocated keeps it as well.
 class HostBuffer : public MemoryOwner, public std::enable_shared_from_this<HostBuffer> {
  public:
+  /// Of the first byte.
   static constexpr std::size_t kAlignment = 64;
 
+  /// Throws `std::bad_alloc`.
   explicit HostBuffer(std::size_t bytes)
       : data_(::operator new (std::max<std::size_t>(1, bytes), std::align_val_t{kAlignment})) {}
   ~HostBuffer() override { ::operator delete (data_, std::align_val_t{kAlignment}); }
 
+  /// The first byte.
   [[nodiscard]] void* data() const noexcept { return data_; }
 
   /// The last owner's destruction frees.
   void release(std::uint64_t) noexcept override {}
   void record_stream(std::uint64_t, StreamRef stream) override { retain_in(stream); }
+  /// A graph that is being captured on the stream keeps the memory.
   void retain_in(StreamRef stream) {
     if (stream.valid() && stream.capture_id() != 0) {
       stream.retain_in_capture(shared_from_this());
@@ -93,8 +97,10 @@ class HostBuffer : public MemoryOwner, public std::enable_shared_from_this<HostB
 /// Bytes of segments in use, so that a limit can be kept.
 class SegmentBudget {
  public:
+  /// `limit` is in bytes, for all segments.
   explicit SegmentBudget(std::size_t limit) : left_(limit) {}
 
+  /// Whether so much was left; it is taken then.
   [[nodiscard]] bool take(std::size_t bytes) noexcept {
     std::size_t left = left_.load(std::memory_order_relaxed);
     do {
@@ -104,24 +110,32 @@ class SegmentBudget {
     } while (!left_.compare_exchange_weak(left, left - bytes, std::memory_order_relaxed));
     return true;
   }
+  /// What was taken.
   void give_back(std::size_t bytes) noexcept { left_.fetch_add(bytes, std::memory_order_relaxed); }
 
  private:
   std::atomic<std::size_t> left_;
 };
 
+/// Tensors in the host's memory; made by `host_backend`.
 class HostBackend final : public Backend {
  public:
+  /// With limits for its memory.
   explicit HostBackend(HostOptions options)
       : options_(std::move(options)),
         budget_(std::make_shared<SegmentBudget>(options_.segment_limit)) {
     options_.slot_bytes = round_up(std::max<std::size_t>(1, options_.slot_bytes));
   }
 
+  /// The host.
   [[nodiscard]] BackendKind kind() const noexcept override { return BackendKind::host; }
+  /// The host.
   [[nodiscard]] Device device() const noexcept override { return {}; }
+  /// In-order executors.
   [[nodiscard]] StreamDriver& streams() noexcept override { return host_stream_driver(); }
+  /// Local work on the processor.
   [[nodiscard]] TensorOps& ops() noexcept override { return ops_; }
+  /// A page.
   [[nodiscard]] std::size_t segment_granularity() const noexcept override { return kPage; }
 
   /// Takes the pages at once: a machine without memory fails here, not at the first access.
@@ -259,10 +273,11 @@ inline std::shared_ptr<SharedMemory> HostBackend::make_pad(const PadGeometry& ge
 
 /// Every rank's pad, or why one could not be mapped.
 struct PadImport {
-  std::vector<std::shared_ptr<SharedMemory>> pads;
-  std::string failure;
+  std::vector<std::shared_ptr<SharedMemory>> pads;  ///< Of all ranks, or none.
+  std::string failure;                              ///< Why there are none.
 };
 
+/// Opens the signal pads of all ranks that could share memory.
 [[nodiscard]] inline PadImport import_pads(std::span<const Introduction> all,
                                            const PadGeometry& geometry) {
   PadImport result;

@@ -32,7 +32,9 @@ namespace host {
 /// What one capture recorded: the work in submission order, what the work needs, and whose it is.
 class Recording {
  public:
+  /// Adds work to what a launch runs.
   void add(std::function<void()> work) { work_.push_back(std::move(work)); }
+  /// Keeps the object as long as the recording.
   void retain(std::shared_ptr<void> object) { retained_.push_back(std::move(object)); }
   /// Every run checks `owner` before any of the work.
   void require(const std::shared_ptr<const Lifeline>& owner) {
@@ -40,6 +42,7 @@ class Recording {
       owners_.push_back(owner);
     }
   }
+  /// Checks the owners, then does the work in order.
   void run() const {
     for (const auto& owner : owners_) {
       owner->check();
@@ -58,19 +61,22 @@ class Recording {
 
 /// A capture in progress, shared by the streams that take part in it.
 struct Capture {
-  CaptureId id = 0;
+  CaptureId id = 0;              ///< Never 0 while capturing.
   const void* origin = nullptr;  ///< The stream that began it.
-  bool ended = false;
+  bool ended = false;            ///< Whether it is over.
+  /// What was captured so far.
   std::shared_ptr<Recording> recording = std::make_shared<Recording>();
 };
 
 /// Work before it has run, or is recorded before whatever comes next: only the capture counts.
 struct HostEvent final : StreamEvent {
-  std::shared_ptr<Capture> capture;
+  std::shared_ptr<Capture> capture;  ///< The one that the marked point belongs to, if any.
 };
 
+/// A recording that can be launched again and again.
 class HostGraph : public ExecutableGraph {
  public:
+  /// Of what was recorded.
   explicit HostGraph(std::shared_ptr<const Recording> recording)
       : recording_(std::move(recording)) {}
 
@@ -133,13 +139,17 @@ class HostStream {
   HostStream(const HostStream&) = delete;
   HostStream& operator=(const HostStream&) = delete;
 
+  /// For calls of groups.
   [[nodiscard]] StreamRef ref() noexcept { return {host_stream_driver(), this}; }
+  /// As `ref`.
   operator StreamRef() noexcept { return ref(); }  // NOLINT(google-explicit-constructor)
 
   /// Runs `work`, or records it while capturing.
   void submit(std::function<void()> work) { ref().submit(std::move(work)); }
 
+  /// From here on work is recorded instead of run.
   void begin_capture() { host_stream_driver().begin_capture(this); }
+  /// Ends it; the graph is ready to be launched.
   [[nodiscard]] std::unique_ptr<ExecutableGraph> end_capture() {
     return host_stream_driver().end_capture(this);
   }
@@ -258,6 +268,7 @@ template <class T>
 [[nodiscard]] T keep(const T& value) {
   return value;
 }
+/// A copy that recorded work may keep.
 template <class T>
 [[nodiscard]] std::vector<std::remove_const_t<T>> keep(std::span<T> values) {
   return {values.begin(), values.end()};

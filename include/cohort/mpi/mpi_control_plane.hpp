@@ -168,7 +168,9 @@ class MpiMessenger : public Messenger {
     close();
   }
 
+  /// This rank in the communicator.
   [[nodiscard]] int rank() const noexcept override { return rank_; }
+  /// Ranks of the communicator.
   [[nodiscard]] int size() const noexcept override { return size_; }
 
   void send(int to, Bytes message) override {
@@ -218,6 +220,7 @@ class MpiMessenger : public Messenger {
   }
 
   void abandon() noexcept override { abandoned_ = true; }
+  /// Whether a wait timed out and its buffers were left to MPI.
   [[nodiscard]] bool abandoned() const noexcept { return abandoned_; }
 
   /// The library's communicator, which returns errors; null once closed.
@@ -373,10 +376,12 @@ class MpiControlPlane : public MessageControlPlane {
                            std::string name = "world")
       : MpiControlPlane(std::make_shared<MpiMessenger>(ranks, limit), limit, std::move(name)) {}
 
+  /// Over a messenger that exists.
   MpiControlPlane(std::shared_ptr<MpiMessenger> messenger, std::chrono::milliseconds limit,
                   std::string name = "world")
       : MessageControlPlane(messenger, limit, std::move(name)), messenger_(std::move(messenger)) {}
 
+  /// What carries the messages.
   [[nodiscard]] MpiMessenger& messenger() noexcept { return *messenger_; }
 
  private:

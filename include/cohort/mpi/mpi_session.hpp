@@ -29,6 +29,7 @@
 
 namespace cohort {
 
+/// How a session starts.
 struct MpiSessionOptions {
   /// The level asked of MPI. Cohort calls MPI from the threads that call Cohort and starts none
   /// that does, so `MPI_THREAD_FUNNELED` serves an engine with one such thread.
@@ -188,6 +189,7 @@ class MpiSession {
   /// `TimeoutError` naming ranks that do not come, `TransportError`.
   MpiSession(int& argc, char**& argv, const MpiSessionOptions& options = {})
       : MpiSession(&argc, &argv, options) {}
+  /// Without the program's arguments.
   explicit MpiSession(const MpiSessionOptions& options = {})
       : MpiSession(nullptr, nullptr, options) {}
 
@@ -212,6 +214,7 @@ class MpiSession {
   /// This rank among those that share memory with it (`MPI_COMM_TYPE_SHARED`), in rank order: the
   /// usual choice of a device.
   [[nodiscard]] int local_rank() const noexcept { return local_rank_; }
+  /// Ranks of this machine.
   [[nodiscard]] int local_size() const noexcept { return local_size_; }
 
   /// Whether the session initialised MPI.

@@ -31,6 +31,7 @@
 
 namespace cohort {
 
+/// How cards are used; each option has a default that fits most engines.
 struct CudaOptions {
   /// Ordinal of the device. By default the process's local rank picks it, round robin.
   std::optional<int> device = {};
@@ -70,9 +71,13 @@ class CudaBackend final : public Backend {
     }
   }
 
+  /// Cards.
   [[nodiscard]] BackendKind kind() const noexcept override { return BackendKind::cuda; }
+  /// This rank's card.
   [[nodiscard]] Device device() const noexcept override { return {DeviceKind::cuda, device_}; }
+  /// CUDA streams of that card.
   [[nodiscard]] CudaStreamDriver& streams() noexcept override { return streams_; }
+  /// Local work on the card.
   [[nodiscard]] TensorOps& ops() noexcept override { return ops_; }
 
   /// A reference to the engine's stream, which must be one of this device.

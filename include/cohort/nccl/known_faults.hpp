@@ -16,6 +16,7 @@
 
 namespace cohort {
 
+/// What a caller would not expect of some versions.
 enum class NcclTrait : std::uint8_t {
   windows,              ///< Windows and kernels that use them exist.
   early_start,          ///< Symmetric kernels may read before the producer's writes are visible.
@@ -30,12 +31,13 @@ enum class NcclTrait : std::uint8_t {
 /// One trait, and the versions that have it: from `begin` up to, but not including, `end`, as
 /// `ncclGetVersion` gives them.
 struct NcclFact {
-  NcclTrait trait;
-  int begin;
-  int end;
-  std::string_view effect;
-  std::string_view source;
+  NcclTrait trait;          ///< What holds.
+  int begin;                ///< The first version, as NCCL_VERSION_CODE.
+  int end;                  ///< The first version again without it.
+  std::string_view effect;  ///< What a caller sees.
+  std::string_view source;  ///< How it is known.
 
+  /// Whether a version has the trait.
   [[nodiscard]] constexpr bool holds(int version) const noexcept {
     return version >= begin && version < end;
   }
@@ -44,6 +46,7 @@ struct NcclFact {
 /// Beyond every version.
 inline constexpr int kNoNccl = 1'000'000;
 
+/// All that is known.
 inline constexpr NcclFact kNcclFacts[] = {
     {NcclTrait::windows, kMinNcclForWindows, kNoNccl, "has symmetric windows",
      "NCCL's release notes of 2.27.3-1"},
@@ -76,6 +79,7 @@ inline constexpr NcclFact kNcclFacts[] = {
      "measured: 12 s and more with 2.32.3 where the peer aborts instead, 0.5 s with 2.29.7"},
 };
 
+/// Whether any fact says so of that version.
 [[nodiscard]] constexpr bool has_trait(NcclTrait trait, int version) noexcept {
   for (const NcclFact& fact : kNcclFacts) {
     if (fact.trait == trait && fact.holds(version)) {
