@@ -109,7 +109,7 @@ __device__ __forceinline__ EpochRecord* record(std::byte* inbox, std::uint32_t i
   return reinterpret_cast<EpochRecord*>(inbox + sizeof(InboxControl)) + i;
 }
 
-/// Where the call that `source` is in stands in every inbox.
+/// Where `source` announces in every inbox which call it is in; see `announce`.
 __device__ __forceinline__ std::uint64_t* announcement(std::byte* inbox, int source) {
   return reinterpret_cast<std::uint64_t*>(inbox + kCallsOffset) + source;
 }
@@ -252,6 +252,21 @@ static __device__ __forceinline__ bool host_gave_up(InboxControl* own, std::uint
   return before == due && *const_cast<const volatile std::uint64_t*>(&words->give_up) != 0;
 }
 
+/// Tells all peers which call this rank is in. Where ranks make different calls, each waits for
+/// words with flags that never come. So whoever has waited for a while announces its call, once a
+/// thread, and finds in the own inbox what the others are in; a call that gets on announces
+/// nothing.
+template <int kRanks>
+static __device__ __forceinline__ void announce(const Group<kRanks>& g, std::uint64_t epoch) {
+  const std::uint64_t call = g.signature.announcement(epoch);
+#pragma unroll 1
+  for (int k = 1; k < g.size(); ++k) {
+    asm volatile("st.volatile.global.u64 [%0],%1;" ::"l"(announcement(g.peers[k], g.rank)),
+                 "l"(call)
+                 : "memory");
+  }
+}
+
 /// What the announcements in the own inbox say of the ranks that a thread misses.
 struct Whereabouts {
   std::uint32_t away = 0;   ///< Have not come to this call.
@@ -261,14 +276,16 @@ template <int kRanks>
 static __device__ __forceinline__ Whereabouts look_for(const Group<kRanks>& g, std::uint64_t epoch,
                                                        std::uint32_t missing) {
   Whereabouts found;
+  const std::uint64_t mine = g.signature.announcement(epoch);
 #pragma unroll 1
   for (std::uint32_t left = missing; left != 0; left &= left - 1) {
     const std::uint32_t bit = left & (0U - left);
     const std::uint64_t theirs = *const_cast<const volatile std::uint64_t*>(
         announcement(g.own(), __ffs(static_cast<int>(left)) - 1));
-    const bool here = static_cast<std::uint32_t>(theirs) == static_cast<std::uint32_t>(epoch);
+    const bool here =
+        CallSignature::announced_epoch(theirs) == CallSignature::announced_epoch(mine);
     found.away |= here ? 0U : bit;
-    found.other |= here && static_cast<std::uint32_t>(theirs >> 32) != g.signature.word ? bit : 0U;
+    found.other |= here && theirs != mine ? bit : 0U;
   }
   return found;
 }
@@ -286,7 +303,7 @@ static __device__ __noinline__ void end_wait(const Group<kRanks>& g, std::uint64
     const std::uint64_t theirs =
         *const_cast<const volatile std::uint64_t*>(announcement(g.own(), rank));
     fail(g, InboxError::encode(epoch, rank, g.signature.call(),
-                               CallSignature{static_cast<std::uint32_t>(theirs >> 32)}.call()));
+                               CallSignature::announced_call(theirs)));
   } else if (*const_cast<volatile std::uint64_t*>(&own->error) == 0) {
     tell_missing(own, named);
     fail(g, InboxError::encode(epoch, __ffs(static_cast<int>(named)) - 1, g.signature.call()));
@@ -305,6 +322,9 @@ __device__ __forceinline__ std::uint64_t look_around(const Group<kRanks>& g, std
   InboxControl* const own = control(g.own());
   const volatile InboxControl* const seen = own;
   const std::uint64_t now = global_time();
+  if (start == 0 && missing != 0) {
+    announce(g, epoch);
+  }
   const bool late = start != 0 && now - start >= seen->limit_ns;
   if (!late && seen->error == 0 &&
       (missing == 0 || (look_for(g, epoch, missing).other == 0 && !host_gave_up(own, now)))) {
@@ -325,9 +345,6 @@ static __device__ __noinline__ std::uint64_t look_around_apart(const Group<kRank
   return look_around(g, epoch, missing, start);
 }
 
-/// What `poll_in_warp` returns when all is there.
-inline constexpr std::uint64_t kNoneInWarp = std::uint64_t{1} << 32;
-
 /// How long a thread goes on polling.
 class Patience {
  public:
@@ -342,11 +359,11 @@ class Patience {
     start_ = look_around(g, c.epoch(), missing, start_);
     return start_ == kWaitIsOver;
   }
-  /// The same for a warp that missed so much in `poll_in_warp`; the answer is one for all of it.
+  /// The same for a warp after `poll_in_warp`; the answer is one for all of it.
   template <int kRanks>
   __device__ __forceinline__ bool is_over_in_warp(const Group<kRanks>& g, const Call& c,
-                                                  std::uint64_t missed) {
-    start_ = look_around_apart(g, c.epoch(), static_cast<std::uint32_t>(missed), start_);
+                                                  std::uint32_t missing) {
+    start_ = look_around_apart(g, c.epoch(), missing, start_);
     return __any_sync(kFullWarp, start_ == kWaitIsOver);
   }
 
@@ -372,20 +389,20 @@ __device__ __forceinline__ bool await(const Group<kRanks>& g, const Call& c, Pat
   return false;
 }
 
-/// Polls for a while with all threads of a warp, until nothing is missing in any: the ranks whose
-/// words this thread misses, or kNoneInWarp in the whole warp. Whoever gets ranks looks around and
-/// begins anew: little lives in registers there, and nothing of the kind is in a poll's way.
+/// Polls for a while with all threads of a warp. True in all of them as soon as nothing is missing
+/// in any; else `missing` has the ranks whose words this thread misses. Whoever misses something
+/// looks around and begins anew: little lives in registers there, and nothing of the kind is in a
+/// poll's way.
 template <class Poll>
-__device__ __forceinline__ std::uint64_t poll_in_warp(const Poll& poll) {
-  std::uint32_t missing = 0;
+__device__ __forceinline__ bool poll_in_warp(std::uint32_t& missing, const Poll& poll) {
 #pragma unroll 1
   for (int i = 0; i < Patience::kPolls; ++i) {
     missing = poll();
     if (__all_sync(kFullWarp, missing == 0)) {
-      return kNoneInWarp;
+      return true;
     }
   }
-  return missing;
+  return false;
 }
 
 // --- flag words
@@ -553,8 +570,8 @@ __device__ __forceinline__ bool ll_receive(const Group<kRanks>& g, const Call& c
 // --- entering a call
 // -------------------------------------------------------------------------------
 
-/// Makes this call's epoch the last one, announces the call to the peers and wipes one old flag
-/// word of each lane. One warp of every block, when all threads of the block have read the epoch.
+/// Makes this call's epoch the last one and wipes one old flag word of each lane. One warp of every
+/// block, when all threads of the block have read the epoch.
 ///
 /// @param ll_used  Flag words of each lane that this call uses; the same on all ranks.
 ///
@@ -570,31 +587,23 @@ __device__ __forceinline__ bool ll_receive(const Group<kRanks>& g, const Call& c
 /// of slot e until a peer reaches e+2. So every word is 0 or at most 2*ll_words epochs old, and
 /// those differ in their lower bits (`flag_epoch_bits`). Flag lines carry 48 bits of the epoch,
 /// which last for ever.
-///
-/// Announcing: where ranks make different calls, each waits for words with flags that never come,
-/// and finds in its inbox, when the wait takes long, what the other is in.
 template <int kRanks>
 __device__ __forceinline__ void keep_books(const Group<kRanks>& g, const Call& c,
                                            std::uint32_t ll_used) {
   const std::uint32_t thread = threadIdx.x % kWarp;
-  if (blockIdx.x == 0 && thread < static_cast<unsigned>(g.size())) {
-    const auto call =
-        (std::uint64_t{g.signature.word} << 32) | static_cast<std::uint32_t>(c.epoch());
-    asm volatile("st.volatile.global.u64 [%0],%1;" ::"l"(announcement(g.peers[thread], g.rank)),
-                 "l"(call)
-                 : "memory");
-    const std::uint32_t word = static_cast<std::uint32_t>(c.epoch() >> 1) & (g.ll_words - 1);
-    if (word >= ll_used) {
-      std::byte* old = g.own() + ll_place(g, c, static_cast<int>(thread), word);
-      *reinterpret_cast<uint4*>(old) = make_uint4(0, 0, 0, 0);
-    }
-  }
   std::uint32_t before = gridDim.x - 1;
   if (gridDim.x > 1 && thread == 0) {
     asm volatile("atom.relaxed.gpu.global.inc.u32 %0,[%1],%2;"
                  : "=r"(before)
                  : "l"(&control(g.own())->arrived), "r"(gridDim.x - 1)
                  : "memory");
+  }
+  if (blockIdx.x == 0 && thread < static_cast<unsigned>(g.size())) {  // while that is on its way
+    const std::uint32_t word = static_cast<std::uint32_t>(c.epoch() >> 1) & (g.ll_words - 1);
+    if (word >= ll_used) {
+      std::byte* old = g.own() + ll_place(g, c, static_cast<int>(thread), word);
+      *reinterpret_cast<uint4*>(old) = make_uint4(0, 0, 0, 0);
+    }
   }
   const bool last = __shfl_sync(kFullWarp, before, 0) == gridDim.x - 1;  // and `arrived` is 0 again
   if (last && thread < kEpochRecords) {
@@ -630,7 +639,7 @@ __device__ __forceinline__ bool enter(const Group<kRanks>& g, const Found& found
   // A warp that finds the group failed arrives all the same, so that nobody waits for it.
   if (!works) {
     asm volatile("barrier.cta.sync 1,%0;" ::"r"(all) : "memory");
-    if (good) {
+    if (__builtin_expect(good, 1)) {
       keep_books(g, c, ll_used);
     } else if (blockIdx.x == 0 && threadIdx.x == workers()) {
       tell_host(control(g.own()), found.error);
@@ -716,10 +725,11 @@ __device__ __forceinline__ std::uint32_t line_differs(uint4 v, const Call& c,
 /// values by rank. `any` is false in threads whose line lies beyond the payload. Returns as
 /// `poll_in_warp`.
 template <int kRanks>
-__device__ __forceinline__ std::uint64_t receive_lines(const Group<kRanks>& g, const Call& c,
-                                                       int first, const LinePart& part, bool any,
-                                                       uint4 (&values)[kBatch<kRanks>]) {
-  return poll_in_warp([&] {
+__device__ __forceinline__ bool receive_lines(const Group<kRanks>& g, const Call& c, int first,
+                                              const LinePart& part, bool any,
+                                              uint4 (&values)[kBatch<kRanks>],
+                                              std::uint32_t& missed) {
+  return poll_in_warp(missed, [&] {
     std::uint32_t missing = 0;
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
@@ -760,6 +770,9 @@ struct LineRole {
   }
   /// Whether the warp sends a group at all.
   __device__ __forceinline__ bool leads() const { return sends && first < groups; }
+  /// The group to load while the epoch is on its way; one without words in a warp that sends none.
+  /// Without a branch: nothing behind one would be under way before the epoch has come.
+  __device__ __forceinline__ std::uint32_t ahead() const { return leads() ? first : groups; }
 };
 
 /// The threads of the warp whose lines hold payload. Brings the warp together, so that a store of
@@ -828,7 +841,7 @@ __device__ __forceinline__ void send_to_peers(const Group<kRanks>& g, const Call
 }
 
 /// Sends and receives a call's lines as this warp's role says. `load(group)` gives what the thread
-/// sends and `send(group, loaded)` sends it; `receive(group)` polls for it and returns as
+/// sends and `send(group, loaded)` sends it; `receive(group, missing)` polls for it and returns as
 /// `poll_in_warp`, and is called again while something is missing.
 ///
 /// @param first  What the thread has loaded of the role's first group, if it leads.
@@ -847,12 +860,11 @@ __device__ __forceinline__ void exchange_lines(const Group<kRanks>& g, const Cal
     delay_point(g, c, 1);
     Patience patience;
     for (std::uint32_t i = role.first; i < role.groups; i += role.step) {
-      std::uint64_t missed = receive(i);
-      while (missed != kNoneInWarp) {
-        if (patience.is_over_in_warp(g, c, missed)) {
+      std::uint32_t missing = 0;
+      while (!receive(i, missing)) {
+        if (patience.is_over_in_warp(g, c, missing)) {
           return;
         }
-        missed = receive(i);
       }
     }
   }

@@ -22,15 +22,14 @@ __global__ void __launch_bounds__(2 * kWarp) barrier_kernel(const __grid_constan
   if (k == 0 || k >= g.size()) {
     return;
   }
-  // What would be payload has the whole signature: the flag has room for a part of it.
+  // What would be payload has the whole signature: the flag has room for a part of it. Both halves
+  // are written, because barriers alone would leave the other one to grow old.
   const std::uint64_t mine = (std::uint64_t{c.flag} << 32) | g.signature.word;
-  asm volatile("st.release.sys.global.u64 [%0],%1;" ::"l"(g.peers[k] + ll_own_place(g, c, 0)),
-               "l"(mine)
-               : "memory");
+  std::byte* const to = g.peers[k] + ll_own_place(g, c, 0);
+  asm volatile("st.release.sys.global.u64 [%0],%1;" ::"l"(to), "l"(mine) : "memory");
+  asm volatile("st.volatile.global.u64 [%0],%1;" ::"l"(to + 8), "l"(mine) : "memory");
   delay_point(g, c, 1);
-  std::byte* word = g.own() + ll_place(g, c, g.rank_at(k), 0);
-  // Nobody writes the other half in this call, and barriers alone would leave it to grow old.
-  *reinterpret_cast<volatile std::uint64_t*>(word + 8) = 0;
+  const std::byte* word = g.own() + ll_place(g, c, g.rank_at(k), 0);
   await(g, c, patience, [&] {
     std::uint64_t theirs;
     asm volatile("ld.acquire.sys.global.u64 %0,[%1];" : "=l"(theirs) : "l"(word) : "memory");
@@ -223,15 +222,14 @@ __device__ __forceinline__ void send_lines(const Group<kRanks>& g, const Call& c
 
 /// Polls for the same group of lines of every peer and stores it. Returns as `poll_in_warp`.
 template <int kRanks, class Args>
-__device__ __forceinline__ std::uint64_t collect_lines(const Group<kRanks>& g, const Call& c,
-                                                       const Args& a, std::uint32_t group) {
+__device__ __forceinline__ bool collect_lines(const Group<kRanks>& g, const Call& c, const Args& a,
+                                              std::uint32_t group, std::uint32_t& missing) {
   const LinePart part(group);
   const bool any = part.line * kLineWords < a.words;
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
     uint4 values[kBatch<kRanks>] = {};
-    const std::uint64_t missed = receive_lines(g, c, r0, part, any, values);
-    if (missed != kNoneInWarp) {
-      return missed;
+    if (!receive_lines(g, c, r0, part, any, values, missing)) {
+      return false;
     }
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
@@ -245,7 +243,7 @@ __device__ __forceinline__ std::uint64_t collect_lines(const Group<kRanks>& g, c
       }
     }
   }
-  return kNoneInWarp;
+  return true;
 }
 
 /// The all-gather and the query gather.
@@ -256,17 +254,16 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
   const LineRole role(a.words);
   const auto load = [&](std::uint32_t group) { return load_lines(a, group); };
   const Found found = begin(g);
-  LineWords<1> first = {};
-  if (role.leads()) {
-    first = load(role.first);  // while the epoch is on its way
-  }
+  const LineWords<1> first = load(role.ahead());  // while the epoch is on its way
   if (!enter(g, found, c, 0)) {
     return;
   }
   exchange_lines(
       g, c, role, first, load,
       [&](std::uint32_t group, const LineWords<1>& loaded) { send_lines(g, c, a, group, loaded); },
-      [&](std::uint32_t group) { return collect_lines(g, c, a, group); });
+      [&](std::uint32_t group, std::uint32_t& missing) {
+        return collect_lines(g, c, a, group, missing);
+      });
 }
 
 // bench/results/own_kernels/nvidia-h100-2cards.json: two H100s, NVLink, 2 ranks, 128 heads of

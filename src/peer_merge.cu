@@ -276,9 +276,9 @@ __global__ void __launch_bounds__(kLlThreads, 1)
 /// thread i has the LSEs of the group's row i and hands their scales to those that need them.
 /// Returns as `poll_in_warp`.
 template <int kRanks, class T>
-__device__ __forceinline__ std::uint64_t merge_lines(const Group<kRanks>& g, const Call& c,
-                                                     const MergeFor<kRanks>& a,
-                                                     std::uint32_t group) {
+__device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& c,
+                                            const MergeFor<kRanks>& a, std::uint32_t group,
+                                            std::uint32_t& missed) {
   const LinePart part(group);
   const std::uint32_t first_word = group * kGroupWords;
   const std::uint32_t last_word = min(first_word + kGroupWords, a.words) - 1;
@@ -297,7 +297,7 @@ __device__ __forceinline__ std::uint64_t merge_lines(const Group<kRanks>& g, con
   uint4 values[kBatch<kRanks>] = {};
   const auto receive = [&](int r0, bool again) {
     uint4 lses[kBatch<kRanks>] = {};
-    return poll_in_warp([&] {
+    return poll_in_warp(missed, [&] {
       std::uint32_t missing = 0;
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
@@ -322,9 +322,8 @@ __device__ __forceinline__ std::uint64_t merge_lines(const Group<kRanks>& g, con
     });
   };
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
-    const std::uint64_t missed = receive(r0, false);
-    if (missed != kNoneInWarp) {
-      return missed;
+    if (!receive(r0, false)) {
+      return false;
     }
   }
   if (has_row) {
@@ -337,11 +336,8 @@ __device__ __forceinline__ std::uint64_t merge_lines(const Group<kRanks>& g, con
   WeightedSum<T> first_sum;
   WeightedSum<T> second_sum;
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
-    if constexpr (kRanks == 0) {  // more ranks than one batch: the lines are there, read them again
-      const std::uint64_t missed = receive(r0, true);
-      if (missed != kNoneInWarp) {
-        return missed;
-      }
+    if (kRanks == 0 && !receive(r0, true)) {
+      return false;  // more ranks than one batch: the lines are there already, read them again
     }
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
@@ -361,7 +357,7 @@ __device__ __forceinline__ std::uint64_t merge_lines(const Group<kRanks>& g, con
   if (has_second) {
     a.store(second_place, second_sum.result());
   }
-  return kNoneInWarp;
+  return true;
 }
 
 /// Payload in lines, LSEs in flag words.
@@ -399,9 +395,9 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
       [&](std::uint32_t group, const PeerLineWords<kRanks>& loaded) {
         send_to_peers(g, c, a.words, group, loaded, word_for);
       },
-      [&](std::uint32_t group) {
+      [&](std::uint32_t group, std::uint32_t& missing) {
         cover_lses(g, c, a, all_run, group);
-        return merge_lines<kRanks, T>(g, c, a, group);
+        return merge_lines<kRanks, T>(g, c, a, group, missing);
       });
 }
 

@@ -83,9 +83,9 @@ __global__ void __launch_bounds__(kLlThreads, 1)
 
 /// Sums a group of lines, in rank order. Returns as `poll_in_warp`.
 template <class T, int kRanks, class View>
-__device__ __forceinline__ std::uint64_t sum_lines(const Group<kRanks>& g, const Call& c,
-                                                   const View& in, const View& out,
-                                                   std::uint32_t words, std::uint32_t group) {
+__device__ __forceinline__ bool sum_lines(const Group<kRanks>& g, const Call& c, const View& in,
+                                          const View& out, std::uint32_t words, std::uint32_t group,
+                                          std::uint32_t& missing) {
   const LinePart part(group);
   const bool has_first = part.word < words;
   const bool has_second = !part.flag && part.word + 1 < words;
@@ -95,10 +95,8 @@ __device__ __forceinline__ std::uint64_t sum_lines(const Group<kRanks>& g, const
   Sum<T> second;
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
     uint4 values[kBatch<kRanks>] = {};
-    const std::uint64_t missed =
-        receive_lines(g, c, r0, part, part.line * kLineWords < words, values);
-    if (missed != kNoneInWarp) {
-      return missed;
+    if (!receive_lines(g, c, r0, part, part.line * kLineWords < words, values, missing)) {
+      return false;
     }
 #pragma unroll
     for (int j = 0; j < kBatch<kRanks>; ++j) {
@@ -116,7 +114,7 @@ __device__ __forceinline__ std::uint64_t sum_lines(const Group<kRanks>& g, const
   if (has_second) {
     store_word(out, part.word + 1, second.result());
   }
-  return kNoneInWarp;
+  return true;
 }
 
 template <int kRanks, class View, class T>
@@ -129,10 +127,7 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
   const auto word_for = [&](int rank, std::uint32_t word) { return load_word(in, word, rank); };
   const auto load = [&](std::uint32_t group) { return load_for_peers(g, words, group, word_for); };
   const Found found = begin(g);
-  PeerLineWords<kRanks> first = {};
-  if (role.leads()) {
-    first = load(role.first);  // while the epoch is on its way
-  }
+  const PeerLineWords<kRanks> first = load(role.ahead());  // while the epoch is on its way
   if (!enter(g, found, c, 0)) {
     return;
   }
@@ -141,7 +136,9 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
       [&](std::uint32_t group, const PeerLineWords<kRanks>& loaded) {
         send_to_peers(g, c, words, group, loaded, word_for);
       },
-      [&](std::uint32_t group) { return sum_lines<T>(g, c, in, out, words, group); });
+      [&](std::uint32_t group, std::uint32_t& missing) {
+        return sum_lines<T>(g, c, in, out, words, group, missing);
+      });
 }
 
 /// Everyone sends everything to everyone and reduces it all: one flight.

@@ -13,8 +13,8 @@
 ///     flag of a word   32 bits: the epoch's lower bits, as many as tell all flags apart that an
 ///                      inbox can hold at once, and the signature above them, never 0
 ///     flag of a line   64 bits: 48 of the epoch, and the upper 16 of a word's flag
-///     announcement     64 bits: the epoch's lower half, and the whole signature above it; one for
-///                      each rank, looked at when a wait takes long
+///     announcement     64 bits: 40 of the epoch, and the upper 24 of the signature above them; one
+///                      for each rank, written and looked at when a wait takes long
 ///
 /// Pure arithmetic, on the host and on the device.
 
@@ -83,10 +83,24 @@ struct CallSignature {
   [[nodiscard]] constexpr PeerCall call() const noexcept {
     return static_cast<PeerCall>(word >> kHashBits);
   }
+  /// What a rank that waits in this call tells its peers.
+  [[nodiscard]] constexpr std::uint64_t announcement(std::uint64_t epoch) const noexcept {
+    return (std::uint64_t{word} << 32 & ~kAnnouncedEpoch) | (epoch & kAnnouncedEpoch);
+  }
+  /// The kind of call in an announcement, and the part of its epoch. An announcement stands until
+  /// the next one, so it has more of an epoch than any two calls with waits are apart.
+  [[nodiscard]] static constexpr PeerCall announced_call(std::uint64_t announcement) noexcept {
+    return static_cast<PeerCall>(announcement >> 60);
+  }
+  [[nodiscard]] static constexpr std::uint64_t announced_epoch(
+      std::uint64_t announcement) noexcept {
+    return announcement & kAnnouncedEpoch;
+  }
   friend constexpr bool operator==(const CallSignature&, const CallSignature&) = default;
 
  private:
   static constexpr int kHashBits = 28;
+  static constexpr std::uint64_t kAnnouncedEpoch = (std::uint64_t{1} << 40) - 1;
 };
 
 /// Bits of an epoch by which all flags differ that lie in an inbox at one time: a word is 0 or at

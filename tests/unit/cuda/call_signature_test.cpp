@@ -81,3 +81,26 @@ TEST_CASE("flags of different calls of one epoch differ", "[call_signature]") {
   CHECK(equal_words <= 2);  // 14 bits
   CHECK(equal_lines == equal_words);
 }
+
+TEST_CASE(
+    "an announcement has the kind of call, differs from another call's, and keeps its epoch apart",
+    "[call_signature]") {
+  const auto mine = CallSignature::make(PeerCall::all_gather, {1, 8});
+  const auto other = CallSignature::make(PeerCall::all_gather, {1, 16});
+  for (const std::uint64_t epoch :
+       {std::uint64_t{1}, std::uint64_t{0xffffffff}, std::uint64_t{1} << 32, kLineEpochMask}) {
+    CAPTURE(epoch);
+    const std::uint64_t announced = mine.announcement(epoch);
+    CHECK(CallSignature::announced_call(announced) == PeerCall::all_gather);
+    CHECK(announced != other.announcement(epoch));
+    CHECK(CallSignature::announced_epoch(announced) ==
+          CallSignature::announced_epoch(other.announcement(epoch)));
+    // What was announced long ago is not taken for this call: also not where 32 bits come around.
+    for (const std::uint64_t ago : {std::uint64_t{1}, std::uint64_t{1} << 32}) {
+      CHECK(CallSignature::announced_epoch(announced) !=
+            CallSignature::announced_epoch(mine.announcement(epoch + ago)));
+    }
+  }
+  // Memory that was never written announces no epoch that a call can have: the first one is 1.
+  CHECK(CallSignature::announced_epoch(0) != CallSignature::announced_epoch(mine.announcement(1)));
+}
