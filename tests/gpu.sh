@@ -234,7 +234,7 @@ survivor() {
 
 # Ranks that are late, stopped, absent or killed, or that make other calls.
 part_faults() {
-  local n rounds=$( ((full)) && echo 200 || echo 10)
+  local n rounds=$( ((full)) && echo 200 || echo 6)
   run "chaos, one card" "$bin/gpu_chaos" 1 --ranks 2 --rounds "$rounds"
   if ((gpus < 2)); then
     skip "late, stopped, absent and killed ranks of several cards: one GPU"

@@ -24,6 +24,13 @@ namespace cohort::bench {
 /// No wait of the benchmark is longer.
 inline constexpr std::chrono::milliseconds kLimit{60'000};
 
+/// What the library's own kernels do.
+enum class OwnKernels : std::uint8_t {
+  none,     ///< Peers' memory is not mapped.
+  compare,  ///< They compare places before calls of the transport's library, and carry nothing.
+  all,      ///< They carry whatever they can.
+};
+
 /// Memory and what keeps it.
 struct Buffer {
   TensorView view;
@@ -71,9 +78,7 @@ class Bed {
 
   [[nodiscard]] virtual BackendKind kind() const noexcept = 0;
   [[nodiscard]] virtual StreamRef stream() noexcept = 0;
-  /// The backend with or without the library's own kernels. Where they are off, peers' memory is
-  /// not mapped and the transport's library carries every call.
-  [[nodiscard]] virtual Backend& backend(bool own_kernels) = 0;
+  [[nodiscard]] virtual Backend& backend(OwnKernels kernels = OwnKernels::none) = 0;
   /// Why the library cannot register buffers, or "".
   [[nodiscard]] virtual std::string registration_obstacle() const = 0;
   [[nodiscard]] virtual std::unique_ptr<RawLibrary> raw(ControlPlane& world) = 0;

@@ -93,7 +93,7 @@ void copy_case(Session& session, const std::shared_ptr<PeerCopy>& copy) {
 }
 
 void barrier_case(Session& session, const std::shared_ptr<PeerCopy>& copy) {
-  Lane& lane = session.lanes.get({.own = true});
+  Lane& lane = session.lanes.get({.own = OwnKernels::all});
   Case work{.bench = "ceiling"};
   Variant variant{.path = "barrier",
                   .call = [&lane, &session] { lane.group().barrier(session.bed.stream()); }};

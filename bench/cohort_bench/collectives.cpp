@@ -207,8 +207,8 @@ void all_gather_dim_case(Session& session, const std::vector<Way>& found, DType 
       const TensorView target = out.view.reshape({kOuter, n, rows, kInner});
       variant.call = [&session, in, out, scratch, target, bytes = in.view.bytes()] {
         session.raw.all_gather(in.view.data(), scratch.view.data(), bytes);
-        session.bed.backend(false).ops().copy(scratch.view.transpose(0, 1), target,
-                                              session.bed.stream());
+        session.bed.backend().ops().copy(scratch.view.transpose(0, 1), target,
+                                         session.bed.stream());
       };
     } else {
       variant.call = [&session, in, out, group = &way.lane->group()] {

@@ -108,6 +108,7 @@ class CudaBed final : public Bed {
   // A forced limit takes the own kernels wherever an inbox has room, and none at all.
   CudaBed()
       : own_({.own_max_bytes = std::numeric_limits<std::int64_t>::max()}),
+        comparing_({.device = own_.device().index, .own_max_bytes = 0}),
         library_({.device = own_.device().index, .peer_mapping = false, .own_max_bytes = 0}),
         device_(own_.device().index),
         stream_(make_stream(device_)),
@@ -122,8 +123,10 @@ class CudaBed final : public Bed {
 
   [[nodiscard]] BackendKind kind() const noexcept override { return BackendKind::cuda; }
   [[nodiscard]] StreamRef stream() noexcept override { return own_.stream(stream_.get()); }
-  [[nodiscard]] Backend& backend(bool own_kernels) override {
-    return own_kernels ? own_ : library_;
+  [[nodiscard]] Backend& backend(OwnKernels kernels) override {
+    return kernels == OwnKernels::all       ? own_
+           : kernels == OwnKernels::compare ? comparing_
+                                            : library_;
   }
   /// The policy's answer for a symmetric group decides; what is known here is the library alone.
   [[nodiscard]] std::string registration_obstacle() const override {
@@ -197,6 +200,7 @@ class CudaBed final : public Bed {
   }
 
   CudaBackend own_;
+  CudaBackend comparing_;
   CudaBackend library_;
   int device_;
   UniqueStream stream_;

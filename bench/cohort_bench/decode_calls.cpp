@@ -32,6 +32,8 @@ namespace {
     case Path::plain:
     case Path::symmetric:
       return plan != Plan::one_kernel;
+    case Path::compared:
+      return false;  // of single collectives only
     case Path::own:
       return plan == Plan::one_kernel;
   }
@@ -72,7 +74,7 @@ struct RawMerge {
   }
 
   void operator()() const {
-    TensorOps& ops = session.bed.backend(false).ops();
+    TensorOps& ops = session.bed.backend().ops();
     const StreamRef stream = session.bed.stream();
     session.raw.all_gather(lse.view.data(), lses.view.data(), lse.view.bytes());
     ops.correct_partial(out.view, lses.view, session.rank(), LseBase::two,
@@ -189,8 +191,8 @@ Variant gather_variant(Session& session, const Way& way, const StepShape& shape)
   if (way.is_raw()) {
     const Buffer packed = allocate(session, way, {own, shape.batch, width}, shape.dtype);
     variant.call = [&session, nope, pe, packed, q] {
-      session.bed.backend(false).ops().pack_query(nope.view, pe.view, packed.view.transpose(0, 1),
-                                                  session.bed.stream());
+      session.bed.backend().ops().pack_query(nope.view, pe.view, packed.view.transpose(0, 1),
+                                             session.bed.stream());
       session.raw.all_gather(packed.view.data(), q.view.data(), packed.view.bytes());
     };
   } else {

@@ -94,7 +94,7 @@ class HostBed final : public Bed {
  public:
   [[nodiscard]] BackendKind kind() const noexcept override { return BackendKind::host; }
   [[nodiscard]] StreamRef stream() noexcept override { return stream_.ref(); }
-  [[nodiscard]] Backend& backend(bool) override { return *backend_; }
+  [[nodiscard]] Backend& backend(OwnKernels) override { return *backend_; }
   [[nodiscard]] std::string registration_obstacle() const override {
     return "MPI's collectives have no registered buffers";
   }

@@ -27,13 +27,15 @@ namespace {
   if (world.size() > 1) {
     parts.transport = parts.backend->connect(*parts.control);
     found = parts.transport->capabilities();
-    if (PeerKernels* kernels = parts.transport->peer_kernels(); config.own && kernels != nullptr) {
+    if (PeerKernels* kernels = parts.transport->peer_kernels();
+        config.own == OwnKernels::all && kernels != nullptr) {
       constexpr std::size_t kLargestOwnCollective = std::size_t{16} << 20;
       kernels->reserve(kLargestOwnCollective);
     }
   }
-  const SymmetricOptions options{
-      .enabled = config.symmetric, .selection = Selection::all(), .peer_mapping = config.own};
+  const SymmetricOptions options{.enabled = config.symmetric,
+                                 .selection = Selection::all(),
+                                 .peer_mapping = config.own != OwnKernels::none};
   parts.decision =
       decide(options, parts.kind, {.tp = world.size(), .pp = 1, .dcp = world.size()}, found);
   return parts;
@@ -45,7 +47,9 @@ Lane::Lane(Bed& bed, ControlPlane& world, const LaneConfig& config, std::uint64_
     : bed_(bed), config_(config) {
   GroupParts parts = form(bed, world, config, number);
   MergeOptions merge = config.merge;
-  if (config.own && !parts.decision.peer_mapping.on) {
+  if (config.own == OwnKernels::compare && bed.kind() == BackendKind::host) {
+    obstacle_ = "on the host places are no concern of a call";
+  } else if (config.own != OwnKernels::none && !parts.decision.peer_mapping.on) {
     obstacle_ = fmt::format("no peer mapping: {}", to_string(parts.decision.peer_mapping.reason));
     merge.plan = MergePlan::packed;  // the group would refuse to exist
   } else if (config.symmetric && !parts.decision.nccl_windows.on) {

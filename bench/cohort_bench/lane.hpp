@@ -17,7 +17,7 @@ namespace cohort::bench {
 
 struct LaneConfig {
   bool symmetric = false;  ///< Callers' buffers lie in windows.
-  bool own = false;        ///< The library's own kernels take what they can.
+  OwnKernels own = OwnKernels::none;
   MergeOptions merge = {.plan = MergePlan::packed};
 
   [[nodiscard]] bool operator==(const LaneConfig& other) const noexcept {

@@ -94,7 +94,7 @@ struct Growth {
   Growth(Session& s, Lane& l, std::size_t b) : session(s), lane(l), bytes(b) {}
 
   void grow() {
-    arena = SymmetricArena::create(session.bed.backend(false), "registration",
+    arena = SymmetricArena::create(session.bed.backend(), "registration",
                                    lane.obstacle().empty() ? lane.group().audience() : Audience{},
                                    {.growth_bytes = bytes});
     arena->reserve(bytes);

@@ -42,6 +42,7 @@ enum class Path : std::uint8_t {
   raw_symmetric,  ///< The bare NCCL call in registered buffers, without Cohort's visibility guard.
   plain,          ///< Cohort over the library's transport, buffers outside windows.
   symmetric,      ///< Cohort over the library's transport, buffers inside windows.
+  compared,       ///< The same, where the ranks compare the buffers' places before eager calls.
   own,            ///< Cohort's own kernels over peer mappings.
 };
 
@@ -73,9 +74,9 @@ inline constexpr std::array kBenches = {
     Named{Bench::registration, "registration"},
 };
 inline constexpr std::array kPaths = {
-    Named{Path::raw, "raw"},     Named{Path::raw_symmetric, "raw_symmetric"},
-    Named{Path::plain, "plain"}, Named{Path::symmetric, "symmetric"},
-    Named{Path::own, "own"},
+    Named{Path::raw, "raw"},           Named{Path::raw_symmetric, "raw_symmetric"},
+    Named{Path::plain, "plain"},       Named{Path::symmetric, "symmetric"},
+    Named{Path::compared, "compared"}, Named{Path::own, "own"},
 };
 inline constexpr std::array kPlans = {
     Named{Plan::staged, "staged"},
@@ -138,7 +139,9 @@ template <class T, std::size_t N>
 struct Options {
   std::vector<Bench> benches = detail::values(kBenches);
   BackendKind backend = BackendKind::host;
-  std::vector<Path> paths = detail::values(kPaths);
+  /// `compared` only where it is asked for.
+  std::vector<Path> paths = {Path::raw, Path::raw_symmetric, Path::plain, Path::symmetric,
+                             Path::own};
   std::vector<Plan> plans = detail::values(kPlans);
   std::vector<Mode> modes = detail::values(kModes);
   std::int64_t min_bytes = std::int64_t{2} << 10;

@@ -70,7 +70,7 @@ bool Runner::is_measured(const Case& work) const {
   });
 }
 
-void Runner::align() { lanes_.get({.own = true}).group().barrier(bed_.stream()); }
+void Runner::align() { lanes_.get({.own = OwnKernels::all}).group().barrier(bed_.stream()); }
 
 /// Runs `once` into poisoned memory and counts this rank's wrong elements.
 std::int64_t Runner::check(const Variant& variant, const std::function<void()>& once) {

@@ -14,8 +14,10 @@ Lane* lane_of(Session& session, Path path, const MergeOptions& merge) {
       return &session.lanes.get({.merge = merge});
     case Path::symmetric:
       return &session.lanes.get({.symmetric = true, .merge = merge});
+    case Path::compared:
+      return &session.lanes.get({.symmetric = true, .own = OwnKernels::compare, .merge = merge});
     case Path::own:
-      return &session.lanes.get({.own = true, .merge = merge});
+      return &session.lanes.get({.own = OwnKernels::all, .merge = merge});
   }
   return nullptr;
 }
