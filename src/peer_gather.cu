@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "byte_view.cuh"
 #include "cohort/cuda/shapes.hpp"
-#include "peer_device.cuh"
+#include "peer_enter.cuh"
+#include "peer_launch.cuh"
+#include "peer_lines.cuh"
 
 // All-gather and query gather through flag words or lines, and the barrier.
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "attention.cuh"
-#include "peer_device.cuh"
+#include "peer_enter.cuh"
+#include "peer_launch.cuh"
+#include "peer_lines.cuh"
 
 // The merge of partial attentions in one launch.
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "byte_view.cuh"
-#include "peer_device.cuh"
+#include "peer_enter.cuh"
+#include "peer_launch.cuh"
+#include "peer_lines.cuh"
 
 // Reduce-scatter through flag words or lines, and all-reduce through flag words.
 
