@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <cohort/nccl/nccl_transport.hpp>
+#include <cohort/nccl/transport_options.hpp>
+
+#include <cohort/cuda/kernels.hpp>
+#include <cstddef>
 
 #include "support/catch.hpp"
 
-// What needs no GPU. The transport's own tests are in tests/gpu.
+// What needs no GPU. The own tests of the transport are in tests/gpu.
 
 using namespace cohort;
 

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cohort/agreement.hpp"
+#include "cohort/control_plane.hpp"
+#include "cohort/cuda/block_budget.hpp"
+#include "cohort/cuda/cuda_peer_kernels.hpp"
+#include "cohort/cuda/cuda_stream.hpp"
+#include "cohort/cuda/handles.hpp"
+#include "cohort/cuda/workspace.hpp"
+#include "cohort/error.hpp"
+#include "cohort/log.hpp"
+#include "cohort/nccl/communicator.hpp"
+#include "cohort/nccl/machine_probe.hpp"
+#include "cohort/nccl/transport_options.hpp"
+#include "cohort/tensor.hpp"
+#include "cohort/transport.hpp"
+
+/// \file
+/// What the parts of a transport over NCCL share: how the group was formed, and what a call begins
+/// with.
+
+namespace cohort::detail {
+
+/// What a group over NCCL has, for the parts of its transport. The members' order is the order of
+/// teardown in reverse: inboxes and scratch memory go before the communicator. Windows hold the
+/// communicator themselves.
+struct NcclGroup {
+  /// Collective over `plane`, which outlives it; see `NcclTransport`.
+  NcclGroup(ControlPlane& plane, CudaStreamDriver& driver, int card,
+            const NcclTransportOptions& chosen)
+      : control(plane),
+        streams(driver),
+        device(card),
+        options(chosen),
+        rank(plane.rank()),
+        size(plane.size()) {
+    workspaces.emplace_back(device);
+    agree_on_options();
+    const GroupProbe probe = probe_group(control, device);
+    capabilities = probe.capabilities;
+    ranks_per_card = std::max(options.ranks_per_card, probe.ranks_per_device);
+    for (const MachineFacts& facts : probe.ranks) {
+      processes.push_back(facts.process);
+    }
+    nccl_version = capabilities.nccl_runtime_version;
+    whole_lines = probe.whole_lines;
+    if (size == 1) {
+      capabilities.peer_import = true;
+      return;
+    }
+    communicator = Communicator::create(control, device);
+    barrier_word = make_memory(device, sizeof(float));
+    if (options.peer_mapping && capabilities.machines == 1 && capabilities.peer_access) {
+      connect_peers(probe);
+    } else if (!options.peer_mapping) {
+      capabilities.obstacle = "CudaOptions::peer_mapping is false";
+    }
+  }
+  NcclGroup(const NcclGroup&) = delete;
+  NcclGroup& operator=(const NcclGroup&) = delete;
+  ~NcclGroup() = default;
+
+  [[nodiscard]] bool own_failed() const noexcept { return peers != nullptr && peers->failed(); }
+  [[nodiscard]] bool failed() const noexcept {
+    return own_failed() || (communicator != nullptr && communicator->broken());
+  }
+
+  /// Whether the own kernels take a call.
+  [[nodiscard]] bool own(Collective collective, const ConstTensorView& in, const TensorView& out,
+                         ReduceOp op) const {
+    if (peers == nullptr) {
+      return false;
+    }
+    const std::size_t total = std::max(in.bytes(), out.bytes());
+    const std::size_t limit = options.own_max_bytes
+                                  ? static_cast<std::size_t>(*options.own_max_bytes)
+                                  : default_own_max_bytes(collective, size, whole_lines);
+    if (total > limit) {
+      return false;
+    }
+    switch (collective) {
+      case Collective::all_gather:
+        return peers->can_all_gather(in.bytes());
+      case Collective::reduce_scatter:
+        return peers->can_reduce_scatter(out.bytes(), in.dtype(), op);
+      case Collective::all_reduce:
+        return peers->can_all_reduce(in.bytes(), in.dtype(), op);
+      case Collective::all_to_all:
+      case Collective::broadcast:
+        return false;
+    }
+    return false;
+  }
+
+  ControlPlane& control;
+  CudaStreamDriver& streams;
+  int device;
+  NcclTransportOptions options;
+  int rank;
+  int size;
+  int nccl_version = 0;
+  bool whole_lines = false;
+  SymmetricCapabilities capabilities;
+  std::vector<ProcessIdentity> processes;      ///< By rank.
+  int ranks_per_card = 1;                      ///< At most, as far as is known.
+  std::shared_ptr<Communicator> communicator;  ///< Null in a group of one.
+  UniqueMemory barrier_word;
+  std::vector<Workspace> workspaces;  ///< By lane.
+  std::size_t lane = 0;
+  std::unique_ptr<CudaPeerKernels> peers;  ///< Null where the ranks do not map each other's memory.
+
+ private:
+  void agree_on_options() {
+    std::uint64_t history = kHashSeed;
+    for (const std::int64_t word :
+         {options.own_max_bytes.value_or(-1), std::int64_t{options.peer_mapping},
+          std::int64_t{options.visibility_guard}}) {
+      history = mix(history, static_cast<std::uint64_t>(word));
+    }
+    agree(control, {.place = fmt::format("connection of group {} over NCCL", control.name()),
+                    .history = history});
+  }
+
+  void connect_peers(const GroupProbe& probe) {
+    const int affordable = cuda::block_budget({.multiprocessors = probe.multiprocessors,
+                                               .ranks_per_card = ranks_per_card,
+                                               .kernels_at_once = options.kernels_at_once});
+    const auto budgets = gather_values(control, affordable);
+    const int blocks = *std::min_element(budgets.begin(), budgets.end());
+    auto outcome = CudaPeerKernels::create(
+        control, device,
+        {.max_blocks = blocks, .whole_lines = probe.whole_lines, .limit = options.kernel_limit});
+    peers = std::move(outcome.kernels);
+    capabilities.peer_import = peers != nullptr;
+    capabilities.obstacle = std::move(outcome.refusal);
+    if (peers && rank == 0 && capabilities.nvlink_reach && !probe.whole_lines) {
+      warn_without_lines();
+    }
+  }
+
+  /// Once a process: groups of the same cards have the same reason.
+  void warn_without_lines() const {
+    static std::atomic<bool> told = false;
+    if (!told.exchange(true)) {
+      log(LogLevel::warning,
+          fmt::format("group {}: NVLink joins the cards, but flag lines are not known to arrive "
+                      "whole between these (NCCL's rule for LL128): larger merges take the plan "
+                      "packed, and larger collectives NCCL",
+                      control.name()));
+    }
+  }
+};
+
+/// What every call begins with: the device made current. The caller's may be another, and may
+/// change between calls.
+struct NcclCall {
+  NcclCall(const NcclGroup& group, StreamRef reference)
+      : guard(group.device), stream(native(reference)) {
+    if (group.failed()) {
+      throw TransportError(
+          {.call = "a collective", .rank = group.rank, .group = group.control.name()},
+          "an earlier call of this group failed; form the group anew");
+    }
+  }
+
+  DeviceGuard guard;
+  cudaStream_t stream;
+};
+
+}  // namespace cohort::detail

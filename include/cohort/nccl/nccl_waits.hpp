@@ -1,0 +1,208 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <chrono>
+#include <exception>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cohort/cuda/call_signature.hpp"
+#include "cohort/cuda/cuda_stream.hpp"
+#include "cohort/cuda/device_drain.hpp"
+#include "cohort/cuda/inbox.hpp"
+#include "cohort/cuda/process_liveness.hpp"
+#include "cohort/error.hpp"
+#include "cohort/joined.hpp"
+#include "cohort/log.hpp"
+#include "cohort/nccl/nccl_group.hpp"
+#include "cohort/poll_pause.hpp"
+
+/// \file
+/// Waiting for what a group over NCCL has enqueued, and ending it where a rank does not come.
+
+namespace cohort::detail {
+
+/// From its beginning to its end the device's streams know the group as one that waits for ranks.
+class NcclWaits final : private RankWaits {
+ public:
+  explicit NcclWaits(NcclGroup& group) : group_(group) {
+    if (group_.size > 1) {
+      group_.streams.add(*this);
+    }
+  }
+  NcclWaits(const NcclWaits&) = delete;
+  NcclWaits& operator=(const NcclWaits&) = delete;
+  ~NcclWaits() override {
+    if (group_.size > 1) {
+      settle(kDrainLimit);
+      group_.streams.remove(*this);
+      abandon_what_runs();
+    }
+  }
+
+  void synchronize(StreamRef stream, std::chrono::milliseconds limit) {
+    const auto deadline = std::chrono::steady_clock::now() + limit;
+    PollPause pause;
+    while (!group_.streams.idle(stream.native())) {
+      if (group_.own_failed()) {
+        static_cast<void>(drain(stream));
+        throw_failure();
+      }
+      check_asynchronous();
+      if (std::chrono::steady_clock::now() >= deadline) {
+        const bool drained = drain(stream);
+        if (group_.own_failed()) {
+          throw_failure();
+        }
+        throw_time_out(limit, drained);
+      }
+      pause();
+    }
+    if (group_.own_failed()) {
+      throw_failure();
+    }
+    check_asynchronous();
+  }
+
+  void settle(std::chrono::milliseconds patience) noexcept {
+    if (group_.size == 1 || std::exchange(settled_, true)) {
+      return;
+    }
+    if (!device_idle_within(group_.device,
+                            group_.failed() ? std::min(patience, kDrainLimit) : patience)) {
+      end_waits();
+    } else if (group_.own_failed()) {
+      group_.communicator->mark_broken();  // peers have failed too: nobody waits for them
+    }
+  }
+
+ private:
+  /// How long waits that were told to end may take.
+  static constexpr std::chrono::milliseconds kDrainLimit{1'000};
+
+  void check_asynchronous() {
+    if (group_.communicator != nullptr) {
+      group_.communicator->check_asynchronous();
+    }
+  }
+
+  // RankWaits
+  void end_waits() noexcept override {
+    if (group_.peers != nullptr) {
+      group_.peers->give_up();
+    }
+    if (group_.communicator != nullptr) {
+      try {
+        group_.communicator->abort();
+      } catch (const std::exception& error) {
+        log(LogLevel::error, error.what());
+      }
+    }
+  }
+  [[nodiscard]] std::string failure() const override {
+    if (!group_.own_failed()) {
+      return "";
+    }
+    const cuda::InboxError error = group_.peers->error();
+    if (error.theirs != cuda::PeerCall::none) {
+      return fmt::format(
+          "group {}: at call {} of the group's own kernels rank {} made {} {}, and "
+          "this rank {}{}",
+          group_.control.name(), error.epoch, error.missing_rank,
+          error.theirs == error.mine ? "another" : "a", to_string(error.theirs),
+          to_string(error.mine),
+          error.theirs == error.mine && is_over_nccl(error.mine)
+              ? ": its buffers lie at other offsets of their windows, or on one rank in none, or "
+                "its sizes or types differ"
+              : "");
+    }
+    const auto missing = group_.peers->missing();
+    return fmt::format("group {}: rank{} {} did not come to call {} of the group's own kernels, {}",
+                       group_.control.name(), missing.size() > 1 ? "s" : "", joined(missing, ", "),
+                       error.epoch, to_string(error.mine));
+  }
+
+  /// Has the stream drain: own waits of this group first, so that they can say who was missing,
+  /// then whatever else waits for ranks. False where it stays busy.
+  [[nodiscard]] bool drain(StreamRef stream) {
+    if (group_.peers != nullptr) {
+      group_.peers->give_up();
+      if (group_.streams.idle_within(stream.native(), kDrainLimit)) {
+        return true;
+      }
+    }
+    end_waits();
+    if (group_.streams.idle_within(stream.native(), kDrainLimit)) {
+      return true;
+    }
+    group_.streams.end_all_waits();
+    return group_.streams.idle_within(stream.native(), kDrainLimit);
+  }
+
+  [[noreturn]] void throw_failure() {
+    if (group_.communicator != nullptr) {
+      group_.communicator->mark_broken();  // teardown must not wait for peers from here on
+    }
+    const cuda::InboxError error = group_.peers->error();
+    const std::string text =
+        failure() + "; outputs since then are undefined, and the group must be formed anew";
+    if (error.theirs != cuda::PeerCall::none) {
+      throw SymmetryError(text, {error.missing_rank});
+    }
+    throw TimeoutError(text, group_.peers->missing());
+  }
+
+  /// Of a wait for which no own kernel of this group is to blame.
+  [[noreturn]] void throw_time_out(std::chrono::milliseconds limit, bool drained) {
+    if (group_.communicator != nullptr) {
+      group_.communicator->mark_broken();
+    }
+    std::vector<int> gone;
+    for (std::size_t r = 0; r < group_.processes.size(); ++r) {
+      if (process_is_gone(group_.processes[static_cast<std::size_t>(group_.rank)],
+                          group_.processes[r])) {
+        gone.push_back(static_cast<int>(r));
+      }
+    }
+    const std::string others = group_.streams.failures(*this);
+    throw TimeoutError(
+        fmt::format(
+            "synchronize in group {} on rank {}: the stream was still busy after {} ms{}{}; "
+            "{}, and the group must be formed anew",
+            group_.control.name(), group_.rank, limit.count(),
+            gone.empty() ? "" : fmt::format("; the process of rank {} is gone", joined(gone, ", ")),
+            others.empty() ? "" : "; " + others,
+            drained ? "its waits were ended" : "a kernel on it could not be ended"),
+        std::move(gone));
+  }
+
+  /// Leaks what kernels may use that do not end.
+  void abandon_what_runs() noexcept {
+    if (device_idle_within(group_.device, kDrainLimit)) {
+      return;
+    }
+    log(LogLevel::error,
+        fmt::format("teardown of group {} on rank {}: cuda:{} did not become idle; what its "
+                    "kernels may use stays mapped",
+                    group_.control.name(), group_.rank, group_.device));
+    for (Workspace& workspace : group_.workspaces) {
+      workspace.abandon();
+    }
+    static_cast<void>(group_.barrier_word.release());
+    if (group_.peers != nullptr) {
+      group_.peers->abandon();
+    }
+    if (group_.communicator != nullptr) {
+      group_.communicator->mark_broken();
+    }
+  }
+
+  NcclGroup& group_;
+  bool settled_ = false;
+};
+
+}  // namespace cohort::detail

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+#include "cohort/transport.hpp"
+
+/// \file
+/// How a transport over NCCL is set up. Pure.
+
+namespace cohort {
+
+/// Total bytes up to which the own kernels take a collective that an inbox has room for, where no
+/// option says otherwise. Between two cards over NVLink they beat NCCL, registered buffers or not,
+/// at every size: bench/results/nvidia-h100-80gb-hbm3-2ranks.json. They hold more multiprocessors
+/// than NCCL does, so calls that take tens of microseconds are left to it. For more ranks, each of
+/// which sends to all others, nothing is measured beyond what two need. Without flag lines, as over
+/// PCIe, every payload travels in flag words, at twice its bytes: until that is measured, only
+/// calls whose time is all latency.
+[[nodiscard]] constexpr std::size_t default_own_max_bytes(Collective collective, int ranks,
+                                                          bool whole_lines) noexcept {
+  constexpr std::size_t kKiB = 1024;
+  switch (collective) {
+    case Collective::all_gather:
+    case Collective::reduce_scatter:
+      return (!whole_lines ? 64 : ranks == 2 ? 4096 : 256) * kKiB;
+    case Collective::all_reduce:
+      return (!whole_lines ? 64 : ranks == 2 ? 512 : 256) * kKiB;
+    case Collective::all_to_all:
+    case Collective::broadcast:
+      return 0;
+  }
+  return 0;
+}
+
+/// How a transport is set up. Equal on all ranks.
+struct NcclTransportOptions {
+  bool peer_mapping = true;                        ///< Whether to map peers' memory at all.
+  std::chrono::milliseconds kernel_limit{60'000};  ///< Of a wait in an own kernel.
+  int kernels_at_once = 2;                         ///< Own ones of this rank; see block_budget.hpp.
+  int ranks_per_card = 1;                          ///< At least so many; may differ by rank.
+  std::optional<std::int64_t> own_max_bytes;       ///< Instead of `default_own_max_bytes`; 0: none.
+  bool visibility_guard = true;                    ///< `false` is for the guard's own test.
+};
+
+}  // namespace cohort
