@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <utility>
@@ -104,6 +105,10 @@ constexpr float merge_weights_with(const float* lses, int n, const Exp& exp, con
 /// Not inlined, like the loops below: every plan then runs the same instructions.
 [[gnu::noinline]] inline void merge_weights(const float* lses, int n, LseBase base, float* scales,
                                             float* merged_lse) noexcept {
+  bool empty = true;
+  for (int r = 0; r < n; ++r) {
+    empty = empty && is_empty_lse(lses[r]);
+  }
   const float merged = base == LseBase::e ? merge_weights_with(
                                                 lses, n, [](float x) { return std::exp(x); },
                                                 [](float x) { return std::log(x); }, scales)
@@ -111,7 +116,10 @@ constexpr float merge_weights_with(const float* lses, int n, const Exp& exp, con
                                                 lses, n, [](float x) { return std::exp2(x); },
                                                 [](float x) { return std::log2(x); }, scales);
   if (merged_lse != nullptr) {
-    *merged_lse = merged;
+    // As bits: under -ffast-math g++ 13 makes the largest number of a constant infinity.
+    const std::uint32_t bits = std::bit_cast<std::uint32_t>(merged);
+    const std::uint32_t written = empty ? 0xff800000U : bits;
+    std::memcpy(merged_lse, &written, sizeof(written));
   }
 }
 

@@ -143,13 +143,12 @@ inline void copy_elements(std::byte* to, std::int64_t to_stride, const std::byte
 inline void copy_run(std::byte* to, std::int64_t to_stride, const std::byte* from,
                      std::int64_t from_stride, std::int64_t count,
                      std::size_t element_bytes) noexcept {
-  if (count <= 0) {
+  // An in-place collective finds its own part where it belongs; peers may be reading it.
+  if (count <= 0 || (to == from && (to_stride == from_stride || count == 1))) {
     return;
   }
   if ((to_stride == 1 && from_stride == 1) || count == 1) {
-    if (to != from) {  // an in-place collective finds its own part where it belongs
-      std::memcpy(to, from, static_cast<std::size_t>(count) * element_bytes);
-    }
+    std::memcpy(to, from, static_cast<std::size_t>(count) * element_bytes);
     return;
   }
   switch (element_bytes) {
