@@ -26,22 +26,6 @@ TEST_CASE("collectives in shared memory are exact", "[host]") {
   });
 }
 
-TEST_CASE("every dtype and operation reduces exactly", "[host]") {
-  const int n = GENERATE(2, 3);
-  run_ranks(n, [&](ControlPlane& plane) {
-    for (const DType dtype : kReducible) {
-      for (const ReduceOp op : {ReduceOp::sum, ReduceOp::prod, ReduceOp::min, ReduceOp::max}) {
-        Site site(plane, {}, Memory::mixed);
-        check_reduce_scatter(site, plane, Dims{5, 40}, 1, equal_sizes(n, 40), dtype, op,
-                             Form::contiguous);
-        check_reduce_scatter(site, plane, Dims{300, 40}, 0, equal_sizes(n, 300), dtype, op,
-                             Form::contiguous);
-        check_all_reduce(site, plane, Dims{129, 70}, dtype, op, Form::contiguous, true);
-      }
-    }
-  });
-}
-
 TEST_CASE("tensors larger than the slots pass in pieces", "[host]") {
   const int n = GENERATE(2, 3);
   const Memory memory = GENERATE(Memory::ordinary, Memory::window, Memory::mixed);
