@@ -41,6 +41,43 @@ struct Caller {
   int size = 1;            ///< Ranks of the group.
 };
 
+/// Throws `UsageError` for a tensor of another device than the group's.
+template <class Void>
+void check_on_device(std::string_view argument, const Caller& caller, Device device,
+                     const BasicTensorView<Void>& x) {
+  if (x.device() != device) {
+    throw UsageError(fmt::format("{}: group {} works on {}, got a tensor on {}", argument,
+                                 caller.group, to_string(device), to_string(x.device())));
+  }
+}
+
+/// Throws `UsageError` unless it is a rank of the group.
+inline void check_member(std::string_view argument, const Caller& caller, int rank) {
+  if (rank < 0 || rank >= caller.size) {
+    throw UsageError(fmt::format("{}: expected a rank in [0, {}) of group {}, got {}", argument,
+                                 caller.size, caller.group, rank));
+  }
+}
+
+/// The same, and another rank than the caller's.
+inline void check_peer(std::string_view argument, const Caller& caller, int peer) {
+  check_member(argument, caller, peer);
+  if (peer == caller.rank) {
+    throw UsageError(fmt::format("{}: rank {} of group {} cannot be its own peer", argument, peer,
+                                 caller.group));
+  }
+}
+
+/// Throws `UsageError` unless `x` has the dtype of `like` and the given shape.
+template <class A, class B>
+void check_alike(std::string_view argument, const BasicTensorView<A>& x,
+                 const BasicTensorView<B>& like, const Dims& shape) {
+  if (x.dtype() != like.dtype() || x.shape() != shape) {
+    throw UsageError(fmt::format("{}: expected {}{}, got {}{}", argument, to_string(like.dtype()),
+                                 to_string(shape), to_string(x.dtype()), to_string(x.shape())));
+  }
+}
+
 /// Throws `UsageError` for elements of a type that cannot be reduced, such as 8-bit floats.
 template <class Void>
 void check_reducible(std::string_view argument, const BasicTensorView<Void>& x) {

@@ -22,6 +22,30 @@ TEST_CASE("the sum of sizes names what is wrong with them", "[arguments]") {
   CHECK_THROWS_MATCHES(total("sizes", caller, huge), UsageError, says("overflows"));
 }
 
+TEST_CASE("devices, ranks, dtypes and shapes that a call cannot take are named", "[arguments]") {
+  const Caller caller{"tp[0]", 1, 2};
+  std::vector<float> memory(64);
+  const TensorView x(memory.data(), DType::f32, {8, 8});
+  CHECK_NOTHROW(check_on_device("x", caller, x.device(), x));
+  CHECK_THROWS_MATCHES(check_on_device("x", caller, Device{DeviceKind::cuda, 3}, x), UsageError,
+                       says("x: group tp[0] works on cuda:3, got a tensor on"));
+  for (const int rank : {0, 1}) {
+    CHECK_NOTHROW(check_member("root", caller, rank));
+  }
+  for (const int rank : {-1, 2}) {
+    CHECK_THROWS_MATCHES(check_member("root", caller, rank), UsageError,
+                         says("root: expected a rank in [0, 2) of group tp[0]"));
+    CHECK_THROWS_AS(check_peer("to", caller, rank), UsageError);
+  }
+  CHECK_NOTHROW(check_peer("to", caller, 0));
+  CHECK_THROWS_MATCHES(check_peer("to", caller, 1), UsageError,
+                       says("to: rank 1 of group tp[0] cannot be its own peer"));
+  CHECK_NOTHROW(check_alike("out", x, x, {8, 8}));
+  CHECK_THROWS_MATCHES(check_alike("out", x, x, {8, 4}), UsageError, says("out: expected f32"));
+  const TensorView other(memory.data(), DType::i32, {8, 8});
+  CHECK_THROWS_MATCHES(check_alike("out", other, x, {8, 8}), UsageError, says("got i32"));
+}
+
 TEST_CASE("a result may lie on its input only where a call in place has it", "[arguments]") {
   std::vector<float> memory(64);
   const TensorView all(memory.data(), DType::f32, {64});

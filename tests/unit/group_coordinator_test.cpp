@@ -9,7 +9,6 @@
 #include "support/capture_checks.hpp"
 #include "support/catch.hpp"
 #include "support/collective_checks.hpp"
-#include "support/counting_driver.hpp"
 #include "support/threads.hpp"
 
 using namespace cohort;
@@ -159,60 +158,5 @@ TEST_CASE("a group of one returns tensors of its own", "[group]") {
     group.barrier();
     check(group.path(Collective::all_reduce, x, x) == "single rank", "path");
     check(memory == std::vector<float>(12, 2.0F), "unchanged");
-  });
-}
-
-TEST_CASE("calls on several streams are ordered", "[group]") {
-  run_ranks(2, [](ControlPlane& world) {
-    auto state = make_state(world, {.tp = 2, .dcp = 2});
-    HostStream a;
-    HostStream b;
-    Site site(state.dcp(), Memory::arena);
-    const auto x = site.filled({100}, DType::f32);
-    state.dcp().all_reduce(x, a);
-    state.dcp().all_reduce(x, b);
-    state.dcp().order(a);
-    check_values(x, "twice",
-                 [](std::int64_t flat) { return 2 * (value_at(0, flat) + value_at(1, flat)); });
-  });
-}
-
-TEST_CASE("a call asks its stream once for its capture", "[group]") {
-  run_ranks(2, [](ControlPlane& world) {
-    auto state = make_state(world, {.tp = 2, .dcp = 2});
-    auto& group = state.dcp();
-    Site site(group, Memory::arena);
-    const auto share = site.filled({4, 6}, DType::f32);
-    const auto whole = site.filled({8, 6}, DType::f32);
-    CountingDriver driver;
-    HostStream first;
-    HostStream second;
-    const StreamRef stream = driver.ref(first);
-    const auto once = [&](const char* what, const std::function<void()>& call) {
-      call();
-      check_equal(driver.asked(), 1, what);
-      check_equal(driver.waits(), 0, what);
-    };
-    once("all_gather_into", [&] { group.all_gather_into(whole, share, 0, stream); });
-    once("all_gather", [&] { (void)group.all_gather(share, 1, stream); });
-    once("reduce_scatter_into", [&] { group.reduce_scatter_into(share, whole, 0, stream); });
-    once("reduce_scatter", [&] { (void)group.reduce_scatter_along_dim(whole, 1, stream); });
-    once("all_reduce", [&] { group.all_reduce(share, stream); });
-    once("all_to_all", [&] { (void)group.all_to_all(whole, stream); });
-    once("barrier", [&] { group.barrier(stream); });
-
-    // On another stream the one before is asked as well, and waited for.
-    group.all_reduce(share, driver.ref(second));
-    check_equal(driver.asked(), 2, "both streams");
-    check_equal(driver.waits(), 1, "the second stream waits");
-
-    // Within a capture, calls on different streams are ordered, and the eager ones play no part.
-    driver.begin_capture(&first);
-    once("captured", [&] { group.all_reduce(share, stream); });
-    second.ref().wait_for(first);
-    group.all_reduce(share, driver.ref(second));
-    check_equal(driver.asked(), 1, "captured on another stream");
-    check_equal(driver.waits(), 1, "it waits within the capture");
-    (void)driver.end_capture(&first);
   });
 }

@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <fmt/format.h>
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "cohort/agreement.hpp"
+#include "cohort/collective_arguments.hpp"
+#include "cohort/control_plane.hpp"
+#include "cohort/error.hpp"
+#include "cohort/joined.hpp"
+#include "cohort/stream_order.hpp"
+#include "cohort/symmetric_arena.hpp"
+#include "cohort/symmetric_policy.hpp"
+#include "cohort/symmetric_scope.hpp"
+#include "cohort/tensor.hpp"
+#include "cohort/topology.hpp"
+#include "cohort/transport.hpp"
+
+/// \file
+/// A group of ranks with its control plane, transport and symmetric memory: who it is, the order of
+/// its calls, and its end. Its collectives are in group_coordinator.hpp.
+
+namespace cohort {
+
+/// What a group is made of. `ParallelState` fills it.
+struct GroupParts {
+  GroupKind kind = GroupKind::world;      ///< What the group is for.
+  std::string name;                       ///< Such as "dcp[1]".
+  std::vector<int> ranks;                 ///< World ranks, by rank in the group.
+  std::unique_ptr<ControlPlane> control;  ///< Of this group.
+  std::shared_ptr<Backend> backend;       ///< Shared by all groups.
+  std::unique_ptr<Transport> transport;   ///< Null in a group of one.
+  SymmetricDecision decision;             ///< Whether it has windows and peer mappings, and why.
+  bool debug_checks = false;              ///< Compare each call's arguments across the ranks.
+  /// Of the group's own arena.
+  ArenaOptions arena = {};
+};
+
+/// What a group is beside its collectives. After `shutdown` every call throws `UsageError`.
+class GroupBase {
+ public:
+  /// Groups are made by `ParallelState::create`.
+  explicit GroupBase(GroupParts parts)
+      : parts_(std::move(parts)),
+        rank_(parts_.control->rank()),
+        size_(parts_.control->size()),
+        lifeline_(std::make_shared<Lifeline>("group " + parts_.name)) {
+    lanes_.emplace_back("group " + parts_.name);
+    arena_ = SymmetricArena::create(*parts_.backend, parts_.name, audience(), parts_.arena);
+  }
+  GroupBase(const GroupBase&) = delete;
+  GroupBase& operator=(const GroupBase&) = delete;
+  virtual ~GroupBase() { close(); }
+
+  /// What the group is for.
+  [[nodiscard]] GroupKind kind() const noexcept { return parts_.kind; }
+  /// Such as "dcp[0]".
+  [[nodiscard]] const std::string& name() const noexcept { return parts_.name; }
+  /// This rank in the group.
+  [[nodiscard]] int rank() const noexcept { return rank_; }
+  /// Ranks of the group.
+  [[nodiscard]] int size() const noexcept { return size_; }
+  /// World ranks, by rank in the group.
+  [[nodiscard]] const std::vector<int>& ranks() const noexcept { return parts_.ranks; }
+  /// What the policy decided for the group, and why.
+  [[nodiscard]] const SymmetricDecision& decision() const noexcept { return parts_.decision; }
+  /// The group's control plane.
+  [[nodiscard]] ControlPlane& control() const noexcept { return *parts_.control; }
+  /// Where its tensors lie.
+  [[nodiscard]] Backend& backend() const noexcept { return *parts_.backend; }
+  /// Where returned tensors and temporaries come from; without windows where the policy says no.
+  [[nodiscard]] const std::shared_ptr<SymmetricArena>& arena() const noexcept { return arena_; }
+  /// How scopes see the group: its arena, or ordinary memory where it has no windows.
+  operator ScopeTarget() const noexcept {  // NOLINT(google-explicit-constructor)
+    return {parts_.decision.nccl_windows.on ? arena_.get() : nullptr, parts_.backend.get()};
+  }
+  /// The group alone; nobody where it has no windows.
+  [[nodiscard]] Audience audience() const {
+    throw_if_closed();
+    return parts_.decision.nccl_windows.on
+               ? Audience{parts_.control.get(), {parts_.transport.get()}}
+               : Audience{};
+  }
+
+  /// Collective. Makes room for a block of `bytes` in the group's arena.
+  void reserve(std::size_t bytes) {
+    throw_if_closed();
+    arena_->reserve(bytes);
+  }
+  /// Collective. Makes room for these calls, so that none of them grows or fails in a frozen arena:
+  /// results that live at once, eagerly and in one graph or the graphs of one pool besides, and the
+  /// scratch of layouts that have to be packed. What a pass over the list returned is released
+  /// before the next. Throws `UsageError` for a shape that cannot be, and as `reserve`.
+  void reserve_for_calls(std::span<const CollectiveShape> calls) {
+    throw_if_closed();
+    reserve_room(room_of(calls, size_));
+  }
+  /// Local, by every rank at the same point: the arena never grows again.
+  void freeze() {
+    throw_if_closed();
+    arena_->freeze();
+  }
+
+  /// Waits until the stream is idle, watching the peers as well. Throws `TimeoutError` naming the
+  /// missing ranks, `TransportError` where a peer failed.
+  void synchronize(StreamRef stream, std::chrono::milliseconds limit) {
+    throw_if_closed();
+    if (parts_.transport != nullptr) {
+      parts_.transport->synchronize(stream, limit);
+    } else if (stream.valid()) {
+      stream.synchronize(limit);
+    }
+  }
+
+  /// Whether a call of the group is known to have failed, without asking the device: one load, for
+  /// engines that wait for their streams by CUDA's own means. `synchronize` says what happened.
+  [[nodiscard]] bool failed() const noexcept {
+    return parts_.transport != nullptr && parts_.transport->failed();
+  }
+
+  /// Collective. At least so many lanes, for work that goes on side by side, such as micro-batches:
+  /// the library orders calls of one lane, and lets those of different lanes overlap where its own
+  /// kernels carry them. Not within a capture.
+  void reserve_lanes(int lanes) {
+    throw_if_closed();
+    if (lanes < 1) {
+      throw UsageError(fmt::format("reserve_lanes: expected at least 1, got {}", lanes));
+    }
+    if (parts_.transport != nullptr) {
+      parts_.transport->reserve_lanes(lanes);
+    }
+    while (lanes_.size() < static_cast<std::size_t>(lanes)) {
+      lanes_.emplace_back("group " + parts_.name);
+    }
+  }
+  /// The lane of the calls that follow, equal on all ranks for each of them. Lane 0 at first.
+  void use_lane(int lane) {
+    throw_if_closed();
+    if (lane < 0 || static_cast<std::size_t>(lane) >= lanes_.size()) {
+      throw UsageError(fmt::format("use_lane: expected one of the {} reserved lanes, got {}",
+                                   lanes_.size(), lane));
+    }
+    lane_ = static_cast<std::size_t>(lane);
+    if (parts_.transport != nullptr) {
+      parts_.transport->select_lane(lane);
+    }
+  }
+  /// Most thread blocks of the own kernels in the calls that follow, so that other work keeps the
+  /// rest of the device; 0 for the backend's budget. Equal on all ranks for each call.
+  void limit_blocks(int blocks) {
+    throw_if_closed();
+    if (blocks < 0) {
+      throw UsageError(fmt::format("limit_blocks: expected at least 0, got {}", blocks));
+    }
+    if (parts_.transport != nullptr) {
+      parts_.transport->limit_blocks(blocks);
+    }
+  }
+
+  /// Work that `stream` gets after this runs after the group's calls so far, and the group's later
+  /// calls after what `stream` gets before them or before `launched`. Every call does it by itself;
+  /// an engine does it before it launches a graph with calls of the group. Calls of one capture are
+  /// ordered among themselves: their place among eager calls is where the graph is launched.
+  void order(StreamRef stream) {
+    throw_if_closed();
+    for (StreamOrder& lane : lanes_) {  // a graph may hold calls of any
+      static_cast<void>(lane.before(stream));
+    }
+    arena_->order_launch(stream);
+  }
+  /// Right behind a launch that `order` preceded, so that later calls on other streams wait for it
+  /// and for nothing that `stream` gets afterwards.
+  void launched(StreamRef stream) {
+    throw_if_closed();
+    if (stream.valid()) {
+      for (StreamOrder& lane : lanes_) {
+        lane.after({stream, stream.capture_id()});
+      }
+    }
+  }
+
+  /// How long teardown waits for calls that may still come to their end.
+  static constexpr std::chrono::milliseconds kTeardownPatience{5'000};
+
+  /// Local, before teardown: waits so long for the group's calls to come to their end, and then
+  /// tells those that wait for ranks to end. No call may follow.
+  void settle(std::chrono::milliseconds patience) noexcept {
+    if (parts_.transport != nullptr) {
+      parts_.transport->settle(patience);
+    }
+  }
+
+  /// Collective. Deregisters the windows and disconnects; tensors of the group stay readable. Every
+  /// later call throws `UsageError`, but a second shutdown does nothing. What the wait for the
+  /// other ranks throws comes after all is closed. `ParallelState` does it for all its groups at
+  /// once.
+  void shutdown() {
+    if (closed_) {
+      return;
+    }
+    try {
+      parts_.control->barrier();  // no rank may still be reading what goes away
+    } catch (...) {
+      close();
+      throw;
+    }
+    close();
+  }
+
+  /// Local: `shutdown` once the ranks have waited for each other, or where they no longer can.
+  void close() noexcept {
+    closed_ = true;
+    lifeline_->end();
+    settle(kTeardownPatience);  // before memory goes away that its calls may use
+    if (arena_ != nullptr) {
+      arena_->close();
+    }
+    parts_.transport.reset();
+  }
+
+ protected:
+  /// Null in a group of one.
+  [[nodiscard]] Transport* transport() const noexcept { return parts_.transport.get(); }
+
+  /// Throws `UsageError` after `shutdown`.
+  void throw_if_closed() const {
+    if (closed_) {
+      throw UsageError(fmt::format("group {}: used after shutdown", parts_.name));
+    }
+  }
+
+  /// Makes room for steps like this one.
+  void reserve_room(const StepRoom& room) {
+    reserve(room.bytes());
+    if (parts_.transport != nullptr) {
+      parts_.transport->reserve_scratch(room.scratch);
+    }
+  }
+
+  // The steps of each call: check the arguments, `begin`, compare them across the ranks, allocate,
+  // issue, `finish`.
+
+  /// A call's place in the order of the group's calls.
+  using Call = StreamOrder::Call;
+
+  /// The group is up, and `x` lies on its device.
+  template <class Void>
+  void check_call(std::string_view call, const BasicTensorView<Void>& x) const {
+    throw_if_closed();
+    check_device(call, x);
+  }
+
+  /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.
+  [[nodiscard]] Call begin(StreamRef stream) {
+    const Call call = lanes_[lane_].before(stream);
+    if (call.capture != 0) {
+      // Not each piece of work: local arithmetic belongs to the backend, which outlives the group.
+      call.stream.check_at_launch(lifeline_);
+    }
+    return call;
+  }
+  /// All of the call has been enqueued.
+  void finish(const Call& call) { lanes_[lane_].after(call); }
+
+  /// For errors of arguments.
+  [[nodiscard]] Caller caller() const noexcept { return {parts_.name, rank_, size_}; }
+
+  /// Memory of a call, from the group's arena.
+  [[nodiscard]] Tensor temporary(const Dims& shape, DType dtype, const Call& call) {
+    return arena_->empty(shape, dtype, call.stream, call.capture);
+  }
+
+  /// Throws `UsageError` for a tensor of another device.
+  template <class Void>
+  void check_device(std::string_view argument, const BasicTensorView<Void>& x) const {
+    check_on_device(argument, caller(), parts_.backend->device(), x);
+  }
+
+  /// Throws unless `x` has the dtype and device of `like` and the given shape.
+  template <class A, class B>
+  void check_like(std::string_view argument, const BasicTensorView<A>& x,
+                  const BasicTensorView<B>& like, const Dims& shape) const {
+    check_device(argument, x);
+    check_alike(argument, x, like, shape);
+  }
+
+  /// Copies, unless both are the same memory.
+  void copy_unless_same(const ConstTensorView& from, const TensorView& to, StreamRef stream) {
+    if (from.data() != to.data() || from.strides() != to.strides()) {
+      parts_.backend->ops().copy(from, to, stream);
+    }
+  }
+
+  /// The opt-in comparison of a call's arguments across the ranks, before anything is allocated for
+  /// it. `extra` is the op, root or base; `out` is null where it will be allocated.
+  void debug_compare(std::string_view call, const ConstTensorView& x, int dim,
+                     std::span<const std::int64_t> sizes, int extra, const TensorView* out) {
+    if (!parts_.debug_checks || size_ == 1) {
+      return;
+    }
+    // Extents along `dim` differ between ranks in the v-variants; their list does not.
+    Dims shape = x.shape();
+    if (!sizes.empty()) {
+      shape[dim] = 0;
+    }
+    debug_agree(fmt::format("{} of {}{} dim {} sizes [{}] variant {}{}", call, to_string(x.dtype()),
+                            to_string(shape), dim, detail::joined(sizes, ","), extra,
+                            places(x, out)));
+  }
+  /// With debug checks, compares the call with those of the other ranks.
+  void debug_agree(std::string_view call) {
+    if (!parts_.debug_checks || size_ == 1) {
+      return;
+    }
+    agree(*parts_.control, {.place = fmt::format("{} in group {}", call, parts_.name),
+                            .sequence = debug_sequence_++,
+                            .history = arena_->history_to_agree_on()});
+  }
+
+ private:
+  /// Where the tensors lie, for the comparison; nothing where ranks may differ in that.
+  [[nodiscard]] std::string places(const ConstTensorView& x, const TensorView* out) const {
+    if (parts_.transport == nullptr || !parts_.transport->needs_equal_offsets()) {
+      return {};
+    }
+    std::string text = fmt::format(", input at {}", window_offset(x.data()));
+    if (out != nullptr) {
+      text += fmt::format(", output at {}", window_offset(out->data()));
+    }
+    return text;
+  }
+
+  [[nodiscard]] std::string window_offset(const void* address) const {
+    const auto offset = arena_->offset_of(address);
+    return offset ? fmt::format("offset {}", *offset) : "no offset";
+  }
+
+  GroupParts parts_;
+  int rank_;
+  int size_;
+  std::shared_ptr<Lifeline> lifeline_;  // kept by graphs with calls of the group
+  std::shared_ptr<SymmetricArena> arena_;
+  std::vector<StreamOrder> lanes_;  // each with an order of its own
+  std::size_t lane_ = 0;
+  std::uint64_t debug_sequence_ = 0;
+  bool closed_ = false;
+};
+
+}  // namespace cohort
