@@ -8,6 +8,8 @@ set(cohort_config_dir "${CMAKE_INSTALL_LIBDIR}/cmake/cohort")
 install(DIRECTORY "${PROJECT_SOURCE_DIR}/include/cohort" DESTINATION "${CMAKE_INSTALL_INCLUDEDIR}"
         FILES_MATCHING PATTERN "*.hpp" PATTERN "*.cuh")
 
+install(FILES "${PROJECT_SOURCE_DIR}/LICENSE" DESTINATION "${CMAKE_INSTALL_DOCDIR}")
+
 # One export set for each component, so that a consumer without MPI or CUDA never looks for them.
 function(cohort_install_target target component)
   if(TARGET ${target})

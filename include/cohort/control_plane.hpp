@@ -225,21 +225,34 @@ struct GiveUp {
 
   /// @param self   The rank that gives up, to be blamed where the error blames nobody.
   /// @param heard  Whether the error is what another rank said, which is then passed on as it is.
-  [[nodiscard]] static GiveUp because(const std::exception& error, int self, bool heard = false) {
-    GiveUp why = by(self, error.what());
-    if (heard) {
-      why.text = error.what();
-    }
-    if (const auto* late = dynamic_cast<const TimeoutError*>(&error)) {
+  [[nodiscard]] static GiveUp because(const std::exception_ptr& error, int self,
+                                      bool heard = false) {
+    const auto say = [&](const std::exception& what) {
+      GiveUp why = by(self, what.what());
+      if (heard) {
+        why.text = what.what();
+      }
+      return why;
+    };
+    try {  // told apart by handlers, which sources without run-time type information have as well
+      std::rethrow_exception(error);
+    } catch (const TimeoutError& late) {
+      GiveUp why = say(late);
       why.kind = Kind::timeout;
-      why.ranks = late->missing();
-    } else if (const auto* unlike = dynamic_cast<const SymmetryError*>(&error)) {
-      why.ranks = unlike->ranks();
-    } else if (const auto* broken = dynamic_cast<const TransportError*>(&error)) {
+      why.ranks = late.missing();
+      return why;
+    } catch (const SymmetryError& unlike) {
+      GiveUp why = say(unlike);
+      why.ranks = unlike.ranks();
+      return why;
+    } catch (const TransportError& broken) {
+      GiveUp why = say(broken);
       why.kind = Kind::transport;
-      why.native_code = static_cast<std::int32_t>(broken->site().native_code);
+      why.native_code = static_cast<std::int32_t>(broken.site().native_code);
+      return why;
+    } catch (const std::exception& other) {
+      return say(other);
     }
-    return why;
   }
 
   [[nodiscard]] static GiveUp by(int self, std::string_view why) {
@@ -503,19 +516,19 @@ class MessageControlPlane : public ControlPlane {
   template <class Call>
   std::invoke_result_t<Call&> leave_on_error(std::uint32_t sequence, std::string_view excuse,
                                              Call&& call) {
-    const auto told = [&](const std::exception& error) {
+    const auto told = [&] {
       leave(sequence, [&] {
-        return excuse.empty() ? detail::GiveUp::because(error, rank_, heard_)
+        return excuse.empty() ? detail::GiveUp::because(std::current_exception(), rank_, heard_)
                               : detail::GiveUp::by(rank_, excuse);
       });
     };
     try {
       return call();
-    } catch (const SymmetryError& error) {
-      told(error);
+    } catch (const SymmetryError&) {
+      told();
       throw;
-    } catch (const std::exception& error) {
-      told(error);
+    } catch (const std::exception&) {
+      told();
       mailbox_->abandon();
       throw;
     }

@@ -63,6 +63,9 @@ class Segment {
   [[nodiscard]] virtual void* data() const noexcept = 0;
   /// Its length.
   [[nodiscard]] virtual std::size_t bytes() const noexcept = 0;
+  /// Whether transports of such a backend register it: then it is of that backend's one class of
+  /// such segments. Asked instead of the type, for sources without run-time type information.
+  [[nodiscard]] virtual bool registers_with(BackendKind) const noexcept { return false; }
 };
 
 /// The registration of a segment with one group. Its destruction deregisters: local, and called

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Usage: run.sh BUILD-TREE
-# Installs the tree to a temporary folder, moves it, and builds the consumer against it with each
-# compiler and standard, with find_package and with pkg-config; in the long run with all pairs of
-# compiler and standard.
+# Installs the tree to a temporary folder, moves it, and builds against it: the README's program by
+# the README's CMakeLists.txt, and the consumer with each compiler and standard, with find_package and
+# with pkg-config, also without run-time type information; in the long run with all pairs of compiler
+# and standard. Then the tree inside another project, by add_subdirectory and by FetchContent.
 set -euo pipefail
 build=$1
 here=$(cd "$(dirname "$0")" && pwd)
@@ -35,11 +36,37 @@ attempt() {
   fi
 }
 
-with_find_package() {  # COMPILER STANDARD MPI
+with_find_package() {  # COMPILER STANDARD MPI [FLAGS]
   local tree=$work/$1-$2-$3
   cmake -S "$here" -B "$tree" "-DCMAKE_PREFIX_PATH=$prefix" "-DCMAKE_CXX_COMPILER=$1" \
-    "-DCMAKE_CXX_STANDARD=$2" "-DWITH_MPI=$3" &&
+    "-DCMAKE_CXX_STANDARD=$2" "-DWITH_MPI=$3" "-DCMAKE_CXX_FLAGS=${4:-}" &&
     cmake --build "$tree" -j 2 && "$tree/consumer"
+}
+
+# What the README says about a project of its own, to the letter but for the flags, which are those of
+# users whose own warnings are errors.
+by_the_readme() {
+  local project=$work/readme
+  mkdir "$project"
+  awk '/^```cmake$/ { inside = 1; next } /^```/ { if (inside) exit } inside' \
+    "$here/../../README.md" >"$project/CMakeLists.txt"
+  cp "$here/../../examples/first_program.cpp" "$project/engine.cpp"
+  cmake -S "$project" -B "$project/build" "-DCMAKE_PREFIX_PATH=$prefix" -DCMAKE_CXX_COMPILER=g++ \
+    "-DCMAKE_CXX_FLAGS=$warnings" &&
+    cmake --build "$project/build" && mpirun -n 2 "$project/build/engine" | tee "$work/said" &&
+    grep -q '^merged (2,4,8) = 0.5 with plan ' "$work/said"
+}
+
+inside_a_project() {  # WAY
+  local tree=$work/$1
+  cmake -S "$here/inside" -B "$tree" "-DWAY=$1" "-DCOHORT_SOURCE=$here/../.." "-DWITH_MPI=$mpi" \
+    -DCMAKE_CXX_COMPILER=g++ &&
+    cmake --build "$tree" -j 2 && "$tree/core" && { [[ $mpi == OFF ]] || "$tree/mpi"; } || return
+  # The engine's sources get Cohort's folder and no flags of Cohort's own.
+  if grep -- 'inside/core.cpp' "$tree/compile_commands.json" | grep -qE -- '-W|-O|-g'; then
+    echo "flags reached the engine's source"
+    return 1
+  fi
 }
 
 with_pkg_config() {  # COMPILER STANDARD
@@ -52,7 +79,7 @@ with_pkg_config() {  # COMPILER STANDARD
 with_pkg_config_mpi() {  # COMPILER STANDARD
   local flags
   flags=$(PKG_CONFIG_PATH=$pc_dir pkg-config --cflags --libs cohort-mpi) &&
-    "$1" "-std=$2" -Wall -Wextra -DWITH_MPI "$here/main.cpp" "$here/groups.cpp" $flags \
+    "$1" "-std=$2" -fno-rtti -Wall -Wextra -DWITH_MPI "$here/main.cpp" "$here/groups.cpp" $flags \
       -o "$work/pc-mpi-$1" &&
     "$work/pc-mpi-$1"
 }
@@ -67,7 +94,7 @@ no_warnings_at() {  # LEVEL
   for source in "${sources[@]}"; do
     for compiler in "${compilers[@]}"; do
       # shellcheck disable=SC2086
-      "$compiler" -std=c++20 "$1" -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror $flags \
+      "$compiler" -std=c++20 "$1" $warnings $flags \
         -c "$source" -o "$work/$compiler$1-$(basename "$source").o" &
       running+=($!)
     done
@@ -91,6 +118,7 @@ PROJECT
   cmake -S "$work" -B "$work/refused" "-DCMAKE_PREFIX_PATH=$prefix"
 }
 
+warnings="-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Werror"
 mpi=OFF
 [[ -e $pc_dir/cohort-mpi.pc ]] && mpi=ON
 compilers=(g++)
@@ -100,17 +128,24 @@ else
   echo "cohort-skip: install: clang++ is not installed"
 fi
 full=${COHORT_TEST_FULL:-0}
-attempt "g++, C++20" with_find_package g++ 20 "$mpi"
+if [[ $mpi == ON ]]; then
+  attempt "the README's project" by_the_readme
+else
+  attempt "g++, C++20" with_find_package g++ 20 OFF
+fi
 for compiler in "${compilers[@]:1}"; do
   attempt "$compiler, C++23" with_find_package "$compiler" 23 "$mpi"
   [[ $full == 0 ]] || attempt "$compiler, C++20" with_find_package "$compiler" 20 "$mpi"
 done
 [[ $full == 0 ]] || attempt "g++, C++23" with_find_package g++ 23 "$mpi"
-[[ $mpi == OFF ]] || attempt "g++ without MPI" with_find_package g++ 20 OFF
+[[ $mpi == OFF ]] || attempt "g++ without MPI and without RTTI" with_find_package g++ 20 OFF -fno-rtti
 [[ $mpi == ON && $full == 0 ]] || attempt "pkg-config" with_pkg_config g++ c++20
-[[ $mpi == OFF ]] || attempt "pkg-config with MPI" with_pkg_config_mpi g++ c++20
-for level in -O0 -O2 -O3; do
+[[ $mpi == OFF ]] || attempt "pkg-config with MPI, without RTTI" with_pkg_config_mpi g++ c++20
+for level in -O2 -O3; do  # at -O0 the README's project is built
   attempt "no warnings at $level" no_warnings_at "$level"
+done
+for way in add_subdirectory FetchContent; do
+  attempt "inside a project by $way" inside_a_project "$way"
 done
 attempt "unknown component" unknown_component_is_refused
 

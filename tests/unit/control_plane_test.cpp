@@ -361,8 +361,10 @@ TEST_CASE("giving up tells the others at once, whatever they wait for") {
 }
 
 TEST_CASE("what a transport error says reaches the others with its native code") {
-  const detail::GiveUp why = detail::GiveUp::because(
-      TransportError({.call = "send", .native_code = 32, .rank = 1}, "broken pipe"), 1);
+  const detail::GiveUp why =
+      detail::GiveUp::because(std::make_exception_ptr(TransportError(
+                                  {.call = "send", .native_code = 32, .rank = 1}, "broken pipe")),
+                              1);
   const auto told = detail::GiveUp::deserialize(why.serialize());
   try {
     told.raise(1, "barrier", "tp[0]");

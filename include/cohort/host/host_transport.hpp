@@ -234,8 +234,7 @@ class HostTransport final : public Transport {
 };
 
 inline std::unique_ptr<Window> HostTransport::register_segment(Segment& segment) {
-  const auto* own = dynamic_cast<const HostSegment*>(&segment);
-  if (own == nullptr) {
+  if (!segment.registers_with(BackendKind::host)) {
     throw UsageError("segment: expected one of the host backend");
   }
   if (access_ == nullptr && control_.size() > 1) {
@@ -243,7 +242,7 @@ inline std::unique_ptr<Window> HostTransport::register_segment(Segment& segment)
         "register_segment: the ranks of group {} cannot map each other's memory", control_.name()));
   }
   const std::uint32_t number = windows_->next_number();
-  const MemoryHandle handle = own->memory()->handle();
+  const MemoryHandle handle = static_cast<const HostSegment&>(segment).memory()->handle();
   const auto all = control_.all_gather(std::as_bytes(std::span(&handle, 1)));
   std::vector<std::shared_ptr<SharedMemory>> memory;
   std::exception_ptr failure;

@@ -22,7 +22,7 @@ namespace cohort::host {
 
 /// A memory file that callers' tensors live in. Keeps its descriptor, because later registrations
 /// with other groups need it.
-class HostSegment : public Segment {
+class HostSegment final : public Segment {
  public:
   /// @param hold  Kept as long as the segment.
   explicit HostSegment(std::shared_ptr<SharedMemory> memory, std::shared_ptr<void> hold = {})
@@ -30,6 +30,9 @@ class HostSegment : public Segment {
 
   [[nodiscard]] void* data() const noexcept override { return memory_->data(); }
   [[nodiscard]] std::size_t bytes() const noexcept override { return memory_->bytes(); }
+  [[nodiscard]] bool registers_with(BackendKind kind) const noexcept override {
+    return kind == BackendKind::host;
+  }
   [[nodiscard]] const std::shared_ptr<SharedMemory>& memory() const noexcept { return memory_; }
 
  private:

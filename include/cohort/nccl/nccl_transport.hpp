@@ -75,11 +75,11 @@ class NcclTransport final : public Transport {
     if (group_.size == 1) {
       return std::make_unique<LocalWindow>(segment);
     }
-    auto* const own = dynamic_cast<NcclSegment*>(&segment);
-    if (own == nullptr) {
+    if (!segment.registers_with(BackendKind::cuda)) {
       throw UsageError("segment: expected one of the CUDA backend");
     }
-    return NcclWindow::create(group_.communicator, *own, group_.control.limit());
+    return NcclWindow::create(group_.communicator, static_cast<NcclSegment&>(segment),
+                              group_.control.limit());
   }
 
   void all_gather(const ConstTensorView& in, const TensorView& out, int dim,

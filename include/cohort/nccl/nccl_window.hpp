@@ -53,6 +53,9 @@ class NcclSegment final : public Segment {
 
   [[nodiscard]] void* data() const noexcept override { return memory_->data; }
   [[nodiscard]] std::size_t bytes() const noexcept override { return bytes_; }
+  [[nodiscard]] bool registers_with(BackendKind kind) const noexcept override {
+    return kind == BackendKind::cuda;
+  }
 
   /// Whether other processes could map it. ncclMemAlloc falls back to cudaMalloc without cuMem, and
   /// says nothing.

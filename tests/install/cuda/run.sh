@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Usage: run.sh BUILD-TREE NCCL-LIBRARY
 # The part for cards from an installed tree, by find_package, which must find the NCCL that the
-# library was built with, and by pkg-config.
+# library was built with, and by pkg-config, there without run-time type information.
 set -uo pipefail
 build=$1
 library=$2
@@ -31,7 +31,7 @@ with_find_package() {
 with_pkg_config() {
   local flags
   flags=$(PKG_CONFIG_PATH=$(dirname "$(find "$work/prefix" -name cohort-cuda.pc)") pkg-config --cflags --libs cohort-cuda) &&
-    g++ -std=c++20 "$here/main.cpp" $flags -o "$work/consumer" &&
+    g++ -std=c++20 -fno-rtti "$here/main.cpp" $flags -o "$work/consumer" &&
     LD_LIBRARY_PATH=$(dirname "$library"):${LD_LIBRARY_PATH:-} "$work/consumer"
 }
 

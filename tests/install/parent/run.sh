@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Usage: run.sh NCCL-INCLUDE-FOLDER NCCL-LIBRARY
-# Cohort inside a project that has CUDA sources of another standard, a fmt and an NCCL of its own. The
-# short run builds the engine's kernel and the lightest of the library's sources, for one card; the
+# Cohort inside a project that has CUDA sources of another standard, a fmt and an NCCL of its own, by
+# FetchContent, which is configured, and by add_subdirectory, which is built. The short run builds the engine's kernel and the lightest of the library's sources, for one card; the
 # long one everything, for all cards of the default.
 set -euo pipefail
 include=$1
@@ -17,9 +17,13 @@ architectures=()
 [[ $full == 1 ]] || architectures=(-DCMAKE_CUDA_ARCHITECTURES=90)
 nvcc=$(command -v nvcc || ls /usr/local/cuda/bin/nvcc)
 
-cmake -S "$here" -B "$work/tree" "${generator[@]}" "${architectures[@]}" "-DCMAKE_CUDA_COMPILER=$nvcc" \
-  "-DCOHORT_SOURCE=$here/../../.." "-DENGINE_NCCL_INCLUDE=$include" "-DENGINE_NCCL_LIBRARY=$library" \
-  >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+configure() {  # TREE WAY
+  cmake -S "$here" -B "$1" "-DWAY=$2" "${generator[@]}" "${architectures[@]}" "-DCMAKE_CUDA_COMPILER=$nvcc" \
+    "-DCOHORT_SOURCE=$here/../../.." "-DENGINE_NCCL_INCLUDE=$include" "-DENGINE_NCCL_LIBRARY=$library" \
+    >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+}
+configure "$work/fetched" FetchContent
+configure "$work/tree" add_subdirectory
 commands=$work/tree/compile_commands.json
 command_of() { grep '"command"' "$commands" | grep -- "$1"; }
 fail() { echo "FAILED: $1"; command_of "${2:-}" || true; exit 1; }
@@ -35,4 +39,4 @@ elif [[ ${#generator[@]} != 0 ]]; then
   ninja -C "$work/tree" cohort/src/CMakeFiles/cohort_cuda.dir/support_kernels.cu.o \
     CMakeFiles/engine.dir/kernel.cu.o >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 fi
-echo "cohort-test: passed=1 failed=0 skipped=0"
+echo "cohort-test: passed=2 failed=0 skipped=0"

@@ -324,3 +324,17 @@ TEST_CASE("a window whose memory one rank lacks fails on every rank", "[host]") 
     check_equal(window->peers().size(), std::size_t{3}, "works on");
   });
 }
+
+TEST_CASE("memory that cannot be shared is refused as a window before anyone waits", "[host]") {
+  run_ranks(2, [](ControlPlane& plane) {
+    auto backend = host_backend();
+    auto transport = backend->connect(plane);
+    auto workspace = backend->allocate_workspace(4096);
+    check_throws<UsageError>([&] { (void)transport->register_segment(*workspace); },
+                             "expected one of the host backend");
+    check(!workspace->registers_with(BackendKind::host), "private memory");
+    auto segment = backend->allocate_segment(4096);
+    check(segment->registers_with(BackendKind::host) && !segment->registers_with(BackendKind::cuda),
+          "the host's own");
+  });
+}
