@@ -14,6 +14,9 @@
 # Every program has a time limit; all together stay below seven minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+source cmake/command_line.sh
+help_if_asked "$@"
+[[ $# == 0 ]] || refuse "$1"
 export NCCL_NVLS_ENABLE=0
 export TORCH_SYMM_MEM_DISABLE_MULTICAST=1
 unset COHORT_OWN_MAX_BYTES COHORT_MERGE_PLAN

@@ -1,11 +1,16 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Measures the host goals with two ranks, prints them as a table, and writes
-# bench/results/host-<cpu>-2ranks.json:   bash bench/host.sh [cohort_bench option]...
+# bench/results/host-<cpu>-2ranks.json. Arguments go to cohort_bench, whose --help lists them.
 #
-# RANKS=4 measures four ranks. Run it on an idle machine with at least a core for each rank.
+#   bash bench/host.sh
+#   RANKS=4 bash bench/host.sh --bench dcp_merge
+#
+# Run it on an idle machine with at least a core for each rank.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source cmake/command_line.sh
+help_if_asked "$@"
 ranks=${RANKS:-2}
 
 bash cmake/build.sh host cohort_bench

@@ -12,12 +12,12 @@
 #include <functional>
 #include <random>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "command_line/command_line.hpp"
 #include "own_kernels/floor_kernels.hpp"
 
-// own_kernels [--ranks N] [--cards C] [--max-blocks N] [--json FILE]
-//
 // The library's own kernels, N ranks as N streams of this process: what the kernels themselves
 // cost. On one card every inbox is local and no link is involved; with `--cards` rank r runs on
 // card r mod C, and the cards reach each other by peer access. Graph replays of 50 calls; medians
@@ -476,20 +476,32 @@ int main(int argc, char** argv) {
   // One hardware queue per rank's stream, and all code loaded before any kernel waits.
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1);
   setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+  constexpr std::string_view kHelp =
+      "Times the library's own kernels, N ranks as N streams of this process, and their floors.\n\n"
+      "  own_kernels --ranks 2 --cards 2 --json own_kernels.json\n\n"
+      "  --ranks N       that many; 2, 4 and 8 by default\n"
+      "  --cards C       rank r runs on card r mod C, 1 by default\n"
+      "  --max-blocks N  most thread blocks of a launch\n"
+      "  --json FILE     where the figures go\n";
+  cohort::tools::help_if_asked(argc, argv, kHelp);
   Options options;
-  for (int i = 1; i + 1 < argc; i += 2) {
+  for (int i = 1; i < argc; i += 2) {
     const std::string key = argv[i];
+    const auto known = cohort::tools::options_in(kHelp);
+    if (std::find(known.begin(), known.end(), key) == known.end()) {
+      cohort::tools::refuse(cohort::tools::no_such_option(key, kHelp));
+    }
+    if (i + 1 == argc) {
+      cohort::tools::refuse(key + ": expected a value");
+    }
     if (key == "--ranks") {
       options.counts = {std::atoi(argv[i + 1])};
     } else if (key == "--cards") {
       options.cards = std::atoi(argv[i + 1]);
     } else if (key == "--max-blocks") {
       options.max_blocks = std::atoi(argv[i + 1]);
-    } else if (key == "--json") {
-      options.json = argv[i + 1];
     } else {
-      fmt::print(stderr, "unknown option {}\n", key);
-      return 64;
+      options.json = argv[i + 1];
     }
   }
   int devices = 0;

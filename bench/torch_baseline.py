@@ -13,7 +13,6 @@ Multicast stays as the environment has it: NCCL_NVLS_ENABLE and TORCH_SYMM_MEM_D
 read by NCCL and PyTorch themselves, are never changed here, and stand among the facts of the run.
 """
 
-import argparse
 import datetime
 import json
 import math
@@ -23,6 +22,8 @@ import signal
 import subprocess
 import sys
 import time
+
+from command_line import Parser
 
 try:
     import torch
@@ -41,8 +42,7 @@ def parse_size(text):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--bench", default=",".join(BENCHES))
     parser.add_argument("--backend", default="nccl", choices=("nccl", "gloo"))
     parser.add_argument("--modes", default="eager,graph")

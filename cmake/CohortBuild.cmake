@@ -79,6 +79,7 @@ function(cohort_add_program name)
 
   add_executable(${name} ${ARGN})
   target_link_libraries(${name} PRIVATE ${libraries} cohort_warnings)
+  target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/src/tools")  # command_line/
   if(TARGET cohort_cuda_sources)
     target_link_libraries(${name} PRIVATE cohort_cuda_sources)
   endif()

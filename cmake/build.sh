@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Configures a preset and builds it, or only some targets of it:  bash cmake/build.sh PRESET [TARGET...]
+# Configures a preset and builds it, or only some targets of it.
+#
+#   bash cmake/build.sh PRESET [TARGET...]         presets: host, gpu, clang, asan, tsan
+#   bash cmake/build.sh host dcp_decode
+#
 # Exit status 3: the GPU parts cannot be built here; the last line says why. COHORT_WERROR=ON makes
 # warnings errors; COHORT_QUICK=ON builds sooner, for programs whose speed does not matter.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-preset=$1
+source cmake/command_line.sh
+help_if_asked "$@"
+preset=${1:-PRESET}
+grep -q "\"name\": \"$preset\", \"configurePreset\"" CMakePresets.json || refuse "$preset"
 shift
 
 mkdir -p build

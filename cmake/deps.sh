@@ -10,6 +10,8 @@
 # Looks for programs and headers, not for packages, so other sources of them are as good; asks apt
 # only when something is missing. As root it installs; otherwise it prints the command and stops.
 set -euo pipefail
+source "$(dirname "$0")/command_line.sh"
+help_if_asked "$@"
 level=${1:-}
 
 # Package, then what proves that it is there: programs, or headers with a slash or an .hpp ending.
@@ -33,10 +35,7 @@ case $level in
     useful+=("clang clang++" "clang-format-14 clang-format-14" "doxygen doxygen" "iproute2 ip" "util-linux unshare" "procps ps"
       "clang-tidy clang-tidy")
     ;;
-  *)
-    sed -n '3,13s/^# \{0,1\}//p' "$0"
-    exit 2
-    ;;
+  *) refuse "$level" ;;
 esac
 
 is_there() {  # any of a comma-separated list

@@ -6,7 +6,6 @@
 #include <fmt/format.h>
 
 #include <cstdio>
-#include <cstdlib>
 #include <memory>
 #include <string>
 
@@ -17,10 +16,11 @@
 
 namespace {
 
-int show(int argc, char** argv, cohort::ControlPlane& world) {
-  const auto number = [&](int i) { return argc > i ? std::atoi(argv[i]) : 1; };
-  const cohort::ParallelLayout layout{.tp = number(1), .pp = number(2), .dcp = number(3)};
-  const auto machine = example::make_machine(example::backend_argument(argc, argv));
+int show(example::Arguments arguments, cohort::ControlPlane& world) {
+  arguments.numbers.resize(3, 1);
+  const cohort::ParallelLayout layout{
+      .tp = arguments.numbers[0], .pp = arguments.numbers[1], .dcp = arguments.numbers[2]};
+  const auto machine = example::make_machine(arguments.backend);
 
   // Collective over the world. TP, PP and DCP groups all get symmetric memory here.
   auto state = cohort::ParallelState::create(
@@ -50,9 +50,14 @@ int show(int argc, char** argv, cohort::ControlPlane& world) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  const auto arguments = example::arguments(
+      argc, argv,
+      "Forms the groups of a layout TP PP DCP and prints what the policy decides for each.\n\n"
+      "  mpirun -n 8 groups 4 2 2\n",
+      3);
   cohort::MpiSession mpi(argc, argv);
   try {
-    return show(argc, argv, mpi.world());
+    return show(arguments, mpi.world());
   } catch (const cohort::ConfigError& error) {  // the same on every rank, before anything is made
     if (mpi.world().rank() == 0) {
       fmt::print("{}\n", error.what());

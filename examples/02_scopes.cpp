@@ -30,10 +30,13 @@ std::string place(const SymmetricScope& scope, const cohort::ScopeTarget& target
 }  // namespace
 
 int main(int argc, char** argv) {
+  const auto arguments = example::arguments(argc, argv,
+                                            "Shows where cohort::empty allocates under scopes.\n\n"
+                                            "  mpirun -n 4 scopes\n");
   cohort::MpiSession mpi(argc, argv);
   auto& world = mpi.world();
   const auto say = [&](const std::string& text) { example::print_in_rank_order(world, text); };
-  const auto machine = example::make_machine(example::backend_argument(argc, argv));
+  const auto machine = example::make_machine(arguments.backend);
   const auto stream = machine->stream();
   auto state = cohort::ParallelState::create(
       world, {.layout = {.tp = world.size(), .pp = 1, .dcp = std::max(1, world.size() / 2)},

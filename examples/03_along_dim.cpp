@@ -35,9 +35,13 @@ std::string rows(const Mirrored<float>& x) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  const auto arguments = example::arguments(
+      argc, argv,
+      "Runs collectives along any dimension, of strided inputs and unequal shares.\n\n"
+      "  mpirun -n 2 along_dim\n");
   cohort::MpiSession mpi(argc, argv);
   auto& world = mpi.world();
-  const auto machine = example::make_machine(example::backend_argument(argc, argv));
+  const auto machine = example::make_machine(arguments.backend);
   const auto stream = machine->stream();
   auto state =
       cohort::ParallelState::create(world, {.layout = {.tp = world.size(), .pp = 1, .dcp = 1},

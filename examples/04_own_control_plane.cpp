@@ -24,6 +24,7 @@
 #include <utility>
 #include <vector>
 
+#include "command_line/command_line.hpp"
 #include "own_control_plane/unix_messenger.hpp"
 
 namespace {
@@ -127,10 +128,17 @@ int run_rank(const std::string& job, int rank, int size) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  constexpr std::string_view kHelp =
+      "Starts RANKS ranks (2 to 64, default 4) that meet over Unix sockets of their own, without "
+      "MPI.\n\n"
+      "  own_control_plane 6\n\n  --help  this text\n";
+  cohort::tools::help_if_asked(argc, argv, kHelp);
   const int size = argc > 1 ? std::atoi(argv[1]) : 4;
-  if (size < 2 || size > 64) {
-    fmt::print(stderr, "RANKS: expected 2 to 64, got {}\n", argv[1]);
-    return 2;
+  if (argc > 2 || size < 2 || size > 64) {
+    const std::string_view word = argv[argc > 2 ? 2 : 1];
+    cohort::tools::refuse(word.substr(0, 2) == "--" || argc > 2
+                              ? cohort::tools::no_such_option(word, kHelp)
+                              : fmt::format("RANKS: expected 2 to 64, got {}", word));
   }
   const std::string job = fmt::format("cohort-example-{}", ::getpid());
   const pid_t starter = ::getpid();

@@ -30,10 +30,14 @@ void layer(cohort::ParallelState& state, const example::Mirrored<float>& in,
 }  // namespace
 
 int main(int argc, char** argv) {
+  const auto arguments =
+      example::arguments(argc, argv,
+                         "Captures collectives in graphs and launches them with fresh inputs.\n\n"
+                         "  mpirun -n 4 graph_capture\n");
   cohort::MpiSession mpi(argc, argv);
   auto& world = mpi.world();
   const auto say = [&](const std::string& text) { example::print_in_rank_order(world, text); };
-  const auto machine = example::make_machine(example::backend_argument(argc, argv));
+  const auto machine = example::make_machine(arguments.backend);
   const auto stream = machine->stream();
   auto state = cohort::ParallelState::create(
       world, {.layout = {.tp = world.size(), .pp = 1, .dcp = 2},

@@ -2,9 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # Installs what is missing, builds, and decodes with a sharded KV cache: on four ranks of this host,
 # and, where there is a GPU, on this card. Builds the programs that it runs and nothing else.
-# Arguments go to both decodes:  bash examples/demo.sh --steps 4
+# Arguments go to both decodes; build/host/bin/dcp_decode --help lists them.
+#
+#   bash examples/demo.sh
+#   bash examples/demo.sh --steps 4
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source cmake/command_line.sh
+help_if_asked "$@"
 
 bash cmake/deps.sh
 export COHORT_QUICK=ON  # no speed is measured

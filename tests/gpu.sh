@@ -11,6 +11,9 @@
 # that one program may take (default 240).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+# shellcheck source=cmake/command_line.sh
+source cmake/command_line.sh
+help_if_asked "$@"
 
 full=0
 parts=()
@@ -18,7 +21,7 @@ for argument in "$@"; do
   case $argument in
     --full) full=1 ;;
     one | share | cards | faults) parts+=("$argument") ;;
-    *) echo "gpu.sh: unknown argument $argument" >&2; exit 2 ;;
+    *) refuse "$argument" ;;
   esac
 done
 ((${#parts[@]})) || parts=(one share cards faults)

@@ -12,6 +12,9 @@
 # makes warnings errors.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=cmake/command_line.sh
+source cmake/command_line.sh
+help_if_asked "$@"
 
 full=0
 sanitize=0
@@ -19,10 +22,7 @@ for argument in "$@"; do
   case $argument in
     --full) full=1 sanitize=1 ;;
     --sanitize) sanitize=1 ;;
-    *)
-      sed -n '3,12s/^# \{0,1\}//p' "$0"
-      exit 2
-      ;;
+    *) refuse "$argument" ;;
   esac
 done
 

@@ -16,6 +16,7 @@
 #include "cohort/dtype.hpp"
 #include "cohort/error.hpp"
 #include "cohort/symmetric_policy.hpp"
+#include "command_line/command_line.hpp"
 
 /// \file
 /// The benchmark's command line. Pure.
@@ -192,7 +193,9 @@ struct Options {
   const auto line = [](std::string_view option, const std::string& text) {
     return fmt::format("  {:<22}{}\n", option, text);
   };
-  return "usage: mpirun -n N cohort_bench [option value]...\n" +
+  return "Measures Cohort and the library under it side by side: bench/README.md says what and "
+         "how.\n\n"
+         "  mpirun -n 2 cohort_bench --bench all_gather,dcp_merge --check --json rows.json\n\n" +
          line("--bench LIST", "all, or of " + detail::names(kBenches, ",")) +
          line("--backend NAME", "host (default) or cuda") +
          line("--paths LIST", detail::names(kPaths, ",")) +
@@ -378,11 +381,13 @@ inline bool set_option(Options& options, std::string_view option, std::string_vi
     } else if (i + 1 < arguments.size()) {
       value = arguments[++i];
     } else {
-      throw ConfigError(
-          fmt::format("{}: expected a value, or an option that --help lists", option));
+      const auto known = tools::options_in(usage());
+      throw ConfigError(std::find(known.begin(), known.end(), option) == known.end()
+                            ? tools::no_such_option(option, usage())
+                            : fmt::format("{}: expected a value", option));
     }
     if (!detail::set_option(options, option, value)) {
-      throw ConfigError(fmt::format("{}: no such option; --help lists them", option));
+      throw ConfigError(tools::no_such_option(option, usage()));
     }
   }
   if (options.max_bytes < options.min_bytes) {

@@ -5,9 +5,10 @@
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
-#include <sstream>
+#include <utility>
 
 #include "cohort/error.hpp"
+#include "command_line/cli11.hpp"
 
 namespace dcp_decode {
 namespace {
@@ -56,7 +57,8 @@ Options parse_options(int argc, char** argv, int ranks, std::optional<EarlyExit>
   options.layout = {.tp = 0, .pp = 1, .dcp = 0};
 
   CLI::App app(
-      "Decodes with a KV cache that the ranks of a DCP group share, and checks every step");
+      "Decodes with a KV cache that the ranks of a DCP group share, and checks every step\n\n"
+      "  mpirun -n 4 dcp_decode --tp 2 --pp 2 --dcp 2 --steps 4");
   const auto size = [&app](const char* name, std::int64_t& option, const char* text) {
     app.add_option(name, option, text)
         ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 24))
@@ -92,10 +94,8 @@ Options parse_options(int argc, char** argv, int ranks, std::optional<EarlyExit>
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& error) {
-    std::ostringstream out;
-    std::ostringstream problems;
-    const int status = app.exit(error, out, problems);
-    exit = EarlyExit{status == 0 ? 0 : 2, out.str() + problems.str()};
+    auto [text, status] = cohort::tools::refusal(app, error);
+    exit = EarlyExit{status, std::move(text)};
     return options;
   }
   if (preset == "deepseek-v3") {

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "machine.hpp"
 
+#include <charconv>
 #include <string_view>
 
 #include "cohort/error.hpp"
 #include "cohort/host/host_backend.hpp"
+#include "command_line/command_line.hpp"
 
 #if COHORT_EXAMPLE_CUDA
 #include <cuda_runtime_api.h>
@@ -65,26 +67,42 @@ class CudaMachine final : public Machine {
 
 #endif
 
+BackendChoice backend_of(std::string_view value) {
+  if (value == "host") {
+    return BackendChoice::host;
+  }
+  if (value == "cuda") {
+    return BackendChoice::cuda;
+  }
+  if (value != "automatic") {
+    cohort::tools::refuse("--backend: expected host, cuda or automatic, got \"" +
+                          std::string(value) + "\"");
+  }
+  return BackendChoice::automatic;
+}
+
 }  // namespace
 
-BackendChoice backend_argument(int argc, char** argv) {
+Arguments arguments(int argc, char** argv, std::string_view help, std::size_t most) {
+  const std::string all =
+      std::string(help) +
+      "\n  --backend NAME  host (default), cuda, or automatic: cuda where it is\n";
+  cohort::tools::help_if_asked(argc, argv, all);
+  Arguments found;
   for (int i = 1; i < argc; ++i) {
-    if (std::string_view(argv[i]) != "--backend") {
-      continue;
+    const std::string_view word = argv[i];
+    int number = 0;
+    if (word == "--backend") {
+      found.backend = backend_of(++i < argc ? argv[i] : "");
+    } else if (std::from_chars(word.data(), word.data() + word.size(), number).ptr ==
+                   word.data() + word.size() &&
+               found.numbers.size() < most) {
+      found.numbers.push_back(number);
+    } else {
+      cohort::tools::refuse(cohort::tools::no_such_option(word, all));
     }
-    const std::string value = i + 1 < argc ? argv[i + 1] : "";
-    if (value == "host") {
-      return BackendChoice::host;
-    }
-    if (value == "cuda") {
-      return BackendChoice::cuda;
-    }
-    if (value == "automatic") {
-      return BackendChoice::automatic;
-    }
-    throw cohort::ConfigError("--backend: expected host, cuda or automatic, got \"" + value + "\"");
   }
-  return BackendChoice::host;
+  return found;
 }
 
 #if COHORT_EXAMPLE_CUDA

@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
+#include <vector>
 
 #include "cohort/stream.hpp"
 #include "cohort/tensor.hpp"
@@ -60,9 +62,16 @@ class Mirrored {
 /// Why this process cannot use a CUDA device, or nothing where it can.
 [[nodiscard]] std::string cuda_obstacle();
 
-/// What `--backend host|cuda|automatic` among the arguments says; `host` without it.
-/// @throw cohort::ConfigError for another value.
-[[nodiscard]] BackendChoice backend_argument(int argc, char** argv);
+/// What the command line of an example says.
+struct Arguments {
+  std::vector<int> numbers;
+  BackendChoice backend = BackendChoice::host;  ///< Of --backend.
+};
+
+/// Reads it before MPI starts. Ends the program for --help, which prints `help`, and for what
+/// cannot be understood: other options, or more than `most` numbers.
+[[nodiscard]] Arguments arguments(int argc, char** argv, std::string_view help,
+                                  std::size_t most = 0);
 
 /// The machine for `host` or `cuda`; `automatic` is `cuda` where that can be used. @throw
 /// cohort::ConfigError where cuda cannot be had.

@@ -23,6 +23,7 @@
 #include "chaos/machine.hpp"
 #include "chaos/plan.hpp"
 #include "chaos/rank.hpp"
+#include "command_line/command_line.hpp"
 
 /// \file
 /// Starts the ranks of a round as processes, watches them, and judges what they report.
@@ -374,6 +375,16 @@ class Round {
   std::vector<std::string> problems_;
 };
 
+/// What every chaos program's help says of its options.
+inline constexpr std::string_view kOptionHelp =
+    "  --rounds N     of one seed each, 20\n"
+    "  --seed S       of the first round, 1\n"
+    "  --ranks MOST   2 to 8, 4\n"
+    "  --limit-ms MS  of every wait, 1000\n"
+    "  --fault NAME   only rounds with that fault\n"
+    "  --phase NAME   only rounds whose fault comes in that phase\n"
+    "  --verbose      also what the ranks say\n";
+
 struct Options {
   int rounds = 20;
   std::uint64_t seed = 1;
@@ -384,14 +395,15 @@ struct Options {
   bool verbose = false;
 };
 
-inline Options parse(int argc, char** argv) {
+/// @param help  The program's, whose options these are.
+inline Options parse(int argc, char** argv, std::string_view help) {
+  tools::help_if_asked(argc, argv, help);
   Options options;
   for (int i = 1; i < argc; ++i) {
     const std::string_view name = argv[i];
     const auto text = [&]() -> const char* {
       if (++i >= argc) {
-        std::fprintf(stderr, "%s: expected a value\n", argv[i - 1]);
-        std::exit(2);
+        tools::refuse(std::string(name) + ": expected a value");
       }
       return argv[i];
     };
@@ -411,15 +423,11 @@ inline Options parse(int argc, char** argv) {
     } else if (name == "--verbose") {
       options.verbose = true;
     } else {
-      std::fprintf(stderr,
-                   "chaos [--rounds N] [--seed S] [--ranks MOST] [--limit-ms MS] [--fault NAME] "
-                   "[--phase NAME] [--verbose]\n");
-      std::exit(2);
+      tools::refuse(tools::no_such_option(name, help));
     }
   }
   if (options.rounds < 1 || options.ranks < 2 || options.ranks > 8 || options.limit_ms < 1000) {
-    std::fprintf(stderr, "expected 1 round or more, 2 to 8 ranks, a limit of 1000 ms or more\n");
-    std::exit(2);
+    tools::refuse("expected 1 round or more, 2 to 8 ranks, a limit of 1000 ms or more");
   }
   return options;
 }

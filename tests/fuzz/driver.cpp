@@ -12,6 +12,10 @@
 #include <ctime>
 #include <exception>
 #include <limits>
+#include <string>
+#include <string_view>
+
+#include "command_line/command_line.hpp"
 
 namespace cohort::fuzz {
 namespace {
@@ -62,10 +66,18 @@ std::uint64_t seed_of_today() {
   return static_cast<std::uint64_t>(std::time(nullptr) / 86400) * 1'000'000;
 }
 
-bool parse(int argc, char** argv, Arguments& arguments) {
-  for (int i = 1; i + 1 < argc; i += 2) {
+constexpr std::string_view kOptionHelp =
+    "  --seed S     of the first round, 1; \"date\" takes the day's\n"
+    "  --rounds N   so many\n"
+    "  --seconds T  as many as fit\n";
+
+Arguments parse(int argc, char** argv, std::string_view help, int rounds) {
+  cohort::tools::help_if_asked(argc, argv, help);
+  Arguments arguments;
+  arguments.rounds = rounds;
+  for (int i = 1; i < argc; i += 2) {
     const std::string option = argv[i];
-    const char* value = argv[i + 1];
+    const char* const value = i + 1 < argc ? argv[i + 1] : "";
     char* end = nullptr;
     if (option == "--seed" && std::strcmp(value, "date") == 0) {
       arguments.seed = seed_of_today();
@@ -78,12 +90,14 @@ bool parse(int argc, char** argv, Arguments& arguments) {
     } else if (option == "--seconds") {
       arguments.seconds = std::strtod(value, &end);
       arguments.rounds = std::numeric_limits<std::int64_t>::max();
+    } else {
+      cohort::tools::refuse(cohort::tools::no_such_option(option, help));
     }
-    if (end == nullptr || end == value || *end != '\0') {
-      return false;
+    if (end == value || *end != '\0' || arguments.rounds < 1) {
+      cohort::tools::refuse(option + ": expected a number, got \"" + value + "\"");
     }
   }
-  return argc % 2 == 1 && arguments.rounds > 0;
+  return arguments;
 }
 
 bool passes(const Round& round, std::uint64_t seed) {
@@ -102,12 +116,10 @@ bool passes(const Round& round, std::uint64_t seed) {
 }  // namespace
 
 int drive(int argc, char** argv, const char* name, int rounds, const Round& round) {
-  Arguments arguments;
-  arguments.rounds = rounds;
-  if (!parse(argc, argv, arguments)) {
-    std::fprintf(stderr, "usage: %s [--seed S|date] [--rounds N | --seconds T]\n", argv[0]);
-    return 2;
-  }
+  const std::string help = std::string("Compares random ") + name +
+                           " with a simple reference, a seed a round.\n\n  fuzz_" + name +
+                           " --seed 17 --rounds 1\n\n" + std::string(kOptionHelp);
+  const Arguments arguments = parse(argc, argv, help, rounds);
   watch_for_fatal_signals();
   std::printf("fuzz %s: from seed %llu\n", name, static_cast<unsigned long long>(arguments.seed));
   std::fflush(stdout);

@@ -9,6 +9,8 @@
 set -uo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 source "$here/../../cmake/mpi_env.sh"
+source "$here/../../cmake/command_line.sh"
+help_if_asked "$@"
 program=$1 mode=${2:-matrix}
 
 work=$(mktemp -d)
@@ -178,10 +180,7 @@ killed() {
 
 case $mode in
   matrix | full | killed) "$mode" ;;
-  *)
-    sed -n '3,9s/^# \{0,1\}//p' "$0"
-    exit 2
-    ;;
+  *) refuse "$mode" ;;
 esac
 echo "dcp_decode: $mode: $runs runs, $failures failures"
 exit $((failures > 0))

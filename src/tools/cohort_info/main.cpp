@@ -7,7 +7,6 @@
 
 #include <fmt/format.h>
 
-#include <CLI/CLI.hpp>
 #include <cohort/cohort.hpp>
 #include <cohort/mpi.hpp>
 #include <cstdio>
@@ -17,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "command_line/cli11.hpp"
 #include "device.hpp"
 #include "machine_facts.hpp"
 #include "report.hpp"
@@ -54,7 +54,11 @@ bool parse(int argc, char** argv, bool prints, Options& options, int& status) {
     app.parse(argc, argv);
     return false;
   } catch (const CLI::ParseError& error) {
-    status = prints ? app.exit(error) : error.get_exit_code();
+    const tools::Refusal refusal = tools::refusal(app, error);
+    status = refusal.status;
+    if (prints) {
+      fmt::print(status == 0 ? stdout : stderr, "{}", refusal.text);
+    }
     return true;
   }
 }

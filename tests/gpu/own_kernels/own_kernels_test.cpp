@@ -6,16 +6,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "command_line/command_line.hpp"
 #include "world.cuh"
 
-// gpu_own_kernels [--soak CALLS] [--seed S] [--ranks N] [--cards C] [--rounds R]
-// [--only local|collectives|attention|failures|overlap|soak]
-//
-// Every kernel of the library on one card, without MPI and NCCL. `--soak` is the number of calls of
-// each rank count's soak; the default is a small one. With `--cards` the soak deals its ranks out
-// to that many cards, and kernels of several groups overlap in so many rounds.
+// Every kernel of the library on one card, without MPI and NCCL.
 
 namespace {
 
@@ -28,10 +25,24 @@ struct Options {
   std::string only;
 };
 
+constexpr std::string_view kHelp =
+    "Tests every kernel of the library, without MPI and NCCL.\n\n"
+    "  gpu_own_kernels --only soak --ranks 2 --cards 2\n\n"
+    "  --soak CALLS   of each rank count's soak, 3000\n"
+    "  --seed S       of all data, 1\n"
+    "  --ranks N      that many; all counts by default\n"
+    "  --cards C      the soak and overlapping kernels deal their ranks out to, 1\n"
+    "  --rounds R     in which kernels of several groups overlap, 300\n"
+    "  --only NAME    local, collectives, attention, failures, overlap or soak\n";
+
 Options parse(int argc, char** argv) {
+  cohort::tools::help_if_asked(argc, argv, kHelp);
   Options options;
-  for (int i = 1; i + 1 < argc; i += 2) {
+  for (int i = 1; i < argc; i += 2) {
     const std::string key = argv[i];
+    if (i + 1 == argc) {
+      cohort::tools::refuse(cohort::tools::no_such_option(key, kHelp));
+    }
     if (key == "--soak") {
       options.soak = std::atoll(argv[i + 1]);
     } else if (key == "--seed") {
@@ -45,8 +56,7 @@ Options parse(int argc, char** argv) {
     } else if (key == "--only") {
       options.only = argv[i + 1];
     } else {
-      std::fprintf(stderr, "unknown option %s\n", key.c_str());
-      std::exit(64);
+      cohort::tools::refuse(cohort::tools::no_such_option(key, kHelp));
     }
   }
   return options;

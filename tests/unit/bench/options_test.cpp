@@ -58,7 +58,21 @@ TEST_CASE("a wrong argument is named with what was expected") {
   CHECK_THROWS_MATCHES(parse({"--iters", "0"}), ConfigError, says("--iters"));
   CHECK_THROWS_MATCHES(parse({"--batches", "1,,2"}), ConfigError, says("--batches"));
   CHECK_THROWS_MATCHES(parse({"--bananas", "1"}), ConfigError, says("--bananas", "no such option"));
-  CHECK_THROWS_MATCHES(parse({"--json"}), ConfigError, says("--json", "value"));
+  CHECK_THROWS_MATCHES(parse({"--bakend", "host"}), ConfigError, says("did you mean --backend?"));
+  CHECK_THROWS_MATCHES(parse({"--gaols"}), ConfigError, says("did you mean --goals?"));
+  CHECK_THROWS_MATCHES(parse({"--json"}), ConfigError, says("--json: expected a value"));
+}
+
+TEST_CASE("an option is suggested where one is near") {
+  using namespace cohort::tools;
+  CHECK(edits("kitten", "sitting") == 3);
+  CHECK(edits("", "abc") == 3);
+  CHECK(options_in("mpirun x --b-c 3\n  --d=4, -e\n--") ==
+        std::vector<std::string>{"--b-c", "--d", "--"});
+  CHECK(nearest_option("--bananas", usage()).empty());
+  CHECK(no_such_option("--bananas=3", usage()) == "--bananas: no such option; --help lists them");
+  CHECK(no_such_option("--max-byte=3", usage()) ==
+        "--max-byte: no such option; did you mean --max-bytes? --help lists them");
 }
 
 TEST_CASE("the help names every option's values") {
