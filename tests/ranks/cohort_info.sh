@@ -47,5 +47,7 @@ PYTHON
 
 expect 1 2 --backend host --tp 3
 holds "tp"
-expect 105 1 --backend nothing
+expect 2 1 --backend nothing
 holds "--backend"
+expect 2 2 --bakend host
+holds "did you mean --backend?"
