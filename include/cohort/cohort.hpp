@@ -27,5 +27,6 @@
 #include "cohort/symmetric_scope.hpp"
 #include "cohort/tensor.hpp"
 #include "cohort/tensor_parallel.hpp"
+#include "cohort/thread_control_planes.hpp"
 #include "cohort/topology.hpp"
 #include "cohort/transport.hpp"

@@ -6,26 +6,21 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <condition_variable>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <deque>
 #include <exception>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <numeric>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
-#include <thread>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "cohort/error.hpp"
+#include "cohort/give_up.hpp"
 #include "cohort/joined.hpp"
 #include "cohort/log.hpp"
 #include "cohort/messenger.hpp"
@@ -35,7 +30,7 @@
 /// The control plane: small host-side messages between the ranks of a group, each wait with a time
 /// limit that names who is missing. `ControlPlane` is what the library asks for. An engine with a
 /// store or sockets of its own implements `Messenger` (two functions) and gets the rest from
-/// `MessageControlPlane`; `make_thread_control_planes` connects ranks that are threads.
+/// `MessageControlPlane`; thread_control_planes.hpp connects ranks that are threads.
 ///
 /// A rank whose call fails tells the others of the group why before it throws. Those that still
 /// wait end at once with the same error, and so does a rank that comes later: it does not go on
@@ -213,101 +208,6 @@ namespace detail {
 inline constexpr std::uint64_t kHashSeed = 0xcbf29ce484222325ULL;
 
 static_assert(sizeof(FrameTrailer) == ControlPlane::kTrailerBytes);
-
-/// Why a rank gave up, as it tells the others.
-struct GiveUp {
-  enum class Kind : std::int32_t { timeout, symmetry, transport };
-
-  Kind kind = Kind::symmetry;
-  std::int32_t native_code = 0;
-  std::vector<int> ranks = {};  ///< In the group: who is missing or differs.
-  std::string text = {};
-
-  /// @param self   The rank that gives up, to be blamed where the error blames nobody.
-  /// @param heard  Whether the error is what another rank said, which is then passed on as it is.
-  [[nodiscard]] static GiveUp because(const std::exception_ptr& error, int self,
-                                      bool heard = false) {
-    const auto say = [&](const std::exception& what) {
-      GiveUp why = by(self, what.what());
-      if (heard) {
-        why.text = what.what();
-      }
-      return why;
-    };
-    try {  // told apart by handlers, which sources without run-time type information have as well
-      std::rethrow_exception(error);
-    } catch (const TimeoutError& late) {
-      GiveUp why = say(late);
-      why.kind = Kind::timeout;
-      why.ranks = late.missing();
-      return why;
-    } catch (const SymmetryError& unlike) {
-      GiveUp why = say(unlike);
-      why.ranks = unlike.ranks();
-      return why;
-    } catch (const TransportError& broken) {
-      GiveUp why = say(broken);
-      why.kind = Kind::transport;
-      why.native_code = static_cast<std::int32_t>(broken.site().native_code);
-      return why;
-    } catch (const std::exception& other) {
-      return say(other);
-    }
-  }
-
-  [[nodiscard]] static GiveUp by(int self, std::string_view why) {
-    return {.ranks = {self}, .text = fmt::format("rank {} gave up: {}", self, why)};
-  }
-
-  [[nodiscard]] Bytes serialize() const {
-    constexpr std::size_t kLongest = 1500;  // within what messengers send without help
-    const std::size_t length = std::min(text.size(), kLongest);
-    std::vector<std::int32_t> words{static_cast<std::int32_t>(kind), native_code,
-                                    static_cast<std::int32_t>(ranks.size())};
-    words.insert(words.end(), ranks.begin(), ranks.end());
-    Bytes out(words.size() * sizeof(std::int32_t) + length);
-    std::memcpy(out.data(), words.data(), words.size() * sizeof(std::int32_t));
-    std::copy_n(reinterpret_cast<const std::byte*>(text.data()), length,
-                out.data() + words.size() * sizeof(std::int32_t));
-    return out;
-  }
-
-  [[nodiscard]] static GiveUp deserialize(std::span<const std::byte> in) {
-    std::array<std::int32_t, 3> head{};
-    GiveUp why;
-    if (in.size() < sizeof(head)) {
-      return why;
-    }
-    std::memcpy(head.data(), in.data(), sizeof(head));
-    in = in.subspan(sizeof(head));
-    const auto count =
-        std::min(static_cast<std::size_t>(std::max(0, head[2])), in.size() / sizeof(std::int32_t));
-    why.kind = static_cast<Kind>(head[0]);
-    why.native_code = head[1];
-    why.ranks.resize(count);
-    if (count > 0) {
-      std::memcpy(why.ranks.data(), in.data(), count * sizeof(std::int32_t));
-    }
-    in = in.subspan(count * sizeof(std::int32_t));
-    why.text.assign(reinterpret_cast<const char*>(in.data()), in.size());
-    return why;
-  }
-
-  /// Throws what the rank `from` threw, with its words.
-  [[noreturn]] void raise(int from, std::string_view call, const std::string& group) const {
-    switch (kind) {
-      case Kind::timeout:
-        throw TimeoutError(text, ranks);
-      case Kind::transport:
-        throw TransportError(
-            {.call = std::string(call), .native_code = native_code, .rank = from, .group = group},
-            text);
-      case Kind::symmetry:
-        break;
-    }
-    throw SymmetryError(text, ranks);
-  }
-};
 
 }  // namespace detail
 
@@ -678,85 +578,5 @@ class MessageControlPlane : public ControlPlane {
   std::uint32_t sequence_ = 0;
   bool poisoned_ = false;
 };
-
-namespace detail {
-
-/// The queues that connect the ranks of one process.
-class ThreadHub {
- public:
-  explicit ThreadHub(int size) : size_(size), queues_(static_cast<std::size_t>(size * size)) {}
-
-  [[nodiscard]] int size() const noexcept { return size_; }
-
-  void push(int from, int to, Bytes message) {
-    auto& queue = at(from, to);
-    {
-      const std::lock_guard lock(queue.mutex);
-      queue.messages.push_back(std::move(message));
-    }
-    queue.arrived.notify_one();
-  }
-
-  std::optional<Bytes> pop(int from, int to, Deadline deadline) {
-    auto& queue = at(from, to);
-    std::unique_lock lock(queue.mutex);
-    if (!queue.arrived.wait_until(lock, deadline, [&] { return !queue.messages.empty(); })) {
-      return std::nullopt;
-    }
-    Bytes message = std::move(queue.messages.front());
-    queue.messages.pop_front();
-    return message;
-  }
-
- private:
-  struct Queue {
-    std::mutex mutex;
-    std::condition_variable arrived;
-    std::deque<Bytes> messages;
-  };
-
-  Queue& at(int from, int to) {
-    const auto row = static_cast<std::size_t>(from) * static_cast<std::size_t>(size_);
-    return queues_[row + static_cast<std::size_t>(to)];
-  }
-
-  int size_;
-  std::deque<Queue> queues_;
-};
-
-class ThreadMessenger : public Messenger {
- public:
-  ThreadMessenger(std::shared_ptr<ThreadHub> hub, int rank) : hub_(std::move(hub)), rank_(rank) {}
-
-  [[nodiscard]] int rank() const noexcept override { return rank_; }
-  [[nodiscard]] int size() const noexcept override { return hub_->size(); }
-  void send(int to, Bytes message) override { hub_->push(rank_, to, std::move(message)); }
-  std::optional<Bytes> receive(int from, Deadline deadline) override {
-    return hub_->pop(from, rank_, deadline);
-  }
-
- private:
-  std::shared_ptr<ThreadHub> hub_;
-  int rank_;
-};
-
-}  // namespace detail
-
-/// Control planes for `size` ranks that are threads of this process; element r is for rank r's
-/// thread. Throws `ConfigError` where `size` is not positive.
-[[nodiscard]] inline std::vector<std::unique_ptr<ControlPlane>> make_thread_control_planes(
-    int size, std::chrono::milliseconds limit = kDefaultTimeLimit) {
-  if (size < 1) {
-    throw ConfigError(
-        fmt::format("make_thread_control_planes: expected a positive size, got {}", size));
-  }
-  const auto hub = std::make_shared<detail::ThreadHub>(size);
-  std::vector<std::unique_ptr<ControlPlane>> planes;
-  for (int r = 0; r < size; ++r) {
-    planes.push_back(std::make_unique<MessageControlPlane>(
-        std::make_shared<detail::ThreadMessenger>(hub, r), limit));
-  }
-  return planes;
-}
 
 }  // namespace cohort

@@ -3,7 +3,7 @@
 
 #include <atomic>
 #include <chrono>
-#include <cohort/control_plane.hpp>
+#include <cohort/thread_control_planes.hpp>
 #include <exception>
 #include <functional>
 #include <stdexcept>

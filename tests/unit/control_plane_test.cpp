@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <cohort/control_plane.hpp>
+#include <cohort/thread_control_planes.hpp>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -360,28 +361,6 @@ TEST_CASE("giving up tells the others at once, whatever they wait for") {
   CHECK(seconds_since(start) < 20);
 }
 
-TEST_CASE("what a transport error says reaches the others with its native code") {
-  const detail::GiveUp why =
-      detail::GiveUp::because(std::make_exception_ptr(TransportError(
-                                  {.call = "send", .native_code = 32, .rank = 1}, "broken pipe")),
-                              1);
-  const auto told = detail::GiveUp::deserialize(why.serialize());
-  try {
-    told.raise(1, "barrier", "tp[0]");
-    FAIL("raise returned");
-  } catch (const TransportError& error) {
-    CHECK(error.site().native_code == 32);
-    CHECK(error.site().rank == 1);
-    CHECK_THAT(std::string(error.what()), contains("group tp[0]", "rank 1 gave up", "broken pipe"));
-  }
-  // Bytes that are no reason are none of anyone's memory.
-  CHECK_THROWS_AS(detail::GiveUp::deserialize(Bytes(5)).raise(0, "barrier", "g"), SymmetryError);
-  Bytes wild = why.serialize();
-  std::fill(wild.begin() + 8, wild.begin() + 12, std::byte{0x7f});
-  CHECK_THROWS_AS(detail::GiveUp::deserialize(wild).raise(0, "barrier", "g"), Error);
-  CHECK(detail::GiveUp{.text = std::string(100'000, 'x')}.serialize().size() < 4096);
-}
-
 TEST_CASE("what is sent to a group that has ended does not stay") {
   const auto planes = make_thread_control_planes(2, 200ms);
   const auto held = [&](int rank) {
@@ -542,15 +521,6 @@ TEST_CASE("threads of one rank use groups of their own at the same time") {
       std::rethrow_exception(failure);
     }
   });
-}
-
-TEST_CASE("sizes and time limits that cannot work are refused") {
-  CHECK_THROWS_MATCHES(make_thread_control_planes(0), ConfigError, says("positive size", "got 0"));
-  CHECK_THROWS_MATCHES(make_thread_control_planes(2, 0ms), ConfigError,
-                       says("time limit", "got 0"));
-  CHECK_THROWS_MATCHES(make_thread_control_planes(2, std::chrono::milliseconds::max()), ConfigError,
-                       says("time limit"));
-  CHECK(make_thread_control_planes(1)[0]->limit() == kDefaultTimeLimit);
 }
 
 namespace {
