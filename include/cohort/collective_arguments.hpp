@@ -184,24 +184,23 @@ struct StepRoom {
     blocks.push_back(static_cast<std::size_t>(numel(shape)) * size_of(dtype));
   }
 
-  /// Bytes in one piece that suffice for steps of up to these blocks, eagerly and in one graph, or
-  /// graphs of one pool, besides, whatever is released when within a step and nothing after it.
+  /// Bytes in one piece that suffice for eager steps of up to these blocks, and for one graph, or
+  /// graphs of one pool, besides. What an eager step leaves alive is released before the next eager
+  /// step begins, and what a captured one leaves before the next capture begins; both may live on
+  /// through steps of the other kind, and whatever a step releases it may release at any time.
   ///
-  /// Blocks are cut from the front of free space, so a step opens no gap but by releasing. With S
-  /// bytes in all and the largest block m, graphs take T <= S in one piece, before which an eager
-  /// block of that time may have left a gap. An eager block fits unless both gaps are smaller than
-  /// it: unless there are fewer than T + S + m bytes.
+  /// With S bytes in all: a step that begins with nothing of its kind alive cuts its blocks from
+  /// one end of free space, or from what it has released itself, so that it never reaches beyond S
+  /// from there. Eager steps have the front and graphs the back, so 2 S suffice, and no less where
+  /// nothing is released.
   [[nodiscard]] std::size_t bytes() const {
     std::size_t sum = 0;
-    std::size_t largest = 0;
     bool too_many = false;
     for (const auto block : blocks) {
-      const std::size_t size = OffsetAllocator::rounded(block);
-      largest = std::max(largest, size);
-      too_many = __builtin_add_overflow(sum, size, &sum) || too_many;
+      too_many = __builtin_add_overflow(sum, OffsetAllocator::rounded(block), &sum) || too_many;
     }
     return too_many || sum > OffsetAllocator::kMaxRequest ? std::numeric_limits<std::size_t>::max()
-                                                          : 2 * sum + largest;
+                                                          : 2 * sum;
   }
 };
 

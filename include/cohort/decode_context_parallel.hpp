@@ -65,8 +65,11 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// Collective. Makes room for decode steps of up to this shape, so that nothing grows or fails
   /// while serving, in a frozen arena as well: steps of `gather_query` and `merge_attention`
   /// eagerly, in the plans that the group can take, and in one graph, or the graphs of one pool,
-  /// besides; and the library's inboxes and scratch. What a step returned is released before the
-  /// next. Throws `UsageError` for a shape that cannot be, and as `GroupCoordinator::reserve`.
+  /// besides; and the library's inboxes and scratch. What an eager step returned is released before
+  /// the next eager step begins, what a captured one returned before the next capture; both live on
+  /// through steps of the other kind. Results that live longer, also of `x = group.call(...)` until
+  /// the new one is there, need `reserve` for themselves, or the `_into` forms. Throws `UsageError`
+  /// for a shape that cannot be, and as `GroupCoordinator::reserve`.
   void reserve_for(const DecodeShape& shape) {
     throw_if_closed();
     const std::int64_t least =

@@ -85,8 +85,8 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
       space_.free(*block, space_.marks(*block));
       throw;
     }
-    const TensorView view(arena_->address(space_.offset(*block)), dtype, shape,
-                          arena_->backend().device());
+    const auto offset = SymmetricArena::mirrored(space_.offset(*block) + space_.size(*block));
+    const TensorView view(arena_->address(offset), dtype, shape, arena_->backend().device());
     return {view, shared_from_this(), *block};
   }
 
@@ -106,7 +106,7 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
  private:
   std::shared_ptr<SymmetricArena> arena_;
   std::shared_ptr<GraphExtents> held_;
-  OffsetAllocator space_;
+  OffsetAllocator space_;  // counts from the back: see `SymmetricArena::extend`
   std::vector<OffsetAllocator::Marks> users_;
 };
 

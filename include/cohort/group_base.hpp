@@ -98,8 +98,11 @@ class GroupBase {
   }
   /// Collective. Makes room for these calls, so that none of them grows or fails in a frozen arena:
   /// results that live at once, eagerly and in one graph or the graphs of one pool besides, and the
-  /// scratch of layouts that have to be packed. What a pass over the list returned is released
-  /// before the next. Throws `UsageError` for a shape that cannot be, and as `reserve`.
+  /// scratch of layouts that have to be packed. What an eager pass over the list returned is
+  /// released before the next eager one begins, what a captured one returned before the next
+  /// capture; both live on through passes of the other kind. A result that lives longer, as in
+  /// `x = group.call(...)` until the new one is there, is one more call in the list. Throws
+  /// `UsageError` for a shape that cannot be, and as `reserve`.
   void reserve_for_calls(std::span<const CollectiveShape> calls) {
     throw_if_closed();
     reserve_room(room_of(calls, size_));

@@ -91,14 +91,26 @@ class OffsetAllocator {
     return take(found, size);
   }
 
-  /// A block of at least `bytes` directly behind a live one, or nothing where that is not free.
-  [[nodiscard]] std::optional<Block> allocate_behind(Block block, std::uint64_t bytes) {
+  /// The same from the back of the largest free block: for what shall stay out of the way of blocks
+  /// that come and go, and of the gaps between them.
+  [[nodiscard]] std::optional<Block> allocate_at_back(std::uint64_t bytes) {
     const std::uint64_t size = rounded(bytes);
-    const std::uint32_t next = nodes_[block].next;
-    if (next == kNone || nodes_[next].used || nodes_[next].size < size) {
+    const std::uint32_t found = largest();
+    if (found == kNone || nodes_[found].size < size) {
       return std::nullopt;
     }
-    return take(next, size);
+    return take_back(found, size);
+  }
+
+  /// A block of at least `bytes` directly in front of a live one, or nothing where that is not
+  /// free.
+  [[nodiscard]] std::optional<Block> allocate_in_front_of(Block block, std::uint64_t bytes) {
+    const std::uint64_t size = rounded(bytes);
+    const std::uint32_t previous = nodes_[block].previous;
+    if (previous == kNone || nodes_[previous].used || nodes_[previous].size < size) {
+      return std::nullopt;
+    }
+    return take_back(previous, size);
   }
 
   /// Bytes of the free block that ends at `end`; 0 where there is none.
@@ -150,14 +162,8 @@ class OffsetAllocator {
   /// What is in use now, and was at the peak.
   [[nodiscard]] Statistics statistics() const noexcept {
     Statistics result = statistics_;
-    for (std::size_t word = filled_.size(); word-- > 0;) {
-      if (filled_[word] != 0) {
-        const std::size_t last =
-            word * 64 + 63 - static_cast<unsigned>(std::countl_zero(filled_[word]));
-        result.largest_free = largest_in(last);
-        break;
-      }
-    }
+    const std::uint32_t found = largest();
+    result.largest_free = found == kNone ? 0 : nodes_[found].size;
     return result;
   }
 
@@ -192,13 +198,30 @@ class OffsetAllocator {
   /// Makes the front of a free block live.
   Block take(std::uint32_t found, std::uint64_t size) {
     remove_free(found);
-    split(found, size);
-    nodes_[found].used = true;
-    link(found);
-    statistics_.used += size;
+    if (nodes_[found].size != size) {
+      insert_free(split(found, size));
+    }
+    return make_live(found);
+  }
+
+  /// Makes the back of a free block live.
+  Block take_back(std::uint32_t found, std::uint64_t size) {
+    remove_free(found);
+    if (nodes_[found].size == size) {
+      return make_live(found);
+    }
+    const std::uint32_t back = split(found, nodes_[found].size - size);
+    insert_free(found);
+    return make_live(back);
+  }
+
+  Block make_live(std::uint32_t index) {
+    nodes_[index].used = true;
+    link(index);
+    statistics_.used += nodes_[index].size;
     statistics_.peak = std::max(statistics_.peak, statistics_.used);
     ++statistics_.live_blocks;
-    return found;
+    return index;
   }
 
   // The list of live blocks.
@@ -287,13 +310,19 @@ class OffsetAllocator {
     return best;
   }
 
-  /// The largest block of a class.
-  [[nodiscard]] std::uint64_t largest_in(std::size_t of) const noexcept {
-    std::uint64_t largest = 0;
-    for (std::uint32_t node = roots_[of]; node != kNone; node = following(node, true)) {
-      largest = std::max(largest, nodes_[node].size);
+  /// The largest free block, of several the one with the highest offset.
+  [[nodiscard]] std::uint32_t largest() const noexcept {
+    for (std::size_t word = filled_.size(); word-- > 0;) {
+      if (filled_[word] != 0) {
+        const auto last = 63 - static_cast<unsigned>(std::countl_zero(filled_[word]));
+        std::uint32_t best = roots_[word * 64 + last];
+        for (std::uint32_t node = best; node != kNone; node = following(node, true)) {
+          best = less(best, node) ? node : best;
+        }
+        return best;
+      }
     }
-    return largest;
+    return kNone;
   }
 
   /// The next block of a heap in pre-order, with or without those below `node`.
@@ -390,11 +419,9 @@ class OffsetAllocator {
     }
   }
 
-  /// Cuts `size` off the front of a block that is in no heap; the rest becomes free.
-  void split(std::uint32_t index, std::uint64_t size) {
-    if (nodes_[index].size == size) {
-      return;
-    }
+  /// Cuts a block that is in no heap and larger than `size` behind its first `size` bytes. Returns
+  /// the rest, which is in no heap either.
+  std::uint32_t split(std::uint32_t index, std::uint64_t size) {
     const std::uint32_t rest = new_node({.offset = nodes_[index].offset + size,
                                          .size = nodes_[index].size - size,
                                          .marks = nodes_[index].marks,
@@ -405,7 +432,7 @@ class OffsetAllocator {
     if (nodes_[rest].next != kNone) {
       nodes_[nodes_[rest].next].previous = rest;
     }
-    insert_free(rest);
+    return rest;
   }
 
   /// Joins a block that is in no heap with its free neighbours. Returns the joint block.

@@ -454,9 +454,19 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     });
   }
 
+  /// A part's own allocator counts from the back of its memory, see `extend`: where a place lies
+  /// there that the arena has at `offset`, and the other way round.
+  [[nodiscard]] static constexpr std::uint64_t mirrored(std::uint64_t offset) noexcept {
+    return (std::uint64_t{1} << 61) - offset;
+  }
+
   /// Takes memory for a part of graphs into its `space`, so that a block of `bytes` fits there:
-  /// what its free end lacks, where the arena is free behind it, otherwise a block of its own. So
-  /// graphs that share a part need no more than the largest, and no more than they allocate.
+  /// what its free end lacks, where the arena is free in front of it, otherwise a block of its own.
+  /// So graphs that share a part need no more than the largest, and no more than they allocate.
+  ///
+  /// It grows from the back of free space to the front, and eager blocks the other way: neither
+  /// comes to lie in gaps of the other's, and what is eager and alive while a graph is captured
+  /// does not cut the part in two.
   void extend(GraphExtents& held, OffsetAllocator& space, std::size_t bytes) {
     throw_if_closed();
     if (!has_audience()) {
@@ -464,15 +474,15 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     }
     std::optional<OffsetAllocator::Block> taken;
     for (const auto& extent : held.extents) {
-      const auto end = space_.offset(extent.block) + space_.size(extent.block);
-      taken = space_.allocate_behind(extent.block,
-                                     OffsetAllocator::rounded(bytes) - space.free_before(end));
+      const auto end = mirrored(space_.offset(extent.block));
+      taken = space_.allocate_in_front_of(extent.block,
+                                          OffsetAllocator::rounded(bytes) - space.free_before(end));
       if (taken) {
         break;
       }
     }
     if (!taken) {
-      taken = space_.allocate(bytes);
+      taken = space_.allocate_at_back(bytes);
     }
     if (!taken) {
       throw UsageError(fmt::format(
@@ -480,10 +490,11 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
           name_, room(bytes), reclaimable()));
     }
     const auto users = space_.marks(*taken);
+    const auto offset = space_.offset(*taken);
+    const auto size = space_.size(*taken);
     held.extents.push_back(
-        {*taken, users,
-         segments_[static_cast<std::size_t>(space_.offset(*taken) >> kSegmentBits)]});
-    space.add_range(space_.offset(*taken), space_.size(*taken));
+        {*taken, users, segments_[static_cast<std::size_t>(offset >> kSegmentBits)]});
+    space.add_range(mirrored(offset + size), size);
     before_launch_ |= users;
   }
 

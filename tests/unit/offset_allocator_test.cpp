@@ -149,22 +149,36 @@ TEST_CASE("live blocks are visited in the order of their allocation", "[offset_a
   CHECK(visited().empty());
 }
 
-TEST_CASE("a block can be had directly behind another", "[offset_allocator]") {
+TEST_CASE("blocks can be had at the back and directly in front of another", "[offset_allocator]") {
   OffsetAllocator allocator;
   allocator.add_range(0, 16 * kUnit);
-  const auto a = *allocator.allocate(4 * kUnit);
-  CHECK(allocator.free_before(16 * kUnit) == 12 * kUnit);
+  const auto front = *allocator.allocate(3 * kUnit);
+  const auto separator = *allocator.allocate(kUnit);
+  allocator.free(front);  // a gap of 3, and 12 at the end
+  const auto a = allocator.allocate_at_back(2 * kUnit);
+  REQUIRE(a);
+  CHECK(allocator.offset(*a) == 14 * kUnit);  // of the largest, not in the gap that would fit best
+  CHECK(allocator.free_before(14 * kUnit) == 10 * kUnit);
   CHECK(allocator.free_before(4 * kUnit) == 0);
-  const auto b = allocator.allocate_behind(a, 2 * kUnit);
+  const auto b = allocator.allocate_in_front_of(*a, 4 * kUnit);
   REQUIRE(b);
-  CHECK(allocator.offset(*b) == 4 * kUnit);
-  CHECK_FALSE(allocator.allocate_behind(a, kUnit));  // b is there
-  CHECK_FALSE(allocator.allocate_behind(*b, 11 * kUnit));
-  const auto c = allocator.allocate_behind(*b, 10 * kUnit);
+  CHECK(allocator.offset(*b) == 10 * kUnit);
+  CHECK_FALSE(allocator.allocate_in_front_of(*a, kUnit));  // b is there
+  CHECK_FALSE(allocator.allocate_in_front_of(*b, 7 * kUnit));
+  CHECK_FALSE(allocator.allocate_at_back(7 * kUnit));
+  CHECK(allocator.statistics().largest_free == 6 * kUnit);
+  const auto c = allocator.allocate_in_front_of(*b, 6 * kUnit);
   REQUIRE(c);
-  CHECK_FALSE(allocator.allocate_behind(*c, kUnit));
-  allocator.free(a);
-  CHECK(allocator.free_before(4 * kUnit) == 4 * kUnit);
+  CHECK_FALSE(allocator.allocate_in_front_of(*c, kUnit));
+  CHECK(allocator.statistics().used == 13 * kUnit);
+  for (const auto block : {separator, *b, *a, *c}) {
+    allocator.free(block);
+  }
+  CHECK(allocator.statistics().largest_free == 16 * kUnit);
+  // Of equal ones the last.
+  allocator.add_range(20 * kUnit, 16 * kUnit);
+  CHECK(allocator.offset(*allocator.allocate_at_back(kUnit)) == 35 * kUnit);
+  CHECK_FALSE(allocator.allocate_at_back(OffsetAllocator::kMaxRequest + 1));
 }
 
 TEST_CASE("a million random operations keep to the model", "[offset_allocator]") {
@@ -201,8 +215,9 @@ TEST_CASE("a million random operations keep to the model", "[offset_allocator]")
     const bool growing = step / 50'000 % 2 == 0;
     if (live.empty() || random() % 100 < (growing ? 55U : 45U)) {
       const auto size = random_size(random);
-      const auto block = allocator.allocate(size);
-      const auto other = twin.allocate(size);
+      const bool at_back = random() % 8 == 0;
+      const auto block = at_back ? allocator.allocate_at_back(size) : allocator.allocate(size);
+      const auto other = at_back ? twin.allocate_at_back(size) : twin.allocate(size);
       unequal = unequal || block.has_value() != other.has_value();
       if (!block) {
         ++refused;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/symmetric_arena.hpp"
 
+#include <algorithm>
+#include <cohort/collective_arguments.hpp>
 #include <cohort/graph_part.hpp>
 #include <cohort/host/host_backend.hpp>
 #include <memory>
@@ -264,6 +266,69 @@ TEST_CASE("graphs of a pool cost what the largest costs, whatever came first", "
     const auto b = part->empty({bytes / 2}, DType::u8, stream, graph);
   }
   CHECK(work.arena->statistics().used == 40 * (10'240 + 5'120));
+}
+
+/// A step of up to the blocks of `room`, in any order, of which it releases some; the others are
+/// added to `alive`.
+template <class Empty>
+void random_step(const StepRoom& room, std::mt19937& random, std::vector<Tensor>& alive,
+                 const Empty& empty) {
+  auto blocks = room.blocks;
+  if (random() % 2 == 0) {
+    std::shuffle(blocks.begin(), blocks.end(), random);
+  }
+  const bool whole = random() % 3 == 0;
+  for (const std::size_t block : blocks) {
+    if (random() % 5 == 0) {
+      continue;
+    }
+    alive.push_back(empty(static_cast<std::int64_t>(whole ? block : 1 + random() % block)));
+    if (random() % 2 == 0) {
+      alive.erase(alive.begin() + static_cast<std::ptrdiff_t>(random() % alive.size()));
+    }
+  }
+  std::erase_if(alive, [&](const Tensor&) { return random() % 3 == 0; });
+}
+
+TEST_CASE("a step's room suffices for eager steps and graphs of a pool side by side", "[arena]") {
+  CountingDriver driver;
+  CountingDriver::State state;
+  const StreamRef stream(driver, &state);
+  for (unsigned seed = 1; seed <= 3'000; ++seed) {
+    std::mt19937 random(seed);
+    StepRoom room;
+    for (auto left = 1 + random() % 6; left > 0; --left) {
+      room.blocks.push_back((1 + random() % (random() % 2 == 0 ? 4 : 30)) * 256);
+    }
+    Workspace work(256);
+    SymmetricArena& arena = *work.arena;
+    arena.reserve(room.bytes());
+    arena.freeze();
+    // Of what the segment's size was rounded up to nothing is left.
+    const auto spare = arena.statistics().largest_free - room.bytes();
+    const Tensor filler = spare > 0 ? bytes_of(arena, static_cast<std::int64_t>(spare)) : Tensor();
+    const auto part = GraphPart::create(work.arena);
+    std::vector<Tensor> eager;
+    std::vector<Tensor> captured;
+    INFO("seed " << seed);
+    for (CaptureId step = 1; step <= 14; ++step) {
+      if (random() % 2 == 0) {
+        eager.clear();
+        REQUIRE_NOTHROW(random_step(room, random, eager, [&](std::int64_t bytes) {
+          return bytes_of(arena, bytes, stream);
+        }));
+      } else {
+        captured.clear();
+        state.capture = step;
+        part->begin();
+        REQUIRE_NOTHROW(random_step(room, random, captured, [&](std::int64_t bytes) {
+          return part->empty({bytes}, DType::u8, stream, step);
+        }));
+        state.capture = 0;
+      }
+    }
+    REQUIRE(arena.statistics().segments == 1);
+  }
 }
 
 TEST_CASE("a backend without memory says so", "[arena]") {
