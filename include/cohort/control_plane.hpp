@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "cohort/call_time.hpp"
 #include "cohort/error.hpp"
 #include "cohort/give_up.hpp"
 #include "cohort/joined.hpp"
@@ -275,13 +276,13 @@ class MessageControlPlane : public ControlPlane {
             send(r, trailer, mine);
           }
         }
-        fail_if_left(trailer, members_, told_ + limit_);
+        fail_if_left(trailer, members_, told_ + shortest(limit_));
         return Bytes(mine.begin(), mine.end());
       }
       Wait wait(limit_);
       auto payload = receive(root, trailer, members_, wait);
       fail_if_missing(trailer, wait);
-      fail_if_left(trailer, members_, told_ + limit_);
+      fail_if_left(trailer, members_, told_ + shortest(limit_));
       return payload;
     });
   }
@@ -322,8 +323,8 @@ class MessageControlPlane : public ControlPlane {
       for (const auto& message : outgoing) {
         // Who waits for a message has taken the one before, so it began after that was sent.
         auto& before = exchanged_[index(message.to)];
-        fail_if_left(trailer, member(message.to), before + limit_);
-        before = wait.start;
+        fail_if_left(trailer, member(message.to), before + shortest(limit_));
+        before = wait.time.start();
       }
       return payloads;
     });
@@ -379,14 +380,18 @@ class MessageControlPlane : public ControlPlane {
 
   /// One wait for several ranks, which share its time.
   struct Wait {
-    explicit Wait(std::chrono::milliseconds time)
-        : limit(std::min(time, kLongestTimeLimit)), start(Clock::now()), deadline(start + limit) {}
+    explicit Wait(std::chrono::milliseconds most)
+        : limit(std::min(most, kLongestTimeLimit)), time(limit) {}
 
     std::chrono::milliseconds limit;
-    Deadline start;
-    Deadline deadline;
+    detail::LimitedWait time;
     std::vector<int> missing;
   };
+
+  /// How long the others wait at least, who may have waited in their call before.
+  static Deadline::duration shortest(std::chrono::milliseconds limit) noexcept {
+    return detail::LimitedWait::least(limit);
+  }
 
   static std::size_t index(int rank) noexcept { return static_cast<std::size_t>(rank); }
 
@@ -486,7 +491,8 @@ class MessageControlPlane : public ControlPlane {
         }
         fail_if_missing(trailer, wait);
         // The others have come to this call after they had this rank's last arrival.
-        fail_if_left(trailer, members_, std::exchange(told_, wait.start) + wait.limit);
+        fail_if_left(trailer, members_,
+                     std::exchange(told_, wait.time.start()) + shortest(wait.limit));
       });
     } catch (...) {
       arrivals.absent = std::move(wait.missing);
@@ -512,7 +518,8 @@ class MessageControlPlane : public ControlPlane {
   Bytes receive(int from, const detail::FrameTrailer& expected, std::span<const int> watched,
                 Wait& wait) {
     const auto concern = watch(expected, watched);
-    auto frame = mailbox_->receive(members_[index(from)], expected.call, concern, wait.deadline);
+    auto frame =
+        mailbox_->receive(members_[index(from)], expected.call, concern, wait.time.deadline());
     if (!frame) {
       throw_if_told(expected, concern);
       wait.missing.push_back(from);
@@ -549,7 +556,7 @@ class MessageControlPlane : public ControlPlane {
   }
 
   void flush(int to, Wait& wait) {
-    if (!mailbox_->flush(members_[index(to)], wait.deadline)) {
+    if (!mailbox_->flush(members_[index(to)], wait.time.deadline())) {
       wait.missing.push_back(to);
     }
   }

@@ -84,8 +84,8 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     for (const auto extent : {shape.latent, shape.rope, shape.value}) {
       static_cast<void>(numel({size(), shape.batch, shape.heads, extent}));  // throws on overflow
     }
-    const StepRoom room = room_of_step(shape);
-    reserve_room(room);
+    const detail::CallTime time;
+    reserve_room(room_of_step(shape));
     if (PeerKernels* kernels = peer_kernels()) {
       kernels->reserve(std::max(query_bytes(shape), pieces_bytes(shape)));
     }

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cohort/agreement.hpp"
+#include "cohort/call_time.hpp"
 #include "cohort/collective_arguments.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
@@ -243,6 +244,7 @@ class GroupBase {
 
   /// Makes room for steps like this one.
   void reserve_room(const StepRoom& room) {
+    const detail::CallTime time;
     reserve(room.bytes());
     if (parts_.transport != nullptr) {
       parts_.transport->reserve_scratch(room.scratch);
@@ -252,8 +254,13 @@ class GroupBase {
   // The steps of each call: check the arguments, `begin`, compare them across the ranks, allocate,
   // issue, `finish`.
 
-  /// A call's place in the order of the group's calls.
-  using Call = StreamOrder::Call;
+  /// A call's place in the order of the group's calls, and its time.
+  struct Call : StreamOrder::Call {
+    /// In this place; the time begins.
+    explicit Call(const StreamOrder::Call& ordered) noexcept : StreamOrder::Call(ordered) {}
+
+    detail::CallTime time;  ///< From here to the call's end.
+  };
 
   /// The group is up, and `x` lies on its device.
   template <class Void>
@@ -264,12 +271,12 @@ class GroupBase {
 
   /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.
   [[nodiscard]] Call begin(StreamRef stream) {
-    const Call call = lanes_[lane_].before(stream);
+    const StreamOrder::Call call = lanes_[lane_].before(stream);
     if (call.capture != 0) {
       // Not each piece of work: local arithmetic belongs to the backend, which outlives the group.
       call.stream.check_at_launch(lifeline_);
     }
-    return call;
+    return Call(call);
   }
   /// All of the call has been enqueued.
   void finish(const Call& call) { lanes_[lane_].after(call); }

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cohort/agreement.hpp"
+#include "cohort/call_time.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/decode_context_parallel.hpp"
 #include "cohort/graph_capture.hpp"
@@ -216,6 +217,7 @@ class ParallelState {
   /// Collective. Returns the memory of graphs that every rank has destroyed to the arenas, which
   /// growth and `reserve` also do.
   void reclaim_graphs() {
+    const detail::CallTime time;
     for (const auto& arena : captures_->arenas()) {
       arena->reclaim();
     }
@@ -256,6 +258,7 @@ class ParallelState {
       options_.merge.plan = *settings.merge_plan;
     }
     options_.debug_checks = settings.debug_checks.value_or(options_.debug_checks);
+    const detail::CallTime time;
     agree_on_options(world);
     const std::uint64_t generation = world.new_generations(kKinds.size());
     std::exception_ptr failure;

@@ -61,6 +61,7 @@ class PipelineParallelGroup : public GroupCoordinator {
       check_device(fmt::format("send_tensors {}", name), tensor);
       append(description, name, tensor);
     }
+    const detail::CallTime time;
     const std::uint64_t length = description.size();
     Bytes header(sizeof(length));
     std::memcpy(header.data(), &length, sizeof(length));
@@ -79,8 +80,10 @@ class PipelineParallelGroup : public GroupCoordinator {
   void recv_tensors_into(std::span<const NamedView> tensors, StreamRef stream = {}) {
     const int from = neighbour("recv_tensors", prev(), "first");
     for (const auto& [name, tensor] : tensors) {
-      check_device(fmt::format("recv_tensors {}", name), tensor);
+      const std::string argument = fmt::format("recv_tensors {}", name);
+      check_device(argument, tensor);
     }
+    const detail::CallTime time;
     const auto described = receive_description(from);
     std::string difference;
     if (described.size() != tensors.size()) {
@@ -111,6 +114,7 @@ class PipelineParallelGroup : public GroupCoordinator {
   /// stage.
   [[nodiscard]] std::vector<NamedTensor> recv_tensors(StreamRef stream = {}) {
     const int from = neighbour("recv_tensors", prev(), "first");
+    const detail::CallTime time;
     return receive_described(receive_description(from), from, stream);
   }
 

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "cohort/agreement.hpp"
+#include "cohort/call_time.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
 #include "cohort/offset_allocator.hpp"
@@ -150,6 +151,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   void reserve(std::size_t bytes) {
     throw_if_closed();
     throw_if_too_large(bytes);
+    const detail::CallTime time;
     agree_before("reservation in", bytes);
     make_room(bytes);
   }
@@ -160,6 +162,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// Collective. Returns the memory of graphs that every rank has destroyed. Throws as growth does.
   void reclaim() {
     throw_if_closed();
+    const detail::CallTime time;
     agree_before("reclaiming of graphs in", 0);
     reclaim_agreed();
   }
@@ -400,6 +403,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
       if (!leases_anything()) {
         throw_if_frozen(bytes);  // otherwise destroyed graphs may have left room
       }
+      const detail::CallTime time;
       agree_before("growth of", bytes);
       make_room(bytes);
       block = space_.allocate(bytes);

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/decode_context_parallel.hpp"
 
+#include <atomic>
+#include <chrono>
+#include <thread>
+
 #include "support/catch.hpp"
 #include "support/counting_driver.hpp"
 #include "support/decode_checks.hpp"
@@ -37,6 +41,40 @@ TEST_CASE("steps of up to what was reserved run in a frozen arena and in graphs"
   for (const int n : {1, 2, 3}) {
     DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_reserved_steps); }
   }
+}
+
+TEST_CASE("a rank that is late and then does not go on keeps nobody beyond one limit", "[dcp]") {
+  const bool captured = GENERATE(true, false);
+  constexpr std::chrono::milliseconds kLimit(800);
+  std::atomic<int> ended{0};
+  run_ranks(
+      3,
+      [&](ControlPlane& world) {
+        auto state = decode_state(world, {.plan = MergePlan::staged}, {.map_peers = captured});
+        auto& dcp = state.dcp();
+        dcp.reserve_for({.batch = 2, .heads = 6, .value = 8, .dtype = DType::f32});
+        Site site(dcp, Memory::ordinary);
+        const Partial p(dcp, site, {.batch = 2, .heads = 6, .dim = 8});
+        const auto lses = site.tensor({3, 2, 6}, DType::f32);
+        HostStream stream;
+        const auto merge = [&] { dcp.merge_attention_into(p.merged, p.out, p.lse, {}, stream); };
+        auto graph = state.capture(stream, merge);
+        world.barrier();
+        if (world.rank() == 2) {
+          std::this_thread::sleep_for(kLimit * 8 / 10);
+          // The first part of a staged merge, and nothing after it.
+          dcp.all_gather_into(lses, ConstTensorView(p.lse.data(), DType::f32, {1, 2, 6}), 0);
+          while (ended < 2) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(5));
+          }
+          return;
+        }
+        const auto start = Clock::now();
+        check_throws<Error>([&] { captured ? graph.launch(stream) : merge(); });
+        ++ended;
+        check(Clock::now() - start < kLimit * 5 / 4 + std::chrono::milliseconds(300), "one limit");
+      },
+      kLimit);
 }
 
 TEST_CASE("a decode step asks its stream twice for its capture", "[dcp]") {

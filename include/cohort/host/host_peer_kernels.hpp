@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cohort/call_time.hpp"
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dcp/packed_piece.hpp"
 #include "cohort/float_mode.hpp"
@@ -260,6 +261,7 @@ inline void HostPeerKernels::merge_rows(const MergeArguments& arguments, const M
 
 inline void HostPeerKernels::merge(const MergeArguments& arguments) {
   meeting_.check_usable("merge_attention");
+  const cohort::detail::CallTime time;
   const MergeShape shape = shape_of(arguments);
   Call call{.operation = Operation::merge_attention,
             .dtype = arguments.out.dtype(),
@@ -348,6 +350,7 @@ inline Showing HostPeerKernels::show_query(const ConstTensorView& q_nope,
 inline void HostPeerKernels::gather(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                                     const TensorView& q) {
   meeting_.check_usable("gather_query");
+  const cohort::detail::CallTime time;
   Call call{.operation = Operation::gather_query, .dtype = q.dtype(), .bytes = q.bytes()};
   for (const std::int64_t extent : {q.shape()[0], q.shape()[1], q_nope.shape()[2]}) {
     call.mix(extent);

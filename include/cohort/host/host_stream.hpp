@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "cohort/call_time.hpp"
 #include "cohort/error.hpp"
 #include "cohort/process_state.hpp"
 #include "cohort/stream.hpp"
@@ -44,6 +45,7 @@ class Recording {
   }
   /// Checks the owners, then does the work in order.
   void run() const {
+    const cohort::detail::CallTime time;
     for (const auto& owner : owners_) {
       owner->check();
     }

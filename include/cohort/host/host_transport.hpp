@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cohort/agreement.hpp"
+#include "cohort/call_time.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
 #include "cohort/host/exchange_collectives.hpp"
@@ -212,6 +213,7 @@ class HostTransport final : public Transport {
   template <class Shared, class Alone>
   void dispatch(std::string_view call, const Shared& collective, const Alone& alone) {
     check_usable(call);
+    const cohort::detail::CallTime time;
     if (peers_) {
       collective(*peers_);
     } else if (control_.size() == 1) {
@@ -241,6 +243,7 @@ inline std::unique_ptr<Window> HostTransport::register_segment(Segment& segment)
     throw UsageError(fmt::format(
         "register_segment: the ranks of group {} cannot map each other's memory", control_.name()));
   }
+  const cohort::detail::CallTime time;
   const std::uint32_t number = windows_->next_number();
   const MemoryHandle handle = static_cast<const HostSegment&>(segment).memory()->handle();
   const auto all = control_.all_gather(std::as_bytes(std::span(&handle, 1)));

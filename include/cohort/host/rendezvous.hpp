@@ -17,6 +17,7 @@
 #include <utility>
 #include <vector>
 
+#include "cohort/call_time.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
 #include "cohort/host/shared_memory.hpp"
@@ -27,7 +28,8 @@
 
 /// \file
 /// How the ranks of a group on one machine meet: steps with one signal each way, inbox slots that
-/// alternate, and channels between pairs. Every wait ends at the time limit.
+/// alternate, and channels between pairs. Every wait ends at the time limit, which the waits of a
+/// call share.
 
 namespace cohort::host {
 
@@ -127,8 +129,7 @@ class Rendezvous {
     }
   }
 
-  // --- steps
-  // --------------------------------------------------------------------------------------
+  // Steps.
 
   /// The slot of the step that `enter` will begin.
   [[nodiscard]] std::byte* next_slot() noexcept { return own_ + geometry_.slot(epoch_ + 1); }
@@ -136,7 +137,7 @@ class Rendezvous {
   /// Begins the next step: publishes the call, where this rank's tensors are, and the slot.
   /// The ticket is written last and at once, because peers that wait poll its line.
   void enter(const Call& call, const Showing& showing) noexcept {
-    begin_step();
+    ++epoch_;
     Ticket& ticket = pad(rank_).tickets[epoch_ % 2];
     ticket.call = call;
     ticket.place = showing.place;
@@ -155,7 +156,7 @@ class Rendezvous {
 
   /// Begins a further step of the same call; its ticket says nothing but that.
   void enter() noexcept {
-    begin_step();
+    ++epoch_;
     pad(rank_).tickets[epoch_ % 2].epoch.store(epoch_, std::memory_order_release);
   }
 
@@ -216,8 +217,7 @@ class Rendezvous {
   /// make the same call. Every ticket of the step has been awaited.
   void fail_unless_same() const;
 
-  // --- channels
-  // -----------------------------------------------------------------------------------
+  // Channels.
 
   /// Sends a message. Waits only where more than `kParcels` parcels are not taken yet.
   /// `fill(first, bytes, to)` writes a piece of the message.
@@ -231,7 +231,6 @@ class Rendezvous {
       const auto room = [&] {  // acquire: the receiver has read the parcel that lay here
         return number < taken.load(std::memory_order_acquire) + kParcels;
       };
-      waited_ = {};
       wait(
           room, [&](int r) { return r != to || room(); }, to);
       std::byte* parcel = own_ + geometry_.parcel(to, number);
@@ -254,7 +253,6 @@ class Rendezvous {
     do {
       const std::uint64_t number = taken.load(std::memory_order_relaxed);
       const auto arrived = [&] { return sent.load(std::memory_order_acquire) > number; };
-      waited_ = {};
       wait(
           arrived, [&](int r) { return r != from || arrived(); }, from);
       const std::byte* parcel = peers_[index(from)] + geometry_.parcel(rank_, number);
@@ -284,11 +282,6 @@ class Rendezvous {
   static constexpr int kSpins = 300;
   // After this long nobody is about to come; polling then leaves the processor to others.
   static constexpr std::chrono::milliseconds kYieldFor{200};
-
-  void begin_step() noexcept {
-    ++epoch_;
-    waited_ = {};
-  }
 
   static std::size_t index(int rank) noexcept { return static_cast<std::size_t>(rank); }
 
@@ -322,10 +315,10 @@ class Rendezvous {
 
   template <class Ready, class Arrived>
   [[gnu::noinline]] void wait_long(const Ready& ready, const Arrived& arrived, int peer) {
-    const auto start = Clock::now() - waited_;
+    const cohort::detail::LimitedWait time(limit_);
     cohort::detail::PollPause pause(kYieldFor, 0);  // `wait` has spun
     while (!ready()) {
-      waited_ = Clock::now() - start;
+      const auto now = Clock::now();
       const auto presence = presence_of(peer);
       if (ready()) {  // after the look at the peer: it may have come, then left
         return;
@@ -333,7 +326,7 @@ class Rendezvous {
       if (presence != Presence::here) {
         fail_departed(peer, presence);
       }
-      if (waited_ > limit_) {
+      if (now > time.deadline()) {
         fail_late(arrived);
       }
       pause();
@@ -383,9 +376,6 @@ class Rendezvous {
   std::vector<std::byte*> peers_;
   int spins_ = kSpins;
   std::uint64_t epoch_ = 0;
-  // In the current step, for all peers together: ranks that come one after another do not each have
-  // the limit. Work between waits does not count.
-  Clock::duration waited_{};
   bool poisoned_ = false;
 };
 

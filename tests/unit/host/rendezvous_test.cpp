@@ -217,6 +217,7 @@ TEST_CASE("ranks that come one after another do not each have the time limit", "
     std::this_thread::sleep_for(kLimit * 8 / 10 *
                                 rendezvous.rank());  // the last ones come too late
     const auto begin = std::chrono::steady_clock::now();
+    const cohort::detail::CallTime call;
     rendezvous.enter(Call{}, showing(Place::slot));
     if (rendezvous.rank() == 0) {
       check_throws<TimeoutError>([&] { rendezvous.await_all(); }, "rank 2, 3 did not arrive");

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+
+#include "cohort/process_state.hpp"
+
+/// \file
+/// One time limit for all waits of a public call.
+
+namespace cohort::detail {
+
+/// What a thread has waited for other ranks in the call that it is in.
+struct CallClock {
+  std::chrono::steady_clock::duration waited{};
+  bool runs = false;
+};
+
+/// Where each thread keeps it: in memory of the module that was asked first.
+struct CallClocks {
+  inline static constinit thread_local CallClock own{};
+
+  CallClock* (*of_this_thread)() noexcept = []() noexcept { return &own; };
+};
+
+/// This thread's, whichever module the call came from.
+[[nodiscard]] inline CallClock& call_clock() noexcept {
+  static constinit thread_local CallClock* place = nullptr;
+  if (place == nullptr) [[unlikely]] {
+    place = process_wide<CallClocks>("call clocks 1").of_this_thread();
+  }
+  return *place;
+}
+
+/// A public call: its waits, in whichever groups and parts, share their time limit, so that a rank
+/// that comes late and then not at all does not keep the others for a limit each time. Calls within
+/// the call belong to it. Nothing but thread-local memory is touched.
+class CallTime {
+ public:
+  CallTime() noexcept : is_outermost_(!call_clock().runs) {
+    if (is_outermost_) {
+      call_clock().runs = true;
+    }
+  }
+  CallTime(const CallTime&) = delete;
+  CallTime& operator=(const CallTime&) = delete;
+  ~CallTime() {
+    if (is_outermost_) {
+      call_clock() = {};
+    }
+  }
+
+ private:
+  bool is_outermost_;
+};
+
+/// A wait that starts now with what its call has left of a time limit; all of it where no call is
+/// under way. Never less than an eighth, so that ranks which are there, and had waited for each
+/// other so long, can end the call together.
+class LimitedWait {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  explicit LimitedWait(Clock::duration limit) noexcept
+      : start_(Clock::now()),
+        deadline_(start_ + std::max(least(limit), limit - call_clock().waited)) {}
+  LimitedWait(const LimitedWait&) = delete;
+  LimitedWait& operator=(const LimitedWait&) = delete;
+  ~LimitedWait() {
+    if (CallClock& clock = call_clock(); clock.runs) {
+      clock.waited += Clock::now() - start_;
+    }
+  }
+
+  [[nodiscard]] Clock::time_point start() const noexcept { return start_; }
+  [[nodiscard]] Clock::time_point deadline() const noexcept { return deadline_; }
+
+  /// The shortest that a wait with this limit can be.
+  [[nodiscard]] static constexpr Clock::duration least(Clock::duration limit) noexcept {
+    return limit / 8;
+  }
+
+ private:
+  Clock::time_point start_;
+  Clock::time_point deadline_;
+};
+
+}  // namespace cohort::detail

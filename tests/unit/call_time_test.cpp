@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cohort/call_time.hpp"
+
+#include <chrono>
+#include <thread>
+
+#include "support/catch.hpp"
+
+using namespace cohort::detail;
+using namespace std::chrono_literals;
+
+namespace {
+
+/// How long a wait that starts now may take.
+std::chrono::steady_clock::duration left_of(std::chrono::steady_clock::duration limit) {
+  const LimitedWait wait(limit);
+  return wait.deadline() - wait.start();
+}
+
+void wait_for(std::chrono::milliseconds time) {
+  const LimitedWait wait(1s);
+  std::this_thread::sleep_for(time);
+}
+
+}  // namespace
+
+TEST_CASE("the waits of a call share its limit", "[call_time]") {
+  const CallTime call;
+  CHECK(left_of(800ms) <= 800ms);
+  wait_for(30ms);
+  std::this_thread::sleep_for(20ms);  // work does not count
+  CHECK(left_of(800ms) <= 770ms);
+  {
+    const CallTime part;
+    wait_for(30ms);
+  }
+  CHECK(left_of(800ms) <= 740ms);
+  CHECK(left_of(40ms) == 5ms);  // never less than an eighth
+  CHECK(left_of(0ms) == 0ms);
+  std::thread([] { CHECK(left_of(800ms) == 800ms); }).join();
+}
+
+TEST_CASE("calls begin anew, and waits outside of any have their limit each", "[call_time]") {
+  for (int i = 0; i < 2; ++i) {
+    const CallTime call;
+    CHECK(left_of(10s) > 9s);
+    wait_for(20ms);
+    CHECK(left_of(100ms) <= 80ms);
+  }
+  wait_for(20ms);
+  CHECK(left_of(100ms) == 100ms);
+}
