@@ -86,6 +86,16 @@ void check_reducible(std::string_view argument, const BasicTensorView<Void>& x) 
   }
 }
 
+/// Throws where a result would be written over itself.
+template <class Void>
+void check_distinct(std::string_view argument, const BasicTensorView<Void>& out) {
+  if (overlaps_itself(out)) {
+    throw UsageError(
+        fmt::format("{}: expected elements that lie apart, got shape {} with strides {}", argument,
+                    to_string(out.shape()), to_string(out.strides())));
+  }
+}
+
 /// Throws where a result would overwrite what is still to be read.
 template <class A, class B>
 void check_apart(std::string_view argument, const BasicTensorView<A>& out,

@@ -114,6 +114,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     check_call("gather_query q_nope", q_nope);
     check_like("gather_query q", q, q_nope, check_query(q_nope, q_pe));
     check_rows("gather_query q", q);
+    check_distinct("gather_query q", q);
     check_apart("gather_query q", q, q_nope);
     check_apart("gather_query q", q, q_pe);
     const Call call = begin(stream);
@@ -306,10 +307,12 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const Dims shape = merged_shape(out);
     check_like("merge_attention merged", merged, out, shape);
     check_rows("merge_attention merged", merged);
+    check_distinct("merge_attention merged", merged);
     check_apart("merge_attention merged", merged, out);
     check_apart("merge_attention merged", merged, lse);
     if (merged_lse != nullptr) {
       check_lse("merge_attention merged_lse", *merged_lse, {shape[0], shape[1]});
+      check_distinct("merge_attention merged_lse", *merged_lse);
       check_apart("merge_attention merged_lse", *merged_lse, out);
       check_apart("merge_attention merged_lse", *merged_lse, lse);
       check_apart("merge_attention merged_lse", *merged_lse, merged);

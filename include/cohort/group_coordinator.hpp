@@ -28,6 +28,7 @@ namespace cohort {
 /// windows take the fastest path. Returned tensors come from the group's arena and own their
 /// memory, in a group of one as well. Dimensions may count from the end. A result may overlap its
 /// input only where the call is in place: as the rank's own part, or as the whole of an all-reduce.
+/// No two elements of a result may lie in one place (a stride of 0, say).
 ///
 /// Wrong arguments throw `UsageError` naming the argument before anything is enqueued, and the
 /// group works on. After `shutdown` every call throws `UsageError`. Failures below surface as
@@ -96,6 +97,7 @@ class GroupCoordinator : public GroupBase {
     check_call("all_reduce", x);
     check_reducible("all_reduce x", x);
     check_like("all_reduce out", out, x, x.shape());
+    check_distinct("all_reduce out", out);
     check_in_place_or_apart("all_reduce out", out, x, ConstTensorView(out), x);
     const Call call = begin(stream);
     debug_compare("all_reduce", x, 0, {}, static_cast<int>(op), &out);
@@ -111,6 +113,7 @@ class GroupCoordinator : public GroupBase {
   void broadcast(const TensorView& x, int root, StreamRef stream = {}) {
     check_call("broadcast", x);
     check_member("broadcast root", caller(), root);
+    check_distinct("broadcast x", x);
     const Call call = begin(stream);
     debug_compare("broadcast", x, 0, {}, root, &x);
     if (size() > 1) {
@@ -136,6 +139,7 @@ class GroupCoordinator : public GroupBase {
     check_call("all_to_all", x);
     check_divisible("all_to_all x", x, 0, size());
     check_like("all_to_all out", out, x, x.shape());
+    check_distinct("all_to_all out", out);
     check_apart("all_to_all out", out, x);
     const Call call = begin(stream);
     debug_compare("all_to_all", x, 0, {}, 0, &out);
@@ -156,6 +160,7 @@ class GroupCoordinator : public GroupBase {
   void recv(const TensorView& x, int from, StreamRef stream = {}) {
     check_call("recv", x);
     check_peer("recv from", caller(), from);
+    check_distinct("recv x", x);
     const Call call = begin(stream);
     transport()->recv(x, from, call.stream);
     finish(call);
@@ -245,6 +250,7 @@ class GroupCoordinator : public GroupBase {
                    std::span<const std::int64_t> sizes, int dim, StreamRef stream) {
     check_call("all_gather x", x);
     check_like("all_gather out", out, x, gathered_shape(x, caller(), sizes, dim));
+    check_distinct("all_gather out", out);
     const ConstTensorView mine = out.slice(dim, offset_of(caller(), sizes), x.shape()[dim]);
     check_in_place_or_apart("all_gather out", out, x, mine, x);
     const Call call = begin(stream);
@@ -276,6 +282,7 @@ class GroupCoordinator : public GroupBase {
     check_reducible("reduce_scatter x", x);
     const Dims shape = scattered_shape(x, caller(), sizes, dim);
     check_like("reduce_scatter out", out, x, shape);
+    check_distinct("reduce_scatter out", out);
     const ConstTensorView mine = x.slice(dim, offset_of(caller(), sizes), shape[dim]);
     check_in_place_or_apart("reduce_scatter out", out, x, mine, ConstTensorView(out));
     const Call call = begin(stream);

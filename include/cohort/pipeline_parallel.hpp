@@ -82,6 +82,7 @@ class PipelineParallelGroup : public GroupCoordinator {
     for (const auto& [name, tensor] : tensors) {
       const std::string argument = fmt::format("recv_tensors {}", name);
       check_device(argument, tensor);
+      check_distinct(argument, tensor);
     }
     const detail::CallTime time;
     const auto described = receive_description(from);

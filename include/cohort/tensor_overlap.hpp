@@ -12,12 +12,13 @@
 #include "cohort/tensor.hpp"
 
 /// \file
-/// Whether two views share memory. Pure.
+/// Whether views share memory, with each other or among their own elements. Pure.
 
 namespace cohort {
 namespace detail {
 
-/// The bytes of a view: runs without gaps, repeated along dimensions of falling stride.
+/// The bytes of a view that has elements: runs without gaps, repeated along dimensions of falling
+/// stride.
 class Footprint {
  public:
   struct Dimension {
@@ -40,10 +41,12 @@ class Footprint {
       if (count > 1 && stride != 0) {
         dims_[size_++] = {stride, count, 0};
       }
+      repeats_ = repeats_ || (count > 1 && stride == 0);
     }
     std::sort(dims_.begin(), dims_.begin() + static_cast<std::ptrdiff_t>(size_),
               [](const Dimension& a, const Dimension& b) { return a.stride > b.stride; });
     while (size_ > 0 && dims_[size_ - 1].stride <= inner_) {  // no gaps: one run
+      repeats_ = repeats_ || dims_[size_ - 1].stride < inner_;
       inner_ += dims_[size_ - 1].stride * (dims_[size_ - 1].count - 1);
       --size_;
     }
@@ -57,6 +60,8 @@ class Footprint {
   [[nodiscard]] std::intptr_t begin() const noexcept { return begin_; }
   [[nodiscard]] std::int64_t extent() const noexcept { return extent_; }
   [[nodiscard]] std::span<const Dimension> dims() const noexcept { return {dims_.data(), size_}; }
+  /// Whether several elements lie in one place within a run, or because a stride is 0.
+  [[nodiscard]] bool repeats() const noexcept { return repeats_; }
 
  private:
   std::intptr_t begin_;
@@ -64,6 +69,7 @@ class Footprint {
   std::int64_t extent_ = 0;
   std::array<Dimension, kMaxDims> dims_{};
   std::size_t size_ = 0;
+  bool repeats_ = false;
 };
 
 /// One repetition of a footprint.
@@ -109,6 +115,55 @@ template <class A, class B>
   const detail::Footprint x(a);
   const detail::Footprint y(b);
   return detail::meet({x.begin(), x.extent(), x.dims()}, {y.begin(), y.extent(), y.dims()});
+}
+
+namespace detail {
+
+/// Whether each dimension reaches beyond all that are inside of it, from the last to the first:
+/// elements then lie apart. What is contiguous, or has rows with gaps, is of that kind.
+template <class Void>
+[[nodiscard]] bool is_nested(const BasicTensorView<Void>& view) noexcept {
+  std::int64_t reach = 1;  // elements
+  for (int i = view.ndim() - 1; i >= 0; --i) {
+    if (view.shape()[i] > 1) {
+      if (view.strides()[i] < reach) {
+        return false;
+      }
+      reach += view.strides()[i] * (view.shape()[i] - 1);
+    }
+  }
+  return true;
+}
+
+/// Whether some byte of a view belongs to several elements.
+template <class Void>
+[[nodiscard, gnu::noinline]] bool repeats(const BasicTensorView<Void>& view) noexcept {
+  const Footprint all(view);
+  if (all.repeats()) {
+    return true;
+  }
+  for (std::size_t i = 0; i < all.dims().size(); ++i) {
+    const auto& dim = all.dims()[i];
+    const auto inner = all.dims().subspan(i + 1);
+    // Repetitions are alike, so that the first stands for all.
+    for (std::int64_t at = dim.stride; at < dim.inner && at / dim.stride < dim.count;
+         at += dim.stride) {
+      if (meet({0, dim.inner, inner}, {at, dim.inner, inner})) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+}  // namespace detail
+
+/// Whether several elements of a view share memory, so that what is written depends on the order.
+/// Exact for all strides; a comparison for each dimension where they fall from the first to the
+/// last.
+template <class Void>
+[[nodiscard]] bool overlaps_itself(const BasicTensorView<Void>& view) noexcept {
+  return !detail::is_nested(view) && view.numel() != 0 && detail::repeats(view);
 }
 
 /// Whether both views are the same elements in the same places.

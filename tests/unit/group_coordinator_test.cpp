@@ -132,6 +132,41 @@ TEST_CASE("results that lie on their input are refused or exact", "[group]") {
   });
 }
 
+TEST_CASE("results that lie on themselves are refused before anything is enqueued", "[group]") {
+  run_ranks(2, [](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2, .dcp = 2});
+    auto& group = state.dcp();
+    Site site(group, Memory::arena);
+    const auto x = site.filled({8, 8}, DType::f32);
+    const auto y = site.filled({16, 8}, DType::f32);
+    float* memory = site.tensor({128}, DType::f32).data_as<float>();
+    const auto refused = [&](const std::function<void()>& call, std::string_view argument) {
+      check_throws<UsageError>(call, argument, "elements that lie apart");
+    };
+    for (const Dims& strides : {Dims{0, 1}, Dims{8, 0}, Dims{7, 1}, Dims{1, 1}, Dims{-7, 1}}) {
+      const auto repeated = [&, strides = strides](const Dims& shape) {
+        return TensorView(memory + 64, DType::f32, shape, strides);
+      };
+      const auto same = repeated({8, 8});
+      refused([&] { group.all_gather_into(repeated({16, 8}), x, 0); }, "all_gather out");
+      refused([&] { group.reduce_scatter_into(same, y, 0); }, "reduce_scatter out");
+      refused([&] { group.all_reduce_into(same, x); }, "all_reduce out");
+      refused([&] { group.all_reduce(same); }, "all_reduce out");
+      refused([&] { group.broadcast(same, 0); }, "broadcast x");
+      refused([&] { group.all_to_all_into(same, x); }, "all_to_all out");
+      refused([&] { group.recv(same, 1 - group.rank()); }, "recv x");
+    }
+    // Where only the input does it is read as it is.
+    const TensorView rows(memory, DType::f32, {8, 8}, {0, 1});
+    fill(rows.slice(0, 0, 1), group.rank());
+    const auto out = site.tensor({8, 8}, DType::f32);
+    group.all_reduce_into(out, rows);
+    check_values(out, "rows that are one row",
+                 [](std::int64_t flat) { return value_at(0, flat % 8) + value_at(1, flat % 8); });
+    check_all_reduce(group, site, {5, 7}, DType::f32, Form::contiguous);
+  });
+}
+
 TEST_CASE("what was reserved for calls suffices, frozen, eagerly and in graphs", "[group]") {
   for (const int n : {1, 2, 3}) {
     DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_reserved_calls); }

@@ -47,6 +47,46 @@ TEST_CASE("views overlap where an element of both has a byte", "[overlap]") {
   CHECK_FALSE(identical(all.slice(0, 0, 4), all.slice(0, 1, 4)));
 }
 
+TEST_CASE("views overlap themselves where two elements share a byte", "[overlap]") {
+  std::vector<float> memory(64);
+  const auto repeats = [&](const Dims& shape, const Dims& strides) {
+    return overlaps_itself(TensorView(memory.data() + 32, DType::f32, shape, strides));
+  };
+  CHECK(repeats({8, 4}, {0, 1}));
+  CHECK(repeats({8, 4}, {3, 1}));
+  CHECK(repeats({2}, {0}));
+  CHECK_FALSE(repeats({8, 4}, {4, 1}));
+  CHECK_FALSE(repeats({8, 4}, {5, 1}));
+  CHECK_FALSE(repeats({4, 8}, {1, 4}));
+  CHECK_FALSE(repeats({1, 4}, {0, 1}));
+  CHECK_FALSE(repeats({0, 4}, {0, 1}));
+  CHECK_FALSE(repeats({2, 3}, {3, 2}));  // 0 2 4 and 3 5 7
+  CHECK(repeats({2, 4}, {6, 2}));        // 0 2 4 6 and 6 8 10 12
+  CHECK_FALSE(repeats({}, {}));
+}
+
+TEST_CASE("whether a view overlaps itself is exact for all strides", "[overlap]") {
+  std::mt19937 random(11);
+  std::vector<std::uint16_t> memory(4096);
+  int repeated = 0;
+  int wrong = 0;
+  for (int round = 0; round < 4000; ++round) {
+    std::vector<std::int64_t> shape;
+    std::vector<std::int64_t> strides;
+    for (auto left = 1 + random() % 4; left > 0; --left) {
+      shape.push_back(static_cast<std::int64_t>(random() % 5));
+      strides.push_back(static_cast<std::int64_t>(random() % 41) - 20);
+    }
+    const TensorView view(memory.data() + 2048, DType::f16, Dims(shape), Dims(strides));
+    const bool expected = bytes_of(view).size() < view.bytes();
+    repeated += expected ? 1 : 0;
+    wrong += overlaps_itself(view) != expected ? 1 : 0;
+  }
+  CHECK(wrong == 0);
+  CHECK(repeated > 200);
+  CHECK(repeated < 3500);
+}
+
 TEST_CASE("overlap is exact for all strides", "[overlap]") {
   std::mt19937 random(7);
   std::vector<std::uint16_t> memory(4096);
