@@ -15,7 +15,9 @@ namespace cohort::test {
 
 class CountingDriver final : public StreamDriver {
  public:
-  [[nodiscard]] StreamRef ref(HostStream& stream) noexcept { return {*this, &stream}; }
+  [[nodiscard]] StreamRef ref(HostStream& stream) noexcept {
+    return {*this, stream.ref().native()};
+  }
 
   /// Questions for the capture since the last call of this function.
   [[nodiscard]] int asked() noexcept { return std::exchange(asked_, 0); }

@@ -20,7 +20,14 @@ TEST_CASE("calls on several streams are ordered", "[group]") {
     const auto x = site.filled({100}, DType::f32);
     state.dcp().all_reduce(x, a);
     state.dcp().all_reduce(x, b);
+    {
+      HostStream short_lived;
+      state.dcp().order(short_lived);
+      state.dcp().barrier(short_lived);
+      const Tensor t = state.dcp().all_gather(x, 0, short_lived);
+    }
     state.dcp().order(a);
+    const Tensor t = state.dcp().all_gather(x, 0, b);  // where one was that is gone with its stream
     check_values(x, "twice",
                  [](std::int64_t flat) { return 2 * (value_at(0, flat) + value_at(1, flat)); });
   });
@@ -56,12 +63,12 @@ TEST_CASE("a call asks its stream once for its capture", "[group]") {
     check_equal(driver.waits(), 1, "the second stream waits");
 
     // Within a capture, calls on different streams are ordered, and the eager ones play no part.
-    driver.begin_capture(&first);
+    driver.begin_capture(first.ref().native());
     once("captured", [&] { group.all_reduce(share, stream); });
     second.ref().wait_for(first);
     group.all_reduce(share, driver.ref(second));
     check_equal(driver.asked(), 1, "captured on another stream");
     check_equal(driver.waits(), 1, "it waits within the capture");
-    (void)driver.end_capture(&first);
+    (void)driver.end_capture(first.ref().native());
   });
 }

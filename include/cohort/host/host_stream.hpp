@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <tuple>
@@ -25,8 +27,6 @@
 /// the graph. Engine code written for device streams therefore runs unchanged.
 
 namespace cohort {
-
-class HostStream;
 
 namespace host {
 
@@ -68,6 +68,18 @@ struct Capture {
   bool ended = false;            ///< Whether it is over.
   /// What was captured so far.
   std::shared_ptr<Recording> recording = std::make_shared<Recording>();
+};
+
+/// What a stream is to the driver. Never freed, because groups and arenas that remember a stream
+/// may outlive it: they then see one that is not capturing.
+struct StreamState {
+  std::shared_ptr<Capture> capture;    ///< The last that it took part in.
+  StreamState* closed_next = nullptr;  ///< Of a stream that has ended, the next that ended.
+
+  /// The capture that it takes part in, or null.
+  [[nodiscard]] Capture* current() const noexcept {
+    return capture != nullptr && !capture->ended ? capture.get() : nullptr;
+  }
 };
 
 /// Work before it has run, or is recorded before whatever comes next: only the capture counts.
@@ -121,28 +133,57 @@ class HostStreamDriver final : public StreamDriver {
   /// Returns at once: submitted work has run. Throws `UsageError` while capturing.
   inline void synchronize(void* native, std::chrono::milliseconds limit) override;
 
+  /// The state of a new stream.
+  [[nodiscard]] host::StreamState* open() {
+    const std::lock_guard lock(mutex_);
+    if (closed_ < kQuarantine) {
+      return &states_.emplace_back();
+    }
+    --closed_;
+    return std::exchange(first_closed_, first_closed_->closed_next);
+  }
+  /// The stream has ended.
+  void close(host::StreamState* state) noexcept {
+    const std::lock_guard lock(mutex_);
+    state->capture.reset();
+    state->closed_next = nullptr;
+    (closed_++ == 0 ? first_closed_ : last_closed_->closed_next) = state;
+    last_closed_ = state;
+  }
+
  private:
-  static HostStream& stream(void* native);
-  static void join(HostStream& waiting, const std::shared_ptr<host::Capture>& capture);
+  static host::StreamState& stream(void* native);
+  static void join(host::StreamState& waiting, const std::shared_ptr<host::Capture>& capture);
 
   std::atomic<CaptureId> next_capture_{1};
+  // States are used again once so many streams have ended since: whoever remembers one should have
+  // seen another stream by then.
+  static constexpr std::size_t kQuarantine = 1024;
+
+  std::mutex mutex_;  // of what follows; a state itself is its stream's
+  std::deque<host::StreamState> states_;
+  host::StreamState* first_closed_ = nullptr;
+  host::StreamState* last_closed_ = nullptr;
+  std::size_t closed_ = 0;
 };
 
 /// The driver object; it outlives everything.
 [[nodiscard]] inline HostStreamDriver& host_stream_driver() {
-  return detail::process_wide<HostStreamDriver>("host streams 1");
+  return detail::process_wide<HostStreamDriver>("host streams 2");
 }
 
-/// An in-order executor on the calling thread. Used by one thread at a time. Outlives the graphs
-/// launched on it and the tensors allocated on it.
+/// An in-order executor on the calling thread. Used by one thread at a time. May be destroyed
+/// before the groups, arenas, tensors and graphs that it was used with, other than streams of a
+/// device.
 class HostStream {
  public:
   HostStream() = default;
   HostStream(const HostStream&) = delete;
   HostStream& operator=(const HostStream&) = delete;
+  ~HostStream() { host_stream_driver().close(state_); }
 
   /// For calls of groups.
-  [[nodiscard]] StreamRef ref() noexcept { return {host_stream_driver(), this}; }
+  [[nodiscard]] StreamRef ref() noexcept { return {host_stream_driver(), state_}; }
   /// As `ref`.
   operator StreamRef() noexcept { return ref(); }  // NOLINT(google-explicit-constructor)
 
@@ -150,31 +191,25 @@ class HostStream {
   void submit(std::function<void()> work) { ref().submit(std::move(work)); }
 
   /// From here on work is recorded instead of run.
-  void begin_capture() { host_stream_driver().begin_capture(this); }
+  void begin_capture() { host_stream_driver().begin_capture(state_); }
   /// Ends it; the graph is ready to be launched.
   [[nodiscard]] std::unique_ptr<ExecutableGraph> end_capture() {
-    return host_stream_driver().end_capture(this);
+    return host_stream_driver().end_capture(state_);
   }
 
  private:
-  friend class HostStreamDriver;
-
-  [[nodiscard]] host::Capture* capture() const noexcept {
-    return capture_ != nullptr && !capture_->ended ? capture_.get() : nullptr;
-  }
-
-  std::shared_ptr<host::Capture> capture_;
+  host::StreamState* state_ = host_stream_driver().open();
 };
 
-inline HostStream& HostStreamDriver::stream(void* native) {
+inline host::StreamState& HostStreamDriver::stream(void* native) {
   if (native == nullptr) {
     throw UsageError("stream: expected a HostStream, got a null handle");
   }
-  return *static_cast<HostStream*>(native);
+  return *static_cast<host::StreamState*>(native);
 }
 
 inline void HostStreamDriver::submit(void* native, std::function<void()> work) {
-  if (auto* capture = stream(native).capture()) {
+  if (auto* capture = stream(native).current()) {
     capture->recording->add(std::move(work));
   } else {
     work();
@@ -182,19 +217,19 @@ inline void HostStreamDriver::submit(void* native, std::function<void()> work) {
 }
 
 inline void HostStreamDriver::wait_for(void* waiter, void* signaller) {
-  join(stream(waiter), stream(signaller).capture_);
+  join(stream(waiter), stream(signaller).capture);
 }
 
-inline void HostStreamDriver::join(HostStream& waiting,
+inline void HostStreamDriver::join(host::StreamState& waiting,
                                    const std::shared_ptr<host::Capture>& capture) {
-  if (capture == nullptr || capture->ended || capture.get() == waiting.capture()) {
+  if (capture == nullptr || capture->ended || capture.get() == waiting.current()) {
     return;  // the work has run, or is recorded before whatever comes next
   }
-  if (waiting.capture() != nullptr) {
+  if (waiting.current() != nullptr) {
     throw UsageError(fmt::format("wait_for: the streams take part in different captures, {} and {}",
-                                 waiting.capture()->id, capture->id));
+                                 waiting.current()->id, capture->id));
   }
-  waiting.capture_ = capture;
+  waiting.capture = capture;
 }
 
 inline std::unique_ptr<StreamEvent> HostStreamDriver::make_event() {
@@ -202,7 +237,7 @@ inline std::unique_ptr<StreamEvent> HostStreamDriver::make_event() {
 }
 
 inline void HostStreamDriver::record(StreamEvent& event, void* native) {
-  static_cast<host::HostEvent&>(event).capture = stream(native).capture_;
+  static_cast<host::HostEvent&>(event).capture = stream(native).capture;
 }
 
 inline void HostStreamDriver::wait(void* waiter, StreamEvent& event) {
@@ -210,12 +245,12 @@ inline void HostStreamDriver::wait(void* waiter, StreamEvent& event) {
 }
 
 inline CaptureId HostStreamDriver::capture_id(void* native) const {
-  const auto* capture = stream(native).capture();
+  const auto* capture = stream(native).current();
   return capture == nullptr ? 0 : capture->id;
 }
 
 inline void HostStreamDriver::retain_in_capture(void* native, std::shared_ptr<void> object) {
-  auto* capture = stream(native).capture();
+  auto* capture = stream(native).current();
   if (capture == nullptr) {
     throw UsageError("retain_in_capture: the stream is not capturing");
   }
@@ -224,7 +259,7 @@ inline void HostStreamDriver::retain_in_capture(void* native, std::shared_ptr<vo
 
 inline void HostStreamDriver::check_at_launch(void* native,
                                               const std::shared_ptr<const Lifeline>& owner) {
-  auto* capture = stream(native).capture();
+  auto* capture = stream(native).current();
   if (capture == nullptr) {
     throw UsageError("check_at_launch: the stream is not capturing");
   }
@@ -233,32 +268,32 @@ inline void HostStreamDriver::check_at_launch(void* native,
 
 inline void HostStreamDriver::begin_capture(void* native) {
   auto& captured = stream(native);
-  if (captured.capture() != nullptr) {
+  if (captured.current() != nullptr) {
     throw UsageError(fmt::format("begin_capture: the stream already takes part in capture {}",
-                                 captured.capture()->id));
+                                 captured.current()->id));
   }
-  captured.capture_ = std::make_shared<host::Capture>();
-  captured.capture_->id = next_capture_.fetch_add(1, std::memory_order_relaxed);
-  captured.capture_->origin = native;
+  captured.capture = std::make_shared<host::Capture>();
+  captured.capture->id = next_capture_.fetch_add(1, std::memory_order_relaxed);
+  captured.capture->origin = native;
 }
 
 inline std::unique_ptr<ExecutableGraph> HostStreamDriver::end_capture(void* native) {
   auto& captured = stream(native);
-  if (captured.capture() == nullptr) {
+  if (captured.current() == nullptr) {
     throw UsageError("end_capture: the stream is not capturing");
   }
-  if (captured.capture()->origin != native) {
+  if (captured.current()->origin != native) {
     throw UsageError(
-        fmt::format("end_capture: capture {} was begun on another stream", captured.capture()->id));
+        fmt::format("end_capture: capture {} was begun on another stream", captured.current()->id));
   }
-  const auto capture = std::exchange(captured.capture_, nullptr);
+  const auto capture = std::exchange(captured.capture, nullptr);
   capture->ended = true;
   // Streams that joined still refer to the capture; what it recorded is the graph's alone.
   return std::make_unique<host::HostGraph>(std::move(capture->recording));
 }
 
 inline void HostStreamDriver::synchronize(void* native, std::chrono::milliseconds) {
-  if (stream(native).capture() != nullptr) {
+  if (stream(native).current() != nullptr) {
     throw UsageError("synchronize: the stream is capturing; captured work runs at launch");
   }
 }
