@@ -77,9 +77,14 @@ class ParallelState {
  public:
   /// Collective over `world`, which outlives the state and whose size must be `tp * pp`. Forms the
   /// groups, decides on symmetric memory for each, logs one line and at most one warning a group.
-  /// All ranks have the state afterwards, or none. Throws `ConfigError` for a layout or plan that
-  /// cannot work and what the backend throws, and where only other ranks have failed a
-  /// `SymmetryError` or `TimeoutError` that quotes them.
+  /// Throws `ConfigError` for a layout or plan that cannot work and what the backend throws, and
+  /// where only other ranks have failed a `SymmetryError` or `TimeoutError` that quotes them.
+  ///
+  /// All ranks have the state afterwards, or none; except where a rank dies between the messages of
+  /// the very last agreement, which no exchange of messages can rule out. Ranks that had its
+  /// message then have a state and the others throw, and tell so: the first call of a group in
+  /// which such a rank is throws at once, or within the time limit, a `SymmetryError`,
+  /// `TransportError` or `TimeoutError` that names it.
   [[nodiscard]] static ParallelState create(ControlPlane& world, ParallelOptions options) {
     if (options.backend == nullptr) {
       throw ConfigError("ParallelOptions.backend: expected a backend, got null");
@@ -267,9 +272,21 @@ class ParallelState {
     } catch (const std::exception&) {
       failure = std::current_exception();
     }
-    agree(world,
+    try {
+      agree(
+          world,
           {.place = "formation of the groups of a ParallelState", .sequence = generation & kNumber},
           failure, patience_after_a_wait(world));
+    } catch (const std::exception& error) {
+      for (GroupCoordinator* group : {world_.get(), static_cast<GroupCoordinator*>(tp_.get()),
+                                      static_cast<GroupCoordinator*>(pp_.get()),
+                                      static_cast<GroupCoordinator*>(dcp_.get())}) {
+        if (group != nullptr) {
+          group->control().give_up(error.what());  // to ranks that have a state all the same
+        }
+      }
+      throw;
+    }
     *formed_ = {world_.get(), tp_.get(), pp_.get(), dcp_.get()};
     for (const GroupCoordinator* group : *formed_) {
       captures_->add(group->arena());
