@@ -157,7 +157,7 @@ if ((sanitize)); then
   # The long matrix repeats the same code with more shapes: hours under a sanitizer.
   export COHORT_TEST_FULL=0 COHORT_QUICK=ON
   build asan
-  [[ -e build/asan/CTestTestfile.cmake ]] && run_tests asan -L 'unit|ranks' -LE full
+  [[ -e build/asan/CTestTestfile.cmake ]] && run_tests asan -L 'unit|ranks|fuzz|modules' -LE full
   # Open MPI is not instrumented, so the thread sanitizer judges ranks that are threads.
   build tsan
   [[ -e build/tsan/CTestTestfile.cmake ]] && run_tests tsan -L unit -LE full

@@ -26,8 +26,7 @@ namespace cohort::host::detail {
 
 inline constexpr std::uint64_t kNoLimit = std::numeric_limits<std::uint64_t>::max();
 
-// --- what the kernel writes, as text
-// --------------------------------------------------------------
+// What the kernel writes, as text.
 
 /// The number that a text begins with; nothing for "max" and for a file that is not there.
 [[nodiscard]] inline std::optional<std::uint64_t> number_in(std::string_view text) noexcept {
@@ -152,8 +151,7 @@ template <class Read>
   return available_memory([](const std::string& path) { return os::read_text(path).text; });
 }
 
-// --- taking it
-// -------------------------------------------------------------------------------------
+// Taking it.
 
 /// Memory is taken in pieces, and what is left is looked at before each.
 inline constexpr std::size_t kCommitPiece = std::size_t{32} << 20;
