@@ -57,6 +57,12 @@ void load_kernels(int n) {
   }
 }
 
+void load_local_kernels() {
+  detail::load_copy();
+  detail::load_local_merge();
+  detail::load_support();
+}
+
 std::vector<KernelInfo> kernel_report(int n) {
   std::vector<KernelInfo> report;
   detail::report_copy(report);

@@ -106,10 +106,13 @@ void load(void (*kernel)(Params...)) {
   check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
 }
 
-// Each source file loads its own peer kernels, and reports its own kernels.
+// Each source file loads its own kernels, and reports them.
 void load_gather(int n);
 void load_reduce(int n);
 void load_merge(int n);
+void load_copy();
+void load_local_merge();
+void load_support();
 void report_copy(std::vector<KernelInfo>& report);
 void report_local_merge(std::vector<KernelInfo>& report);
 void report_gather(int n, std::vector<KernelInfo>& report);

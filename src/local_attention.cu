@@ -168,6 +168,23 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+void load_local_merge() {
+  const auto load_for = []<class T>(T*) {
+    for (int n = 1; n <= 8; ++n) {  // 1 stands for all numbers without a kernel of their own
+      with_ranks(n, []<class Ranks>(Ranks) {
+        load(correct_kernel<Ranks::value, T, float>);
+        load(correct_kernel<Ranks::value, T, T>);
+        load(merge_pieces_kernel<Ranks::value, T>);
+      });
+    }
+  };
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    with_float_type(dtype, "dtype", load_for);
+  }
+  load(pack_partial_kernel);
+  load(pack_query_kernel);
+}
+
 void report_local_merge(std::vector<KernelInfo>& report) {
   report.push_back(
       describe("correct_partial bf16 to f32", correct_kernel<2, __nv_bfloat16, float>, kThreads));

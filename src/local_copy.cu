@@ -298,6 +298,24 @@ int blocks_for(std::int64_t items) {
 
 }  // namespace
 
+void load_copy() {
+  const auto load_of = []<class Vector>(Vector) {
+    load(copy_kernel<Vector, 1>);
+    load(copy_kernel<Vector, 2>);
+    load(copy_kernel<Vector, 3>);
+    load(copy_kernel<Vector, kMaxCopyDims>);
+  };
+  load_of(uint4{});
+  load_of(uint2{});
+  load_of(std::uint32_t{});
+  load_of(std::uint16_t{});
+  load_of(std::uint8_t{});
+  load(fill_kernel);
+  load(reduce_kernel<float>);
+  load(reduce_kernel<__half>);
+  load(reduce_kernel<__nv_bfloat16>);
+}
+
 void report_copy(std::vector<KernelInfo>& report) {
   report.push_back(describe("copy 16 bytes, 1 dim", copy_kernel<uint4, 1>, kThreads));
   report.push_back(describe("copy 16 bytes, 3 dims", copy_kernel<uint4, 3>, kThreads));

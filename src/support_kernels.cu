@@ -117,6 +117,13 @@ bool launches_programmatically() {
   return answer;
 }
 
+void load_support() {
+  load(visibility_guard_kernel);
+  load(convert_kernel<__half>);
+  load(convert_kernel<__nv_bfloat16>);
+  load(merge_lse_kernel);
+}
+
 }  // namespace detail
 
 void require_code() {

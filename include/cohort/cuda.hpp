@@ -8,4 +8,3 @@
 #include "cohort/cuda/handles.hpp"
 #include "cohort/cuda/peer_mapping.hpp"
 #include "cohort/nccl/cuda_backend.hpp"
-#include "cohort/nccl/nccl_transport.hpp"

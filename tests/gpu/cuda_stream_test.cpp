@@ -16,6 +16,7 @@
 
 #include "cohort/cohort.hpp"
 #include "cohort/cuda.hpp"
+#include "cohort/cuda/device_drain.hpp"
 #include "gpu/device_tensor.hpp"
 #include "support/catch.hpp"
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cohort/cuda.hpp"
+#include "cohort/nccl/nccl_transport.hpp"
 #include "gpu/late_producer.hpp"
 #include "support/ranks.hpp"
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Usage: nccl_headers.sh COMPILER-FLAG...
-# The library's headers against those of every NCCL: <cohort/cuda.hpp> is compiled with nccl.h of each
-# release, which its wheel brings. The flags are those of a source that uses cohort::cuda, less NCCL's
+# The library's headers against those of every NCCL: the transport's is compiled with nccl.h of each
+# release, which its wheel brings. And <cohort/cuda.hpp>, which needs none. The flags are those of a source that uses cohort::cuda, less NCCL's
 # include folder. COHORT_NCCL_WHEELS is a folder that keeps unpacked wheels, as VERSION/nvidia/nccl;
 # what is not there is asked of pip. The short run takes what the folder has of one old and one new
 # release, and asks nobody.
@@ -30,6 +30,12 @@ fetch() {
 }
 
 mkdir -p "$wheels" || exit 77
+if "$@" -M -x c++ - <<<'#include <cohort/cuda.hpp>' | grep -o '[^ ]*/nccl\.h'; then
+  echo "FAILED: <cohort/cuda.hpp> includes nccl.h"
+  failed=1
+else
+  passed=1
+fi
 for version in "${releases[@]}"; do
   include=$wheels/$version/nvidia/nccl/include
   if [[ ! -e $include/nccl.h && $full == 1 ]]; then
@@ -38,7 +44,7 @@ for version in "${releases[@]}"; do
   if [[ ! -e $include/nccl.h ]]; then
     echo "cohort-skip: nccl headers: $version is not in $wheels$( [[ $full == 1 ]] && echo ", and pip did not give it")"
     skipped=$((skipped + 1))
-  elif output=$("$@" "-I$include" -fsyntax-only -x c++ - <<<'#include <cohort/cuda.hpp>' 2>&1); then
+  elif output=$("$@" "-I$include" -fsyntax-only -x c++ - <<<'#include <cohort/nccl/nccl_transport.hpp>' 2>&1); then
     passed=$((passed + 1))
   else
     echo "FAILED: NCCL $version"

@@ -247,10 +247,12 @@ struct KernelInfo {
   int blocks_per_sm = 0;  ///< Resident at that size.
 };
 
-/// Has the current device load every kernel that groups of `n` ranks launch: under lazy loading the
-/// first launch would, and may wait there for kernels that run.
+/// Has the current device load every peer kernel that groups of `n` ranks launch: under lazy
+/// loading the first launch would, and may wait there for kernels that run.
 /// @throw TransportError if CUDA refuses.
 void load_kernels(int n);
+/// The same for the kernels that wait for nobody: they stand behind some that do.
+void load_local_kernels();
 
 /// Every peer kernel for `n` ranks, and the local ones. Needs a device.
 [[nodiscard]] std::vector<KernelInfo> kernel_report(int n);

@@ -23,6 +23,7 @@
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
 #include "cohort/nccl/bounded_call.hpp"
+#include "cohort/nccl/known_faults.hpp"
 #include "cohort/nccl/nccl_check.hpp"
 
 /// \file
@@ -88,9 +89,10 @@ class Communicator {
     if (comm_ == nullptr) {
       return;
     }
-    const char* const call = broken_ ? "ncclCommAbort" : "ncclCommDestroy";
+    const bool aborts = broken_;
+    const char* const call = aborts ? "ncclCommAbort" : "ncclCommDestroy";
     try {
-      if (broken_) {
+      if (aborts) {
         abort();
       } else {
         end_ = detail::DetachedCall::start([comm = comm_, device = device_] {
@@ -102,11 +104,9 @@ class Communicator {
       const auto code = static_cast<ncclResult_t>(result.value_or(ncclSuccess));
       if (!result) {
         log(LogLevel::error,
-            fmt::format("{} in group {} on rank {} did not return in time, and is left to itself: "
-                        "a graph with its calls is still alive, a rank of this host has not torn "
-                        "down its own (NCCL from 2.31.2 on waits for that), or a kernel of NCCL "
-                        "waits for a peer that is gone",
-                        call, group_, rank_));
+            fmt::format(
+                "{} in group {} on rank {} did not return in time, and is left to itself: {}", call,
+                group_, rank_, why_teardown_waits(nccl_runtime_version(), aborts)));
       } else if (code != ncclSuccess) {
         log(LogLevel::error, fmt::format("{} in group {} on rank {}: {}", call, group_, rank_,
                                          nccl_error_text(code)));

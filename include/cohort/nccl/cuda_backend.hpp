@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
-#include <fmt/format.h>
 
 #include <chrono>
 #include <cstddef>
@@ -14,20 +13,13 @@
 #include "cohort/cuda/cuda_memory.hpp"
 #include "cohort/cuda/cuda_ops.hpp"
 #include "cohort/cuda/cuda_stream.hpp"
-#include "cohort/cuda/device_choice.hpp"
 #include "cohort/cuda/handles.hpp"
-#include "cohort/cuda/support_kernels.hpp"
-#include "cohort/launcher.hpp"
-#include "cohort/log.hpp"
-#include "cohort/nccl/known_faults.hpp"
-#include "cohort/nccl/machine_probe.hpp"
-#include "cohort/nccl/nccl_transport.hpp"
-#include "cohort/nccl/nccl_window.hpp"
 #include "cohort/runtime_env.hpp"
 #include "cohort/transport.hpp"
 
 /// \file
-/// The backend for NVIDIA cards: one device, its streams and memory, and transports over NCCL.
+/// The backend for NVIDIA cards: one device, its streams and memory, and transports over NCCL. What
+/// needs NCCL's header is compiled in the library, so that an engine's sources need none.
 
 namespace cohort {
 
@@ -83,9 +75,7 @@ class CudaBackend final : public Backend {
   /// A reference to the engine's stream, which must be one of this device.
   [[nodiscard]] StreamRef stream(cudaStream_t stream) noexcept { return streams_.ref(stream); }
 
-  [[nodiscard]] std::unique_ptr<Segment> allocate_segment(std::size_t bytes) override {
-    return std::make_unique<NcclSegment>(device_, bytes);
-  }
+  [[nodiscard]] std::unique_ptr<Segment> allocate_segment(std::size_t bytes) override;
   /// 2 MiB: what the driver maps at once on all cards that have virtual memory functions.
   [[nodiscard]] std::size_t segment_granularity() const noexcept override {
     return std::size_t{2} << 20;
@@ -95,38 +85,11 @@ class CudaBackend final : public Backend {
     return memory_->allocate(shape, dtype, stream.valid() ? stream : streams_.ref(nullptr));
   }
 
-  [[nodiscard]] std::unique_ptr<Transport> connect(ControlPlane& group) override {
-    auto transport = std::make_unique<NcclTransport>(
-        group, streams_, device_,
-        NcclTransportOptions{.peer_mapping = options_.peer_mapping,
-                             .kernel_limit = options_.kernel_limit,
-                             .kernels_at_once = options_.kernels_at_once,
-                             .ranks_per_card = ranks_per_card_,
-                             .own_max_bytes = options_.own_max_bytes,
-                             .visibility_guard = options_.visibility_guard});
-    // The world is connected first: groups of few ranks learn who else is on their cards.
-    ranks_per_card_ = transport->ranks_per_card();
-    return transport;
-  }
+  [[nodiscard]] std::unique_ptr<Transport> connect(ControlPlane& group) override;
 
  private:
   /// Sets the environment, then starts CUDA on the device.
-  [[nodiscard]] static int start(const CudaOptions& options) {
-    for (const EnvSetting& setting : apply(options.environment)) {
-      log(LogLevel::info, describe(setting));
-    }
-    int devices = 0;
-    const cudaError_t code = cudaGetDeviceCount(&devices);
-    if (code != cudaErrorNoDevice) {
-      cuda_check(code, "cudaGetDeviceCount");
-    }
-    const int device = choose_device(options.device, local_rank(), devices);
-    const DeviceGuard guard(device);
-    cuda_check(cudaFree(nullptr), "cudaFree");  // creates the device's context
-    cuda::require_code();
-    log(LogLevel::info, describe_nccl(nccl_runtime_version()));
-    return device;
-  }
+  [[nodiscard]] static int start(const CudaOptions& options);
 
   CudaOptions options_;
   int device_;

@@ -102,4 +102,17 @@ inline constexpr NcclFact kNcclFacts[] = {
   return text;
 }
 
+/// Why taking down a communicator may not come back: for a message. `aborted` where it was aborted
+/// and not destroyed.
+[[nodiscard]] inline std::string why_teardown_waits(int version, bool aborted) {
+  std::string text = "a graph with its calls is still alive, or ";
+  if (!aborted && has_trait(NcclTrait::destroy_waits, version)) {
+    return text + "a rank of this host has not torn down its own, for which this NCCL waits";
+  }
+  if (aborted && has_trait(NcclTrait::unabortable, version)) {
+    return text + "a symmetric kernel waits for a peer that is gone, which this NCCL cannot abort";
+  }
+  return text + "a kernel of it is still running";
+}
+
 }  // namespace cohort

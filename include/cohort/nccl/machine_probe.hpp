@@ -26,6 +26,7 @@
 #include "cohort/error.hpp"
 #include "cohort/fixed_text.hpp"
 #include "cohort/log.hpp"
+#include "cohort/nccl/nccl_check.hpp"
 #include "cohort/nccl/nccl_window.hpp"
 #include "cohort/runtime_env.hpp"
 #include "cohort/symmetric_policy.hpp"
@@ -162,20 +163,6 @@ struct Reach {
 }
 
 }  // namespace detail
-
-/// The version of the NCCL that was loaded. One warning a process where the headers' is another.
-/// Throws `TransportError`.
-[[nodiscard]] inline int nccl_runtime_version() {
-  int version = 0;
-  nccl_check(ncclGetVersion(&version), "ncclGetVersion");
-  static std::atomic<bool> told = false;
-  if (version != NCCL_VERSION_CODE && !told.exchange(true)) {
-    log(LogLevel::warning,
-        fmt::format("built with NCCL {}, but {} was loaded; decisions follow the loaded one",
-                    nccl_version_string(NCCL_VERSION_CODE), nccl_version_string(version)));
-  }
-  return version;
-}
 
 /// This rank's facts. Local. Throws `TransportError`.
 [[nodiscard]] inline MachineFacts machine_facts(int device, const EnvLookup& lookup = process_env) {

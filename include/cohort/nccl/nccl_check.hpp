@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <fmt/format.h>
 #include <nccl.h>
 
+#include <atomic>
 #include <string>
 
 #include "cohort/dtype.hpp"
 #include "cohort/error.hpp"
+#include "cohort/log.hpp"
+#include "cohort/symmetric_policy.hpp"
 #include "cohort/transport.hpp"
 
 /// \file
@@ -31,6 +35,20 @@ inline void nccl_check(ncclResult_t code, const char* call, int rank = -1,
         {.call = call, .native_code = static_cast<long>(code), .rank = rank, .group = group},
         nccl_error_text(code));
   }
+}
+
+/// The version of the NCCL that was loaded. One warning a process where the headers' is another.
+/// Throws `TransportError`.
+[[nodiscard]] inline int nccl_runtime_version() {
+  int version = 0;
+  nccl_check(ncclGetVersion(&version), "ncclGetVersion");
+  static std::atomic<bool> told = false;
+  if (version != NCCL_VERSION_CODE && !told.exchange(true)) {
+    log(LogLevel::warning,
+        fmt::format("built with NCCL {}, but {} was loaded; decisions follow the loaded one",
+                    nccl_version_string(NCCL_VERSION_CODE), nccl_version_string(version)));
+  }
+  return version;
 }
 
 /// NCCL's type. The 8-bit floats travel as bytes: NCCL reduces them on new cards only, and the

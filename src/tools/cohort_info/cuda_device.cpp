@@ -4,6 +4,7 @@
 
 #include <cohort/cuda.hpp>
 #include <cohort/nccl/known_faults.hpp>
+#include <cohort/nccl/nccl_check.hpp>
 #include <string>
 
 #include "device.hpp"

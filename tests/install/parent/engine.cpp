@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <nccl.h>
+
 #include <cohort/cohort.hpp>
 #include <cohort/cuda.hpp>
+#include <cohort/nccl/known_faults.hpp>
 
 void launch_kernel();
 

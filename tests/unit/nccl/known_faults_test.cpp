@@ -34,6 +34,15 @@ TEST_CASE("every fact has versions, an effect and a source", "[known_faults]") {
   }
 }
 
+TEST_CASE("a teardown that does not come back is explained by what the version does",
+          "[known_faults]") {
+  CHECK_THAT(why_teardown_waits(23203, false), contains("graph", "a rank of this host"));
+  CHECK_THAT(why_teardown_waits(23203, true), contains("graph", "still running"));
+  CHECK_THAT(why_teardown_waits(22803, true), contains("graph", "cannot abort"));
+  CHECK_THAT(why_teardown_waits(22803, false), contains("graph", "still running"));
+  CHECK_THAT(why_teardown_waits(22907, true), contains("still running"));
+}
+
 TEST_CASE("a version is described by what holds for it", "[known_faults]") {
   CHECK(describe_nccl(21903) == "NCCL 2.19.3");
   CHECK_THAT(describe_nccl(22907), contains("NCCL 2.29.7 has symmetric windows; starts ",
