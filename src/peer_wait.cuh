@@ -140,11 +140,12 @@ static __device__ __noinline__ void end_wait(const Group<kRanks>& g, std::uint64
     const int rank = __ffs(static_cast<int>(found.other)) - 1;
     const std::uint64_t theirs =
         *const_cast<const volatile std::uint64_t*>(announcement(g.own(), rank));
-    fail(g, InboxError::encode(epoch, rank, g.signature.call(),
+    fail(g, InboxError::encode(epoch, g.rank, rank, g.signature.call(),
                                CallSignature::announced_call(theirs)));
   } else if (*const_cast<volatile std::uint64_t*>(&own->error) == 0) {
     tell_missing(own, named);
-    fail(g, InboxError::encode(epoch, __ffs(static_cast<int>(named)) - 1, g.signature.call()));
+    fail(g,
+         InboxError::encode(epoch, g.rank, __ffs(static_cast<int>(named)) - 1, g.signature.call()));
   } else {
     tell_missing(own, found.away);
   }

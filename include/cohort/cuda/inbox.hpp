@@ -168,24 +168,40 @@ struct alignas(kLineBytes) EpochRecord {
 /// The first wait that failed in a group: one that reached its limit, that the host ended, or whose
 /// peer made another call.
 struct InboxError {
-  std::uint64_t epoch = 0;
+  std::uint64_t epoch = 0;           ///< Of the call that waited: its lower 40 bits.
   int missing_rank = -1;             ///< The rank that did not come; -1 if there was no error.
   PeerCall mine = PeerCall::none;    ///< The call that waited.
   PeerCall theirs = PeerCall::none;  ///< What the rank made instead; none if it did not come.
+  int waiting_rank = 0;              ///< The rank that waited.
 
   [[nodiscard]] explicit operator bool() const noexcept { return missing_rank >= 0; }
 
-  [[nodiscard]] static constexpr std::uint64_t encode(std::uint64_t epoch, int missing,
+  [[nodiscard]] static constexpr std::uint64_t encode(std::uint64_t epoch, int waiting, int missing,
                                                       PeerCall mine = PeerCall::none,
                                                       PeerCall theirs = PeerCall::none) noexcept {
-    return (epoch << 16) | (static_cast<std::uint64_t>(theirs) << 12) |
-           (static_cast<std::uint64_t>(mine) << 8) | static_cast<std::uint64_t>(missing + 1);
+    return (epoch << 24) | (static_cast<std::uint64_t>(waiting) << 16) |
+           (static_cast<std::uint64_t>(theirs) << 12) | (static_cast<std::uint64_t>(mine) << 8) |
+           static_cast<std::uint64_t>(missing + 1);
   }
   [[nodiscard]] static constexpr InboxError decode(std::uint64_t word) noexcept {
-    return {.epoch = word >> 16,
+    return {.epoch = word >> 24,
             .missing_rank = static_cast<int>(word & 0xffU) - 1,
             .mine = static_cast<PeerCall>(word >> 8 & 0xfU),
-            .theirs = static_cast<PeerCall>(word >> 12 & 0xfU)};
+            .theirs = static_cast<PeerCall>(word >> 12 & 0xfU),
+            .waiting_rank = static_cast<int>(word >> 16 & 0xffU)};
+  }
+
+  /// Two calls that differ, as one of the ranks that made them sees it: the other's is `theirs`,
+  /// whichever of them noticed.
+  [[nodiscard]] constexpr InboxError seen_by(int rank) const noexcept {
+    if (theirs == PeerCall::none || missing_rank != rank) {
+      return *this;
+    }
+    return {.epoch = epoch,
+            .missing_rank = waiting_rank,
+            .mine = theirs,
+            .theirs = mine,
+            .waiting_rank = rank};
   }
 };
 

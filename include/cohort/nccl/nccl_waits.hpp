@@ -107,18 +107,26 @@ class NcclWaits final : private RankWaits {
     if (!group_.own_failed()) {
       return "";
     }
-    const cuda::InboxError error = group_.peers->error();
+    const cuda::InboxError error = group_.peers->error().seen_by(group_.rank);
+    const auto name_of = [this](int rank) {
+      return rank == group_.rank ? std::string("this rank") : fmt::format("rank {}", rank);
+    };
     if (error.theirs != cuda::PeerCall::none) {
       return fmt::format(
-          "group {}: at call {} of the group's own kernels rank {} made {} {}, and "
-          "this rank {}{}",
+          "group {}: at call {} of the group's own kernels rank {} made {} {}, and {} {}{}",
           group_.control.name(), error.epoch, error.missing_rank,
           error.theirs == error.mine ? "another" : "a", to_string(error.theirs),
-          to_string(error.mine),
+          name_of(error.waiting_rank), to_string(error.mine),
           error.theirs == error.mine && is_over_nccl(error.mine)
               ? ": its buffers lie at other offsets of their windows, or on one rank in none, or "
                 "its sizes or types differ"
               : "");
+    }
+    if (error.missing_rank == group_.rank) {
+      return fmt::format(
+          "group {}: this rank did not come to call {} of the group's own kernels, {}, "
+          "while rank {} waited for it",
+          group_.control.name(), error.epoch, to_string(error.mine), error.waiting_rank);
     }
     const auto missing = group_.peers->missing();
     return fmt::format("group {}: rank{} {} did not come to call {} of the group's own kernels, {}",
@@ -147,11 +155,15 @@ class NcclWaits final : private RankWaits {
     if (group_.communicator != nullptr) {
       group_.communicator->mark_broken();  // teardown must not wait for peers from here on
     }
-    const cuda::InboxError error = group_.peers->error();
+    const cuda::InboxError error = group_.peers->error().seen_by(group_.rank);
     const std::string text =
         failure() + "; outputs since then are undefined, and the group must be formed anew";
     if (error.theirs != cuda::PeerCall::none) {
-      throw SymmetryError(text, {error.missing_rank});
+      std::vector<int> others{error.missing_rank};
+      if (error.waiting_rank != group_.rank) {  // two ranks of which this is none
+        others.push_back(error.waiting_rank);
+      }
+      throw SymmetryError(text, std::move(others));
     }
     throw TimeoutError(text, group_.peers->missing());
   }

@@ -245,10 +245,10 @@ void test_mismatch(Tally& tally, int n, int cards) {
     tally.expect(taken < 5, fmt::format("{}: it took {:.2f} s", difference.name, taken));
     const cuda::InboxError error = world.words(0).failure();
     // The error that came first may be the last rank's, which names another.
-    const bool first = error.missing_rank == n - 1 && error.mine == difference.mine &&
-                       error.theirs == difference.theirs;
-    const bool last = error.missing_rank != n - 1 && error.mine == difference.theirs &&
-                      error.theirs == difference.mine;
+    const bool first = error.waiting_rank != n - 1 && error.missing_rank == n - 1 &&
+                       error.mine == difference.mine && error.theirs == difference.theirs;
+    const bool last = error.waiting_rank == n - 1 && error.missing_rank != n - 1 &&
+                      error.mine == difference.theirs && error.theirs == difference.mine;
     tally.expect(error.epoch == 2 && (first || last),
                  fmt::format("{}: rank 0 has epoch {}, rank {}, {} and {}", difference.name,
                              error.epoch, error.missing_rank, cuda::to_string(error.mine),

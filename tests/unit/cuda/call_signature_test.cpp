@@ -36,7 +36,7 @@ TEST_CASE("every kind of call has a name of its own, and survives a signature an
     CAPTURE(kind);
     names.insert(to_string(call));
     CHECK(CallSignature::make(call, {7}).call() == call);
-    const auto error = InboxError::decode(InboxError::encode(9, 3, call, call));
+    const auto error = InboxError::decode(InboxError::encode(9, 1, 3, call, call));
     CHECK(error.mine == call);
     CHECK(error.theirs == call);
     CHECK(is_over_nccl(call) == (to_string(call).find("over NCCL") != std::string_view::npos));

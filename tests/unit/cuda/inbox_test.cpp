@@ -48,12 +48,33 @@ TEST_CASE("an impossible inbox is refused", "[inbox]") {
 
 TEST_CASE("error words name the epoch and the rank, and 0 is no error", "[inbox]") {
   const auto error = cuda::InboxError::decode(
-      cuda::InboxError::encode(1234, 31, cuda::PeerCall::merge, cuda::PeerCall::barrier));
+      cuda::InboxError::encode(1234, 30, 31, cuda::PeerCall::merge, cuda::PeerCall::barrier));
   CHECK(static_cast<bool>(error));
   CHECK(error.epoch == 1234);
   CHECK(error.missing_rank == 31);
+  CHECK(error.waiting_rank == 30);
   CHECK(error.mine == cuda::PeerCall::merge);
   CHECK(error.theirs == cuda::PeerCall::barrier);
-  CHECK(static_cast<bool>(cuda::InboxError::decode(cuda::InboxError::encode(0, 0))));
+  CHECK(static_cast<bool>(cuda::InboxError::decode(cuda::InboxError::encode(0, 0, 0))));
   CHECK_FALSE(static_cast<bool>(cuda::InboxError::decode(0)));
+}
+
+TEST_CASE("of two calls that differ each rank is told the other's", "[inbox]") {
+  const auto error = cuda::InboxError::decode(
+      cuda::InboxError::encode(7, 2, 5, cuda::PeerCall::merge, cuda::PeerCall::barrier));
+  const auto other = error.seen_by(5);
+  CHECK(other.epoch == 7);
+  CHECK(other.missing_rank == 2);
+  CHECK(other.waiting_rank == 5);
+  CHECK(other.mine == cuda::PeerCall::barrier);
+  CHECK(other.theirs == cuda::PeerCall::merge);
+  for (const int rank : {2, 3}) {  // the one that noticed, and one that made neither
+    const auto same = error.seen_by(rank);
+    CHECK(same.missing_rank == 5);
+    CHECK(same.waiting_rank == 2);
+    CHECK(same.theirs == cuda::PeerCall::barrier);
+  }
+  // A rank that did not come is named as it is, also to itself.
+  const auto late = cuda::InboxError::decode(cuda::InboxError::encode(7, 2, 5));
+  CHECK(late.seen_by(5).missing_rank == 5);
 }
