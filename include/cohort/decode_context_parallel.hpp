@@ -100,7 +100,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     check_call("gather_query q_nope", q_nope);
     const Dims shape = check_query(q_nope, q_pe);
     const Call call = begin(stream);
-    compare_query(q_nope, q_pe, nullptr);
+    compare_query(q_nope, q_pe);
     Tensor q = temporary(shape, q_nope.dtype(), call);
     issue_query(q, q_nope, q_pe, call);
     finish(call);
@@ -118,7 +118,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     check_apart("gather_query q", q, q_nope);
     check_apart("gather_query q", q, q_pe);
     const Call call = begin(stream);
-    compare_query(q_nope, q_pe, &q);
+    compare_query(q_nope, q_pe);
     issue_query(q, q_nope, q_pe, call);
     finish(call);
   }
@@ -133,7 +133,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     check_call("merge_attention out", out);
     check_partial(out, lse);
     const Call call = begin(stream);
-    compare_merge(out, base, nullptr);
+    compare_merge(out, base);
     Tensor merged = temporary(merged_shape(out), out.dtype(), call);
     issue_merge({out, lse, merged, nullptr, base}, call);
     finish(call);
@@ -150,7 +150,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     check_partial(out, lse);
     check_merged(merged, out, lse, merged_lse);
     const Call call = begin(stream);
-    compare_merge(out, base, &merged);
+    compare_merge(out, base);
     issue_merge({out, lse, merged, merged_lse, base}, call);
     finish(call);
   }
@@ -322,12 +322,11 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   // From here on the call has begun and its arguments are right. What ranks compare says nothing of
   // plans and paths, whose messages would not meet either.
 
-  void compare_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
-                     const TensorView* q) {
-    debug_compare("gather_query", q_nope, 0, {}, static_cast<int>(q_pe.size(2)), q);
+  void compare_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe) {
+    debug_compare("gather_query", q_nope, 0, {}, static_cast<int>(q_pe.size(2)));
   }
-  void compare_merge(const ConstTensorView& out, LseBase base, const TensorView* merged) {
-    debug_compare("merge_attention", out, 0, {}, static_cast<int>(base), merged);
+  void compare_merge(const ConstTensorView& out, LseBase base) {
+    debug_compare("merge_attention", out, 0, {}, static_cast<int>(base));
   }
 
   void issue_query(const TensorView& q, const ConstTensorView& q_nope, const ConstTensorView& q_pe,

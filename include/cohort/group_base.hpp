@@ -57,6 +57,9 @@ class GroupBase {
         lifeline_(std::make_shared<Lifeline>("group " + parts_.name)) {
     lanes_.emplace_back("group " + parts_.name);
     arena_ = SymmetricArena::create(*parts_.backend, parts_.name, audience(), parts_.arena);
+    if (parts_.debug_checks && parts_.transport != nullptr) {
+      parts_.transport->compare_places();
+    }
   }
   GroupBase(const GroupBase&) = delete;
   GroupBase& operator=(const GroupBase&) = delete;
@@ -311,9 +314,9 @@ class GroupBase {
   }
 
   /// The opt-in comparison of a call's arguments across the ranks, before anything is allocated for
-  /// it. `extra` is the op, root or base; `out` is null where it will be allocated.
+  /// it. `extra` is the op, root or base.
   void debug_compare(std::string_view call, const ConstTensorView& x, int dim,
-                     std::span<const std::int64_t> sizes, int extra, const TensorView* out) {
+                     std::span<const std::int64_t> sizes, int extra) {
     if (!parts_.debug_checks || size_ == 1) {
       return;
     }
@@ -322,9 +325,8 @@ class GroupBase {
     if (!sizes.empty()) {
       shape[dim] = 0;
     }
-    debug_agree(fmt::format("{} of {}{} dim {} sizes [{}] variant {}{}", call, to_string(x.dtype()),
-                            to_string(shape), dim, detail::joined(sizes, ","), extra,
-                            places(x, out)));
+    debug_agree(fmt::format("{} of {}{} dim {} sizes [{}] variant {}", call, to_string(x.dtype()),
+                            to_string(shape), dim, detail::joined(sizes, ","), extra));
   }
   /// With debug checks, compares the call with those of the other ranks.
   void debug_agree(std::string_view call) {
@@ -337,23 +339,6 @@ class GroupBase {
   }
 
  private:
-  /// Where the tensors lie, for the comparison; nothing where ranks may differ in that.
-  [[nodiscard]] std::string places(const ConstTensorView& x, const TensorView* out) const {
-    if (parts_.transport == nullptr || !parts_.transport->needs_equal_offsets()) {
-      return {};
-    }
-    std::string text = fmt::format(", input at {}", window_offset(x.data()));
-    if (out != nullptr) {
-      text += fmt::format(", output at {}", window_offset(out->data()));
-    }
-    return text;
-  }
-
-  [[nodiscard]] std::string window_offset(const void* address) const {
-    const auto offset = arena_->offset_of(address);
-    return offset ? fmt::format("offset {}", *offset) : "no offset";
-  }
-
   GroupParts parts_;
   int rank_;
   int size_;

@@ -100,7 +100,7 @@ class GroupCoordinator : public GroupBase {
     check_distinct("all_reduce out", out);
     check_in_place_or_apart("all_reduce out", out, x, ConstTensorView(out), x);
     const Call call = begin(stream);
-    debug_compare("all_reduce", x, 0, {}, static_cast<int>(op), &out);
+    debug_compare("all_reduce", x, 0, {}, static_cast<int>(op));
     if (size() == 1) {
       copy_unless_same(x, out, call.stream);
     } else {
@@ -115,7 +115,7 @@ class GroupCoordinator : public GroupBase {
     check_member("broadcast root", caller(), root);
     check_distinct("broadcast x", x);
     const Call call = begin(stream);
-    debug_compare("broadcast", x, 0, {}, root, &x);
+    debug_compare("broadcast", x, 0, {}, root);
     if (size() > 1) {
       transport()->broadcast(x, root, call.stream);
     }
@@ -128,7 +128,7 @@ class GroupCoordinator : public GroupBase {
     check_call("all_to_all", x);
     check_divisible("all_to_all x", x, 0, size());
     const Call call = begin(stream);
-    debug_compare("all_to_all", x, 0, {}, 0, nullptr);
+    debug_compare("all_to_all", x, 0, {}, 0);
     Tensor out = temporary(x.shape(), x.dtype(), call);
     issue_all_to_all(out, x, call);
     finish(call);
@@ -142,7 +142,7 @@ class GroupCoordinator : public GroupBase {
     check_distinct("all_to_all out", out);
     check_apart("all_to_all out", out, x);
     const Call call = begin(stream);
-    debug_compare("all_to_all", x, 0, {}, 0, &out);
+    debug_compare("all_to_all", x, 0, {}, 0);
     issue_all_to_all(out, x, call);
     finish(call);
   }
@@ -239,7 +239,7 @@ class GroupCoordinator : public GroupBase {
     check_call("all_gather x", x);
     const Dims shape = gathered_shape(x, caller(), sizes, dim);
     const Call call = begin(stream);
-    debug_compare("all_gather", x, dim, sizes, 0, nullptr);
+    debug_compare("all_gather", x, dim, sizes, 0);
     Tensor out = temporary(shape, x.dtype(), call);
     issue_gather(out, x, sizes, dim, call);
     finish(call);
@@ -254,7 +254,7 @@ class GroupCoordinator : public GroupBase {
     const ConstTensorView mine = out.slice(dim, offset_of(caller(), sizes), x.shape()[dim]);
     check_in_place_or_apart("all_gather out", out, x, mine, x);
     const Call call = begin(stream);
-    debug_compare("all_gather", x, dim, sizes, 0, &out);
+    debug_compare("all_gather", x, dim, sizes, 0);
     issue_gather(out, x, sizes, dim, call);
     finish(call);
   }
@@ -265,7 +265,7 @@ class GroupCoordinator : public GroupBase {
     check_reducible("reduce_scatter x", x);
     const Dims shape = scattered_shape(x, caller(), sizes, dim);
     const Call call = begin(stream);
-    debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op), nullptr);
+    debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op));
     // Blocks are of one size on every rank, or offsets would no longer agree.
     Dims widest = shape;
     widest[dim] = *std::max_element(sizes.begin(), sizes.end());
@@ -286,7 +286,7 @@ class GroupCoordinator : public GroupBase {
     const ConstTensorView mine = x.slice(dim, offset_of(caller(), sizes), shape[dim]);
     check_in_place_or_apart("reduce_scatter out", out, x, mine, ConstTensorView(out));
     const Call call = begin(stream);
-    debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op), &out);
+    debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op));
     issue_scatter(out, x, sizes, dim, op, call);
     finish(call);
   }

@@ -194,6 +194,10 @@ class Transport {
   /// rank, so that it goes wrong silently where it does not. Where each rank tells the others its
   /// own offsets, or nothing is addressed by offset, arenas need not stay alike.
   [[nodiscard]] virtual bool needs_equal_offsets() const noexcept { return false; }
+  /// From here on every call whose buffers have to lie at equal offsets compares them over the
+  /// control plane before it enqueues anything, and throws `SymmetryError` where they differ: debug
+  /// checks. On all ranks or none.
+  virtual void compare_places() noexcept {}
 
   /// Makes room for collectives whose layout the transport has to pack, with up to `bytes` of input
   /// and output together, so that they can be captured without having run before. Local; not within

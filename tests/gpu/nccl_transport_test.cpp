@@ -16,6 +16,7 @@
 
 #include "cohort/cohort.hpp"
 #include "cohort/cuda.hpp"
+#include "cohort/nccl/nccl_transport.hpp"
 #include "gpu/device_tensor.hpp"
 #include "gpu/graph_kernels.hpp"
 #include "support/ranks.hpp"
@@ -732,7 +733,8 @@ TEST_CASE("in windows NCCL takes its symmetric path, and the guard precedes it",
   }
 }
 
-TEST_CASE("buffers at different places of a window cannot be captured", "[nccl][window]") {
+TEST_CASE("buffers at different places of a window cannot be captured, nor used under debug checks",
+          "[nccl][window]") {
   const SymmetricOptions options{.enabled = true, .selection = Selection::all()};
   const auto decision =
       decide(options, GroupKind::tensor_parallel, {.tp = ranks(), .pp = 1, .dcp = 1},
@@ -751,15 +753,24 @@ TEST_CASE("buffers at different places of a window cannot be captured", "[nccl][
   const auto at = [&](std::int64_t offset, std::int64_t count) {
     return TensorView(base + offset, DType::bf16, {count}, device);
   };
-  const auto captured = [&](const auto& call) {
-    stream.driver().begin_capture(stream.native());
+  const bool debug_checks = GENERATE(false, true);
+  if (debug_checks) {
+    transport.compare_places();
+  }
+  const auto refused = [&](const auto& call) {
+    if (!debug_checks) {
+      stream.driver().begin_capture(stream.native());
+    }
     std::string error;
     try {
       call();
     } catch (const SymmetryError& found) {
       error = found.what();
     }
-    (void)stream.driver().end_capture(stream.native());
+    if (!debug_checks) {
+      (void)stream.driver().end_capture(stream.native());
+    }
+    transport.synchronize(stream, kLimit);
     return error;
   };
   const auto sizes = equal_sizes(kCount);
@@ -767,19 +778,19 @@ TEST_CASE("buffers at different places of a window cannot be captured", "[nccl][
   const std::int64_t far = kCount * ranks();
   const auto differs = contains("places of its buffers");
   CHECK_THAT(
-      captured([&] { transport.all_gather(at(0, kCount), at(far + own, far), 0, sizes, stream); }),
+      refused([&] { transport.all_gather(at(0, kCount), at(far + own, far), 0, sizes, stream); }),
       differs);
-  CHECK_THAT(captured([&] {
+  CHECK_THAT(refused([&] {
                transport.reduce_scatter(at(own, far), at(4 * far, kCount), 0, sizes, ReduceOp::sum,
                                         stream);
              }),
              differs);
-  CHECK_THAT(captured([&] {
+  CHECK_THAT(refused([&] {
                transport.all_reduce(at(0, kCount), at(far + own, kCount), ReduceOp::sum, stream);
              }),
              differs);
   // What only this rank touches may lie anywhere: its share in the gathered whole, first of all.
-  CHECK(captured([&] {
+  CHECK(refused([&] {
           transport.all_gather(at(far + own, kCount), at(far, far), 0, sizes, stream);
           transport.reduce_scatter(at(0, far), at(2 * far + own, kCount), 0, sizes, ReduceOp::sum,
                                    stream);
@@ -942,6 +953,46 @@ TEST_CASE("a rank that never comes to an own kernel is named", "[nccl][errors]")
   again.all_reduce(sum.view(), sum.view(), ReduceOp::sum, session().ref());
   again.synchronize(session().ref(), kLimit);
   CHECK(sum.differs([](std::int64_t i) { return reduced(ReduceOp::sum, i); }) == "");
+}
+
+TEST_CASE("a registration whose peer comes when the limit is over touches nobody's memory",
+          "[nccl][window][errors]") {
+  const SymmetricOptions options{.enabled = true, .selection = Selection::all()};
+  const auto decision =
+      decide(options, GroupKind::tensor_parallel, {.tp = ranks(), .pp = 1, .dcp = 1},
+             session().transport->capabilities());
+  if (skip_all_if(!decision.nccl_windows.on, "no windows here: " + describe(decision))) {
+    return;
+  }
+  constexpr std::size_t kBytes = std::size_t{8} << 20;
+  const int device = session().backend->device().index;
+  std::vector<int> everyone(static_cast<std::size_t>(ranks()));
+  std::iota(everyone.begin(), everyone.end(), 0);
+  const auto group = world().subgroup(everyone, 21, "late registration");
+  const auto communicator = Communicator::create(*group, device);
+  auto segment = std::make_unique<NcclSegment>(device, kBytes);
+  if (rank() != ranks() - 1) {
+    CHECK_THROWS_AS(NcclWindow::create(communicator, *segment, 1s), TimeoutError);
+    segment.reset();
+    world().barrier();
+    // What has been given back would be here, under the registration that goes on.
+    const NcclSegment next(device, kBytes);
+    cuda_check(cudaMemset(next.data(), 0x5a, kBytes), "cudaMemset");
+    world().barrier();
+    CHECK(cudaDeviceSynchronize() == cudaSuccess);
+    std::vector<unsigned char> bytes(kBytes);
+    cuda_check(cudaMemcpy(bytes.data(), next.data(), kBytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+    CHECK(std::count(bytes.begin(), bytes.end(), 0x5a) == static_cast<std::ptrdiff_t>(kBytes));
+  } else {
+    world().barrier();  // the others' limit is over
+    try {
+      static_cast<void>(NcclWindow::create(communicator, *segment, 5s));
+    } catch (const Error&) {
+      // whether a registration that some ranks have given up succeeds is NCCL's to say
+    }
+    world().barrier();
+  }
+  communicator->mark_broken();
 }
 
 TEST_CASE("a stream that stays busy ends in a time-out", "[nccl][errors]") {

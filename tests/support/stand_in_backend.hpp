@@ -41,6 +41,7 @@ class StandInTransport final : public Transport {
   [[nodiscard]] bool needs_equal_offsets() const noexcept override {
     return real_->needs_equal_offsets();
   }
+  void compare_places() noexcept override { real_->compare_places(); }
   [[nodiscard]] std::unique_ptr<Window> register_segment(Segment& segment) override {
     const auto go_on = [&] { return real_->register_segment(segment); };
     return step_ ? step_(group_, go_on) : go_on();

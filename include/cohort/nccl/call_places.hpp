@@ -18,12 +18,12 @@
 /// before it is enqueued. For an eager call such an exchange, of tens of microseconds, is too slow:
 /// the ranks meet in a kernel of their own before NCCL's, which takes the place of the guard, and a
 /// difference fails the group. What NCCL's kernel does after that stays within the windows, which
-/// have one size on all ranks.
+/// have one size on all ranks. With debug checks eager calls are compared as captured ones.
 
 namespace cohort {
 
 enum class PlaceCheck : std::uint8_t {
-  none,        ///< Places do not matter, or only debug checks can compare them.
+  none,        ///< Places do not matter, or only debug checks would compare them.
   agreement,   ///< Over the control plane.
   own_kernel,  ///< In a kernel before the call.
 };
@@ -34,6 +34,7 @@ struct PlaceFacts {
   bool symmetric_kernel = false;  ///< NCCL has one for operation and type.
   bool registered = false;        ///< The group has registered windows.
   bool captured = false;          ///< The call is being captured.
+  bool debug_checks = false;      ///< Time does not matter.
   bool own_kernels = false;       ///< The ranks have mapped each other's inboxes.
 };
 
@@ -42,7 +43,7 @@ struct PlaceFacts {
       !has_trait(NcclTrait::own_offset_for_all, facts.nccl_runtime_version)) {
     return PlaceCheck::none;
   }
-  if (facts.captured) {
+  if (facts.captured || facts.debug_checks) {
     return PlaceCheck::agreement;
   }
   return facts.own_kernels ? PlaceCheck::own_kernel : PlaceCheck::none;

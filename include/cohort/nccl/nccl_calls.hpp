@@ -128,8 +128,8 @@ class NcclCalls {
 
   /// Before a call of NCCL that may take its symmetric path: the ranks compare the places of its
   /// buffers (see call_places.hpp), and what it reads is made visible. Throws `SymmetryError` on
-  /// every rank, before anything is enqueued, where the call is captured; an eager one fails the
-  /// group.
+  /// every rank, before anything is enqueued, where the call is captured or debug checks are on;
+  /// otherwise an eager one fails the group.
   void prepare(Collective collective, const void* in, std::size_t in_bytes, const void* out,
                std::size_t out_bytes, DType dtype, ReduceOp op, cudaStream_t stream) {
     const SymmetricPath path = symmetric(collective, in, in_bytes, out, out_bytes, dtype, op);
@@ -139,6 +139,7 @@ class NcclCalls {
                      .symmetric_kernel = has_symmetric_kernel(collective, dtype, op),
                      .registered = registered,
                      .captured = registered && group_.streams.capture_id(stream) != 0,
+                     .debug_checks = group_.debug_checks,
                      .own_kernels = group_.peers != nullptr});
     if (check != PlaceCheck::none) {
       const std::uint64_t places = place_token(collective, path,
@@ -152,11 +153,11 @@ class NcclCalls {
             stream);
         return;  // it is a guard as well
       }
-      agree(group_.control,
-            {.place = fmt::format("capture of a call of group {}: the places of its "
-                                  "buffers in their windows",
-                                  group_.control.name()),
-             .history = places});
+      agree(group_.control, {.place = fmt::format(
+                                 "a call over NCCL in group {}: the places of its buffers in their "
+                                 "windows",
+                                 group_.control.name()),
+                             .history = places});
     }
     if (group_.options.visibility_guard && needs_visibility_guard(group_.nccl_version, path)) {
       cuda::launch_visibility_guard(stream);

@@ -110,6 +110,7 @@ struct NcclGroup {
   NcclTransportOptions options;
   int rank;
   int size;
+  bool debug_checks = false;  ///< Places of buffers are compared before every call.
   int nccl_version = 0;
   bool whole_lines = false;
   SymmetricCapabilities capabilities;

@@ -61,6 +61,7 @@ class NcclTransport final : public Transport {
 
   /// Symmetric kernels compute a peer's address from the own offset.
   [[nodiscard]] bool needs_equal_offsets() const noexcept override { return true; }
+  void compare_places() noexcept override { group_.debug_checks = true; }
 
   /// The most ranks that share a card, as far as is known.
   [[nodiscard]] int ranks_per_card() const noexcept { return group_.ranks_per_card; }

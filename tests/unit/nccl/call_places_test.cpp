@@ -34,6 +34,10 @@ TEST_CASE("eager calls are compared in an own kernel, captured ones by agreement
   CHECK(place_check(with(&PlaceFacts::captured, true)) == PlaceCheck::agreement);
   PlaceFacts unmapped = with(&PlaceFacts::own_kernels, false);
   CHECK(place_check(unmapped) == PlaceCheck::none);
+  unmapped.debug_checks = true;
+  CHECK(place_check(unmapped) == PlaceCheck::agreement);
+  CHECK(place_check(with(&PlaceFacts::debug_checks, true)) == PlaceCheck::agreement);
+  unmapped.debug_checks = false;
   unmapped.captured = true;
   CHECK(place_check(unmapped) == PlaceCheck::agreement);
 }
