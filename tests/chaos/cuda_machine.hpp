@@ -46,11 +46,15 @@ class CudaMachine final : public Machine, private test::DeviceAccess {
 
   void read(void* to, const void* from, std::size_t bytes) override {
     group_->synchronize(stream(), limit_);
+    const DeviceGuard guard(backend_->device().index);
     cuda_check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
   }
   void write(void* to, const void* from, std::size_t bytes) override {
-    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_.get()),
-               "cudaMemcpyAsync");
+    {
+      const DeviceGuard guard(backend_->device().index);
+      cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_.get()),
+                 "cudaMemcpyAsync");
+    }
     group_->synchronize(stream(), limit_);
   }
 
@@ -63,6 +67,9 @@ class CudaMachine final : public Machine, private test::DeviceAccess {
 /// What does not exist on cards.
 [[nodiscard]] inline Plan for_cards(Plan plan) {
   plan.mixed_memory = false;  // NCCL's symmetric kernels want buffers in windows on all ranks
+  if (!plan.map_peers) {
+    plan.symmetric = false;  // NCCL 2.28's symmetric kernels cannot be told to stop waiting
+  }
   if (plan.fault == Fault::memory) {  // of the process: CUDA reserves addresses as it likes
     plan.fault = Fault::late;
   }

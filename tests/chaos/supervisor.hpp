@@ -40,8 +40,10 @@ struct Kind {
   std::function<Plan(Plan)> adapt = [](Plan plan) { return plan; };
   /// Beyond 1.25 times the limit: what an oversubscribed machine takes to run a rank at all.
   std::chrono::milliseconds slack{};
-  /// The same for forming a state, which is no single wait.
+  /// The same for forming and leaving a state, which are no single wait.
   std::chrono::milliseconds forming_slack{};
+  /// Whether a time-out, by its text, was one that cannot know who was missing.
+  std::function<bool(const std::string&)> cannot_name = [](const std::string&) { return false; };
 };
 
 struct Step {
@@ -312,7 +314,7 @@ class Round {
       return say("those that live could not go on");
     }
     const bool slow = victim && (plan_.fault == Fault::stop || plan_.fault == Fault::late);
-    const bool forms = step.name == "create" || step.name == "recover";
+    const bool forms = step.name == "create" || step.name == "recover" || step.name == "shutdown";
     const std::chrono::duration<double, std::milli> bound =
         1.25 * limit_ + (forms ? kind_.forming_slack : kind_.slack);
     if (!slow && step.took_ms > bound.count()) {
@@ -329,7 +331,7 @@ class Round {
     }
     if (!victim && plan_.fault != Fault::arguments &&
         (step.outcome == "TimeoutError" || step.outcome == "SymmetryError")) {
-      if (step.named.empty()) {
+      if (step.named.empty() && !kind_.cannot_name(step.text)) {
         say("names nobody");
       }
       for (const int named : step.named) {
@@ -378,6 +380,7 @@ class Round {
 /// What every chaos program's help says of its options.
 inline constexpr std::string_view kOptionHelp =
     "  --rounds N     of one seed each, 20\n"
+    "  --seconds MOST after which none begins\n"
     "  --seed S       of the first round, 1\n"
     "  --ranks MOST   2 to 8, 4\n"
     "  --limit-ms MS  of every wait, 1000\n"
@@ -387,6 +390,7 @@ inline constexpr std::string_view kOptionHelp =
 
 struct Options {
   int rounds = 20;
+  int seconds = 0;  ///< No round begins after these; 0 for no such end.
   std::uint64_t seed = 1;
   int ranks = 4;
   int limit_ms = 1000;
@@ -410,6 +414,8 @@ inline Options parse(int argc, char** argv, std::string_view help) {
     const auto value = [&] { return std::atoll(text()); };
     if (name == "--rounds") {
       options.rounds = static_cast<int>(value());
+    } else if (name == "--seconds") {
+      options.seconds = static_cast<int>(value());
     } else if (name == "--seed") {
       options.seed = static_cast<std::uint64_t>(value());
     } else if (name == "--ranks") {
@@ -450,7 +456,9 @@ inline int run(const Options& options, const Kind& kind) {
   int passed = 0;
   int failed = 0;
   std::uint64_t seed = options.seed;
-  for (int i = 0; i < options.rounds; ++i) {
+  const auto end = options.seconds > 0 ? Clock::now() + std::chrono::seconds(options.seconds)
+                                       : Clock::time_point::max();
+  for (int i = 0; i < options.rounds && Clock::now() < end; ++i) {
     const Plan plan = next_plan(options, kind, seed);
     const std::string what = fmt::format(
         "round {}: {} ranks, tp {} pp {} dcp {}, {}{}{}; {} in {} of rank {}", plan.seed,

@@ -2,6 +2,7 @@
 #include <cuda_runtime_api.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstdint>
@@ -165,10 +166,105 @@ TEST_CASE("ranks that make different calls are told which", "[liveness]") {
     tp.synchronize(fixture.a(), 10s);
     FAIL("expected a SymmetryError");
   } catch (const SymmetryError& error) {
-    CHECK(error.ranks().size() == 1);
+    // One of two ranks names the other; those that are neither name both.
+    const std::vector<int> named = error.ranks();
+    CHECK((named.size() == 1 || named.size() == 2));
+    CHECK(std::count(named.begin(), named.end(), rank()) == 0);
+    CHECK(std::count(named.begin(), named.end(), ranks() - 1) == (rank() == ranks() - 1 ? 0 : 1));
     CHECK_THAT(std::string(error.what()), contains("all_gather"));
   }
   fixture.state.reset();
+}
+
+TEST_CASE("a failure in a graph's inbox ends calls in a larger one", "[liveness]") {
+  if (skip_all_if(ranks() < 2, "needs two ranks")) {
+    return;
+  }
+  const int absent = ranks() - 1;
+  const auto own_world = world().subgroup(everyone(), 16, "sixth");
+  Fixture fixture(60s, *own_world);
+  if (skip_all_if(!fixture.has_own_kernels(), "needs own kernels")) {
+    return;
+  }
+  auto& dcp = fixture.state->dcp();
+  auto x = fixture.tensor(1000);
+  auto graph = fixture.state->capture(fixture.a(), [&] { dcp.all_reduce(x.view(), fixture.a()); });
+  graph.launch(fixture.a());
+  dcp.synchronize(fixture.a(), kLimit);
+  dcp.reserve_for({.batch = 512, .heads = 128, .latent = 512, .rope = 64, .value = 512});
+  dcp.all_reduce(x.view(), fixture.a());  // in the larger inbox
+  dcp.synchronize(fixture.a(), kLimit);
+  world().barrier();
+  if (rank() != absent) {
+    graph.launch(fixture.a());
+    try {
+      dcp.synchronize(fixture.a(), 1s);
+      FAIL("expected a TimeoutError");
+    } catch (const TimeoutError& error) {
+      CHECK(error.missing() == std::vector<int>{absent});
+    }
+    CHECK_THROWS_AS(dcp.all_reduce(x.view(), fixture.a()), TransportError);
+    world().barrier();
+  } else {
+    world().barrier();  // the others have given up, which nobody has told this rank's host
+    const auto start = std::chrono::steady_clock::now();
+    try {
+      dcp.all_reduce(x.view(), fixture.a());
+      dcp.synchronize(fixture.a(), 20s);
+      FAIL("expected an error");
+    } catch (const Error&) {
+    }
+    CHECK(seconds_since(start) < 1);
+  }
+  world().barrier();
+  CHECK(cudaDeviceSynchronize() == cudaSuccess);
+}
+
+/// Calls in the body of a conditional node, as engines with loops on the device capture them.
+TEST_CASE("calls are captured into the body of a conditional node", "[liveness]") {
+#if CUDART_VERSION >= 12040
+  Fixture fixture;
+  auto& tp = fixture.state->tp();
+  auto x = fixture.tensor(1000);
+  x.fill([](std::int64_t i) { return static_cast<double>(i % 7 + rank()); });
+  cudaGraph_t made = nullptr;
+  cuda_check(cudaGraphCreate(&made, 0), "cudaGraphCreate");
+  UniqueGraph graph(made);
+  cudaGraphConditionalHandle handle{};
+  cuda_check(cudaGraphConditionalHandleCreate(&handle, made, 1, cudaGraphCondAssignDefault),
+             "cudaGraphConditionalHandleCreate");
+  cudaGraphNodeParams params{};
+  params.type = cudaGraphNodeTypeConditional;
+  params.conditional.handle = handle;
+  params.conditional.type = cudaGraphCondTypeIf;
+  params.conditional.size = 1;
+  cudaGraphNode_t node = nullptr;
+#if CUDART_VERSION >= 13000
+  cuda_check(cudaGraphAddNode(&node, made, nullptr, nullptr, 0, &params), "cudaGraphAddNode");
+#else
+  cuda_check(cudaGraphAddNode(&node, made, nullptr, 0, &params), "cudaGraphAddNode");
+#endif
+  cuda_check(cudaStreamBeginCaptureToGraph(fixture.first.get(), params.conditional.phGraph_out[0],
+                                           nullptr, nullptr, 0, cudaStreamCaptureModeThreadLocal),
+             "cudaStreamBeginCaptureToGraph");
+  {
+    const CaptureScope scope(fixture.state->captures(), fixture.a());
+    tp.all_reduce(x.view(), fixture.a());
+  }
+  cudaGraph_t body = nullptr;
+  cuda_check(cudaStreamEndCapture(fixture.first.get(), &body), "cudaStreamEndCapture");
+  {
+    CudaExecutableGraph executable(fixture.backend->device().index, std::move(graph));
+    tp.order(fixture.a());
+    executable.launch(fixture.a());
+    tp.synchronize(fixture.a(), kLimit);
+  }
+  CHECK(x.differs([](std::int64_t i) {
+    return static_cast<double>(ranks() * (i % 7) + ranks() * (ranks() - 1) / 2);
+  }) == "");
+#else
+  skip_all_if(true, "conditional nodes are new in CUDA 12.4");
+#endif
 }
 
 TEST_CASE("a rank that is stopped for seconds comes back right", "[liveness]") {
