@@ -114,9 +114,9 @@ namespace {
 
 Meta describe_run(std::span<const std::string> command, const Options& options, Bed& bed,
                   ControlPlane& world) {
-  std::string line = "cohort_bench";  // without the build's folder
-  for (const auto& argument : command.subspan(std::min<std::size_t>(1, command.size()))) {
-    line += " " + argument;
+  std::string line = "cohort_bench";  // folders say nothing of what was measured
+  for (const auto& word : command.subspan(std::min<std::size_t>(1, command.size()))) {
+    line += " " + (word.starts_with('/') ? word.substr(word.rfind('/') + 1) : word);
   }
   Meta meta;
   meta.text("command", line);
