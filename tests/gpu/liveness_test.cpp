@@ -39,7 +39,10 @@ struct Fixture {
         first(make_stream(backend->device().index)),
         second(make_stream(backend->device().index)),
         state(std::make_unique<ParallelState>(ParallelState::create(
-            control, {.layout = {.tp = ranks(), .pp = 1, .dcp = ranks()}, .backend = backend}))) {}
+            control, {.layout = {.tp = ranks(), .pp = 1, .dcp = ranks()}, .backend = backend}))) {
+    cuda_check(cudaSetDevice(backend->device().index),
+               "cudaSetDevice");  // for the test's own calls
+  }
 
   [[nodiscard]] StreamRef a() { return backend->stream(first.get()); }
   [[nodiscard]] StreamRef b() { return backend->stream(second.get()); }
@@ -247,12 +250,17 @@ TEST_CASE("calls are captured into the body of a conditional node", "[liveness]"
   cuda_check(cudaStreamBeginCaptureToGraph(fixture.first.get(), params.conditional.phGraph_out[0],
                                            nullptr, nullptr, 0, cudaStreamCaptureModeThreadLocal),
              "cudaStreamBeginCaptureToGraph");
-  {
+  std::string error;
+  try {
     const CaptureScope scope(fixture.state->captures(), fixture.a());
     tp.all_reduce(x.view(), fixture.a());
+  } catch (const Error& refused) {
+    error = refused.what();
   }
-  cudaGraph_t body = nullptr;
-  cuda_check(cudaStreamEndCapture(fixture.first.get(), &body), "cudaStreamEndCapture");
+  cudaGraph_t body = nullptr;  // ended in any case: what follows is no part of it
+  const cudaError_t ended = cudaStreamEndCapture(fixture.first.get(), &body);
+  REQUIRE(error == "");
+  cuda_check(ended, "cudaStreamEndCapture");
   {
     CudaExecutableGraph executable(fixture.backend->device().index, std::move(graph));
     tp.order(fixture.a());

@@ -966,6 +966,7 @@ TEST_CASE("a registration whose peer comes when the limit is over touches nobody
   }
   constexpr std::size_t kBytes = std::size_t{8} << 20;
   const int device = session().backend->device().index;
+  const DeviceGuard guard(device);
   std::vector<int> everyone(static_cast<std::size_t>(ranks()));
   std::iota(everyone.begin(), everyone.end(), 0);
   const auto group = world().subgroup(everyone, 21, "late registration");

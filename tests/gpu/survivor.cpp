@@ -43,6 +43,7 @@ void outlive(ControlPlane& world, bool by_nccl) {
       cuda_backend({.environment = {.multicast = false},
                     .kernel_limit = 30s,
                     .own_max_bytes = by_nccl ? std::optional<std::int64_t>(0) : std::nullopt});
+  cuda_check(cudaSetDevice(backend->device().index), "cudaSetDevice");  // for the own calls here
   const int last = world.size() - 1;
   auto state = std::make_unique<ParallelState>(ParallelState::create(
       world, {.layout = {.tp = world.size(), .pp = 1, .dcp = world.size()}, .backend = backend}));
