@@ -206,6 +206,44 @@ TEST_CASE("a rank that runs out of descriptors is named with the cause", "[.no_d
   }
 }
 
+TEST_CASE("a rank without descriptors fails in growth with the cause, and the group works on",
+          "[.no_descriptors]") {
+  auto state = ParallelState::create(world(), {.layout = {.tp = world_size(), .dcp = world_size()},
+                                               .backend = host_backend(),
+                                               .symmetric = {.enabled = true},
+                                               .arena = {.growth_bytes = 4096}});
+  auto& group = state.dcp();
+  int failed = 0;
+  for (std::size_t left = 0; left < 8; ++left) {
+    const std::size_t bytes = (left + 1) << 20;  // more than there is, so that the arena grows
+    std::optional<FewDescriptors> few;
+    if (world_rank() == 1) {
+      few.emplace(left);
+    }
+    std::string text;
+    int code = 0;
+    try {
+      group.reserve(bytes);
+    } catch (const TransportError& error) {
+      text = error.what();
+      code = static_cast<int>(error.site().native_code);
+    } catch (const SymmetryError& error) {
+      text = error.what();
+      CHECK(error.ranks() == std::vector{1});
+    }
+    few.reset();
+    if (!text.empty()) {
+      ++failed;
+      CHECK_THAT(text, contains("Too many open files"));
+      CHECK(code == (world_rank() == 1 ? EMFILE : 0));
+    }
+    check_steps(state);
+  }
+  CHECK(failed > 0);
+  CHECK(failed < 8);
+  state.shutdown();
+}
+
 TEST_CASE("ranks that together want more than their container has all get an error",
           "[.memory_limit]") {
   constexpr std::size_t kLimit = std::size_t{600} << 20;

@@ -245,13 +245,24 @@ inline std::unique_ptr<Window> HostTransport::register_segment(Segment& segment)
   }
   const cohort::detail::CallTime time;
   const std::uint32_t number = windows_->next_number();
-  const MemoryHandle handle = static_cast<const HostSegment&>(segment).memory()->handle();
-  const auto all = control_.all_gather(std::as_bytes(std::span(&handle, 1)));
-  std::vector<std::shared_ptr<SharedMemory>> memory;
+  // A rank that fails on the way takes part all the same: the others are in these two exchanges.
   std::exception_ptr failure;
+  Bytes mine;
+  try {
+    const MemoryHandle handle = static_cast<const HostSegment&>(segment).memory()->handle();
+    const auto bytes = std::as_bytes(std::span(&handle, 1));
+    mine.assign(bytes.begin(), bytes.end());
+  } catch (const std::exception&) {
+    failure = std::current_exception();
+  }
+  const auto all = control_.all_gather(mine);
+  std::vector<std::shared_ptr<SharedMemory>> memory;
   for (std::size_t r = 0; r < all.size() && !failure; ++r) {
     try {
       MemoryHandle theirs;
+      if (all[r].empty()) {
+        break;  // what it failed with it says in the agreement
+      }
       if (all[r].size() != sizeof(theirs)) {
         throw TransportError({.call = "register_segment"}, "another message than a handle came");
       }
