@@ -11,6 +11,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source cmake/command_line.sh
 help_if_asked "$@"
+refuse_unknown bench/cohort_bench/options.hpp "$@"
 ranks=${RANKS:-2}
 
 bash cmake/build.sh host cohort_bench

@@ -6,7 +6,8 @@
 #   bash cmake/build.sh host dcp_decode
 #
 # Exit status 3: the GPU parts cannot be built here; the last line says why. COHORT_WERROR=ON makes
-# warnings errors; COHORT_QUICK=ON builds sooner, for programs whose speed does not matter.
+# warnings errors; COHORT_QUICK=ON builds sooner, for programs whose speed does not matter;
+# CUDAARCHS='80;90' builds the preset gpu for other cards than those of compute capability 9.0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source cmake/command_line.sh
@@ -22,7 +23,9 @@ if [[ ! -e build/$preset/CMakeCache.txt ]] && command -v ninja >/dev/null; then
   options+=(-G Ninja)
 fi
 # Whether CUDA and NCCL are there is CMake's to find out, and no error where a script asks.
-[[ $preset == gpu ]] && options+=(-DCOHORT_CUDA=AUTO)
+if [[ $preset == gpu ]]; then
+  options+=(-DCOHORT_CUDA=AUTO ${CUDAARCHS:+"-DCMAKE_CUDA_ARCHITECTURES=$CUDAARCHS"})
+fi
 
 log=build/$preset.configure.log
 cmake --preset "$preset" "${options[@]}" >"$log" 2>&1 || { cat "$log"; exit 1; }

@@ -17,6 +17,16 @@ help_if_asked() {
   done
 }
 
+# refuse_unknown SOURCE WORD...: refuses an option that the program of this source does not have,
+# before the program is built.
+refuse_unknown() {
+  local source=$1 word
+  shift
+  for word in "$@"; do
+    [[ $word != --* ]] || grep -qF -- "\"${word%%=*}\"" "$source" || refuse "$word"
+  done
+}
+
 # refuse WORD: ends the script, which does not know the word, with what it knows.
 refuse() {
   echo "${0##*/}: $1: no such option; it is used so:" >&2

@@ -10,6 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source cmake/command_line.sh
 help_if_asked "$@"
+refuse_unknown examples/dcp_decode/options.cpp "$@"
 
 bash cmake/deps.sh
 export COHORT_QUICK=ON  # no speed is measured

@@ -19,7 +19,7 @@ fail() {
 }
 
 # judge NAME MEANT COMMAND...: MEANT is "near" where a misspelt option gets the right one, "list" where
-# it gets the help, "others" where options belong to a program that the script starts.
+# it gets the help.
 judge() {
   local name=$1 meant=$2 option wrong status=0
   shift 2
@@ -29,7 +29,6 @@ judge() {
   [[ ! -s $work/errors ]] || { fail "$name --help writes to standard error"; cat "$work/errors"; }
   grep -v '^\(usage:\|Usage:\| *\[\|$\)' "$work/output" | head -n 2 | grep -q '[A-Za-z]\{3,\} [a-z]' || fail "$name --help does not say what it does"
   grep -q "^  .*\b$name\b" "$work/output" || fail "$name --help has no example"
-  [[ $meant != others ]] || return
 
   option=$(grep -o -- '--[a-z][a-z-]*' "$work/output" | grep -v -- '^--help$' | head -n 1)
   option=${option:---help}
@@ -63,10 +62,7 @@ done
 
 for script in cmake/*.sh examples/*.sh bench/*.sh tests/run.sh tests/gpu.sh; do
   head -n 1 "$script" | grep -q '^#!' || continue  # sourced by others
-  case $script in
-    examples/demo.sh | bench/host.sh) judge "$(basename "$script")" others bash "$script" ;;
-    *) judge "$(basename "$script")" list bash "$script" ;;
-  esac
+  judge "$(basename "$script")" list bash "$script"
 done
 if command -v python3 >/dev/null; then
   for script in $(grep -ls -d skip '^#!.*python3' bench/*); do

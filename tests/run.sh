@@ -160,7 +160,7 @@ if ((sanitize)); then
   [[ -e build/asan/CTestTestfile.cmake ]] && run_tests asan -L 'unit|ranks|fuzz|modules' -LE full
   # Open MPI is not instrumented, so the thread sanitizer judges ranks that are threads.
   build tsan
-  [[ -e build/tsan/CTestTestfile.cmake ]] && run_tests tsan -L unit -LE full
+  [[ -e build/tsan/CTestTestfile.cmake ]] && run_tests tsan -L "unit|fuzz" -LE full
   export COHORT_TEST_FULL=$full
   ((full)) && unset COHORT_QUICK
 fi

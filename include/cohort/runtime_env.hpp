@@ -24,8 +24,9 @@
 #include "cohort/process_state.hpp"
 
 /// \file
-/// Every environment variable that the library sets or reads, in one table, and the only code that
-/// sets one. A value that is already set always wins.
+/// Every environment variable that the library sets or reads, in one table, but for those in which
+/// launchers tell a rank its place (launcher.hpp), and the only code that sets one. A value that is
+/// already set always wins.
 ///
 /// CUDA and NCCL read their variables once, when they start, so `apply` must run before the first
 /// call of either, and before the process has threads (`setenv` races with their `getenv`).

@@ -130,8 +130,9 @@ class StreamDriver {
   virtual void synchronize(void* native, std::chrono::milliseconds limit) = 0;
 };
 
-/// A reference to a stream: cheap to copy, owns nothing. Streams must outlive the tensors that
-/// were allocated on them and the arenas that those came from. One that refers to none is for
+/// A reference to a stream: cheap to copy, owns nothing. Streams of a
+/// device must outlive the tensors that were allocated on them and the arenas that those came from;
+/// host streams need not. One that refers to none is for
 /// calls that take it as "without a stream"; its own calls throw `UsageError`.
 class StreamRef {
  public:

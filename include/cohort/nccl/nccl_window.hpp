@@ -20,7 +20,7 @@
 
 /// \file
 /// Segments of ncclMemAlloc, which NCCL has from 2.19 on, and their registration as symmetric
-/// windows. NCCL has windows from 2.27 on. The two functions are referenced weakly, so that a
+/// windows. NCCL has windows from 2.27.3 on. The two functions are referenced weakly, so that a
 /// program that was built with them also starts with an older library, down to 2.19, and the policy
 /// then says why there are none.
 
