@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cohort/dcp/lse_merge.hpp"
@@ -16,13 +17,15 @@ namespace cohort::cuda::detail {
 
 /// Division by a number known at launch: a multiplication and a shift, for numerators below 2^31
 /// (T. Granlund and P. L. Montgomery, "Division by invariant integers using multiplication", 1994).
+/// 0, an extent of a shape without elements, stands for 1: nothing is divided then.
 struct FastDiv {
   std::uint32_t divisor = 1;
   std::uint32_t multiplier = 1;
   std::uint32_t shift = 0;
 
   FastDiv() = default;
-  explicit FastDiv(std::int64_t d) : divisor(static_cast<std::uint32_t>(d)), shift(0) {
+  explicit FastDiv(std::int64_t d)
+      : divisor(std::max(static_cast<std::uint32_t>(d), 1U)), shift(0) {
     while ((std::uint64_t{1} << shift) < divisor) {
       ++shift;
     }

@@ -214,7 +214,7 @@ void correct_partial(const MergeShape& shape, int n, int rank, const Partial& pa
           "expected 0 to {} of at most {}, got {}", n - 1, kMaxPeers, rank);
   require(out_dtype == shape.dtype || out_dtype == DType::f32, "out_dtype",
           "expected f32 or the partial's {}, got {}", to_string(shape.dtype), to_string(out_dtype));
-  if (shape.batch == 0) {
+  if (is_empty(shape)) {
     return;
   }
   require(partial.out != nullptr && lses != nullptr && corrected != nullptr,
@@ -243,7 +243,7 @@ void correct_partial(const MergeShape& shape, int n, int rank, const Partial& pa
 void pack_partial(const MergeShape& shape, int n, const Partial& partial, void* pieces,
                   cudaStream_t stream) {
   check_merge_shape(shape, n);
-  if (shape.batch == 0) {
+  if (is_empty(shape)) {
     return;
   }
   require(partial.out != nullptr && partial.lse != nullptr, "partial", "null pointer");
@@ -264,7 +264,7 @@ void pack_partial(const MergeShape& shape, int n, const Partial& partial, void* 
 void merge_pieces(const MergeShape& shape, int n, const void* pieces, const Merged& merged,
                   cudaStream_t stream) {
   check_merge_shape(shape, n);
-  if (shape.batch == 0) {
+  if (is_empty(shape)) {
     return;
   }
   require(merged.out != nullptr, "merged", "null pointer");

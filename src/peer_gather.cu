@@ -280,16 +280,16 @@ constexpr PathRow kQueryPaths[] = {{128 << 10, PeerPath::flag_word},
 constexpr PathRow kSharePaths[] = {{96 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
 
+std::int64_t query_bytes(const Query& q) {
+  return q.batch * q.heads * (q.nope_dim + q.pe_dim) * static_cast<std::int64_t>(size_of(q.dtype));
+}
+
 void check_query(const Query& q) {
   if (const std::string obstacle = query_obstacle(q); !obstacle.empty()) {
     throw UsageError(obstacle);
   }
-  require(q.batch == 0 || (q.nope != nullptr && (q.pe_dim == 0 || q.pe != nullptr)), "query",
+  require(query_bytes(q) == 0 || (q.nope != nullptr && (q.pe_dim == 0 || q.pe != nullptr)), "query",
           "null pointer");
-}
-
-std::int64_t query_bytes(const Query& q) {
-  return q.batch * q.heads * (q.nope_dim + q.pe_dim) * static_cast<std::int64_t>(size_of(q.dtype));
 }
 
 template <bool kAligned>
@@ -310,9 +310,7 @@ void gather_query(const PeerTable& t, const Query& query, const Rows& out, PeerP
   const auto any = args_of<false>(query, out);
   const bool aligned = any.nope.aligned && (query.pe_dim == 0 || any.pe.aligned) && out.aligned;
   const std::uint32_t used = std::max(any.words, 1U);  // an empty call signals nevertheless
-  const CallSignature signature =
-      signature_of(t, PeerCall::gather_query, query.dtype, any.words * std::int64_t{8},
-                   query.batch * 4096 + query.pe_dim);
+  const CallSignature signature = signature_of(query, blocks_of(t));
   const bool words = checked_path(t, path, any.words, "peer_gather_query") == PeerPath::flag_word;
   with_ranks(aligned ? t.size : 0, [&](auto n) {
     const auto args = args_of<(n() > 0)>(query, out);
@@ -381,7 +379,7 @@ PeerPath choose_share_path(const InboxLayout& layout, std::int64_t share_bytes) 
 void peer_barrier(const PeerTable& table, cudaStream_t stream) {
   check_table(table);
   launch(barrier_kernel, 1, 2 * kWarp, stream,
-         Group<0>(table, signature_of(table, PeerCall::barrier, DType::u8, 0)));
+         Group<0>(table, signature_of(PeerCall::barrier, DType::u8, 0, blocks_of(table))));
 }
 
 void peer_meet(const PeerTable& table, CallSignature call, cudaStream_t stream) {
@@ -399,7 +397,8 @@ void peer_all_gather(const PeerTable& table, const AlongDim& dims, const void* i
   const ByteView to(out, dims.outer, dims.inner_bytes, dims.full_outer_stride,
                     dims.full_rank_stride);
   const std::int64_t words = words_of(bytes);
-  const CallSignature signature = signature_of(table, PeerCall::all_gather, DType::u8, bytes);
+  const CallSignature signature =
+      signature_of(PeerCall::all_gather, DType::u8, dims, blocks_of(table));
   const PeerPath chosen =
       path == PeerPath::automatic ? choose_share_path(table.layout, bytes) : path;
   if (checked_path(table, chosen, words, "peer_all_gather") == PeerPath::flag_line) {
@@ -428,7 +427,7 @@ void peer_gather_query(const PeerTable& table, const Query& query, void* out,
                        cudaStream_t stream, PeerPath path) {
   check_table(table);
   check_query(query);
-  require(query.batch == 0 || out != nullptr, "out", "null pointer");
+  require(query_bytes(query) == 0 || out != nullptr, "out", "null pointer");
   const PeerPath chosen =
       path == PeerPath::automatic ? choose_query_path(table.layout, query) : path;
   const Rows rows(out, out_batch_stride, out_head_stride, size_of(query.dtype));

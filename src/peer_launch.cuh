@@ -7,11 +7,12 @@
 
 #include "cohort/cuda/block_budget.hpp"
 #include "cohort/cuda/kernels.hpp"
+#include "cohort/cuda/shapes.hpp"
 #include "launch.cuh"
 #include "peer_lines.cuh"
 #include "require.hpp"
 
-// The host's side of peer kernels: checks of tables and sizes, paths, signatures and grids.
+// The host's side of peer kernels: checks of tables and sizes, paths and grids.
 
 namespace cohort::cuda::detail {
 
@@ -86,14 +87,6 @@ inline PeerPath checked_path(const PeerTable& table, PeerPath path, std::int64_t
 
 inline int blocks_of(const PeerTable& table) {
   return limited_blocks(table.layout.max_blocks, table.block_limit);
-}
-
-/// The call as the ranks must agree on it. Blocks of one number wait for each other, so the limit
-/// on them is part of it.
-inline CallSignature signature_of(const PeerTable& table, PeerCall call, DType dtype,
-                                  std::int64_t bytes, std::int64_t more = 0) {
-  return CallSignature::make(call,
-                             {static_cast<std::int64_t>(dtype), blocks_of(table), bytes, more});
 }
 
 struct Grid {

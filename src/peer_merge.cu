@@ -425,7 +425,7 @@ MergeArgs<kAligned> args_of(int n, const MergeShape& s, const Partial& partial,
       .merged_lse = {merged.lse, merged.lse_batch_stride, merged.lse_head_stride},
       .heads = FastDiv(heads),
       .words_per_row = FastDiv(s.dim * static_cast<std::int64_t>(element) / 8),
-      .rows = static_cast<std::uint32_t>(s.batch * heads),
+      .rows = static_cast<std::uint32_t>(is_empty(s) ? 0 : s.batch * heads),
       .words = static_cast<std::uint32_t>(payload_bytes(s, n) / 8),
       .base = s.base};
 }
@@ -433,9 +433,7 @@ MergeArgs<kAligned> args_of(int n, const MergeShape& s, const Partial& partial,
 void merge(const PeerTable& t, const MergeShape& s, const Partial& partial, const Merged& merged,
            PeerPath path, cudaStream_t stream) {
   const auto any = args_of<false>(t.size, s, partial, merged);
-  const CallSignature signature =
-      signature_of(t, PeerCall::merge, s.dtype, any.words * std::int64_t{8},
-                   s.batch * 4096 + s.dim * 2 + static_cast<std::int64_t>(s.base));
+  const CallSignature signature = signature_of(s, blocks_of(t));
   const bool words = path == PeerPath::flag_word || any.words == 0;
   const std::int64_t lse_words = std::max<std::int64_t>(ceil_div(any.rows, 2), 1);
   check_ll_words(t, (words ? any.words : 0) + lse_words, "peer_merge");
@@ -517,7 +515,7 @@ void peer_merge(const PeerTable& table, const MergeShape& shape, const Partial& 
                 const Merged& merged, cudaStream_t stream, PeerPath path) {
   check_table(table);
   check_merge_shape(shape, table.size);
-  require(shape.batch == 0 ||
+  require(is_empty(shape) ||
               (partial.out != nullptr && partial.lse != nullptr && merged.out != nullptr),
           "partial, merged", "null pointer");
   const PeerPath chosen =

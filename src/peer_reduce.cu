@@ -301,7 +301,8 @@ void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dty
                       dims.full_rank_stride);
   const ByteView to(out, dims.outer, dims.inner_bytes, dims.share_outer_stride, 0);
   const std::int64_t words = words_of(bytes);
-  const CallSignature signature = signature_of(table, PeerCall::reduce_scatter, dtype, bytes);
+  const CallSignature signature =
+      signature_of(PeerCall::reduce_scatter, dtype, dims, blocks_of(table));
   const PeerPath chosen =
       path == PeerPath::automatic ? choose_share_path(table.layout, bytes) : path;
   if (checked_path(table, chosen, words, "peer_reduce_scatter") == PeerPath::flag_line) {
@@ -345,7 +346,8 @@ void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, co
   const Grid grid = ll_grid(one ? words : share, table);
   with_float_type(dtype, "dtype", [&]<class T>(T*) {
     with_ranks(table.size, [&](auto n) {
-      const Group<n()> group(table, signature_of(table, PeerCall::all_reduce, dtype, bytes));
+      const Group<n()> group(table,
+                             signature_of(PeerCall::all_reduce, dtype, bytes, blocks_of(table)));
       if (!one) {
         launch(all_reduce_two_step_kernel<n(), T>, grid.blocks, grid.threads, stream, group, from,
                to, static_cast<std::uint32_t>(share));

@@ -12,7 +12,7 @@
 ///
 ///     flag of a word   32 bits: the epoch's lower bits, as many as tell all flags apart that an
 ///                      inbox can hold at once, and the signature above them, never 0
-///     flag of a line   64 bits: 48 of the epoch, and the upper 16 of a word's flag
+///     flag of a line   64 bits: 48 of the epoch, and 16 of a signature of their own
 ///     announcement     64 bits: 40 of the epoch, and the upper 24 of the signature above them; one
 ///                      for each rank, written and looked at when a wait takes long
 ///
@@ -114,19 +114,23 @@ struct CallSignature {
 struct FlagCode {
   std::uint32_t epoch_mask = 0;  ///< Of a word's flag.
   std::uint32_t signature = 0;   ///< The rest of it; not 0, or memory never written would match.
+  std::uint32_t line = 0;        ///< Of a line's flag, in its upper 16 bits.
 
   [[nodiscard]] static constexpr FlagCode make(CallSignature call,
                                                std::uint32_t ll_words) noexcept {
     const std::uint32_t mask = 4 * ll_words - 1;  // as `flag_epoch_bits` says
     // Kind and hash fold into what is left.
-    const std::uint32_t rest = (call.word * 0x9e3779b1U) & ~mask;
-    return {.epoch_mask = mask, .signature = rest == 0 ? 0x80000000U : rest};
+    const std::uint32_t folded = call.word * 0x9e3779b1U;
+    const std::uint32_t rest = folded & ~mask;
+    return {.epoch_mask = mask,
+            .signature = rest == 0 ? 0x80000000U : rest,
+            .line = folded & 0xffff0000U};
   }
   [[nodiscard]] constexpr std::uint32_t word_flag(std::uint64_t epoch) const noexcept {
     return (static_cast<std::uint32_t>(epoch) & epoch_mask) | signature;
   }
   [[nodiscard]] constexpr std::uint64_t line_flag(std::uint64_t epoch) const noexcept {
-    return epoch | (std::uint64_t{signature & 0xffff0000U} << 32);
+    return epoch | (std::uint64_t{line} << 32);
   }
 };
 

@@ -36,6 +36,15 @@ namespace cohort {
 
 namespace detail {
 
+/// The product of the extents before a dimension.
+[[nodiscard]] inline std::int64_t extents_before(const Dims& shape, int dim) noexcept {
+  std::int64_t product = 1;
+  for (int d = 0; d < dim; ++d) {
+    product *= shape[d];
+  }
+  return product;
+}
+
 /// A collective along a dimension as the kernels want it, or nothing where the views' layout does
 /// not allow it: within one share everything is one run of bytes, and the dimensions before can be
 /// walked with one stride.
@@ -55,7 +64,8 @@ namespace detail {
                         .inner_bytes = (inner.size == 0 ? 1 : inner.shape[0]) * bytes,
                         .share_outer_stride = outer.size == 0 ? 0 : outer.a[0] * bytes,
                         .full_outer_stride = outer.size == 0 ? 0 : outer.b[0] * bytes,
-                        .full_rank_stride = share.shape()[dim] * full.strides()[dim] * bytes};
+                        .full_rank_stride = share.shape()[dim] * full.strides()[dim] * bytes,
+                        .before = extents_before(share.shape(), dim)};
 }
 
 [[nodiscard]] constexpr bool is_kernel_sum(DType dtype, ReduceOp op) noexcept {
@@ -108,8 +118,8 @@ class CudaPeerKernels final : public PeerKernels {
   CudaPeerKernels& operator=(const CudaPeerKernels&) = delete;
 
   /// Inboxes only grow. Those that a larger one replaces stay until the end, because graphs that
-  /// captured calls go on using them; each at least doubles the one before. A slot holds one
-  /// lane for every rank. Flag words do not grow: their use is small payloads.
+  /// captured calls go on using them; each at least doubles the one before, up to the largest.
+  /// A slot holds one lane for every rank. Flag words do not grow: their use is small payloads.
   void reserve(std::size_t slot_bytes) override {
     const auto ranks = static_cast<std::int64_t>(group_.size());
     const std::int64_t share = (static_cast<std::int64_t>(slot_bytes) + ranks - 1) / ranks;
@@ -119,7 +129,7 @@ class CudaPeerKernels final : public PeerKernels {
       return;
     }
     for (std::size_t lane = 0; lane < lanes_.size(); ++lane) {
-      require_built(build(lane, std::max(share, 2 * there)));
+      require_built(build(lane, cuda::grown_lane_bytes(share, there)));
     }
   }
 

@@ -67,6 +67,16 @@ struct InboxOptions {
   int max_blocks = 128;
 };
 
+/// Payload bytes that a lane can have at most.
+inline constexpr std::int64_t kMaxLane = std::int64_t{1} << 31;
+
+/// Flag lines of an inbox that takes the place of one with room for `there` bytes a peer, because
+/// `share` are needed: twice as many, so that few are ever left behind, where a lane can have them.
+[[nodiscard]] constexpr std::int64_t grown_lane_bytes(std::int64_t share,
+                                                      std::int64_t there) noexcept {
+  return std::max(share, std::min(2 * there, kMaxLane));
+}
+
 /// Byte offsets into the segment.
 struct InboxLayout {
   int ranks = 0;
@@ -79,7 +89,6 @@ struct InboxLayout {
 
   /// @throw ConfigError if a number is out of range.
   [[nodiscard]] static InboxLayout make(const InboxOptions& options) {
-    constexpr std::int64_t kMaxLane = std::int64_t{1} << 31;
     if (options.ranks < 1 || options.ranks > kMaxPeers || options.max_blocks < 1 ||
         options.max_blocks > kMaxPeerBlocks || options.flag_word_bytes < 0 ||
         options.flag_word_bytes > kMaxLane || options.flag_line_bytes < 0 ||

@@ -180,11 +180,19 @@ struct AlongDim {
   std::int64_t share_outer_stride = 0;  ///< [outer][inner] side.
   std::int64_t full_outer_stride = 0;   ///< [outer][n][inner] side.
   std::int64_t full_rank_stride = 0;    ///< From one rank's share to the next.
+  /// The product of the extents before the dimension, also of tensors that a rank has packed, whose
+  /// `outer` is 1. Ranks compare it.
+  std::int64_t before = 1;
 
   /// Both sides contiguous.
   [[nodiscard]] static constexpr AlongDim contiguous(std::int64_t outer, std::int64_t inner_bytes,
                                                      int n) noexcept {
-    return {outer, inner_bytes, inner_bytes, inner_bytes * n, inner_bytes};
+    return {outer, inner_bytes, inner_bytes, inner_bytes * n, inner_bytes, outer};
+  }
+  /// Packed shares one behind the other, of tensors with `before` as above.
+  [[nodiscard]] static constexpr AlongDim packed(std::int64_t share_bytes, int n,
+                                                 std::int64_t before) noexcept {
+    return {1, share_bytes, share_bytes, share_bytes * n, share_bytes, before};
   }
 };
 

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <string>
 
+#include "cohort/cuda/call_signature.hpp"
 #include "cohort/cuda/inbox.hpp"
 #include "cohort/cuda/kernels.hpp"
 #include "cohort/dtype.hpp"
@@ -13,12 +14,18 @@
 /// \file
 /// The shapes that the kernels take, local ones and those between peers: their units are words of 8
 /// and vectors of 16 bytes, and their indices have 32 bits. Pure. Each function says what is in the
-/// way, or nothing.
+/// way, or nothing. And what ranks compare of them: whatever decides where a word of the payload
+/// comes from or goes to, as every rank sees it, so no strides.
 
 namespace cohort::cuda {
 
 /// Bytes that one call must stay below.
 inline constexpr std::int64_t kTooManyBytes = std::int64_t{1} << 31;
+
+/// Whether there is nothing to merge.
+[[nodiscard]] constexpr bool is_empty(const MergeShape& s) noexcept {
+  return s.batch == 0 || s.heads == 0 || s.dim == 0;
+}
 
 /// Of a merge by `ranks` ranks, whatever its plan. Shapes without elements are never in the way.
 [[nodiscard]] inline std::string merge_obstacle(const MergeShape& s, int ranks) {
@@ -33,7 +40,7 @@ inline constexpr std::int64_t kTooManyBytes = std::int64_t{1} << 31;
   if (!is_attention_dtype(s.dtype)) {
     return fmt::format("out: expected f32, f16 or bf16, got {}", to_string(s.dtype));
   }
-  if (s.batch == 0 || s.heads == 0 || s.dim == 0) {
+  if (is_empty(s)) {
     return {};
   }
   if (s.dim % 8 != 0 || s.dim > 1024) {
@@ -70,6 +77,33 @@ inline constexpr std::int64_t kTooManyBytes = std::int64_t{1} << 31;
                        kTooManyBytes, bytes);
   }
   return {};
+}
+
+/// Of a merge. Blocks of one number wait for each other, so how many a launch may have, `blocks`,
+/// is part of every signature.
+[[nodiscard]] constexpr CallSignature signature_of(const MergeShape& s, int blocks) noexcept {
+  return CallSignature::make(PeerCall::merge, {static_cast<std::int64_t>(s.dtype), blocks, s.batch,
+                                               s.heads, s.dim, static_cast<std::int64_t>(s.base)});
+}
+
+/// Of a query gather.
+[[nodiscard]] constexpr CallSignature signature_of(const Query& q, int blocks) noexcept {
+  return CallSignature::make(PeerCall::gather_query, {static_cast<std::int64_t>(q.dtype), blocks,
+                                                      q.batch, q.heads, q.nope_dim, q.pe_dim});
+}
+
+/// Of an all-gather or a reduce-scatter. Where the dimension lies decides which bytes of the whole
+/// are a rank's, while shares along any have one size.
+[[nodiscard]] constexpr CallSignature signature_of(PeerCall call, DType dtype, const AlongDim& dims,
+                                                   int blocks) noexcept {
+  return CallSignature::make(
+      call, {static_cast<std::int64_t>(dtype), blocks, dims.outer * dims.inner_bytes, dims.before});
+}
+
+/// Of an all-reduce of so many bytes, or a barrier.
+[[nodiscard]] constexpr CallSignature signature_of(PeerCall call, DType dtype, std::int64_t bytes,
+                                                   int blocks) noexcept {
+  return CallSignature::make(call, {static_cast<std::int64_t>(dtype), blocks, bytes});
 }
 
 }  // namespace cohort::cuda

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cohort/cuda/cuda_ops.hpp"
+#include "cohort/cuda/cuda_peer_kernels.hpp"
 #include "cohort/nccl/nccl_calls.hpp"
 #include "cohort/nccl/nccl_group.hpp"
 #include "cohort/tensor.hpp"
@@ -27,11 +28,7 @@ inline constexpr std::size_t kScratchAlignment = 256;
 /// Whether the shares lie one behind the other without gaps: nothing but extents of 1 before the
 /// dimension.
 [[nodiscard]] inline bool fits(const ConstTensorView& share, const ConstTensorView& full, int dim) {
-  std::int64_t outer = 1;
-  for (int d = 0; d < dim; ++d) {
-    outer *= full.shape()[d];
-  }
-  return outer == 1 && share.is_contiguous() && full.is_contiguous();
+  return extents_before(full.shape(), dim) == 1 && share.is_contiguous() && full.is_contiguous();
 }
 inline void copy_unless_same(const ConstTensorView& in, const TensorView& out,
                              cudaStream_t stream) {
@@ -104,9 +101,9 @@ class NcclPacking {
     }
     void* const gathered = scratch + in_bytes;
     if (group_.own(Collective::all_gather, in, out, ReduceOp::sum)) {
-      group_.peers->all_gather(
-          cuda::AlongDim::contiguous(1, static_cast<std::int64_t>(in.bytes()), group_.size), share,
-          gathered, call.stream);
+      group_.peers->all_gather(cuda::AlongDim::packed(static_cast<std::int64_t>(in.bytes()),
+                                                      group_.size, extents_before(in.shape(), dim)),
+                               share, gathered, call.stream);
     } else {
       calls_.all_gather(in, share, gathered, call.stream);
     }
@@ -127,7 +124,8 @@ class NcclPacking {
     void* const share = direct ? out.data() : scratch + in_bytes;
     if (group_.own(Collective::reduce_scatter, in, out, op)) {
       group_.peers->reduce_scatter(
-          cuda::AlongDim::contiguous(1, static_cast<std::int64_t>(out.bytes()), group_.size),
+          cuda::AlongDim::packed(static_cast<std::int64_t>(out.bytes()), group_.size,
+                                 extents_before(out.shape(), dim)),
           in.dtype(), scratch, share, call.stream);
     } else {
       calls_.reduce_scatter(out, scratch, share, op, call.stream);

@@ -2,6 +2,7 @@
 #include <cohort/cuda/call_signature.hpp>
 
 #include <cohort/cuda/inbox.hpp>
+#include <cohort/cuda/shapes.hpp>
 #include <cstddef>
 #include <cstdint>
 #include <set>
@@ -63,7 +64,7 @@ TEST_CASE("flags of all epochs that an inbox can hold at once differ, and none i
     CHECK(code.word_flag(epoch + 1) != 0);                // the lower half is 0
     CHECK((code.word_flag(epoch) & 1U) == (epoch & 1U));  // the slot
     CHECK((code.line_flag(epoch) & kLineEpochMask) == epoch);
-    CHECK((code.line_flag(epoch) >> 48) == (code.signature >> 16));
+    CHECK((code.line_flag(epoch) >> 48) == (code.line >> 16));
   }
 }
 
@@ -79,7 +80,53 @@ TEST_CASE("flags of different calls of one epoch differ", "[call_signature]") {
     equal_lines += one.line_flag(7) == other.line_flag(7) ? 1 : 0;
   }
   CHECK(equal_words <= 2);  // 14 bits
-  CHECK(equal_lines == equal_words);
+  CHECK(equal_lines <= 2);  // 16 bits
+}
+
+TEST_CASE("how much of a call a line's flag carries does not depend on the flag words",
+          "[call_signature]") {
+  const auto call = [](std::int64_t bytes) {
+    return CallSignature::make(PeerCall::all_reduce, {1, bytes});
+  };
+  for (const std::uint32_t ll_words : {32U, 1U << 16, 1U << 28}) {
+    CAPTURE(ll_words);
+    std::set<std::uint64_t> flags;
+    for (std::int64_t bytes = 8; bytes <= 8 * 1024; bytes += 8) {
+      flags.insert(FlagCode::make(call(bytes), ll_words).line_flag(7));
+    }
+    CHECK(flags.size() > 1024 - 24);  // 8 pairs are to be expected of 16 bits, 32 of 14
+    CHECK(FlagCode::make(call(8), ll_words).line_flag(7) ==
+          FlagCode::make(call(8), 64).line_flag(7));
+  }
+}
+
+TEST_CASE("calls whose payloads have one size differ where their words lie otherwise",
+          "[call_signature]") {
+  using cohort::DType;
+  constexpr int kBlocks = 128;
+  // [8,8] of bf16 by two ranks: shares of 64 bytes, along the first dimension and along the last.
+  for (const auto call : {PeerCall::reduce_scatter, PeerCall::all_gather}) {
+    const auto first = AlongDim::contiguous(1, 64, 2);
+    const auto last = AlongDim::contiguous(8, 8, 2);
+    CHECK_FALSE(signature_of(call, DType::bf16, first, kBlocks) ==
+                signature_of(call, DType::bf16, last, kBlocks));
+    // A rank that has to pack its tensor makes the same call as those that do not.
+    CHECK(signature_of(call, DType::bf16, AlongDim::packed(64, 2, 8), kBlocks) ==
+          signature_of(call, DType::bf16, last, kBlocks));
+    CHECK(signature_of(call, DType::bf16, AlongDim::packed(64, 2, 1), kBlocks) ==
+          signature_of(call, DType::bf16, first, kBlocks));
+  }
+  const auto query = [](std::int64_t heads, std::int64_t nope, std::int64_t pe) {
+    return signature_of(Query{.batch = 4, .heads = heads, .nope_dim = nope, .pe_dim = pe}, kBlocks);
+  };
+  CHECK_FALSE(query(8, 512, 64) == query(16, 224, 64));
+  CHECK_FALSE(query(8, 512, 64) == query(8, 448, 128));
+  const auto merge = [](std::int64_t batch, std::int64_t heads, std::int64_t dim) {
+    return signature_of(MergeShape{.batch = batch, .heads = heads, .dim = dim}, kBlocks);
+  };
+  CHECK_FALSE(merge(4, 128, 512) == merge(8, 64, 512));
+  CHECK_FALSE(merge(4, 128, 512) == merge(4, 256, 256));
+  CHECK(merge(4, 128, 512) == merge(4, 128, 512));
 }
 
 TEST_CASE(

@@ -78,3 +78,17 @@ TEST_CASE("of two calls that differ each rank is told the other's", "[inbox]") {
   const auto late = cuda::InboxError::decode(cuda::InboxError::encode(7, 2, 5));
   CHECK(late.seen_by(5).missing_rank == 5);
 }
+
+TEST_CASE("an inbox that grows doubles, and stops at the largest lane", "[inbox]") {
+  CHECK(cuda::grown_lane_bytes(100, 80) == 160);
+  CHECK(cuda::grown_lane_bytes(200, 80) == 200);
+  constexpr std::int64_t kMiB = std::int64_t{1} << 20;
+  CHECK(cuda::grown_lane_bytes(1500 * kMiB, 1200 * kMiB) == cuda::kMaxLane);
+  CHECK_NOTHROW(InboxLayout::make(
+      {.ranks = 2, .flag_line_bytes = cuda::grown_lane_bytes(1500 * kMiB, 1200 * kMiB)}));
+  // More than a lane can have is still refused.
+  CHECK_THROWS_AS(
+      InboxLayout::make(
+          {.ranks = 2, .flag_line_bytes = cuda::grown_lane_bytes(cuda::kMaxLane + 1, 0)}),
+      ConfigError);
+}

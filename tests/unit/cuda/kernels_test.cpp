@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cohort/cuda/kernels.hpp>
 
+#include <cuda_runtime_api.h>
+
 #include "support/catch.hpp"
+#include "support/skip.hpp"
 
 // What the launchers decide before any launch. The kernels' own tests need a GPU: tests/gpu.
 
@@ -80,5 +83,38 @@ TEST_CASE("the tables of paths grow and end with what takes all", "[kernels]") {
       CHECK(table[i - 1].max_bytes_sent < table[i].max_bytes_sent);
     }
     CHECK(table.back().max_bytes_sent == INT64_MAX);
+  }
+}
+
+TEST_CASE("local kernels have nothing to do for a shape without elements", "[kernels]") {
+  for (const MergeShape& shape :
+       {MergeShape{0, 2, 64}, MergeShape{1, 0, 64}, MergeShape{1, 2, 0}, MergeShape{0, 0, 0}}) {
+    CAPTURE(shape.batch, shape.heads, shape.dim);
+    // A launch would throw: no pointer is valid.
+    CHECK_NOTHROW(cuda::correct_partial(shape, 2, 0, {}, nullptr, nullptr, 0, 0, shape.dtype,
+                                        nullptr, nullptr));
+    CHECK_NOTHROW(cuda::pack_partial(shape, 2, {}, nullptr, nullptr));
+    CHECK_NOTHROW(cuda::merge_pieces(shape, 2, nullptr, {}, nullptr));
+    CHECK_NOTHROW(cuda::choose_merge_path(inbox(1 * kKiB, 0), shape));
+  }
+}
+
+TEST_CASE("peer kernels come to their launch with a shape without elements", "[kernels]") {
+  cuda::PeerTable table;  // without memory: on a machine without a card no launch succeeds
+  table.layout = inbox(1 * kKiB, 0);
+  table.size = 2;
+  int cards = 0;
+  if (test::skip_if(cudaGetDeviceCount(&cards) == cudaSuccess && cards > 0,
+                    "there is a card, which would run the kernels")) {
+    return;
+  }
+  for (const MergeShape& shape :
+       {MergeShape{0, 2, 64}, MergeShape{1, 0, 64}, MergeShape{1, 2, 0}}) {
+    CHECK_THROWS_AS(cuda::peer_merge(table, shape, {}, {}, nullptr), TransportError);
+  }
+  for (const cuda::Query& query :
+       {cuda::Query{.batch = 0, .heads = 2, .nope_dim = 64},
+        cuda::Query{.batch = 1, .heads = 0, .nope_dim = 64}, cuda::Query{.batch = 1, .heads = 2}}) {
+    CHECK_THROWS_AS(cuda::peer_gather_query(table, query, nullptr, 0, 0, nullptr), TransportError);
   }
 }
