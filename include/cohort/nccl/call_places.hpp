@@ -14,7 +14,9 @@
 ///
 /// NCCL's symmetric kernels reach a peer at the offset that the buffer here has in its window, and
 /// a rank cannot see where a peer's lies; nor whether it lies in a window at all, without which the
-/// peer takes another path. A call that is captured is compared once, over the control plane,
+/// peer takes another path. Versions that are content with one window take other kernels, and where
+/// their cost model says so the ordinary path, when the buffer that no peer touches lies in none. A
+/// call that is captured is compared once, over the control plane,
 /// before it is enqueued. For an eager call such an exchange, of tens of microseconds, is too slow:
 /// the ranks meet in a kernel of their own before NCCL's, which takes the place of the guard, and a
 /// difference fails the group. What NCCL's kernel does after that stays within the windows, which
@@ -57,13 +59,20 @@ struct CallPlaces {
 
 /// What has to be equal on all ranks: whether NCCL may take its symmetric path and, if so, the
 /// places of what peers touch there: the output of an all-gather, the input of a reduce-scatter,
-/// both of an all-reduce. 0 for the ordinary path, which addresses no peer by an offset.
-[[nodiscard]] constexpr std::uint64_t place_token(Collective collective, SymmetricPath path,
-                                                  CallPlaces places) noexcept {
+/// both of an all-reduce. What else decides which path and kernel it takes counts as well: which
+/// buffers lie in windows at all, and in some versions how two that do lie to each other. 0 for the
+/// ordinary path, which addresses no peer by an offset.
+[[nodiscard]] constexpr std::uint64_t place_token(int nccl_runtime_version, Collective collective,
+                                                  SymmetricPath path, CallPlaces places) noexcept {
   if (path == SymmetricPath::never) {
     return 0;
   }
-  std::uint64_t token = detail::kHashSeed;
+  std::uint64_t token = detail::mix(detail::kHashSeed, static_cast<std::uint64_t>(path));
+  token = detail::mix(token, (places.in != 0 ? 1U : 0U) + (places.out != 0 ? 2U : 0U));
+  if (path == SymmetricPath::certain &&
+      has_trait(NcclTrait::bulk_by_alignment, nccl_runtime_version)) {
+    token = detail::mix(token, (places.in - places.out) % 16);
+  }
   if (collective != Collective::all_gather) {
     token = detail::mix(token, places.in);
   }

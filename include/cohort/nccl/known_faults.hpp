@@ -21,6 +21,7 @@ enum class NcclTrait : std::uint8_t {
   windows,              ///< Windows and kernels that use them exist.
   early_start,          ///< Symmetric kernels may read before the producer's writes are visible.
   one_window_suffices,  ///< One registered buffer is enough for a symmetric kernel.
+  bulk_by_alignment,    ///< How buffers lie to each other decides which symmetric kernel runs.
   own_offset_for_all,   ///< Symmetric kernels reach peers at the offset that the own buffer has.
   unabortable,          ///< A symmetric kernel whose peer is missing cannot be aborted.
   sizes_not_compared,   ///< Registrations of different sizes succeed, and mean nothing good.
@@ -62,6 +63,9 @@ inline constexpr NcclFact kNcclFacts[] = {
      "and of a reduce-scatter whose input is, and otherwise those that pass flags with the data; "
      "src/scheduler/symmetric_sched.cc takes the latter where its cost model would have taken "
      "NCCL's LL protocol. v2.28.3-1: the same file asks for both windows"},
+    {NcclTrait::bulk_by_alignment, 23100, kNoNccl,
+     "takes kernels that copy in bulk only where input and output lie alike in 16 bytes",
+     "src/sym_kernels.cc drops its TMA kernels on Blackwell elsewhere"},
     {NcclTrait::own_offset_for_all, kMinNcclForWindows, kNoNccl,
      "needs buffers at one offset of their windows on all ranks",
      "NCCL's user guide, NCCL_WIN_COLL_SYMMETRIC: \"users need to guarantee the offset to the "

@@ -142,7 +142,7 @@ class NcclCalls {
                      .debug_checks = group_.debug_checks,
                      .own_kernels = group_.peers != nullptr});
     if (check != PlaceCheck::none) {
-      const std::uint64_t places = place_token(collective, path,
+      const std::uint64_t places = place_token(group_.nccl_version, collective, path,
                                                {.in = group_.communicator->place(in, in_bytes),
                                                 .out = group_.communicator->place(out, out_bytes)});
       if (check == PlaceCheck::own_kernel) {

@@ -22,8 +22,8 @@ PlaceFacts with(bool PlaceFacts::*fact, bool value) {
 constexpr SymmetricPath kPaths[] = {SymmetricPath::possible, SymmetricPath::certain};
 
 std::uint64_t token(Collective collective, std::uint64_t in, std::uint64_t out,
-                    SymmetricPath path = SymmetricPath::certain) {
-  return place_token(collective, path, {.in = in, .out = out});
+                    SymmetricPath path = SymmetricPath::certain, int version = 22907) {
+  return place_token(version, collective, path, {.in = in, .out = out});
 }
 
 }  // namespace
@@ -57,19 +57,20 @@ TEST_CASE("nothing is compared where NCCL cannot take its symmetric path", "[cal
   }
 }
 
-TEST_CASE("what peers touch counts, and nothing else", "[call_places]") {
+TEST_CASE("of places what peers touch counts, and nothing else", "[call_places]") {
   constexpr std::uint64_t kPlace = (std::uint64_t{1} << 48) + 512;
   for (const std::uint64_t other :
        {std::uint64_t{0}, kPlace + 2, kPlace + (std::uint64_t{1} << 48)}) {
     CAPTURE(other);
     CHECK(token(Collective::all_gather, kPlace, kPlace) !=
           token(Collective::all_gather, kPlace, other));
-    CHECK(token(Collective::all_gather, kPlace, kPlace) ==
-          token(Collective::all_gather, other, kPlace));
+    const bool in_window = other != 0;
+    CHECK((token(Collective::all_gather, kPlace, kPlace) ==
+           token(Collective::all_gather, other, kPlace)) == in_window);
     CHECK(token(Collective::reduce_scatter, kPlace, kPlace) !=
           token(Collective::reduce_scatter, other, kPlace));
-    CHECK(token(Collective::reduce_scatter, kPlace, kPlace) ==
-          token(Collective::reduce_scatter, kPlace, other));
+    CHECK((token(Collective::reduce_scatter, kPlace, kPlace) ==
+           token(Collective::reduce_scatter, kPlace, other)) == in_window);
     CHECK(token(Collective::all_reduce, kPlace, kPlace) !=
           token(Collective::all_reduce, other, kPlace));
     CHECK(token(Collective::all_reduce, kPlace, kPlace) !=
@@ -91,8 +92,33 @@ TEST_CASE(
       CHECK(ordinary != token(collective, 0, 0, path));
       CHECK(ordinary != token(collective, 1, 2, path));
     }
-    // Which kernel NCCL takes follows from what peers touch.
-    CHECK(token(collective, 1, 2, SymmetricPath::possible) ==
+    // Where its cost model decides, NCCL may take the ordinary path.
+    CHECK(token(collective, 1, 2, SymmetricPath::possible) !=
           token(collective, 1, 2, SymmetricPath::certain));
+  }
+}
+
+TEST_CASE("whether the buffer that no peer touches lies in a window counts, as NCCL's path does",
+          "[call_places]") {
+  constexpr std::uint64_t kPlace = (std::uint64_t{1} << 48) + 4096;
+  const auto of = [](Collective collective, std::uint64_t in, std::uint64_t out) {
+    const auto path = symmetric_path(22907, {.in = in != 0, .out = out != 0});
+    return token(collective, in, out, path);
+  };
+  CHECK(of(Collective::all_gather, kPlace, kPlace) != of(Collective::all_gather, 0, kPlace));
+  CHECK(of(Collective::reduce_scatter, kPlace, kPlace) !=
+        of(Collective::reduce_scatter, kPlace, 0));
+}
+
+TEST_CASE("how input and output lie to each other counts where a version's kernels depend on it",
+          "[call_places]") {
+  constexpr std::uint64_t kPlace = (std::uint64_t{1} << 48) + 4096;
+  constexpr auto kPath = SymmetricPath::certain;
+  for (const int version : {22907, 23203}) {
+    CAPTURE(version);
+    const auto aligned = token(Collective::all_gather, kPlace, kPlace, kPath, version);
+    CHECK(aligned == token(Collective::all_gather, kPlace + 16, kPlace, kPath, version));
+    CHECK((aligned == token(Collective::all_gather, kPlace + 2, kPlace, kPath, version)) ==
+          (version < 23100));
   }
 }

@@ -17,6 +17,7 @@ TEST_CASE("each trait begins and ends with the version that its source names", "
   from_to(NcclTrait::windows, 22703, kNoNccl);
   from_to(NcclTrait::early_start, 22800, 23007);
   from_to(NcclTrait::one_window_suffices, 22900, kNoNccl);
+  from_to(NcclTrait::bulk_by_alignment, 23100, kNoNccl);
   from_to(NcclTrait::own_offset_for_all, 22703, kNoNccl);
   from_to(NcclTrait::unabortable, 22703, 22907);
   from_to(NcclTrait::sizes_not_compared, 22703, 23007);
