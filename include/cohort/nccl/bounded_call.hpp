@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdint>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -14,7 +16,8 @@
 #include "cohort/log.hpp"
 
 /// \file
-/// Calls that may never return, with a time limit. Needs no CUDA and no NCCL.
+/// Calls that may never return, with a time limit, and an end that waits for no call. Needs no CUDA
+/// and no NCCL.
 
 namespace cohort::detail {
 
@@ -89,6 +92,69 @@ class DetachedCall {
   std::mutex mutex_;
   std::condition_variable changed_;
   std::optional<int> result_;
+};
+
+/// Something that several threads use until any of them ends it. The end comes once, while nobody
+/// uses it: from the thread that asks for it, or else from the last one that was using it. Nobody
+/// waits for another, so a use that never comes back keeps the end from coming, and nothing else.
+class UsedUntilEnded {
+ public:
+  /// `end` must not throw.
+  explicit UsedUntilEnded(std::function<void()> end) : end_(std::move(end)) {}
+  UsedUntilEnded(const UsedUntilEnded&) = delete;
+  UsedUntilEnded& operator=(const UsedUntilEnded&) = delete;
+  ~UsedUntilEnded() = default;
+
+  /// One use, or none where the end has been asked for.
+  class Use {
+   public:
+    Use() = default;
+    explicit Use(UsedUntilEnded& of) noexcept : of_(&of) {
+      if ((of.state_.fetch_add(1) & kEnded) != 0) {
+        of_ = nullptr;
+        of.leave();
+      }
+    }
+    Use(Use&& other) noexcept : of_(std::exchange(other.of_, nullptr)) {}
+    Use& operator=(Use&&) = delete;
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+    ~Use() {
+      if (of_ != nullptr) {
+        of_->leave();
+      }
+    }
+    explicit operator bool() const noexcept { return of_ != nullptr; }
+
+   private:
+    UsedUntilEnded* of_ = nullptr;
+  };
+
+  /// No use begins after.
+  void end() noexcept {
+    if (state_.fetch_or(kEnded) == 0) {
+      end_once();
+    }
+  }
+
+ private:
+  static constexpr std::uint32_t kEnded = std::uint32_t{1} << 31;  // below it the number of uses
+
+  void leave() noexcept {
+    if (state_.fetch_sub(1) == (kEnded | 1U)) {
+      end_once();
+    }
+  }
+  /// Refused uses may be the last ones more than once.
+  void end_once() noexcept {
+    if (!done_.exchange(true)) {
+      end_();
+    }
+  }
+
+  std::function<void()> end_;
+  std::atomic<std::uint32_t> state_{0};
+  std::atomic<bool> done_{false};
 };
 
 }  // namespace cohort::detail

@@ -94,6 +94,9 @@ class Communicator {
     try {
       if (aborts) {
         abort();
+        if (end_ == nullptr) {
+          return;  // no thread for it, as was said
+        }
       } else {
         end_ = detail::DetachedCall::start([comm = comm_, device = device_] {
           const DeviceGuard guard(device);
@@ -117,17 +120,18 @@ class Communicator {
   }
 
   /// Has the communicator's kernels end, and begins to take it down, on a thread of its own: NCCL
-  /// goes on waiting for graphs with its calls. No call may follow.
-  void abort() {
+  /// goes on waiting for graphs with its calls. Any thread may do so; where others are within a
+  /// `use`, the last of them begins. No call may follow.
+  void abort() noexcept {
     mark_broken();
-    if (comm_ != nullptr && end_ == nullptr) {
-      end_ = detail::DetachedCall::start([comm = comm_, device = device_] {
-        const DeviceGuard guard(device);
-        return ncclCommAbort(comm);
-      });
-    }
+    uses_.end();
   }
 
+  /// What every call of NCCL with the communicator is made under: `abort` frees it. None once it is
+  /// being taken down.
+  [[nodiscard]] detail::UsedUntilEnded::Use use() noexcept {
+    return detail::UsedUntilEnded::Use(uses_);
+  }
   [[nodiscard]] ncclComm_t get() const noexcept { return comm_; }
   [[nodiscard]] int device() const noexcept { return device_; }
   [[nodiscard]] bool broken() const noexcept { return broken_; }
@@ -146,15 +150,22 @@ class Communicator {
   /// Throws `TransportError` where NCCL noticed a failure since the last call, such as a peer that
   /// is gone.
   void check_asynchronous() {
-    if (end_ != nullptr) {
-      throw TransportError({.call = "ncclCommAbort", .rank = rank_, .group = group_},
-                           "an earlier call of this group failed; form the group anew");
-    }
+    const auto use = usable();
     ncclResult_t state = ncclSuccess;
     check(ncclCommGetAsyncError(comm_, &state), "ncclCommGetAsyncError");
     if (state != ncclSuccess && state != ncclInProgress) {
       check(state, "ncclCommGetAsyncError");
     }
+  }
+
+  /// The same as `use`, and throws `TransportError` where it is being taken down.
+  [[nodiscard]] detail::UsedUntilEnded::Use usable() {
+    auto used = use();
+    if (!used) {
+      throw TransportError({.call = "ncclCommAbort", .rank = rank_, .group = group_},
+                           "an earlier call of this group failed; form the group anew");
+    }
+    return used;
   }
 
   /// Runs a call that waits for peers, within the limit.
@@ -203,6 +214,21 @@ class Communicator {
   // Teardown waits for local work and, at most, for peers that tear down as well.
   static constexpr std::chrono::milliseconds kTeardownLimit{10'000};
 
+  /// Once, while nobody uses it.
+  void begin_abort() noexcept {
+    if (comm_ == nullptr) {
+      return;
+    }
+    try {
+      end_ = detail::DetachedCall::start([comm = comm_, device = device_] {
+        const DeviceGuard guard(device);
+        return ncclCommAbort(comm);
+      });
+    } catch (const std::exception& error) {
+      log(LogLevel::error, fmt::format("ncclCommAbort in group {}: {}", group_, error.what()));
+    }
+  }
+
   struct Range {
     const std::byte* base = nullptr;
     std::size_t bytes = 0;
@@ -216,7 +242,8 @@ class Communicator {
   std::chrono::milliseconds limit_;
   ncclComm_t comm_ = nullptr;
   std::atomic<bool> broken_ = false;
-  std::shared_ptr<detail::DetachedCall> end_;  // once it is being taken down
+  std::shared_ptr<detail::DetachedCall> end_;  // once it is being taken down; for the destructor
+  detail::UsedUntilEnded uses_{[this] { begin_abort(); }};
   std::vector<Range> windows_;
   std::uint64_t registrations_ = 0;
 };

@@ -21,6 +21,7 @@
 #include "cohort/cuda/workspace.hpp"
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
+#include "cohort/nccl/bounded_call.hpp"
 #include "cohort/nccl/communicator.hpp"
 #include "cohort/nccl/machine_probe.hpp"
 #include "cohort/nccl/transport_options.hpp"
@@ -164,12 +165,13 @@ struct NcclGroup {
   }
 };
 
-/// What every call begins with: the device made current. The caller's may be another, and may
-/// change between calls.
+/// What every call begins with: the device made current, and the communicator kept. The caller's
+/// device may be another, and may change between calls; a time-out of another group, on its thread,
+/// ends this one's communicator as well.
 struct NcclCall {
   NcclCall(const NcclGroup& group, StreamRef reference)
-      : guard(group.device), stream(native(reference)) {
-    if (group.failed()) {
+      : guard(group.device), use(use_of(group)), stream(native(reference)) {
+    if (group.failed() || (group.communicator != nullptr && !use)) {
       throw TransportError(
           {.call = "a collective", .rank = group.rank, .group = group.control.name()},
           "an earlier call of this group failed; form the group anew");
@@ -177,7 +179,13 @@ struct NcclCall {
   }
 
   DeviceGuard guard;
+  UsedUntilEnded::Use use;
   cudaStream_t stream;
+
+ private:
+  static UsedUntilEnded::Use use_of(const NcclGroup& group) noexcept {
+    return group.communicator != nullptr ? group.communicator->use() : UsedUntilEnded::Use();
+  }
 };
 
 }  // namespace cohort::detail

@@ -118,6 +118,7 @@ class NcclWindow final : public Window {
                       [communicator, window, memory = segment.memory(), data = segment.data(),
                        bytes = segment.bytes()] {
                         const DeviceGuard guard(communicator->device());
+                        const auto use = communicator->usable();
                         communicator->check(
                             ncclCommWindowRegister(communicator->get(), data, bytes, window.get(),
                                                    NCCL_WIN_COLL_SYMMETRIC),
@@ -144,7 +145,8 @@ class NcclWindow final : public Window {
   ~NcclWindow() override {
     communicator_->remove_window(base_);
 #if NCCL_VERSION_CODE >= 22700
-    if (communicator_->broken()) {
+    const auto use = communicator_->use();
+    if (communicator_->broken() || !use) {
       return;  // aborting the communicator takes its windows along
     }
     try {

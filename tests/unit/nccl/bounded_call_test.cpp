@@ -10,6 +10,7 @@
 #include "support/catch.hpp"
 
 using cohort::detail::call_within;
+using cohort::detail::UsedUntilEnded;
 using namespace std::chrono_literals;
 
 TEST_CASE("work that ends in time is done when the call returns", "[bounded_call]") {
@@ -37,5 +38,57 @@ TEST_CASE("work that does not end is left behind at the limit", "[bounded_call]"
   *release = true;  // so that the test leaves no thread behind
   while (!*done) {
     std::this_thread::sleep_for(1ms);
+  }
+}
+
+TEST_CASE("the end comes at once where nobody uses the thing, and once", "[bounded_call]") {
+  int ends = 0;
+  UsedUntilEnded thing([&] { ++ends; });
+  CHECK(UsedUntilEnded::Use(thing));
+  CHECK(ends == 0);
+  thing.end();
+  CHECK(ends == 1);
+  CHECK_FALSE(UsedUntilEnded::Use(thing));
+  thing.end();
+  CHECK(ends == 1);
+}
+
+TEST_CASE("the end waits for the last use, and who asks for it does not", "[bounded_call]") {
+  int ends = 0;
+  UsedUntilEnded thing([&] { ++ends; });
+  {
+    const UsedUntilEnded::Use outer(thing);
+    {
+      const UsedUntilEnded::Use inner(thing);
+      thing.end();
+      CHECK_FALSE(UsedUntilEnded::Use(thing));
+    }
+    CHECK(ends == 0);
+  }
+  CHECK(ends == 1);
+}
+
+TEST_CASE("threads never use what has ended", "[bounded_call]") {
+  for (int round = 0; round < 200; ++round) {
+    std::atomic<bool> gone{false};
+    std::atomic<int> ends{0};
+    std::atomic<int> used_after_the_end{0};
+    UsedUntilEnded thing([&] {
+      gone = true;
+      ++ends;
+    });
+    const auto uses = [&] {
+      while (const UsedUntilEnded::Use use{thing}) {
+        used_after_the_end += gone ? 1 : 0;
+      }
+    };
+    std::thread first(uses);
+    std::thread second(uses);
+    std::this_thread::yield();
+    thing.end();
+    first.join();
+    second.join();
+    CHECK(used_after_the_end == 0);
+    CHECK(ends == 1);
   }
 }
