@@ -2,10 +2,13 @@
 #include "cohort/nccl/cuda_backend.hpp"
 
 #include <cuda_runtime_api.h>
+#include <fmt/format.h>
 
+#include "cohort/call_time.hpp"
 #include "cohort/cuda/device_choice.hpp"
 #include "cohort/cuda/kernels.hpp"
 #include "cohort/cuda/support_kernels.hpp"
+#include "cohort/error.hpp"
 #include "cohort/launcher.hpp"
 #include "cohort/log.hpp"
 #include "cohort/nccl/known_faults.hpp"
@@ -36,6 +39,10 @@ std::unique_ptr<Transport> CudaBackend::connect(ControlPlane& group) {
 }
 
 int CudaBackend::start(const CudaOptions& options) {
+  if (!is_time_limit(options.kernel_limit)) {
+    throw ConfigError(fmt::format("CudaOptions.kernel_limit: expected 1 to {} ms, got {}",
+                                  kLongestTimeLimit.count(), options.kernel_limit.count()));
+  }
   for (const EnvSetting& setting : apply(options.environment)) {
     log(LogLevel::info, describe(setting));
   }

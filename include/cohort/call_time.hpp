@@ -3,13 +3,45 @@
 
 #include <algorithm>
 #include <chrono>
+#include <string>
 
+#include "cohort/error.hpp"
 #include "cohort/process_state.hpp"
 
 /// \file
-/// One time limit for all waits of a public call.
+/// Time limits of waits, and one for all waits of a public call.
+
+namespace cohort {
+
+/// The longest time limit: no wait is unbounded.
+inline constexpr std::chrono::milliseconds kLongestTimeLimit = std::chrono::hours(24 * 365);
+
+/// Whether a wait may have that limit as an option; see `checked_limit` for one of a call.
+[[nodiscard]] constexpr bool is_time_limit(std::chrono::milliseconds limit) noexcept {
+  return limit > std::chrono::milliseconds(0) && limit <= kLongestTimeLimit;
+}
+
+/// The limit of a call's wait: at most `kLongestTimeLimit`. Throws `UsageError` naming the call
+/// unless it is positive: a wait that gives up at once would end its group.
+[[nodiscard]] inline std::chrono::milliseconds checked_limit(const char* call,
+                                                             std::chrono::milliseconds limit) {
+  if (limit <= std::chrono::milliseconds(0)) {
+    throw UsageError(std::string(call) + " limit: expected at least 1 ms, got " +
+                     std::to_string(limit.count()));
+  }
+  return std::min(limit, kLongestTimeLimit);
+}
+
+}  // namespace cohort
 
 namespace cohort::detail {
+
+/// When a wait that starts now ends: no later than `kLongestTimeLimit`, so that no sum overflows.
+[[nodiscard]] inline std::chrono::steady_clock::time_point deadline_after(
+    std::chrono::milliseconds limit) noexcept {
+  return std::chrono::steady_clock::now() +
+         std::clamp(limit, std::chrono::milliseconds(0), kLongestTimeLimit);
+}
 
 /// What a thread has waited for other ranks in the call that it is in.
 struct CallClock {

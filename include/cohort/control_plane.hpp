@@ -42,8 +42,6 @@ namespace cohort {
 
 /// Default of every wait on the host that no option sets.
 inline constexpr std::chrono::milliseconds kDefaultTimeLimit{60'000};
-/// The longest time limit: no wait is unbounded.
-inline constexpr std::chrono::milliseconds kLongestTimeLimit = std::chrono::hours(24 * 365);
 
 /// Messages between the ranks of one group. Collective calls are made by every rank of the group
 /// in the same order; one thread at a time uses a control plane.
@@ -230,7 +228,7 @@ class MessageControlPlane : public ControlPlane {
         channel_(detail::kHashSeed),
         given_once_(false),
         exchanged_(members_.size(), Deadline::min()) {
-    if (limit <= std::chrono::milliseconds(0) || limit > kLongestTimeLimit) {
+    if (!is_time_limit(limit)) {
       throw ConfigError(fmt::format("control plane {}: expected a time limit of 1 to {} ms, got {}",
                                     name_, kLongestTimeLimit.count(), limit.count()));
     }

@@ -118,9 +118,11 @@ class GroupBase {
   }
 
   /// Waits until the stream is idle, watching the peers as well. Throws `TimeoutError` naming the
-  /// missing ranks, `TransportError` where a peer failed.
+  /// missing ranks, `TransportError` where a peer failed, and `UsageError`, which leaves the group
+  /// as it is, for a limit that is not positive; `kLongestTimeLimit` is the longest.
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) {
     throw_if_closed();
+    limit = checked_limit("synchronize", limit);
     if (parts_.transport != nullptr) {
       parts_.transport->synchronize(stream, limit);
     } else if (stream.valid()) {
@@ -195,6 +197,13 @@ class GroupBase {
     }
   }
 
+  /// Local, before teardown of a group whose ranks no longer wait for each other.
+  void forsake_peers() noexcept {
+    if (parts_.transport != nullptr) {
+      parts_.transport->forsake_peers();
+    }
+  }
+
   /// How long teardown waits for calls that may still come to their end.
   static constexpr std::chrono::milliseconds kTeardownPatience{5'000};
 
@@ -217,6 +226,7 @@ class GroupBase {
     try {
       parts_.control->barrier();  // no rank may still be reading what goes away
     } catch (...) {
+      forsake_peers();
       close();
       throw;
     }

@@ -99,7 +99,7 @@ class ParallelState {
   ParallelState(const ParallelState&) = delete;
   ParallelState& operator=(const ParallelState&) = delete;
   ~ParallelState() {
-    settle();
+    settle(any_failed());  // nobody knows who else is still there
     close_audiences();
     if (formed_ != nullptr) {
       formed_->clear();
@@ -242,7 +242,7 @@ class ParallelState {
       failure = std::current_exception();
     }
     shut_down_ = true;
-    settle();
+    settle(failure != nullptr);
     close_audiences();
     for (auto group = formed_->rbegin(); group != formed_->rend(); ++group) {
       (*group)->close();
@@ -437,8 +437,9 @@ class ParallelState {
     }
   }
 
-  /// All groups within one patience: a call of one holds up the device of all.
-  void settle() noexcept {
+  /// All groups within one patience: a call of one holds up the device of all. `without_peers`:
+  /// ranks may be gone, so no group waits for them any longer; each would take its time.
+  void settle(bool without_peers) noexcept {
     if (formed_ == nullptr) {
       return;
     }
@@ -448,6 +449,16 @@ class ParallelState {
           std::max(std::chrono::milliseconds::zero(),
                    std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now())));
     }
+    if (without_peers) {
+      for (GroupCoordinator* const group : *formed_) {
+        group->forsake_peers();
+      }
+    }
+  }
+  [[nodiscard]] bool any_failed() const noexcept {
+    return formed_ != nullptr &&
+           std::any_of(formed_->begin(), formed_->end(),
+                       [](const GroupCoordinator* group) { return group->failed(); });
   }
   void close_audiences() noexcept {
     for (const auto& known : audiences_) {

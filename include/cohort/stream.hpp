@@ -9,6 +9,7 @@
 #include <string>
 #include <utility>
 
+#include "cohort/call_time.hpp"
 #include "cohort/error.hpp"
 
 /// \file
@@ -174,9 +175,10 @@ class StreamRef {
   void check_at_launch(const std::shared_ptr<const Lifeline>& owner) const {
     checked("check_at_launch").check_at_launch(native_, owner);
   }
-  /// Waits until the stream is empty. Throws `TimeoutError` after `limit`.
+  /// Waits until the stream is empty. Throws `TimeoutError` after `limit`, and `UsageError` where
+  /// that is not positive; `kLongestTimeLimit` is the longest.
   void synchronize(std::chrono::milliseconds limit) const {
-    checked("synchronize").synchronize(native_, limit);
+    checked("synchronize").synchronize(native_, checked_limit("synchronize", limit));
   }
 
   friend constexpr bool operator==(const StreamRef&, const StreamRef&) = default;

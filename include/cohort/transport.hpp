@@ -242,6 +242,10 @@ class Transport {
   /// ended keeps its memory when the transport goes.
   virtual void settle(std::chrono::milliseconds /*patience*/) noexcept {}
 
+  /// Teardown shall not wait for peers, of which some may be gone. Local; the group makes no call
+  /// afterwards.
+  virtual void forsake_peers() noexcept {}
+
   /// Collective. At least so many lanes: a call of one lane needs no order against those of others,
   /// where the transport's own kernels carry it. A transport whose calls block has nothing to do.
   virtual void reserve_lanes(int /*lanes*/) {}

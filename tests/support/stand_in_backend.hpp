@@ -24,14 +24,18 @@ struct StandIns {
   /// Before connecting the group.
   using Connect = std::function<void(ControlPlane& group)>;
 
+  /// When a transport shall no longer wait for peers.
+  using Forsake = std::function<void(const ControlPlane& group)>;
+
   Register register_segment = {};
   Connect connect = {};
+  Forsake forsake_peers = {};
 };
 
 class StandInTransport final : public Transport {
  public:
-  StandInTransport(std::unique_ptr<Transport> real, ControlPlane& group, StandIns::Register step)
-      : real_(std::move(real)), group_(group), step_(std::move(step)) {}
+  StandInTransport(std::unique_ptr<Transport> real, ControlPlane& group, StandIns steps)
+      : real_(std::move(real)), group_(group), steps_(std::move(steps)) {}
 
   [[nodiscard]] std::string_view name() const noexcept override { return real_->name(); }
   [[nodiscard]] const SymmetricCapabilities& capabilities() const noexcept override {
@@ -44,7 +48,7 @@ class StandInTransport final : public Transport {
   void compare_places() noexcept override { real_->compare_places(); }
   [[nodiscard]] std::unique_ptr<Window> register_segment(Segment& segment) override {
     const auto go_on = [&] { return real_->register_segment(segment); };
-    return step_ ? step_(group_, go_on) : go_on();
+    return steps_.register_segment ? steps_.register_segment(group_, go_on) : go_on();
   }
   void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
                   std::span<const std::int64_t> sizes, StreamRef stream) override {
@@ -78,11 +82,18 @@ class StandInTransport final : public Transport {
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) override {
     real_->synchronize(stream, limit);
   }
+  [[nodiscard]] bool failed() const noexcept override { return real_->failed(); }
+  void forsake_peers() noexcept override {
+    if (steps_.forsake_peers) {
+      steps_.forsake_peers(group_);
+    }
+    real_->forsake_peers();
+  }
 
  private:
   std::unique_ptr<Transport> real_;
   ControlPlane& group_;
-  StandIns::Register step_;
+  StandIns steps_;
 };
 
 class StandInBackend final : public Backend {
@@ -110,8 +121,7 @@ class StandInBackend final : public Backend {
     if (steps_.connect) {
       steps_.connect(group);
     }
-    return std::make_unique<StandInTransport>(real_->connect(group), group,
-                                              steps_.register_segment);
+    return std::make_unique<StandInTransport>(real_->connect(group), group, steps_);
   }
 
  private:

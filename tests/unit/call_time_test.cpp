@@ -50,3 +50,22 @@ TEST_CASE("calls begin anew, and waits outside of any have their limit each", "[
   wait_for(20ms);
   CHECK(left_of(100ms) == 100ms);
 }
+
+TEST_CASE("no time limit overflows, and none is at once over", "[call_time]") {
+  constexpr auto kMost = cohort::kLongestTimeLimit;
+  const auto now = std::chrono::steady_clock::now();
+  for (const auto limit : {std::chrono::milliseconds(std::chrono::hours(24 * 365 * 300)),
+                           std::chrono::milliseconds::max(), kMost + 1ms}) {
+    CHECK(cohort::checked_limit("wait", limit) == kMost);
+    CHECK_FALSE(cohort::is_time_limit(limit));
+    CHECK(deadline_after(limit) >= now + kMost);
+  }
+  CHECK(cohort::checked_limit("wait", 1ms) == 1ms);
+  CHECK(cohort::is_time_limit(1ms));
+  CHECK(cohort::is_time_limit(kMost));
+  for (const auto limit : {0ms, -1ms, std::chrono::milliseconds::min()}) {
+    CHECK_THROWS_AS(cohort::checked_limit("wait", limit), cohort::UsageError);
+    CHECK_FALSE(cohort::is_time_limit(limit));
+    CHECK(deadline_after(limit) >= now);
+  }
+}

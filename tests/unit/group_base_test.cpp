@@ -33,6 +33,20 @@ TEST_CASE("calls on several streams are ordered", "[group]") {
   });
 }
 
+TEST_CASE("a wait whose limit cannot be leaves the group as it is", "[group]") {
+  run_ranks(2, [](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2, .dcp = 2});
+    HostStream stream;
+    for (const auto limit : {std::chrono::milliseconds(0), std::chrono::milliseconds::min()}) {
+      check_throws<UsageError>([&] { state.dcp().synchronize(stream, limit); }, "at least 1 ms");
+      check_throws<UsageError>([&] { stream.ref().synchronize(limit); }, "at least 1 ms");
+    }
+    check(!state.dcp().failed(), "failed");
+    state.dcp().synchronize(stream, std::chrono::milliseconds::max());
+    stream.ref().synchronize(std::chrono::milliseconds::max());
+  });
+}
+
 TEST_CASE("a call asks its stream once for its capture", "[group]") {
   run_ranks(2, [](ControlPlane& world) {
     auto state = make_state(world, {.tp = 2, .dcp = 2});

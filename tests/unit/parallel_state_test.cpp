@@ -470,6 +470,34 @@ TEST_CASE("teardown closes every group, whatever state the groups are in", "[sta
   });
 }
 
+TEST_CASE("where the ranks cannot wait for each other no group waits for peers in teardown",
+          "[state]") {
+  const bool out_of_step = GENERATE(false, true);
+  run_ranks(2, [&](ControlPlane& world) {
+    std::vector<std::string> forsaken;
+    const auto backend = std::make_shared<StandInBackend>(
+        StandIns{.forsake_peers = [&](const ControlPlane& g) { forsaken.push_back(g.name()); }});
+    ParallelOptions options;
+    options.layout = {.tp = 2, .dcp = 2};
+    options.backend = backend;
+    auto state = ParallelState::create(world, options);
+    if (!out_of_step) {
+      state.shutdown();
+      check(forsaken.empty(), "all were there");
+      return;
+    }
+    auto& control = state.world().control();
+    check_throws<SymmetryError>(
+        [&] { world.rank() == 0 ? control.barrier() : (void)control.all_gather({}); }, "rank");
+    check_throws<TransportError>([&] { state.shutdown(); }, "form a new group");
+    std::size_t groups = 0;
+    for (const GroupCoordinator* group : state.groups()) {
+      groups += group->size() > 1 ? 1U : 0U;
+    }
+    check_equal(forsaken.size(), groups, "groups that wait no longer");
+  });
+}
+
 TEST_CASE("ranks that differ get errors that name them", "[divergence]") {
   for (const int n : {2, 3, 4}) {
     DYNAMIC_SECTION(n << " ranks") {

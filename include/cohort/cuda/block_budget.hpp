@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <fmt/format.h>
+
 #include <algorithm>
+#include <string>
 
 #include "cohort/cuda/inbox.hpp"
 
@@ -33,6 +36,20 @@ inline constexpr int kSpareMultiprocessors = 4;
   const int fair = demand.multiprocessors / ranks;
   const int spared = demand.multiprocessors - kSpareMultiprocessors;
   return std::clamp(others == 0 ? fair : std::min(fair, spared / others), 1, kMaxPeerBlocks);
+}
+
+/// What to warn of where so many lanes are more than the kernels that the budget was made for; ""
+/// where they are not.
+[[nodiscard]] inline std::string lanes_warning(int lanes, int kernels_at_once) {
+  if (lanes <= kernels_at_once) {
+    return {};
+  }
+  return fmt::format(
+      "{} lanes with CudaOptions::kernels_at_once = {}: own kernels on more than {} of them at "
+      "once "
+      "may keep each other off the cards, from three ranks on until the time limit; give "
+      "kernels_at_once as many as there are lanes, and one for each other stream with calls",
+      lanes, kernels_at_once, kernels_at_once);
 }
 
 /// The blocks of one call: the caller's limit, 0 for none, within the budget.

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "cohort/call_time.hpp"
 #include "cohort/cuda/handles.hpp"
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
@@ -398,7 +399,7 @@ class CudaStreamDriver final : public StreamDriver {
 
   /// `idle`, asked until the limit.
   [[nodiscard]] bool idle_within(void* native, std::chrono::milliseconds limit) const {
-    const auto deadline = std::chrono::steady_clock::now() + limit;
+    const auto deadline = detail::deadline_after(limit);
     detail::PollPause pause;
     while (!idle(native)) {
       if (std::chrono::steady_clock::now() >= deadline) {

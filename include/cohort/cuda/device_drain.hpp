@@ -11,6 +11,7 @@
 #include <mutex>
 #include <thread>
 
+#include "cohort/call_time.hpp"
 #include "cohort/cuda/handles.hpp"
 #include "cohort/log.hpp"
 
@@ -100,7 +101,7 @@ struct DrainAttempts {
 /// graph, is done within the limit. False where a capture forbids to ask.
 [[nodiscard]] inline bool device_idle_within(int device, std::chrono::milliseconds limit) noexcept {
   try {
-    const auto deadline = std::chrono::steady_clock::now() + limit;
+    const auto deadline = detail::deadline_after(limit);
     bool fresh = false;
     do {
       const auto joined = detail::DrainAttempts::get().join(device);

@@ -112,7 +112,7 @@ class MpiByteRun {
   // MPI writes the handle when the request completes, so it must outlive a wait that is given up.
   auto target = std::make_unique<MPI_Comm>(MPI_COMM_NULL);
   mpi_check(MPI_Comm_idup(parent, target.get(), &request), "MPI_Comm_idup");
-  const Deadline deadline = Clock::now() + limit;
+  const Deadline deadline = deadline_after(limit);
   PollPause pause(kMpiYieldFor);
   for (int done = 0;;) {
     mpi_check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), "MPI_Test");
@@ -322,7 +322,7 @@ class MpiMessenger : public Messenger {
 
   bool drain() noexcept {
     try {
-      const Deadline deadline = Clock::now() + limit_;
+      const Deadline deadline = detail::deadline_after(limit_);
       detail::PollPause pause(detail::kMpiYieldFor);
       for (reap(); !sent_.empty(); reap()) {
         if (Clock::now() >= deadline) {

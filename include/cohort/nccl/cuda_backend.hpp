@@ -33,7 +33,7 @@ struct CudaOptions {
   /// `false` keeps the library from mapping peers' memory: no inboxes, no peer kernels. Equal on
   /// all ranks.
   bool peer_mapping = true;
-  /// Time limit of a wait in one of the library's kernels.
+  /// Time limit of a wait in one of the library's kernels: 1 ms to `kLongestTimeLimit`.
   std::chrono::milliseconds kernel_limit{60'000};
   /// Own kernels of all groups that this rank may have under way at once, on as many streams; calls
   /// of NCCL count as well. Decides how many multiprocessors one kernel may hold, because kernels
@@ -50,7 +50,8 @@ struct CudaOptions {
 /// One device. Restores the caller's current device after every call.
 class CudaBackend final : public Backend {
  public:
-  /// Throws `ConfigError` where the device does not exist or the library has no code for it,
+  /// Throws `ConfigError` for an option that cannot be, and where the device does not exist or the
+  /// library has no code for it,
   /// `TransportError`.
   explicit CudaBackend(const CudaOptions& options)
       : options_(options),

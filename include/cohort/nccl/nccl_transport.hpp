@@ -11,13 +11,16 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "cohort/control_plane.hpp"
+#include "cohort/cuda/block_budget.hpp"
 #include "cohort/cuda/cuda_ops.hpp"
 #include "cohort/cuda/cuda_peer_kernels.hpp"
 #include "cohort/cuda/cuda_stream.hpp"
 #include "cohort/cuda/workspace.hpp"
 #include "cohort/error.hpp"
+#include "cohort/log.hpp"
 #include "cohort/nccl/communicator.hpp"
 #include "cohort/nccl/nccl_calls.hpp"
 #include "cohort/nccl/nccl_group.hpp"
@@ -270,12 +273,18 @@ class NcclTransport final : public Transport {
   }
   [[nodiscard]] bool failed() const noexcept override { return group_.failed(); }
   void settle(std::chrono::milliseconds patience) noexcept override { waits_.settle(patience); }
+  void forsake_peers() noexcept override {
+    if (group_.communicator != nullptr) {
+      group_.communicator->mark_broken();
+    }
+  }
 
   void reserve_lanes(int lanes) override {
     while (group_.workspaces.size() < static_cast<std::size_t>(lanes)) {
       group_.workspaces.emplace_back(group_.device);
     }
     if (group_.peers != nullptr) {
+      warn_of_lanes(lanes);
       group_.peers->reserve_lanes(lanes);
     }
   }
@@ -292,6 +301,13 @@ class NcclTransport final : public Transport {
   }
 
  private:
+  /// Once a group.
+  void warn_of_lanes(int lanes) {
+    const std::string text = cuda::lanes_warning(lanes, group_.options.kernels_at_once);
+    if (!text.empty() && group_.rank == 0 && !std::exchange(warned_of_lanes_, true)) {
+      log(LogLevel::warning, fmt::format("group {}: {}", group_.control.name(), text));
+    }
+  }
   void require_peer(const char* what, int peer) const {
     if (peer == group_.rank || peer < 0 || peer >= group_.size) {
       throw UsageError(
@@ -305,6 +321,7 @@ class NcclTransport final : public Transport {
   detail::NcclPacking packing_{group_, calls_};
   detail::NcclUnequalShares unequal_{group_, calls_};
   detail::NcclWaits waits_{group_};
+  bool warned_of_lanes_ = false;
 };
 
 }  // namespace cohort

@@ -5,11 +5,11 @@
 
 #include <algorithm>
 #include <chrono>
-#include <exception>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "cohort/call_time.hpp"
 #include "cohort/cuda/call_signature.hpp"
 #include "cohort/cuda/cuda_stream.hpp"
 #include "cohort/cuda/device_drain.hpp"
@@ -45,7 +45,7 @@ class NcclWaits final : private RankWaits {
   }
 
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) {
-    const auto deadline = std::chrono::steady_clock::now() + limit;
+    const auto deadline = deadline_after(limit);
     PollPause pause;
     while (!group_.streams.idle(stream.native())) {
       if (group_.own_failed()) {
@@ -96,11 +96,7 @@ class NcclWaits final : private RankWaits {
       group_.peers->give_up();
     }
     if (group_.communicator != nullptr) {
-      try {
-        group_.communicator->abort();
-      } catch (const std::exception& error) {
-        log(LogLevel::error, error.what());
-      }
+      group_.communicator->abort();
     }
   }
   [[nodiscard]] std::string failure() const override {

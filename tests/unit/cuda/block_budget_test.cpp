@@ -33,3 +33,9 @@ TEST_CASE("a call's limit lies within the budget", "[block_budget]") {
   CHECK(limited_blocks(124, 16) == 16);
   CHECK(limited_blocks(124, 200) == 124);
 }
+
+TEST_CASE("more lanes than kernels at once are warned of, with what to set", "[block_budget]") {
+  CHECK(lanes_warning(1, 2).empty());
+  CHECK(lanes_warning(2, 2).empty());
+  CHECK_THAT(lanes_warning(3, 2), cohort::test::contains("3 lanes", "kernels_at_once = 2"));
+}

@@ -140,7 +140,7 @@ TEST_CASE("what remembers a stream may outlive it", "[host]") {
     CHECK(other.native() != stream.ref().native());
     CHECK(other.capture_id() == 0);
     stream.ref().wait_for(other);
-    other.synchronize(std::chrono::milliseconds(0));
+    other.synchronize(std::chrono::milliseconds(1));
   }
   CHECK(stream.ref().capture_id() == 0);
   // States come back, so that streams for each request cost no memory.

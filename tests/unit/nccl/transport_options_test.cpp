@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <cohort/nccl/transport_options.hpp>
 
+#include <chrono>
 #include <cohort/cuda/kernels.hpp>
+#include <cohort/error.hpp>
+#include <cohort/nccl/cuda_backend.hpp>
 #include <cstddef>
 
 #include "support/catch.hpp"
@@ -32,4 +35,14 @@ TEST_CASE("the own kernels take what was measured to be faster, and sums and gat
   CHECK(cuda::max_share_bytes(layout) == 512 * 1024);
   CHECK(default_own_max_bytes(Collective::all_reduce, 2, true) <=
         static_cast<std::size_t>(cuda::max_all_reduce_bytes(layout)));
+}
+
+TEST_CASE("a time limit of the kernels that cannot be is refused before anything starts",
+          "[nccl]") {
+  for (const auto limit : {std::chrono::milliseconds(0), std::chrono::milliseconds(-1),
+                           std::chrono::milliseconds(kLongestTimeLimit.count() + 1),
+                           std::chrono::milliseconds::max()}) {
+    CAPTURE(limit.count());
+    CHECK_THROWS_AS(cuda_backend({.kernel_limit = limit}), ConfigError);
+  }
 }
