@@ -91,8 +91,9 @@ template <class Void>
 void check_distinct(std::string_view argument, const BasicTensorView<Void>& out) {
   if (overlaps_itself(out)) {
     throw UsageError(
-        fmt::format("{}: expected elements that lie apart, got shape {} with strides {}", argument,
-                    to_string(out.shape()), to_string(out.strides())));
+        fmt::format("{}: expected elements that can be shown to lie apart, got shape {} with "
+                    "strides {}",
+                    argument, to_string(out.shape()), to_string(out.strides())));
   }
 }
 
@@ -107,12 +108,13 @@ void check_apart(std::string_view argument, const BasicTensorView<A>& out,
   }
 }
 
-/// The same, but a call in place may have `part` of one and the other as the same elements.
+/// The same, but a call in place may have `part` of one and the other as the same elements. Those
+/// of the input then lie apart: otherwise what is still to be read of other parts is overwritten.
 template <class A, class B, class C>
 void check_in_place_or_apart(std::string_view argument, const BasicTensorView<A>& out,
                              const BasicTensorView<B>& x, const BasicTensorView<C>& part,
                              const BasicTensorView<C>& whole) {
-  if (!identical(part, whole) && overlap(out, x)) {
+  if (!identical(part, whole) ? overlap(out, x) : out.numel() != 0 && overlaps_itself(x)) {
     throw UsageError(
         fmt::format("{}: overlaps the input other than where a call in place has it", argument));
   }

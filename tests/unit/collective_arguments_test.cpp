@@ -59,6 +59,14 @@ TEST_CASE("a result may lie on its input only where a call in place has it", "[a
   CHECK_THROWS_MATCHES(
       check_in_place_or_apart("out", all, x, ConstTensorView(all.slice(0, 32, 32)), x), UsageError,
       says("out", "overlaps the input"));
+  // In place, with parts of the input that share elements.
+  const ConstTensorView rows(memory.data(), DType::f32, {2, 32}, {16, 1});
+  const TensorView part(memory.data(), DType::f32, {1, 32});
+  CHECK_THROWS_MATCHES(
+      check_in_place_or_apart("out", part, rows, rows.slice(0, 0, 1), ConstTensorView(part)),
+      UsageError, says("out", "overlaps the input"));
+  CHECK_NOTHROW(check_in_place_or_apart("out", part.slice(0, 0, 0), rows, rows.slice(0, 0, 0),
+                                        ConstTensorView(part.slice(0, 0, 0))));
 }
 
 TEST_CASE("the room of calls counts their results and what they pack", "[arguments]") {

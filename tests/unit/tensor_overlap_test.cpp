@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/tensor_overlap.hpp"
 
+#include <limits>
 #include <random>
 #include <set>
 #include <vector>
@@ -117,4 +118,34 @@ TEST_CASE("overlap is exact for all strides", "[overlap]") {
   CHECK(wrong == 0);
   CHECK(together > 200);
   CHECK(together < 3500);
+}
+
+TEST_CASE("rows side by side are told apart whatever their number", "[overlap]") {
+  const auto at = [](std::int64_t address) { return reinterpret_cast<void*>(address); };
+  constexpr std::int64_t kRows = std::int64_t{1} << 32;
+  const TensorView all(at(1 << 20), DType::f32, {kRows, 3, 2, 64}, {768, 256, 64, 1});
+  CHECK_FALSE(overlap(all.slice(2, 0, 1), all.slice(2, 1, 1)));
+  CHECK_FALSE(overlap(all.slice(3, 0, 32), all.slice(3, 32, 32)));
+  CHECK(overlap(all.slice(3, 0, 33), all.slice(3, 32, 32)));
+  CHECK_FALSE(overlap(all.slice(1, 0, 2), all.slice(1, 2, 1)));
+  CHECK(overlap(all.slice(0, 5, kRows - 5), all.slice(1, 2, 1)));
+  CHECK_FALSE(overlaps_itself(all.transpose(0, 3)));
+}
+
+TEST_CASE("strides that would need a long search, or reach too far, are taken to overlap",
+          "[overlap]") {
+  const auto at = [](std::int64_t address) { return reinterpret_cast<void*>(address); };
+  // Elements apart, strides within half a percent of each other: 19^7 differences.
+  Dims shape{10, 10, 10, 10, 10, 10, 10};
+  Dims strides = shape;
+  std::int64_t step = 1;
+  for (int i = 6; i >= 0; --i, step *= 10) {
+    strides[i] = 200'000'000 + step;
+  }
+  const TensorView tangled(at(1 << 20), DType::u8, shape, strides);
+  CHECK(overlaps_itself(tangled));
+  const std::int64_t far = std::numeric_limits<std::int64_t>::max() / 2;
+  const TensorView endless(at(1 << 20), DType::f32, {4, 4}, {far, 1});
+  CHECK(overlaps_itself(TensorView(at(1 << 20), DType::f32, {4, 4}, {1, far})));
+  CHECK(overlap(endless, tangled));
 }
