@@ -16,7 +16,6 @@
 #include <utility>
 #include <vector>
 
-#include "cohort/call_time.hpp"
 #include "cohort/error.hpp"
 #include "cohort/process_state.hpp"
 #include "cohort/stream.hpp"
@@ -43,9 +42,9 @@ class Recording {
       owners_.push_back(owner);
     }
   }
-  /// Checks the owners, then does the work in order.
+  /// Checks the owners, then does the work in order. Calls have their time limit each, as they do
+  /// where they are not recorded.
   void run() const {
-    const cohort::detail::CallTime time;
     for (const auto& owner : owners_) {
       owner->check();
     }
@@ -142,10 +141,16 @@ class HostStreamDriver final : public StreamDriver {
     --closed_;
     return std::exchange(first_closed_, first_closed_->closed_next);
   }
-  /// The stream has ended.
+  /// The stream has ended. So has a capture that it began: nobody else can end it, and streams that
+  /// joined would record for ever what nothing runs.
   void close(host::StreamState* state) noexcept {
+    std::shared_ptr<host::Recording> dropped;  // outlives the lock
+    if (auto* capture = state->current(); capture != nullptr && capture->origin == state) {
+      capture->ended = true;
+      dropped = std::move(capture->recording);
+    }
+    const auto last = std::exchange(state->capture, nullptr);
     const std::lock_guard lock(mutex_);
-    state->capture.reset();
     state->closed_next = nullptr;
     (closed_++ == 0 ? first_closed_ : last_closed_->closed_next) = state;
     last_closed_ = state;
@@ -172,7 +177,9 @@ class HostStreamDriver final : public StreamDriver {
   return detail::process_wide<HostStreamDriver>("host streams 2");
 }
 
-/// An in-order executor on the calling thread. Used by one thread at a time. May be destroyed
+/// An in-order executor on the calling thread. Used by one thread at a time. Where it is destroyed
+/// before a capture that it began has ended, what was captured is dropped, and the streams that
+/// joined no longer capture. May be destroyed
 /// before the groups, arenas, tensors and graphs that it was used with, other than streams of a
 /// device.
 class HostStream {

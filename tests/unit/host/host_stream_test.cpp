@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cohort/call_time.hpp>
 #include <cohort/host/host_stream.hpp>
 #include <memory>
 #include <set>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -150,6 +152,56 @@ TEST_CASE("what remembers a stream may outlive it", "[host]") {
     states.insert(shortlived.ref().native());
   }
   CHECK(states.size() < 2'000);
+}
+
+TEST_CASE("a stream that ends in a capture of its own frees those that joined", "[host]") {
+  HostStream joined;
+  int runs = 0;
+  const auto needed = std::make_shared<int>(7);
+  const auto event = host_stream_driver().make_event();
+  {
+    HostStream origin;
+    HostStream also_joined;  // ends first, and ends nothing
+    origin.begin_capture();
+    also_joined.ref().wait_for(origin);
+    joined.ref().wait_for(origin);
+    host_stream_driver().record(*event, joined.ref().native());
+    joined.ref().retain_in_capture(needed);
+    joined.submit([&] { runs += 100; });
+    CHECK(joined.ref().capture_id() != 0);
+  }
+  CHECK(needed.use_count() == 1);
+  CHECK(joined.ref().capture_id() == 0);
+  joined.submit([&] { ++runs; });
+  CHECK(runs == 1);
+  CHECK_THROWS_AS(joined.end_capture(), UsageError);
+  CHECK_NOTHROW(joined.ref().synchronize(1ms));
+  host_stream_driver().wait(joined.ref().native(), *event);  // of a capture that is over
+  CHECK(joined.ref().capture_id() == 0);
+  joined.begin_capture();
+  joined.submit([&] { ++runs; });
+  joined.end_capture()->launch(joined);
+  CHECK(runs == 2);
+}
+
+TEST_CASE("the calls of a graph have their time limit each", "[host]") {
+  HostStream stream;
+  std::vector<std::chrono::steady_clock::duration> left;
+  const auto call = [&] {
+    const cohort::detail::CallTime time;
+    const cohort::detail::LimitedWait wait(800ms);
+    left.push_back(wait.deadline() - wait.start());
+    std::this_thread::sleep_for(5ms);
+  };
+  stream.begin_capture();
+  stream.submit(call);
+  stream.submit(call);
+  const auto graph = stream.end_capture();
+  stream.begin_capture();
+  graph->launch(stream);
+  stream.end_capture()->launch(stream);
+  graph->launch(stream);
+  CHECK(left == std::vector<std::chrono::steady_clock::duration>(4, 800ms));
 }
 
 TEST_CASE("enqueue copies arguments only where it must", "[host]") {
