@@ -80,5 +80,8 @@ if(TARGET cohort_cuda)
   endforeach()
   string(CONCAT libs "-L\${libdir} -lcohort_cuda -L${CUDAToolkit_LIBRARY_DIR} -lcudart ${NCCL_LIBRARY} "
                 "-L${CUDAToolkit_LIBRARY_DIR}/stubs -Wl,--push-state,--as-needed -lcuda -Wl,--pop-state")
+  foreach(library IN LISTS CMAKE_DL_LIBS)
+    string(APPEND libs " -l${library}")
+  endforeach()
   cohort_install_pkg_config(cohort-cuda "Cohort on NVIDIA cards" cohort "${cflags}" "${libs}")
 endif()
