@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <chrono>
 #include <string>
@@ -107,6 +109,14 @@ class LimitedWait {
 
   [[nodiscard]] Clock::time_point start() const noexcept { return start_; }
   [[nodiscard]] Clock::time_point deadline() const noexcept { return deadline_; }
+
+  /// For messages: the limit, and the part that this wait had where its call had waited before.
+  [[nodiscard]] std::string describe(std::chrono::milliseconds limit) const {
+    const auto had = std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - start_);
+    return had < limit ? fmt::format("{} ms, which all waits of the call share: this one had {} ms",
+                                     limit.count(), had.count())
+                       : fmt::format("{} ms", limit.count());
+  }
 
   /// The shortest that a wait with this limit can be.
   [[nodiscard]] static constexpr Clock::duration least(Clock::duration limit) noexcept {

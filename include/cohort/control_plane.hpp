@@ -562,9 +562,9 @@ class MessageControlPlane : public ControlPlane {
   void fail_if_missing(const detail::FrameTrailer& trailer, const Wait& wait) const {
     if (!wait.missing.empty()) {
       throw TimeoutError(
-          fmt::format("{} #{} of group {} ({} ranks): rank {} did not arrive within {} ms",
+          fmt::format("{} #{} of group {} ({} ranks): rank {} did not arrive within {}",
                       to_string(trailer.call), trailer.sequence, name_, size(),
-                      detail::joined(wait.missing, ", "), wait.limit.count()),
+                      detail::joined(wait.missing, ", "), wait.time.describe(wait.limit)),
           wait.missing);
     }
   }

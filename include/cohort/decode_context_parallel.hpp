@@ -68,8 +68,9 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// besides; and the library's inboxes and scratch. What an eager step returned is released before
   /// the next eager step begins, what a captured one returned before the next capture; both live on
   /// through steps of the other kind. Results that live longer, also of `x = group.call(...)` until
-  /// the new one is there, need `reserve` for themselves, or the `_into` forms. Throws `UsageError`
-  /// for a shape that cannot be, and as `GroupCoordinator::reserve`.
+  /// the new one is there, need the `_into` forms, with tensors that were allocated before this
+  /// call: reservations do not add up, as `GroupCoordinator::reserve` says. Throws `UsageError` for
+  /// a shape that cannot be, and as `GroupCoordinator::reserve`.
   void reserve_for(const DecodeShape& shape) {
     throw_if_closed();
     const std::int64_t least =

@@ -95,7 +95,9 @@ class GroupBase {
                : Audience{};
   }
 
-  /// Collective. Makes room for a block of `bytes` in the group's arena.
+  /// Collective. Makes room for a block of `bytes` in the group's arena. Nothing is done where one
+  /// fits already: the room of several reservations, of `reserve_for` and `reserve_for_calls` too,
+  /// is that of the greatest, not the sum, unless what is to live on is allocated in between.
   void reserve(std::size_t bytes) {
     throw_if_closed();
     arena_->reserve(bytes);
@@ -105,8 +107,9 @@ class GroupBase {
   /// scratch of layouts that have to be packed. What an eager pass over the list returned is
   /// released before the next eager one begins, what a captured one returned before the next
   /// capture; both live on through passes of the other kind. A result that lives longer, as in
-  /// `x = group.call(...)` until the new one is there, is one more call in the list. Throws
-  /// `UsageError` for a shape that cannot be, and as `reserve`.
+  /// `x = group.call(...)` until the new one is there, is one more call in the list. Does not add
+  /// up with other reservations, as `reserve` says: all calls whose results live at once go into
+  /// one list. Throws `UsageError` for a shape that cannot be, and as `reserve`.
   void reserve_for_calls(std::span<const CollectiveShape> calls) {
     throw_if_closed();
     reserve_room(room_of(calls, size_));

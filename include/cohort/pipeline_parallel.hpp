@@ -76,13 +76,22 @@ class PipelineParallelGroup : public GroupCoordinator {
 
   /// Receives the previous stage's set into these tensors. Throws `SymmetryError` naming the first
   /// name, dtype or shape that differs, before any byte is received; the bytes of that hand-over
-  /// are then received and dropped, so the group works on. `UsageError` on the first stage.
+  /// are then received and dropped, so the group works on. `UsageError` on the first stage, and for
+  /// tensors that overlap.
   void recv_tensors_into(std::span<const NamedView> tensors, StreamRef stream = {}) {
     const int from = neighbour("recv_tensors", prev(), "first");
     for (const auto& [name, tensor] : tensors) {
       const std::string argument = fmt::format("recv_tensors {}", name);
       check_device(argument, tensor);
       check_distinct(argument, tensor);
+    }
+    for (std::size_t i = 1; i < tensors.size(); ++i) {
+      for (std::size_t other = 0; other < i; ++other) {
+        if (overlap(tensors[i].tensor, tensors[other].tensor)) {
+          throw UsageError(fmt::format("recv_tensors {}: must not overlap {}", tensors[i].name,
+                                       tensors[other].name));
+        }
+      }
     }
     const detail::CallTime time;
     const auto described = receive_description(from);

@@ -146,7 +146,8 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// The same for a caller that has asked the stream for its capture.
   [[nodiscard]] Tensor empty(const Dims& shape, DType dtype, StreamRef stream, CaptureId capture);
 
-  /// Collective. Grows the arena until a block of `bytes` fits without further growth.
+  /// Collective. Grows the arena until a block of `bytes` fits without further growth. A
+  /// second reservation does nothing where its block fits into what the first one made.
   /// Throws as growth does, and `UsageError` when frozen.
   void reserve(std::size_t bytes) {
     throw_if_closed();

@@ -40,6 +40,15 @@ TEST_CASE("the waits of a call share its limit", "[call_time]") {
   std::thread([] { CHECK(left_of(800ms) == 800ms); }).join();
 }
 
+TEST_CASE("a wait says how much of the limit it had", "[call_time]") {
+  CHECK(LimitedWait(800ms).describe(800ms) == "800 ms");
+  const CallTime call;
+  CHECK(LimitedWait(800ms).describe(800ms) == "800 ms");
+  wait_for(50ms);
+  CHECK(LimitedWait(40ms).describe(40ms) ==
+        "40 ms, which all waits of the call share: this one had 5 ms");
+}
+
 TEST_CASE("calls begin anew, and waits outside of any have their limit each", "[call_time]") {
   for (int i = 0; i < 2; ++i) {
     const CallTime call;

@@ -90,6 +90,11 @@ TEST_CASE("a set that differs is refused, and the hand-over works on", "[pp]") {
         {{{"a", half}, {"b", b}}, "a f32(4,6) where a f16(4,6) was expected"},
         {{{"a", a}, {"b", b.slice(0, 0, 8)}}, "b f32(9) where b f32(8) was expected"},
         {{{"a", a.transpose(0, 1)}, {"b", b}}, "a f32(4,6) where a f32(6,4) was expected"}};
+    if (!pp.is_first()) {  // nothing is received yet
+      const std::vector<NamedView> overlapping{{"a", b.slice(0, 0, 5)}, {"c", b.slice(0, 4, 5)}};
+      check_throws<UsageError>([&] { pp.recv_tensors_into(overlapping); }, "recv_tensors c",
+                               "must not overlap a");
+    }
     for (const auto& [expected, text] : wrong) {
       if (pp.is_first()) {
         pp.send_tensors(sent);

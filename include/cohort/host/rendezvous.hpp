@@ -327,14 +327,14 @@ class Rendezvous {
         fail_departed(peer, presence);
       }
       if (now > time.deadline()) {
-        fail_late(arrived);
+        fail_late(arrived, time);
       }
       pause();
     }
   }
 
   template <class Arrived>
-  [[noreturn]] void fail_late(const Arrived& arrived) {
+  [[noreturn]] void fail_late(const Arrived& arrived, const cohort::detail::LimitedWait& time) {
     std::vector<int> missing;
     for (int r = 0; r < size(); ++r) {
       if (!arrived(r)) {
@@ -343,9 +343,8 @@ class Rendezvous {
     }
     poison();
     throw TimeoutError(
-        fmt::format("step {} of group {} ({} ranks): rank {} did not arrive within "
-                    "{} ms",
-                    epoch_, group_, size(), cohort::detail::joined(missing, ", "), limit_.count()),
+        fmt::format("step {} of group {} ({} ranks): rank {} did not arrive within {}", epoch_,
+                    group_, size(), cohort::detail::joined(missing, ", "), time.describe(limit_)),
         missing);
   }
 
