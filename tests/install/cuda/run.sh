@@ -9,19 +9,8 @@ library=$2
 here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-passed=0 failed=0
-
-attempt() {
-  local name=$1
-  shift
-  if "$@" >"$work/log" 2>&1; then
-    passed=$((passed + 1))
-  else
-    echo "FAILED: $name"
-    cat "$work/log"
-    failed=$((failed + 1))
-  fi
-}
+# shellcheck source=tests/install/attempt.sh
+source "$here/../attempt.sh"
 
 with_find_package() {
   cmake -S "$here" -B "$work/tree" "-DCMAKE_PREFIX_PATH=$work/prefix" >"$work/configured" &&

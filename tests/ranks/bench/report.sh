@@ -74,7 +74,7 @@ report() { "$bench/report" "$@" --readme README.md --page page.md --plots plots 
 printf '# Title\nbefore\n<!-- results:begin -->\nstale 12345\n<!-- results:end -->\nafter\n' >README.md
 report base.json || fail "report ended with $?"
 has README.md '^# Title$' '^before$' '^after$' 'a CPU (2 cores), 2 ranks, host' 'headline.svg' '7 of 7 rows checked, 0 wrong' \
-  '| communication of one decoded token, batch 1 | 1000.0 us (MPI, staged) | 250.0 us (Cohort, own kernels, one_kernel) | \*\*0.25\*\* |' \
+  '| communication of one token decoded with DCP, batch 1 | 1000.0 us (MPI, staged) | 250.0 us (Cohort, own kernels, one_kernel) | \*\*0.25\*\* |' \
   '| one merge, batch 1 | 8.0 us (MPI, staged) | 2.0 us (Cohort, own kernels, one_kernel) | \*\*0.25\*\* |' '61 layers of 128 heads of 512'
 ! grep -q stale README.md || fail "the old results are still there"
 has page.md '| 2 KiB | 1.00 | 0.40 | \*\*0.40\*\* |' '| 1 | 8.00 | 2.00 | \*\*0.25\*\* |' \
