@@ -197,6 +197,14 @@ GroupParts parts(const std::string& name) {
 /// Whether the world's ranks have a host each, for NCCL.
 bool hosts_of_their_own() { return session().transport->capabilities().nccl_hosts == ranks(); }
 
+/// Skips on all ranks where a group of them all has no windows, with the policy's reason.
+bool skip_all_without_windows() {
+  const auto decision =
+      decide({.enabled = true, .selection = Selection::all()}, GroupKind::tensor_parallel,
+             {.tp = ranks(), .pp = 1, .dcp = 1}, session().transport->capabilities());
+  return skip_all_if(!decision.nccl_windows.on, "no windows here: " + describe(decision));
+}
+
 }  // namespace
 
 TEST_CASE("the environment that was set wins on every rank", "[nccl]") {
@@ -682,14 +690,11 @@ TEST_CASE("segments can be exported", "[nccl]") {
 }
 
 TEST_CASE("in windows NCCL takes its symmetric path, and the guard precedes it", "[nccl][window]") {
-  const auto& found = session().transport->capabilities();
-  const SymmetricOptions options{.enabled = true, .selection = Selection::all()};
-  const ParallelLayout layout{.tp = ranks(), .pp = 1, .dcp = 1};
-  const auto decision = decide(options, GroupKind::tensor_parallel, layout, found);
-  if (skip_all_if(!decision.nccl_windows.on, "no windows here: " + describe(decision))) {
+  if (skip_all_without_windows()) {
     return;
   }
   auto& transport = *session().transport;
+  const auto& found = transport.capabilities();
   const StreamRef stream = session().ref();
   const Device device = session().backend->device();
   constexpr std::size_t kBytes = std::size_t{16} << 20;
@@ -735,11 +740,7 @@ TEST_CASE("in windows NCCL takes its symmetric path, and the guard precedes it",
 
 TEST_CASE("buffers at different places of a window cannot be captured, nor used under debug checks",
           "[nccl][window]") {
-  const SymmetricOptions options{.enabled = true, .selection = Selection::all()};
-  const auto decision =
-      decide(options, GroupKind::tensor_parallel, {.tp = ranks(), .pp = 1, .dcp = 1},
-             session().transport->capabilities());
-  if (skip_all_if(!decision.nccl_windows.on, "no windows here: " + describe(decision))) {
+  if (skip_all_without_windows()) {
     return;
   }
   NcclTransport transport(world(), session().backend->streams(), session().backend->device().index,
@@ -799,11 +800,7 @@ TEST_CASE("buffers at different places of a window cannot be captured, nor used 
 
 TEST_CASE("eager calls of buffers at different places of a window fail the group",
           "[nccl][window][errors]") {
-  const SymmetricOptions options{.enabled = true, .selection = Selection::all()};
-  const auto decision =
-      decide(options, GroupKind::tensor_parallel, {.tp = ranks(), .pp = 1, .dcp = 1},
-             session().transport->capabilities());
-  if (skip_all_if(!decision.nccl_windows.on, "no windows here: " + describe(decision)) ||
+  if (skip_all_without_windows() ||
       skip_all_if(session().transport->peer_kernels() == nullptr, "needs own kernels")) {
     return;
   }
@@ -957,11 +954,7 @@ TEST_CASE("a rank that never comes to an own kernel is named", "[nccl][errors]")
 
 TEST_CASE("a registration whose peer comes when the limit is over touches nobody's memory",
           "[nccl][window][errors]") {
-  const SymmetricOptions options{.enabled = true, .selection = Selection::all()};
-  const auto decision =
-      decide(options, GroupKind::tensor_parallel, {.tp = ranks(), .pp = 1, .dcp = 1},
-             session().transport->capabilities());
-  if (skip_all_if(!decision.nccl_windows.on, "no windows here: " + describe(decision))) {
+  if (skip_all_without_windows()) {
     return;
   }
   constexpr std::size_t kBytes = std::size_t{8} << 20;
