@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <atomic>
 #include <cohort/process_state.hpp>
+#include <deque>
 #include <stdexcept>
 #include <string_view>
 #include <thread>
@@ -10,8 +11,19 @@
 
 using namespace cohort::detail;
 
+namespace {
+
+/// A registry that lives as long as the process, as real ones do: what it holds is never freed, and
+/// a leak checker must find it reachable.
+ProcessRegistry& new_registry() {
+  static auto& registries = *new std::deque<ProcessRegistry>;
+  return registries.emplace_back();
+}
+
+}  // namespace
+
 TEST_CASE("an object is made once and found by its name", "[process_state]") {
-  ProcessRegistry registry;
+  ProcessRegistry& registry = new_registry();
   int made = 0;
   const auto make = [&] { return std::make_unique<int>(++made); };
   int& first = object_of_process<int>(registry, "first", make);
@@ -23,14 +35,14 @@ TEST_CASE("an object is made once and found by its name", "[process_state]") {
 }
 
 TEST_CASE("what the maker throws comes out, and the next call tries again", "[process_state]") {
-  ProcessRegistry registry;
+  ProcessRegistry& registry = new_registry();
   const auto fail = []() -> std::unique_ptr<int> { throw std::runtime_error("no"); };
   CHECK_THROWS_AS(object_of_process<int>(registry, "it", fail), std::runtime_error);
   CHECK(object_of_process<int>(registry, "it", [] { return std::make_unique<int>(3); }) == 3);
 }
 
 TEST_CASE("a maker may ask for other objects", "[process_state]") {
-  ProcessRegistry registry;
+  ProcessRegistry& registry = new_registry();
   const auto four = [] { return std::make_unique<int>(4); };
   const int& five = object_of_process<int>(registry, "five", [&] {
     return std::make_unique<int>(object_of_process<int>(registry, "four", four) + 1);
@@ -40,7 +52,7 @@ TEST_CASE("a maker may ask for other objects", "[process_state]") {
 
 TEST_CASE("threads that ask at once get one object", "[process_state]") {
   for (int round = 0; round < 200; ++round) {
-    ProcessRegistry registry;
+    ProcessRegistry& registry = new_registry();
     std::atomic<int> ready{0};
     std::vector<int*> found(4);
     std::vector<std::thread> threads;
