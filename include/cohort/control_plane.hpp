@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -126,8 +127,14 @@ class ControlPlane {
 
   /// Local. Leaves the group: poisons it and tells the other ranks why, so that none of them waits
   /// for this one; each gets a `SymmetryError` that names it with the reason. Nothing happens where
-  /// it is poisoned already, because then they have been told.
+  /// it is poisoned already, because then they have been told. Any thread may call it.
   virtual void give_up(std::string_view reason) noexcept = 0;
+
+  /// Local, without waiting. Throws what a rank said that has left the group, at whichever call,
+  /// and leaves it as well: for ranks that wait for each other by other means. What a rank of this
+  /// machine said before it did anything that can be seen here, is found. Nothing happens where
+  /// this rank has left.
+  virtual void check_peers() = 0;
 
   /// A control plane of the given ranks of this one, in the given order. Local: no message is
   /// sent, so survivors can form a group without the ranks that left. All of `ranks` pass the same
@@ -329,9 +336,24 @@ class MessageControlPlane : public ControlPlane {
   }
 
   void give_up(std::string_view reason) noexcept override {
-    if (!poisoned_ && mailbox_->owner().is_here()) {
+    if (mailbox_->owner().is_here()) {
       leave(sequence_,
             [&] { return detail::GiveUp::by(rank_, fmt::format("group {}: {}", name_, reason)); });
+    }
+  }
+
+  void check_peers() override {
+    if (size() == 1 || poisoned_ || !mailbox_->owner().is_here()) {
+      return;
+    }
+    const detail::Watch any{channel_, members_, std::nullopt};
+    mailbox_->look(any);
+    const std::uint32_t next = sequence_;
+    try {
+      throw_if_told({channel_, detail::ControlCall::gave_up, next}, any);
+    } catch (const Error&) {
+      leave(next, [&] { return detail::GiveUp::because(std::current_exception(), rank_, heard_); });
+      throw;
     }
   }
 
@@ -440,7 +462,9 @@ class MessageControlPlane : public ControlPlane {
   /// Poisons the group and tells the others. They may be dead, and then there is nobody to tell.
   template <class Why>
   void leave(std::uint32_t sequence, const Why& why) noexcept {
-    poisoned_ = true;
+    if (poisoned_.exchange(true)) {
+      return;
+    }
     try {
       const auto reason = why().serialize();
       const detail::FrameTrailer trailer{channel_, detail::ControlCall::gave_up, sequence};
@@ -580,8 +604,9 @@ class MessageControlPlane : public ControlPlane {
   Deadline told_ =
       Deadline::min();  // when this rank arrived in the last call in which all wait for all
   std::vector<Deadline> exchanged_;  // when it last sent to each in an exchange
-  std::uint32_t sequence_ = 0;
-  bool poisoned_ = false;
+  // Others may give up while a thread is in a call.
+  std::atomic<std::uint32_t> sequence_{0};
+  std::atomic<bool> poisoned_{false};
 };
 
 }  // namespace cohort

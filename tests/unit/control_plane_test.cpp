@@ -361,6 +361,29 @@ TEST_CASE("giving up tells the others at once, whatever they wait for") {
   CHECK(seconds_since(start) < 20);
 }
 
+TEST_CASE("ranks that wait by other means learn who has left, and leave as well") {
+  std::atomic<bool> told = false;
+  run_ranks(3, [&](ControlPlane& plane) {
+    plane.barrier();
+    plane.check_peers();
+    check(!plane.poisoned(), "nobody has left");
+    if (plane.rank() == 0) {
+      std::thread([&] { plane.give_up("its stream stood still"); }).join();
+      plane.check_peers();  // its own words are no news
+      told = true;
+      return;
+    }
+    while (!told) {
+      std::this_thread::yield();
+    }
+    check_throws<SymmetryError>([&] { plane.check_peers(); }, "rank 0 gave up", "group world",
+                                "its stream stood still");
+    check(plane.poisoned(), "poisoned");
+    plane.check_peers();
+    check_throws<TransportError>([&] { plane.barrier(); }, "form a new group");
+  });
+}
+
 TEST_CASE("what is sent to a group that has ended does not stay") {
   const auto planes = make_thread_control_planes(2, 200ms);
   const auto held = [&](int rank) {
