@@ -26,7 +26,9 @@ struct DecodeShape {
   std::int64_t latent = 0;    ///< elements of q_nope for each head
   std::int64_t rope = 0;      ///< elements of q_pe for each head
   std::int64_t value = 0;     ///< D: elements of the attention's output for each head
-  DType dtype = DType::bf16;  ///< Of queries and partial outputs.
+  DType dtype = DType::bf16;  ///< Of partial outputs, and of queries where nothing else is said.
+  std::optional<DType> query_dtype = {};  ///< Of q_nope, and of q_pe where nothing else is said.
+  std::optional<DType> rope_dtype = {};   ///< Of q_pe.
 };
 
 /// In which precision the staged plan corrects and reduces.
@@ -86,6 +88,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
       static_cast<void>(numel({size(), shape.batch, shape.heads, extent}));  // throws on overflow
     }
     const detail::CallTime time;
+    static_cast<void>(numel({shape.batch, shape.heads, query_row_bytes(shape)}));
     reserve_room(room_of_step(shape));
     if (PeerKernels* kernels = peer_kernels()) {
       kernels->reserve(std::max(query_bytes(shape), pieces_bytes(shape)));
@@ -93,11 +96,20 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   }
 
   /// The queries of all heads on every rank: q [B, H, Dn + Dr] from this rank's q_nope [B, H/n, Dn]
-  /// and q_pe [B, H/n, Dr]. Heads come in rank order. Inputs may lie in any memory and have any
-  /// strides with the last dimension without gaps. On cards each part's row has a multiple of 16
-  /// bytes, and a rank's parts less than 2 GiB; anything else is a `UsageError`.
+  /// and q_pe [B, H/n, Dr], of any type. Heads come in rank order. Inputs may lie in any memory and
+  /// have any strides with the last dimension without gaps. On cards each part's row has a multiple
+  /// of 16 bytes, and a rank's parts less than 2 GiB; anything else is a `UsageError`.
+  ///
+  /// Parts of different types, such as 8-bit floats and their scales, give rows of bytes: q is u8,
+  /// and each row holds the bytes of q_nope's and then those of q_pe's. As tensors again, without a
+  /// copy: `q.view().slice(2, 0, 576).reinterpret(DType::f8_e4m3)` and
+  /// `q.view().slice(2, 576, 16).reinterpret(DType::f32)`.
   [[nodiscard]] Tensor gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                                     StreamRef stream = {}) {
+    if (q_nope.dtype() != q_pe.dtype()) {
+      const QueryBytes bytes(q_nope, q_pe);
+      return gather_query(bytes.nope, bytes.pe, stream);
+    }
     check_call("gather_query q_nope", q_nope);
     const Dims shape = check_query(q_nope, q_pe);
     const Call call = begin(stream);
@@ -112,6 +124,11 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// a copy: what a rank sends then lies in one piece in it.
   void gather_query_into(const TensorView& q, const ConstTensorView& q_nope,
                          const ConstTensorView& q_pe, StreamRef stream = {}) {
+    if (q_nope.dtype() != q_pe.dtype()) {
+      const QueryBytes bytes(q_nope, q_pe);
+      gather_query_into(q, bytes.nope, bytes.pe, stream);
+      return;
+    }
     check_call("gather_query q_nope", q_nope);
     check_like("gather_query q", q, q_nope, check_query(q_nope, q_pe));
     check_rows("gather_query q", q);
@@ -161,9 +178,14 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   [[nodiscard]] MergeChoice last_merge_choice() const { return {last_.plan, reason(last_)}; }
 
  private:
+  [[nodiscard]] static std::int64_t query_row_bytes(const DecodeShape& shape) {
+    const DType nope = shape.query_dtype.value_or(shape.dtype);
+    return shape.latent * static_cast<std::int64_t>(size_of(nope)) +
+           shape.rope * static_cast<std::int64_t>(size_of(shape.rope_dtype.value_or(nope)));
+  }
   [[nodiscard]] static std::size_t query_bytes(const DecodeShape& shape) {
     return static_cast<std::size_t>(shape.batch * shape.heads) *
-           static_cast<std::size_t>(shape.latent + shape.rope) * size_of(shape.dtype);
+           static_cast<std::size_t>(query_row_bytes(shape));
   }
   /// Bytes of one piece for each rank.
   [[nodiscard]] std::size_t pieces_bytes(const DecodeShape& shape) const {
@@ -175,12 +197,12 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// The blocks of a step, as the calls below allocate them.
   [[nodiscard]] StepRoom room_of_step(const DecodeShape& shape) const {
     const std::int64_t own = shape.heads / size();
-    const std::int64_t query = shape.latent + shape.rope;
+    const std::int64_t query = query_row_bytes(shape);
     StepRoom room;
-    room.add_block({shape.batch, shape.heads, query}, shape.dtype);
+    room.add_block({shape.batch, shape.heads, query}, DType::u8);
     room.add_block({shape.batch, own, shape.value}, shape.dtype);
     if (size() > 1) {
-      room.add_block({own, shape.batch, query}, shape.dtype);
+      room.add_block({own, shape.batch, query}, DType::u8);
     }
     const Dims lses{size(), shape.batch, shape.heads};
     if (merge_.plan == MergePlan::staged && size() > 1) {
@@ -242,22 +264,33 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     return {};
   }
 
-  /// Checks the query's parts; the shape of the whole.
+  /// Checks the query's parts, of one type; the shape of the whole.
   [[nodiscard]] Dims check_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe) const {
-    if (q_nope.ndim() != 3) {
-      throw UsageError(fmt::format("gather_query q_nope: expected [B, H/n, Dn], got {}",
-                                   to_string(q_nope.shape())));
-    }
-    if (q_pe.ndim() != 3) {
-      throw UsageError(
-          fmt::format("gather_query q_pe: expected [B, H/n, Dr], got {}", to_string(q_pe.shape())));
-    }
+    check_part("gather_query q_nope", "[B, H/n, Dn]", q_nope);
+    check_part("gather_query q_pe", "[B, H/n, Dr]", q_pe);
     check_like("gather_query q_pe", q_pe, q_nope, {q_nope.size(0), q_nope.size(1), q_pe.size(2)});
-    check_rows("gather_query q_nope", q_nope);
-    check_rows("gather_query q_pe", q_pe);
     refuse("gather_query", backend().ops().query_obstacle(q_nope, q_pe));
     return {q_nope.size(0), q_nope.size(1) * size(), q_nope.size(2) + q_pe.size(2)};
   }
+  static void check_part(std::string_view argument, std::string_view shape,
+                         const ConstTensorView& part) {
+    if (part.ndim() != 3) {
+      throw UsageError(
+          fmt::format("{}: expected {}, got {}", argument, shape, to_string(part.shape())));
+    }
+    check_rows(argument, part);
+  }
+  /// Parts whose types differ, as bytes.
+  struct QueryBytes {
+    ConstTensorView nope, pe;
+
+    QueryBytes(const ConstTensorView& q_nope, const ConstTensorView& q_pe) {
+      check_part("gather_query q_nope", "[B, H/n, Dn]", q_nope);
+      check_part("gather_query q_pe", "[B, H/n, Dr]", q_pe);
+      nope = q_nope.reinterpret(DType::u8);
+      pe = q_pe.reinterpret(DType::u8);
+    }
+  };
 
   [[nodiscard]] Dims merged_shape(const ConstTensorView& out) const {
     if (out.ndim() != 3 || out.size(1) % size() != 0) {

@@ -246,6 +246,31 @@ class BasicTensorView {
     return {data_, dtype_, shape, device_};
   }
 
+  /// The same bytes as elements of another type, like torch's `view(dtype)`: the last dimension
+  /// counts the new elements. Throws `UsageError` where it has gaps, or the memory, a row or a step
+  /// between rows is not a whole number of new elements.
+  [[nodiscard]] BasicTensorView reinterpret(DType dtype) const {
+    const auto from = static_cast<std::int64_t>(size_of(dtype_));
+    const auto to = static_cast<std::int64_t>(size_of(dtype));
+    const int last = ndim() - 1;
+    Dims shape = shape_;
+    Dims strides = strides_;
+    bool fits = last >= 0 && (numel_ == 0 || shape_[last] == 1 || strides_[last] == 1);
+    fits = fits && (numel_ == 0 || reinterpret_cast<std::uintptr_t>(data_) % size_of(dtype) == 0);
+    for (int d = 0; fits && d < last; ++d) {
+      fits = numel_ == 0 || shape_[d] == 1 || strides_[d] * from % to == 0;
+      strides[d] = strides_[d] * from / to;
+    }
+    if (!fits || shape_[last] * from % to != 0) {
+      throw UsageError(fmt::format("reinterpret: cannot view {}{} with strides {} as {}",
+                                   to_string(dtype_), to_string(shape_), to_string(strides_),
+                                   to_string(dtype)));
+    }
+    shape[last] = shape_[last] * from / to;
+    strides[last] = 1;
+    return {data_, dtype, shape, strides, device_};
+  }
+
  private:
   [[nodiscard]] Void* offset(std::int64_t elements) const noexcept {
     if (data_ == nullptr) {

@@ -583,6 +583,70 @@ TEST_CASE("a query laid out heads first is gathered without a copy", "[nccl][gra
   CHECK((odd ? heads_first.differs(by_heads) : batch_first.differs(by_batch)) == "");
 }
 
+TEST_CASE("a quantised query and its scales are gathered as rows of bytes", "[nccl][graph]") {
+  constexpr std::int64_t kOwn = 4;
+  constexpr std::int64_t kWidth = 576;
+  constexpr std::int64_t kScales = 4;
+  constexpr std::int64_t kRow = kWidth + 4 * kScales;
+  const StreamRef stream = session().ref();
+  for (const bool map_peers : {true, false}) {
+    GroupParts of_group = parts("quantised");
+    of_group.decision.peer_mapping.on =
+        map_peers && ranks() > 1 && of_group.transport->peer_kernels() != nullptr;
+    DecodeContextParallelGroup group(std::move(of_group), {});
+    for (const std::int64_t batch : {1, 3, 64}) {
+      CAPTURE(map_peers, batch);
+      const std::int64_t heads = kOwn * ranks();
+      group.reserve_for({.batch = batch,
+                         .heads = heads,
+                         .latent = kWidth,
+                         .rope = kScales,
+                         .query_dtype = DType::f8_e4m3,
+                         .rope_dtype = DType::f32});
+      const auto segments = group.arena()->statistics().segments;
+      auto nope = tensor(DType::f8_e4m3, {batch, kOwn, kWidth});
+      auto scales = tensor(DType::f32, {batch, kOwn, kScales});
+      auto into = tensor(DType::u8, {batch, heads, kRow});
+      nope.fill([](std::int64_t i) { return value(rank(), i); });
+      scales.fill([](std::int64_t i) { return value(rank(), i, 1); });
+      const auto expected = [&](std::int64_t i) {
+        const std::int64_t h = i / kRow % heads;
+        const std::int64_t row = i / kRow / heads * kOwn + h % kOwn;
+        const int sender = static_cast<int>(h / kOwn);
+        const std::int64_t byte = i % kRow - kWidth;
+        if (byte < 0) {
+          return value(sender, row * kWidth + i % kRow);
+        }
+        std::byte scale[sizeof(float)];
+        encode(DType::f32, value(sender, row * kScales + byte / 4, 1), scale);
+        return std::to_integer<int>(scale[byte % 4]) * 1.0;
+      };
+      group.gather_query_into(into.view(), nope.view(), scales.view(), stream);
+      group.synchronize(stream, kLimit);
+      CHECK(into.differs(expected) == "");
+
+      into.fill([](std::int64_t) { return 255; });
+      Tensor q;
+      stream.driver().begin_capture(stream.native());
+      std::unique_ptr<ExecutableGraph> graph;
+      {
+        CaptureDomain domain;
+        domain.add(group.arena());
+        const CaptureScope scope(domain, stream);
+        q = group.gather_query(nope.view(), scales.view(), stream);
+        CHECK(q.dtype() == DType::u8);
+        session().backend->ops().copy(q, into.view(), stream);
+        graph = stream.driver().end_capture(stream.native());
+        q.reset();
+      }
+      graph->launch(stream);
+      group.synchronize(stream, kLimit);
+      CHECK(into.differs(expected) == "");
+      CHECK(group.arena()->statistics().segments == segments);
+    }
+  }
+}
+
 TEST_CASE("shapes beyond the kernels are refused before anything is enqueued", "[nccl][graph]") {
   const StreamRef stream = session().ref();
   const Device device = session().backend->device();

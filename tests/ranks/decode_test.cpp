@@ -14,6 +14,10 @@ TEST_CASE("merges with exactly known answers") { check_exact_merges(world()); }
 
 TEST_CASE("queries of all heads are gathered in rank order") { check_gather_query(world()); }
 
+TEST_CASE("quantised queries and their scales are gathered as rows of bytes") {
+  check_gather_quantised(world());
+}
+
 TEST_CASE("what was reserved suffices for every plan") { check_reserved_decode(world()); }
 
 TEST_CASE("a decode step is captured whole") { check_captured_decode(world()); }

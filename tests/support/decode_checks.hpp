@@ -360,6 +360,94 @@ inline void check_gather_query(ControlPlane& world) {
   }
 }
 
+/// 8-bit floats and their scales, in rows of bytes, eagerly and in a graph; the room is that which
+/// was reserved for them.
+inline void check_gather_quantised(ControlPlane& world) {
+  const int n = world.size();
+  constexpr std::int64_t kOwn = 3;
+  constexpr std::int64_t kBatch = 5;
+  constexpr std::int64_t kWidth = 576;
+  constexpr std::int64_t kScales = 4;
+  constexpr std::int64_t kRow = kWidth + 4 * kScales;
+  for (const bool map_peers : {true, false}) {
+    auto state = decode_state(world, {}, {.map_peers = map_peers});
+    auto& dcp = state.dcp();
+    HostStream stream;
+    Site site(dcp, Memory::mixed, stream);
+    const auto nope = site.filled({kBatch, kOwn, kWidth}, DType::f8_e4m3, Form::sliced);
+    const auto scales = site.tensor({kOwn, kBatch, kScales}, DType::f32).transpose(0, 1);
+    fill(scales, dcp.rank() + 50);
+    const auto into = site.tensor({kBatch, kOwn * n, kRow}, DType::u8, Form::sliced);
+    dcp.reserve_for({.batch = kBatch,
+                     .heads = kOwn * n,
+                     .latent = kWidth,
+                     .rope = kScales,
+                     .query_dtype = DType::f8_e4m3,
+                     .rope_dtype = DType::f32});
+    const auto segments = dcp.arena()->statistics().segments;
+    dcp.freeze();
+    const auto part = [&](int first, std::int64_t extent) {
+      return [=](std::int64_t flat) {
+        const std::int64_t h = flat / extent % (kOwn * n);
+        const std::int64_t row = flat / extent / (kOwn * n) * kOwn + h % kOwn;
+        return value_at(static_cast<int>(h / kOwn) + first, row * extent + flat % extent);
+      };
+    };
+    const auto check_rows = [&](const TensorView& q, int replay, const std::string& what) {
+      check(q.dtype() == DType::u8 && q.shape() == Dims{kBatch, kOwn * n, kRow}, what);
+      check_values(q.slice(2, 0, kWidth).reinterpret(DType::f8_e4m3), what, part(replay, kWidth));
+      std::vector<std::byte> packed;
+      read_elements(q.slice(2, kWidth, 4 * kScales),
+                    [&](std::int64_t, const std::byte* byte) { packed.push_back(*byte); });
+      check_values(TensorView(packed.data(), DType::f32, {kBatch, kOwn * n, kScales}), what,
+                   part(50, kScales));
+    };
+    const Tensor q = dcp.gather_query(nope, scales, stream);
+    check_rows(q, 0, "rows of bytes");
+    check_values(q.view().slice(2, kWidth, 4 * kScales).reinterpret(DType::f32), "scales",
+                 part(50, kScales));
+    dcp.gather_query_into(into, nope, scales, stream);
+    check_rows(into, 0, "rows of bytes into");
+    Tensor kept;
+    auto graph = state.capture(stream, [&] {
+      kept = dcp.gather_query(nope, scales, stream);
+      dcp.gather_query_into(into, nope, scales, stream);
+    });
+    for (int replay = 1; replay < 3; ++replay) {
+      fill(nope, dcp.rank() + replay);
+      graph.launch(stream);
+      check_rows(kept, replay, "captured");
+      check_rows(into, replay, "captured into");
+    }
+    check_equal(dcp.arena()->statistics().segments, segments, "segments");
+
+    check_throws<UsageError>(
+        [&] { dcp.gather_query_into(into.reinterpret(DType::f8_e4m3), nope, scales, stream); },
+        "gather_query q:", "expected u8", "got f8_e4m3");
+    check_throws<UsageError>([&] { (void)dcp.gather_query(nope, scales.slice(0, 0, 4), stream); },
+                             "gather_query q_pe");
+    check_throws<UsageError>(
+        [&] { (void)dcp.gather_query(nope, TensorView(scales.data(), DType::f32, {60}), stream); },
+        "gather_query q_pe", "[B, H/n, Dr]");
+  }
+  // Room for rows of so many bytes, whatever they hold.
+  const auto room = [&](const DecodeShape& shape) {
+    auto state = decode_state(world, {});
+    state.dcp().reserve_for(shape);
+    return state.dcp().arena()->statistics().reserved;
+  };
+  DecodeShape shape{.batch = 64, .heads = 8 * n, .latent = 288, .value = 8};
+  const auto bytes = room(shape);
+  shape.query_dtype = DType::f8_e5m2;
+  check(room(shape) < bytes, "half the bytes take less room");
+  shape.latent = 576;
+  check_equal(room(shape), bytes, "twice as many elements of half the size");
+  shape.latent = 512;
+  shape.rope = 16;
+  shape.rope_dtype = DType::f32;
+  check_equal(room(shape), bytes, "scales");
+}
+
 /// Steps of random shapes up to what was reserved, eager and captured, in a frozen arena.
 inline void check_reserved_steps(ControlPlane& world) {
   const int n = world.size();
@@ -382,7 +470,9 @@ inline void check_reserved_steps(ControlPlane& world) {
                            .latent = up_to(2) * 128,
                            .rope = up_to(1) * 64,
                            .value = 1 + up_to(1023),
-                           .dtype = random() % 2 == 0 ? DType::bf16 : DType::f32};
+                           .dtype = random() % 2 == 0 ? DType::bf16 : DType::f32,
+                           .query_dtype = random() % 2 == 0 ? DType::f8_e4m3 : DType::f16,
+                           .rope_dtype = random() % 2 == 0 ? DType::f32 : DType::f16};
     dcp.reserve_for(most);
     dcp.freeze();
     const auto segments = dcp.arena()->statistics().segments;
@@ -397,8 +487,8 @@ inline void check_reserved_steps(ControlPlane& world) {
     std::vector<Tensor> captured;
     const auto step = [&](const DecodeShape& s, std::vector<Tensor>& alive) {
       alive.clear();
-      Tensor q = dcp.gather_query(view({s.batch, s.heads / n, s.latent}, s.dtype),
-                                  view({s.batch, s.heads / n, s.rope}, s.dtype), stream);
+      Tensor q = dcp.gather_query(view({s.batch, s.heads / n, s.latent}, *s.query_dtype),
+                                  view({s.batch, s.heads / n, s.rope}, *s.rope_dtype), stream);
       if (random() % 2 == 0) {
         q.reset();
       }
@@ -425,7 +515,9 @@ inline void check_reserved_steps(ControlPlane& world) {
                           .latent = up_to(most.latent),
                           .rope = up_to(most.rope),
                           .value = up_to(most.value),
-                          .dtype = most.dtype};
+                          .dtype = most.dtype,
+                          .query_dtype = most.query_dtype,
+                          .rope_dtype = most.rope_dtype};
       step(s, eager);
       capture(i % 2 == 0 ? s : most);
       if (i % 3 != 0) {

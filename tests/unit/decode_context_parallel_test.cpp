@@ -31,6 +31,12 @@ TEST_CASE("queries of all heads are gathered in rank order", "[dcp]") {
   }
 }
 
+TEST_CASE("quantised queries and their scales are gathered as rows of bytes", "[dcp]") {
+  for (const int n : {1, 2, 3, 4, 8}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_gather_quantised); }
+  }
+}
+
 TEST_CASE("what was reserved suffices for every plan", "[dcp]") {
   for (const int n : {1, 2, 3}) {
     DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_reserved_decode); }
@@ -214,8 +220,8 @@ TEST_CASE("wrong decode arguments are named, and the group works on", "[dcp]") {
             dcp.gather_query_into(q, nope, pe.reshape({4, 4}));
           },
           "gather_query q_pe", "[B, H/n, Dr]");
-      check_throws<UsageError>([&] { dcp.gather_query_into(q, nope, half); }, "gather_query q_pe",
-                               "expected f32(2,2,4)", "f16(2,2,4)");
+      check_throws<UsageError>([&] { dcp.gather_query_into(q, nope, half); },
+                               "gather_query q:", "expected u8", "got f32");
       check_throws<UsageError>([&] { dcp.gather_query_into(q.slice(2, 0, 8), nope, pe); },
                                "gather_query q:");
       const auto wide = site.tensor({2, 2 * n, 24}, DType::f32);

@@ -107,6 +107,33 @@ TEST_CASE("views that cannot be are refused", "[tensor]") {
   CHECK(TensorView(nullptr, DType::f32, {0, 4}).slice(1, 1, 2).data() == nullptr);
 }
 
+TEST_CASE("bytes can be viewed as elements of another type", "[tensor]") {
+  auto values = numbers();
+  const TensorView view(values.data(), DType::f32, {2, 3, 4});
+  const auto bytes = view.reinterpret(DType::u8);
+  CHECK(bytes.shape() == Dims{2, 3, 16});
+  CHECK(bytes.strides() == Dims{48, 16, 1});
+  CHECK(bytes.dtype() == DType::u8);
+  const auto half = bytes.slice(2, 8, 8).reinterpret(DType::f32);
+  CHECK(half.shape() == Dims{2, 3, 2});
+  CHECK(half.strides() == Dims{12, 4, 1});
+  CHECK(*half.data_as<float>() == 2.0F);
+  CHECK(view.reinterpret(DType::i32).strides() == view.strides());
+  CHECK(view.transpose(0, 1).reinterpret(DType::f64).strides() == Dims{2, 6, 1});
+  CHECK(view.slice(2, 1, 1).reinterpret(DType::f16).shape() == Dims{2, 3, 2});
+  CHECK(view.slice(2, 1, 0).reinterpret(DType::f64).shape() == Dims{2, 3, 0});
+  CHECK(TensorView(nullptr, DType::u8, {0, 8}).reinterpret(DType::f64).shape() == Dims{0, 1});
+
+  CHECK_THROWS_MATCHES(view.slice(2, 0, 3).reinterpret(DType::f64), UsageError,
+                       says("reinterpret", "f32(2,3,3)", "f64"));                // the row
+  CHECK_THROWS_AS(view.slice(2, 1, 2).reinterpret(DType::f64), UsageError);      // the memory
+  CHECK_THROWS_AS(view.transpose(0, 2).reinterpret(DType::u8), UsageError);      // gaps
+  CHECK_THROWS_AS(TensorView(values.data(), DType::f32, Dims{2, 2}, Dims{3, 1})  // the step
+                      .reinterpret(DType::f64),
+                  UsageError);
+  CHECK_THROWS_AS(TensorView(values.data(), DType::f32, Dims{}).reinterpret(DType::u8), UsageError);
+}
+
 TEST_CASE("mutable views convert to constant ones, not back", "[tensor]") {
   auto values = numbers();
   const TensorView view(values.data(), DType::f32, {24});

@@ -179,10 +179,6 @@ class CudaPeerKernels final : public PeerKernels {
     if (auto text = cuda::query_obstacle(detail::query_of(q_nope, q_pe)); !text.empty()) {
       return text;
     }
-    if (size_of(q_nope.dtype()) > 4) {
-      return fmt::format("q_nope: expected elements of 1, 2 or 4 bytes, got {}",
-                         to_string(q_nope.dtype()));
-    }
     return obstacle([&] {
       static_cast<void>(cuda::choose_query_path(table().layout, detail::query_of(q_nope, q_pe)));
     });

@@ -371,7 +371,9 @@ void test_queries(Tally& tally, World& world, Random& random) {
        {QueryCase{0, 2, 512, 64, DType::bf16, false}, QueryCase{1, 1, 8, 8, DType::bf16, false},
         QueryCase{1, 16, 512, 64, DType::bf16, false}, QueryCase{3, 5, 64, 0, DType::f16, false},
         QueryCase{2, 3, 16, 8, DType::f32, true}, QueryCase{33, 4, 512, 64, DType::bf16, true},
-        QueryCase{64, 8, 512, 64, DType::bf16, false}, QueryCase{5, 2, 32, 16, DType::u8, false}}) {
+        QueryCase{64, 8, 512, 64, DType::bf16, false}, QueryCase{5, 2, 32, 16, DType::u8, false},
+        QueryCase{33, 4, 576, 16, DType::u8, false}, QueryCase{5, 3, 592, 0, DType::f8_e4m3, true},
+        QueryCase{3, 2, 6, 2, DType::f64, false}}) {
     for (const PeerPath path : {PeerPath::flag_word, PeerPath::flag_line}) {
       tally.expect(
           query_right(world, c, path, random),
