@@ -11,9 +11,9 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
-#include <cohort/control_plane.hpp>
 #include <cohort/error.hpp>
 #include <cohort/log.hpp>
+#include <cohort/messenger.hpp>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

@@ -17,6 +17,7 @@
 #include "cohort/host/host_backend.hpp"
 #include "cohort/log.hpp"
 #include "cohort/merge_plan.hpp"
+#include "cohort/message_control_plane.hpp"
 #include "cohort/messenger.hpp"
 #include "cohort/parallel_state.hpp"
 #include "cohort/pipeline_parallel.hpp"

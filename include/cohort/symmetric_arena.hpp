@@ -24,6 +24,7 @@
 #include "cohort/call_time.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
+#include "cohort/hash.hpp"
 #include "cohort/offset_allocator.hpp"
 #include "cohort/stream.hpp"
 #include "cohort/tensor.hpp"

@@ -15,6 +15,7 @@
 
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
+#include "cohort/message_control_plane.hpp"
 #include "cohort/messenger.hpp"
 
 /// \file

@@ -5,8 +5,8 @@
 #include <array>
 #include <chrono>
 #include <cohort/agreement.hpp>
-#include <cohort/control_plane.hpp>
 #include <cohort/cuda/descriptor_exchange.hpp>
+#include <cohort/message_control_plane.hpp>
 #include <cstdint>
 #include <cstring>
 #include <deque>

@@ -11,8 +11,8 @@
 #include <string>
 #include <string_view>
 
-#include "cohort/control_plane.hpp"
 #include "cohort/dtype.hpp"
+#include "cohort/hash.hpp"
 #include "cohort/transport.hpp"
 
 /// \file

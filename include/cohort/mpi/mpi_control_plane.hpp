@@ -21,6 +21,7 @@
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
+#include "cohort/message_control_plane.hpp"
 #include "cohort/owner_process.hpp"
 #include "cohort/poll_pause.hpp"
 

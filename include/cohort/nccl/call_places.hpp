@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cohort/control_plane.hpp"
+#include "cohort/hash.hpp"
 #include "cohort/nccl/known_faults.hpp"
 #include "cohort/nccl/visibility_guard.hpp"
 #include "cohort/transport.hpp"

@@ -25,6 +25,7 @@
 #include "cohort/cuda/process_identity.hpp"
 #include "cohort/error.hpp"
 #include "cohort/fixed_text.hpp"
+#include "cohort/hash.hpp"
 #include "cohort/log.hpp"
 #include "cohort/nccl/nccl_check.hpp"
 #include "cohort/nccl/nccl_window.hpp"

@@ -20,6 +20,7 @@
 #include "cohort/cuda/handles.hpp"
 #include "cohort/cuda/workspace.hpp"
 #include "cohort/error.hpp"
+#include "cohort/hash.hpp"
 #include "cohort/log.hpp"
 #include "cohort/nccl/bounded_call.hpp"
 #include "cohort/nccl/communicator.hpp"

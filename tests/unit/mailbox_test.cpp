@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cohort/messenger.hpp"
+#include "cohort/mailbox.hpp"
 
 #include <atomic>
 #include <chrono>
-#include <cohort/control_plane.hpp>
 #include <cstddef>
 #include <cstring>
 #include <memory>

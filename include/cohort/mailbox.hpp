@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <optional>
+#include <span>
+#include <string_view>
+#include <thread>
+#include <tuple>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "cohort/error.hpp"
+#include "cohort/messenger.hpp"
+#include "cohort/owner_process.hpp"
+
+/// \file
+/// The mailbox, which lets many groups and threads share the messages of one messenger, and what a
+/// message carries for it.
+
+namespace cohort::detail {
+
+/// What a message is part of. `gave_up` is no call: a rank tells the others that it has left.
+enum class ControlCall : std::uint32_t { all_gather, barrier, broadcast, exchange, gave_up };
+
+[[nodiscard]] constexpr std::string_view to_string(ControlCall call) noexcept {
+  switch (call) {
+    case ControlCall::all_gather:
+      return "all_gather";
+    case ControlCall::barrier:
+      return "barrier";
+    case ControlCall::broadcast:
+      return "broadcast";
+    case ControlCall::exchange:
+      return "exchange";
+    case ControlCall::gave_up:
+      return "notice";
+  }
+  return "unknown call";
+}
+
+/// What each payload carries at its end, where adding and removing it moves no byte of the payload:
+/// the group, the call and its number in that group.
+struct FrameTrailer {
+  std::uint64_t channel = 0;
+  ControlCall call = ControlCall::all_gather;
+  std::uint32_t sequence = 0;
+};
+
+/// What a rank said when it left a group.
+struct Notice {
+  int from = 0;                ///< Rank in the messenger.
+  std::uint32_t sequence = 0;  ///< The first collective call of the group that it did not finish.
+  Bytes reason;
+};
+
+/// Whose notices concern a call.
+struct Watch {
+  std::uint64_t channel = 0;
+  std::span<const int> ranks;  ///< In the messenger.
+  /// The number of the call: who left a later one has finished this one. Nothing where calls are
+  /// not numbered.
+  std::optional<std::uint32_t> sequence;
+};
+
+/// Sorts the messages of one messenger by group and sender, so that many groups share it, each used
+/// by a thread of its own.
+///
+/// A thread that is alone waits inside the messenger, which is fastest. Where others want the
+/// messenger too, each looks into it for a moment and waits outside, so that none keeps another
+/// from its messages.
+class Mailbox {
+ public:
+  struct Frame {
+    FrameTrailer trailer;
+    Bytes payload;
+  };
+
+  explicit Mailbox(std::shared_ptr<Messenger> messenger) : messenger_(std::move(messenger)) {}
+
+  [[nodiscard]] Messenger& messenger() noexcept { return *messenger_; }
+  [[nodiscard]] const OwnerProcess& owner() const noexcept { return owner_; }
+
+  void send(int to, const FrameTrailer& trailer, Bytes payload) {
+    const auto lock = enter();
+    if (to == messenger_->rank()) {
+      pending_[key(trailer, to)].push_back({trailer, std::move(payload)});
+      return;
+    }
+    std::array<std::byte, sizeof(trailer)> bytes{};
+    std::memcpy(bytes.data(), &trailer, sizeof(trailer));
+    payload.insert(payload.end(), bytes.begin(), bytes.end());
+    messenger_->send(to, std::move(payload));
+  }
+
+  /// The next frame of that kind of call from a rank, or nothing: at the deadline, or as soon as
+  /// `notice` has something to tell. What has arrived by then counts, also where the deadline has
+  /// passed before the call.
+  std::optional<Frame> receive(int from, ControlCall call, const Watch& watch, Deadline deadline) {
+    const Key wanted = key({watch.channel, call, 0}, from);
+    // A rank that keeps sending to other groups does not keep this one beyond its limit.
+    const Deadline drained = std::max(deadline, Clock::now()) + kDraining;
+    Rest rest;
+    Deadline next_look{};
+    auto lock = enter();
+    while (true) {
+      if (auto frame = take(wanted)) {
+        return frame;
+      }
+      if (from == messenger_->rank() || find_notice(watch) != nullptr) {
+        return std::nullopt;  // own messages are there before anyone can ask for them
+      }
+      const auto start = Clock::now();
+      const bool shared = start < shared_until_;
+      if (auto message =
+              messenger_->receive(from, shared ? start : std::min(deadline, start + kSlice))) {
+        store(from, std::move(*message));
+        if (start < drained) {
+          continue;
+        }
+        return take(wanted);
+      }
+      const auto now = Clock::now();
+      if (now >= deadline) {
+        return std::nullopt;
+      }
+      if (now >= next_look) {
+        next_look = now + kSlice;
+        if (look_at(watch)) {
+          continue;
+        }
+      }
+      if (shared || waiting_ > 0) {
+        rest(lock, *this);
+      }
+    }
+  }
+
+  /// Takes in what the watched ranks have sent by now, without waiting.
+  void look(const Watch& watch) {
+    const auto lock = enter();
+    look_at(watch);
+  }
+
+  /// The first notice that concerns a call. Costs nothing where there is none.
+  [[nodiscard]] std::optional<Notice> notice(const Watch& watch) {
+    if (!has_notices_.load(std::memory_order_relaxed)) {
+      return std::nullopt;
+    }
+    const auto lock = enter();
+    const Notice* found = find_notice(watch);
+    return found != nullptr ? std::optional(*found) : std::nullopt;
+  }
+
+  /// `Messenger::flush`.
+  bool flush(int to, Deadline deadline) {
+    if (to == messenger_->rank()) {
+      return true;
+    }
+    Rest rest;
+    auto lock = enter();
+    while (true) {
+      const auto start = Clock::now();
+      const bool shared = start < shared_until_;
+      if (messenger_->flush(to, std::min(deadline, start + (shared ? kMoment : kSlice)))) {
+        return true;
+      }
+      if (Clock::now() >= deadline) {
+        return false;
+      }
+      if (shared || waiting_ > 0) {
+        rest(lock, *this);
+      }
+    }
+  }
+
+  /// Forgets a group: what has come for it, and what may still come.
+  void retire(std::uint64_t channel) noexcept {
+    try {
+      const auto lock = enter();
+      constexpr int kLowest = std::numeric_limits<int>::min();
+      const auto begin = pending_.lower_bound({channel, false, kLowest});
+      auto end = begin;
+      while (end != pending_.end() && std::get<0>(end->first) == channel) {
+        ++end;
+      }
+      pending_.erase(begin, end);
+      notices_.erase(channel);
+      if (retired_.insert(channel).second) {
+        retired_in_order_.push_back(channel);
+      }
+      if (retired_in_order_.size() > kMostRetired) {
+        retired_.erase(retired_in_order_.front());
+        retired_in_order_.pop_front();
+      }
+    } catch (const std::bad_alloc&) {
+      return;  // what comes for the group stays until the mailbox goes
+    }
+  }
+
+  /// Messages that nobody has asked for yet.
+  [[nodiscard]] std::size_t held() {
+    const auto lock = enter();
+    std::size_t count = 0;
+    for (const auto& [key, frames] : pending_) {
+      count += frames.size();
+    }
+    for (const auto& [channel, notices] : notices_) {
+      count += notices.size();
+    }
+    return count;
+  }
+
+  void abandon() noexcept { messenger_->abandon(); }
+
+ private:
+  // Waits inside the messenger end this often, so that others can come in.
+  static constexpr std::chrono::milliseconds kSlice{2};
+  // The same for messengers that make progress only inside, while others want to come in.
+  static constexpr std::chrono::microseconds kMoment{50};
+  // How long messages that have arrived are still taken in behind a deadline.
+  static constexpr std::chrono::milliseconds kDraining{100};
+  // How long threads stay out of the messenger after they have met in front of it.
+  static constexpr std::chrono::seconds kSharing{1};
+  static constexpr std::size_t kMostRetired = 4096;
+
+  using Key = std::tuple<std::uint64_t, bool, int>;  // channel, whether of an exchange, sender
+
+  [[nodiscard]] static Key key(const FrameTrailer& trailer, int from) noexcept {
+    return {trailer.channel, trailer.call == ControlCall::exchange, from};
+  }
+
+  /// A waiting thread stays outside for a while, longer each time: first it leaves the processor to
+  /// others, then it sleeps until a message is stored or its time is over.
+  class Rest {
+   public:
+    void operator()(std::unique_lock<std::mutex>& lock, Mailbox& mailbox) {
+      ++rests_;
+      if (rests_ <= kYields && mailbox.waiting_ == 0) {
+        lock.unlock();
+        std::this_thread::yield();
+        lock = mailbox.enter();
+        return;
+      }
+      const std::chrono::microseconds time(std::min<std::int64_t>(kLongest, 10 * rests_));
+      ++mailbox.sleepers_;
+      mailbox.stored_.wait_for(lock, time);
+      --mailbox.sleepers_;
+    }
+
+   private:
+    static constexpr std::int64_t kYields = 64;
+    static constexpr std::int64_t kLongest = 500;  // µs
+    std::int64_t rests_ = 0;
+  };
+
+  [[nodiscard]] std::unique_lock<std::mutex> enter() {
+    std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock()) {
+      ++waiting_;
+      lock.lock();
+      --waiting_;
+      shared_until_ = Clock::now() + kSharing;
+    }
+    return lock;
+  }
+
+  std::optional<Frame> take(const Key& wanted) {
+    const auto it = pending_.find(wanted);
+    if (it == pending_.end()) {
+      return std::nullopt;
+    }
+    Frame frame = std::move(it->second.front());
+    it->second.pop_front();
+    if (it->second.empty()) {
+      pending_.erase(it);
+    }
+    return frame;
+  }
+
+  [[nodiscard]] const Notice* find_notice(const Watch& watch) const {
+    const auto of_group = notices_.find(watch.channel);
+    if (of_group == notices_.end()) {
+      return nullptr;
+    }
+    const auto concerns = [&](const Notice& notice) {
+      return std::count(watch.ranks.begin(), watch.ranks.end(), notice.from) > 0 &&
+             (!watch.sequence || static_cast<std::int32_t>(notice.sequence - *watch.sequence) <= 0);
+    };
+    const auto found = std::find_if(of_group->second.begin(), of_group->second.end(), concerns);
+    return found != of_group->second.end() ? &*found : nullptr;
+  }
+
+  /// Whether anything came. A rank that is gone is left to those who wait for it.
+  bool look_at(const Watch& watch) {
+    const Deadline end = Clock::now() + kSlice;
+    bool any = false;
+    for (const int rank : watch.ranks) {
+      while (rank != messenger_->rank() && (!any || Clock::now() < end)) {
+        std::optional<Bytes> message;
+        try {
+          message = messenger_->receive(rank, Clock::now());
+        } catch (const TransportError&) {
+          break;
+        }
+        if (!message) {
+          break;
+        }
+        store(rank, std::move(*message));
+        any = true;
+      }
+    }
+    return any;
+  }
+
+  void store(int from, Bytes message) {
+    FrameTrailer trailer;
+    if (message.size() < sizeof(trailer)) {
+      throw TransportError({.call = "Messenger::receive", .rank = messenger_->rank()},
+                           fmt::format("a message of {} bytes from rank {} is no control message",
+                                       message.size(), from));
+    }
+    const std::size_t payload = message.size() - sizeof(trailer);
+    std::memcpy(&trailer, message.data() + payload, sizeof(trailer));
+    message.resize(payload);
+    if (retired_.count(trailer.channel) > 0) {
+      return;
+    }
+    if (trailer.call == ControlCall::gave_up) {
+      notices_[trailer.channel].push_back({from, trailer.sequence, std::move(message)});
+      has_notices_.store(true, std::memory_order_relaxed);
+    } else {
+      pending_[key(trailer, from)].push_back({trailer, std::move(message)});
+    }
+    if (sleepers_ > 0) {
+      stored_.notify_all();
+    }
+  }
+
+  OwnerProcess owner_;
+  std::shared_ptr<Messenger> messenger_;
+  std::mutex mutex_;  // of everything below that is not atomic, and of the messenger
+  std::condition_variable stored_;
+  std::atomic<int> waiting_{0};  // threads in front of the mutex
+  int sleepers_ = 0;
+  Deadline shared_until_{};
+  std::map<Key, std::deque<Frame>> pending_;
+  std::map<std::uint64_t, std::vector<Notice>> notices_;
+  std::atomic<bool> has_notices_{false};
+  std::unordered_set<std::uint64_t> retired_;
+  std::deque<std::uint64_t> retired_in_order_;
+};
+
+}  // namespace cohort::detail

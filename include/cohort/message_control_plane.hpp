@@ -1,0 +1,432 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <numeric>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "cohort/call_time.hpp"
+#include "cohort/control_plane.hpp"
+#include "cohort/error.hpp"
+#include "cohort/give_up.hpp"
+#include "cohort/hash.hpp"
+#include "cohort/joined.hpp"
+#include "cohort/log.hpp"
+#include "cohort/mailbox.hpp"
+#include "cohort/messenger.hpp"
+#include "cohort/runtime_env.hpp"
+
+/// \file
+/// The control plane over messages between pairs of ranks.
+
+namespace cohort {
+
+/// A control plane over a `Messenger`. Every arrival is a message that carries call and number, so
+/// a rank that is missing or elsewhere can be named.
+class MessageControlPlane : public ControlPlane {
+ public:
+  /// The group of all ranks of the messenger. Local. `COHORT_TIMEOUT_MS` wins over `limit` where it
+  /// is set. Throws `ConfigError` for a time limit that is not positive or beyond
+  /// `kLongestTimeLimit`.
+  explicit MessageControlPlane(std::shared_ptr<Messenger> messenger,
+                               std::chrono::milliseconds limit = kDefaultTimeLimit,
+                               std::string name = "world")
+      : mailbox_(std::make_shared<detail::Mailbox>(std::move(messenger))),
+        limit_(runtime_settings().timeout.value_or(limit)),
+        name_(std::move(name)),
+        members_(static_cast<std::size_t>(mailbox_->messenger().size())),
+        rank_(mailbox_->messenger().rank()),
+        channel_(detail::kHashSeed),
+        given_once_(false),
+        exchanged_(members_.size(), Deadline::min()) {
+    if (!is_time_limit(limit)) {
+      throw ConfigError(fmt::format("control plane {}: expected a time limit of 1 to {} ms, got {}",
+                                    name_, kLongestTimeLimit.count(), limit.count()));
+    }
+    std::iota(members_.begin(), members_.end(), 0);
+  }
+
+  /// Drops what peers have sent to a group that ends before it has taken it.
+  ~MessageControlPlane() override {
+    if ((poisoned_ || given_once_) && mailbox_->owner().is_here()) {
+      mailbox_->retire(channel_);
+    }
+  }
+
+  [[nodiscard]] int rank() const noexcept override { return rank_; }
+  [[nodiscard]] int size() const noexcept override { return static_cast<int>(members_.size()); }
+  [[nodiscard]] const std::string& name() const noexcept override { return name_; }
+  [[nodiscard]] std::chrono::milliseconds limit() const noexcept override { return limit_; }
+  [[nodiscard]] bool poisoned() const noexcept override { return poisoned_; }
+
+  Arrivals gather_arrivals(std::span<const std::byte> mine, std::chrono::milliseconds limit,
+                           std::string_view excuse = {}) override {
+    Arrivals arrivals;
+    try {
+      gather(detail::ControlCall::all_gather, mine, limit, arrivals, excuse);
+    } catch (...) {
+      arrivals.error = std::current_exception();
+    }
+    return arrivals;
+  }
+
+  void barrier() override {
+    Arrivals arrivals;
+    gather(detail::ControlCall::barrier, {}, limit_, arrivals, {});
+  }
+
+  Bytes broadcast(std::span<const std::byte> mine, int root) override {
+    check_rank("broadcast root", root);
+    const auto trailer = next(detail::ControlCall::broadcast);
+    return leave_on_error(trailer.sequence, {}, [&] {
+      if (rank_ == root) {
+        for (int r = 0; r < size(); ++r) {
+          if (r != rank_) {
+            send(r, trailer, mine);
+          }
+        }
+        fail_if_left(trailer, members_, told_ + shortest(limit_));
+        return Bytes(mine.begin(), mine.end());
+      }
+      Wait wait(limit_);
+      auto payload = receive(root, trailer, members_, wait);
+      fail_if_missing(trailer, wait);
+      fail_if_left(trailer, members_, told_ + shortest(limit_));
+      return payload;
+    });
+  }
+
+  std::vector<Bytes> exchange(std::vector<Outgoing> outgoing,
+                              std::span<const Incoming> incoming) override {
+    throw_if_poisoned(detail::ControlCall::exchange);
+    for (const auto& message : outgoing) {
+      check_rank("exchange to", message.to);
+    }
+    for (const auto& message : incoming) {
+      check_rank("exchange from", message.from);
+    }
+    // Pairs count for themselves: the two ends of an exchange need not make the same calls.
+    const detail::FrameTrailer trailer{channel_, detail::ControlCall::exchange, 0};
+    return leave_on_error(sequence_, {}, [&] {
+      for (auto& message : outgoing) {
+        mailbox_->send(members_[index(message.to)], trailer, std::move(message.payload));
+      }
+      Wait wait(limit_);
+      std::vector<Bytes> payloads;
+      for (const auto& [from, bytes] : incoming) {
+        payloads.push_back(receive(from, trailer, member(from), wait));
+        if (wait.missing.empty() && payloads.back().size() != bytes) {
+          throw SymmetryError(fmt::format("exchange in group {}: rank {} sent {} bytes where rank "
+                                          "{} expected {}",
+                                          name_, from, payloads.back().size(), rank_, bytes),
+                              {from});
+        }
+      }
+      fail_if_missing(trailer, wait);
+      if (!incoming.empty()) {
+        for (const auto& message : outgoing) {
+          flush(message.to, wait);
+        }
+        fail_if_missing(trailer, wait);
+      }
+      for (const auto& message : outgoing) {
+        // Who waits for a message has taken the one before, so it began after that was sent.
+        auto& before = exchanged_[index(message.to)];
+        fail_if_left(trailer, member(message.to), before + shortest(limit_));
+        before = wait.time.start();
+      }
+      return payloads;
+    });
+  }
+
+  void give_up(std::string_view reason) noexcept override {
+    if (mailbox_->owner().is_here()) {
+      leave(sequence_,
+            [&] { return detail::GiveUp::by(rank_, fmt::format("group {}: {}", name_, reason)); });
+    }
+  }
+
+  void check_peers() override {
+    if (size() == 1 || poisoned_ || !mailbox_->owner().is_here()) {
+      return;
+    }
+    const detail::Watch any{channel_, members_, std::nullopt};
+    mailbox_->look(any);
+    const std::uint32_t next = sequence_;
+    try {
+      throw_if_told({channel_, detail::ControlCall::gave_up, next}, any);
+    } catch (const Error&) {
+      leave(next, [&] { return detail::GiveUp::because(std::current_exception(), rank_, heard_); });
+      throw;
+    }
+  }
+
+  std::unique_ptr<ControlPlane> subgroup(std::span<const int> ranks, std::uint64_t generation,
+                                         std::string name) override {
+    std::vector<int> members;
+    std::uint64_t channel = detail::mix(channel_, generation);
+    int rank = -1;
+    for (const int r : ranks) {
+      if (r < 0 || r >= size() || std::count(ranks.begin(), ranks.end(), r) != 1) {
+        throw UsageError(fmt::format("subgroup {}: {} is not a list of different ranks of {}", name,
+                                     detail::joined(ranks, ","), name_));
+      }
+      if (r == rank_) {
+        rank = static_cast<int>(members.size());
+      }
+      members.push_back(members_[index(r)]);
+      channel = detail::mix(channel, static_cast<std::uint64_t>(members.back()));
+    }
+    if (rank < 0) {
+      throw UsageError(fmt::format("subgroup {}: the list {} does not hold this rank, {}", name,
+                                   detail::joined(ranks, ","), rank_));
+    }
+    return std::unique_ptr<ControlPlane>(new MessageControlPlane(mailbox_, limit_, std::move(name),
+                                                                 std::move(members), rank, channel,
+                                                                 generation >= kFreshGeneration));
+  }
+
+  /// Messages of all groups of this rank that nobody has asked for.
+  [[nodiscard]] std::size_t held_messages() const { return mailbox_->held(); }
+
+ private:
+  static_assert(sizeof(detail::FrameTrailer) == kTrailerBytes);
+
+  MessageControlPlane(std::shared_ptr<detail::Mailbox> mailbox, std::chrono::milliseconds limit,
+                      std::string name, std::vector<int> members, int rank, std::uint64_t channel,
+                      bool given_once)
+      : mailbox_(std::move(mailbox)),
+        limit_(limit),
+        name_(std::move(name)),
+        members_(std::move(members)),
+        rank_(rank),
+        channel_(channel),
+        given_once_(given_once),
+        exchanged_(members_.size(), Deadline::min()) {}
+
+  /// One wait for several ranks, which share its time.
+  struct Wait {
+    explicit Wait(std::chrono::milliseconds most)
+        : limit(std::min(most, kLongestTimeLimit)), time(limit) {}
+
+    std::chrono::milliseconds limit;
+    detail::LimitedWait time;
+    std::vector<int> missing;
+  };
+
+  /// How long the others wait at least, who may have waited in their call before.
+  static Deadline::duration shortest(std::chrono::milliseconds limit) noexcept {
+    return detail::LimitedWait::least(limit);
+  }
+
+  static std::size_t index(int rank) noexcept { return static_cast<std::size_t>(rank); }
+
+  void check_rank(std::string_view argument, int rank) const {
+    if (rank < 0 || rank >= size()) {
+      throw UsageError(fmt::format("{}: expected a rank of group {} in [0, {}), got {}", argument,
+                                   name_, size(), rank));
+    }
+  }
+
+  void throw_if_poisoned(detail::ControlCall call) const {
+    mailbox_->owner().check(name_);
+    if (poisoned_) {
+      throw TransportError({.call = std::string(to_string(call)), .rank = rank_, .group = name_},
+                           "an earlier call of this control plane failed, so its ranks are no "
+                           "longer in step; form a new group");
+    }
+  }
+
+  detail::FrameTrailer next(detail::ControlCall call) {
+    throw_if_poisoned(call);
+    return {channel_, call, sequence_++};
+  }
+
+  /// Whatever ends a call early leaves the ranks out of step, so this one leaves the group, and
+  /// tells so. Ranks that disagree are still there to take what was sent to them.
+  template <class Call>
+  std::invoke_result_t<Call&> leave_on_error(std::uint32_t sequence, std::string_view excuse,
+                                             Call&& call) {
+    const auto told = [&] {
+      leave(sequence, [&] {
+        return excuse.empty() ? detail::GiveUp::because(std::current_exception(), rank_, heard_)
+                              : detail::GiveUp::by(rank_, excuse);
+      });
+    };
+    try {
+      return call();
+    } catch (const SymmetryError&) {
+      told();
+      throw;
+    } catch (const std::exception&) {
+      told();
+      mailbox_->abandon();
+      throw;
+    }
+  }
+
+  /// Poisons the group and tells the others. They may be dead, and then there is nobody to tell.
+  template <class Why>
+  void leave(std::uint32_t sequence, const Why& why) noexcept {
+    if (poisoned_.exchange(true)) {
+      return;
+    }
+    try {
+      const auto reason = why().serialize();
+      const detail::FrameTrailer trailer{channel_, detail::ControlCall::gave_up, sequence};
+      for (int r = 0; r < size(); ++r) {
+        try {
+          if (r != rank_) {
+            send(r, trailer, reason);
+          }
+        } catch (const TransportError& error) {
+          log(LogLevel::info, fmt::format("group {}: rank {} could not be told that rank {} has "
+                                          "left: {}",
+                                          name_, r, rank_, error.what()));
+        }
+      }
+    } catch (const std::exception& error) {
+      log(LogLevel::error, error.what());
+    }
+  }
+
+  void send(int to, const detail::FrameTrailer& trailer, std::span<const std::byte> payload) {
+    Bytes message;
+    message.reserve(payload.size() + kTrailerBytes);
+    message.assign(payload.begin(), payload.end());
+    mailbox_->send(members_[index(to)], trailer, std::move(message));
+  }
+
+  void gather(detail::ControlCall call, std::span<const std::byte> mine,
+              std::chrono::milliseconds limit, Arrivals& arrivals, std::string_view excuse) {
+    auto& all = arrivals.payloads;
+    all.resize(members_.size());
+    int next_rank = 0;
+    Wait wait(limit);
+    try {
+      const auto trailer = next(call);
+      leave_on_error(trailer.sequence, excuse, [&] {
+        for (int step = 1; step < size(); ++step) {
+          send((rank_ + step) % size(), trailer, mine);
+        }
+        for (; next_rank < size(); ++next_rank) {
+          all[index(next_rank)] = next_rank == rank_ ? Bytes(mine.begin(), mine.end())
+                                                     : receive(next_rank, trailer, members_, wait);
+        }
+        fail_if_missing(trailer, wait);
+        for (int r = 0; r < size(); ++r) {
+          flush(r, wait);
+        }
+        fail_if_missing(trailer, wait);
+        // The others have come to this call after they had this rank's last arrival.
+        fail_if_left(trailer, members_,
+                     std::exchange(told_, wait.time.start()) + shortest(wait.limit));
+      });
+    } catch (...) {
+      arrivals.absent = std::move(wait.missing);
+      for (; next_rank < size(); ++next_rank) {
+        arrivals.absent.push_back(next_rank);
+      }
+      throw;
+    }
+  }
+
+  [[nodiscard]] std::span<const int> member(int rank) const {
+    return std::span(members_).subspan(index(rank), 1);
+  }
+
+  [[nodiscard]] detail::Watch watch(const detail::FrameTrailer& trailer,
+                                    std::span<const int> ranks) const {
+    const bool numbered = trailer.call != detail::ControlCall::exchange;
+    return {channel_, ranks, numbered ? std::optional(trailer.sequence) : std::nullopt};
+  }
+
+  /// The matching payload from a rank of the group; notes the rank as missing at the deadline.
+  /// Throws as soon as one of `watched` says that it has left.
+  Bytes receive(int from, const detail::FrameTrailer& expected, std::span<const int> watched,
+                Wait& wait) {
+    const auto concern = watch(expected, watched);
+    auto frame =
+        mailbox_->receive(members_[index(from)], expected.call, concern, wait.time.deadline());
+    if (!frame) {
+      throw_if_told(expected, concern);
+      wait.missing.push_back(from);
+      return {};
+    }
+    if (frame->trailer.call != expected.call || frame->trailer.sequence != expected.sequence) {
+      throw SymmetryError(
+          fmt::format("group {}: rank {} is in {} #{} while rank {} is in {} #{}", name_, from,
+                      to_string(frame->trailer.call), frame->trailer.sequence, rank_,
+                      to_string(expected.call), expected.sequence),
+          {from});
+    }
+    return std::move(frame->payload);
+  }
+
+  /// The last step of a call: throws where one of `watched` has left without having finished it.
+  /// Nobody's time limit can have ended before `earliest`, and then nothing is looked for.
+  void fail_if_left(const detail::FrameTrailer& trailer, std::span<const int> watched,
+                    Deadline earliest) {
+    const auto concern = watch(trailer, watched);
+    if (size() > 1 && Clock::now() >= earliest) {
+      mailbox_->look(concern);
+    }
+    throw_if_told(trailer, concern);
+  }
+
+  void throw_if_told(const detail::FrameTrailer& trailer, const detail::Watch& concern) {
+    if (const auto notice = mailbox_->notice(concern)) {
+      heard_ = true;
+      const auto from = std::find(members_.begin(), members_.end(), notice->from);
+      detail::GiveUp::deserialize(notice->reason)
+          .raise(static_cast<int>(from - members_.begin()), to_string(trailer.call), name_);
+    }
+  }
+
+  void flush(int to, Wait& wait) {
+    if (!mailbox_->flush(members_[index(to)], wait.time.deadline())) {
+      wait.missing.push_back(to);
+    }
+  }
+
+  void fail_if_missing(const detail::FrameTrailer& trailer, const Wait& wait) const {
+    if (!wait.missing.empty()) {
+      throw TimeoutError(
+          fmt::format("{} #{} of group {} ({} ranks): rank {} did not arrive within {}",
+                      to_string(trailer.call), trailer.sequence, name_, size(),
+                      detail::joined(wait.missing, ", "), wait.time.describe(wait.limit)),
+          wait.missing);
+    }
+  }
+
+  std::shared_ptr<detail::Mailbox> mailbox_;
+  std::chrono::milliseconds limit_;
+  std::string name_;
+  std::vector<int> members_;  // ranks in the messenger, by rank in this group
+  int rank_ = 0;
+  std::uint64_t channel_ = 0;
+  bool heard_ = false;  // that another rank has left
+  bool given_once_;     // no later group has this channel
+  Deadline told_ =
+      Deadline::min();  // when this rank arrived in the last call in which all wait for all
+  std::vector<Deadline> exchanged_;  // when it last sent to each in an exchange
+  // Others may give up while a thread is in a call.
+  std::atomic<std::uint32_t> sequence_{0};
+  std::atomic<bool> poisoned_{false};
+};
+
+}  // namespace cohort
