@@ -80,7 +80,8 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
         users_.resize(*block + 1);
       }
       users_[*block] = arena_->mark_of(stream);
-      arena_->order_within(capture, space_.marks(*block) & ~users_[*block], stream);
+      arena_->before_launch_ |=
+          arena_->marks_.order_within(capture, space_.marks(*block) & ~users_[*block], stream);
     } catch (...) {
       space_.free(*block, space_.marks(*block));
       throw;
@@ -92,6 +93,13 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
 
   [[nodiscard]] std::uint64_t history() const noexcept override {
     return SymmetricArena::live_hash(space_, 0);
+  }
+
+  void replace_marks(OffsetAllocator::Marks gone, OffsetAllocator::Marks by) noexcept override {
+    space_.replace_marks(gone, by);
+    for (auto& users : users_) {
+      users = OffsetAllocator::replaced(users, gone, by);
+    }
   }
 
   void release(std::uint64_t block) noexcept override {

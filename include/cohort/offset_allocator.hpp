@@ -159,6 +159,17 @@ class OffsetAllocator {
     return all;
   }
 
+  /// `marks` with those of `gone`, where there are any, replaced by `by`.
+  [[nodiscard]] static constexpr Marks replaced(Marks marks, Marks gone, Marks by) noexcept {
+    return (marks & gone) == 0 ? marks : (marks & ~gone) | by;
+  }
+  /// The same for all memory, live and free.
+  void replace_marks(Marks gone, Marks by) noexcept {
+    for (auto& node : nodes_) {
+      node.marks = replaced(node.marks, gone, by);
+    }
+  }
+
   /// What is in use now, and was at the peak.
   [[nodiscard]] Statistics statistics() const noexcept {
     Statistics result = statistics_;

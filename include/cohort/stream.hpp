@@ -93,6 +93,10 @@ class StreamDriver {
   StreamDriver& operator=(const StreamDriver&) = delete;
   virtual ~StreamDriver() = default;
 
+  /// Whether work that is not captured has run when its call returns, and captured work keeps the
+  /// order of its calls. Nobody then waits for such a stream or remembers it.
+  [[nodiscard]] virtual bool runs_at_once() const noexcept { return false; }
+
   /// Runs `work` on the host when the stream reaches it (at once on an idle host stream, at every
   /// replay when captured).
   virtual void submit(void* native, std::function<void()> work) = 0;

@@ -47,6 +47,9 @@ class StreamOrder {
       return {};
     }
     const Call call{stream, stream.capture_id()};
+    if (stream.driver().runs_at_once()) {
+      return call;
+    }
     if (call.capture == 0) {
       follow(eager_, call);
     } else if (call.capture != kInvalidatedCapture) {  // nothing of that one will ever run
@@ -58,7 +61,8 @@ class StreamOrder {
   /// The call that `before` began has been enqueued. Until then, and where it is left out, the next
   /// call on another stream waits for everything that the stream has.
   void after(const Call& call) {
-    if (!call.stream.valid() || call.capture == kInvalidatedCapture) {
+    if (!call.stream.valid() || call.capture == kInvalidatedCapture ||
+        call.stream.driver().runs_at_once()) {
       return;
     }
     if (call.capture != 0) {

@@ -27,6 +27,7 @@
 #include "cohort/hash.hpp"
 #include "cohort/offset_allocator.hpp"
 #include "cohort/stream.hpp"
+#include "cohort/stream_marks.hpp"
 #include "cohort/tensor.hpp"
 #include "cohort/transport.hpp"
 
@@ -67,6 +68,8 @@ class CaptureMemory : public MemoryOwner {
                                      CaptureId capture) = 0;
   /// Hash of where its live blocks lie.
   [[nodiscard]] virtual std::uint64_t history() const noexcept = 0;
+  /// Streams have given up the marks `gone`, which `by` stands for from here on.
+  virtual void replace_marks(OffsetAllocator::Marks gone, OffsetAllocator::Marks by) noexcept = 0;
 };
 
 /// What a part of an arena that graphs use has taken of it. Kept until the part and all its graphs
@@ -120,6 +123,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
         name_(std::move(name)),
         audience_(std::move(audience)),
         options_(options),
+        marks_("arena " + name_),
         needs_equal_offsets_(
             std::any_of(audience_.transports.begin(), audience_.transports.end(),
                         [](const Transport* group) { return group->needs_equal_offsets(); })) {}
@@ -219,7 +223,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     }
     const auto users = std::exchange(before_launch_, 0);
     try {
-      order_behind(users, stream);
+      marks_.order_behind(users, stream);
     } catch (...) {
       before_launch_ |= users;
       throw;
@@ -282,7 +286,6 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   // A segment's blocks are numbered from its own multiple of 2^44, so that no block spans two
   // segments and one allocator serves them all.
   static constexpr unsigned kSegmentBits = 44;
-  static constexpr unsigned kLastMark = 63;
 
   struct ActiveCapture {
     CaptureId id = 0;
@@ -363,38 +366,21 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   }
 
   [[nodiscard]] OffsetAllocator::Marks mark_of(StreamRef stream) {
-    if (!stream.valid()) {
-      return 0;
-    }
-    if (last_stream_ < streams_.size() && streams_[last_stream_] == stream) {
-      return mark(last_stream_);
-    }
-    const auto found = std::find(streams_.begin(), streams_.end(), stream);
-    last_stream_ = static_cast<std::size_t>(found - streams_.begin());
-    if (found == streams_.end()) {
-      streams_.push_back(stream);
-    }
-    return mark(last_stream_);
-  }
-
-  /// Streams beyond the last mark share it: their blocks wait for all of them.
-  [[nodiscard]] static constexpr OffsetAllocator::Marks mark(std::size_t stream) noexcept {
-    return OffsetAllocator::Marks{1} << std::min<std::size_t>(stream, kLastMark);
-  }
-
-  /// Calls `visit` with every stream that `marks` stands for, `self` left out.
-  template <class Visit>
-  void for_each_stream(OffsetAllocator::Marks marks, StreamRef self, const Visit& visit) const {
-    while (marks != 0) {
-      const auto bit = static_cast<std::size_t>(std::countr_zero(marks));
-      marks &= marks - 1;
-      const std::size_t end = bit == kLastMark ? streams_.size() : bit + 1;
-      for (std::size_t i = bit; i < end; ++i) {
-        if (!(streams_[i] == self)) {
-          visit(streams_[i]);
+    return marks_.of(stream, [this](OffsetAllocator::Marks gone, OffsetAllocator::Marks by) {
+      space_.replace_marks(gone, by);
+      for (auto& users : users_) {
+        users = OffsetAllocator::replaced(users, gone, by);
+      }
+      for (const auto& held : parts_) {
+        for (auto& extent : held->extents) {
+          extent.users = OffsetAllocator::replaced(extent.users, gone, by);
+        }
+        if (const auto part = held->part.lock()) {
+          part->replace_marks(gone, by);
         }
       }
-    }
+      before_launch_ = OffsetAllocator::replaced(before_launch_, gone, by);
+    });
   }
 
   [[nodiscard]] OffsetAllocator::Block allocate(std::size_t bytes, StreamRef stream) {
@@ -417,7 +403,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
       const auto own = mark_of(stream);
       users_[*block] = own;
       if (const auto others = space_.marks(*block) & ~own; others != 0) {
-        order_behind(others, stream);
+        marks_.order_behind(others, stream);
       }
     } catch (...) {
       space_.free(*block, space_.marks(*block));
@@ -429,35 +415,6 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   [[nodiscard]] bool leases_anything() const noexcept {
     return std::any_of(parts_.begin(), parts_.end(),
                        [](const auto& held) { return !held->extents.empty(); });
-  }
-
-  /// Orders what `stream` gets next after what these users have so far.
-  void order_behind(OffsetAllocator::Marks users, StreamRef stream) const {
-    for_each_stream(users, stream, [&](StreamRef user) {
-      if (user.capture_id() != 0) {
-        throw UsageError(
-            fmt::format("arena {}: memory was last used on a stream that is being captured, which "
-                        "nothing outside of the capture can wait for",
-                        name_));
-      }
-      if (stream.valid()) {
-        stream.wait_for(user);
-      } else {
-        user.synchronize(kDefaultTimeLimit);
-      }
-    });
-  }
-
-  /// The same for `stream` within a capture: it waits for streams of the capture, the launch for
-  /// the others.
-  void order_within(CaptureId capture, OffsetAllocator::Marks users, StreamRef stream) {
-    for_each_stream(users, stream, [&](StreamRef user) {
-      if (user.capture_id() == capture) {
-        stream.wait_for(user);
-      } else {
-        before_launch_ |= mark_of(user);
-      }
-    });
   }
 
   /// A part's own allocator counts from the back of its memory, see `extend`: where a place lies
@@ -583,8 +540,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   std::vector<std::shared_ptr<Segment>> segments_;
   std::vector<std::unique_ptr<Window>> windows_;  // destroyed before the segments
   std::vector<OffsetAllocator::Marks> users_;     // by block: the streams that use it
-  std::vector<StreamRef> streams_;
-  std::size_t last_stream_ = 0;
+  StreamMarks marks_;
   std::vector<std::shared_ptr<GraphExtents>> parts_;
   std::vector<ActiveCapture> captures_;
   OffsetAllocator::Marks before_launch_ = 0;  // streams that used what captures have taken since

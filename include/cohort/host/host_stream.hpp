@@ -6,10 +6,8 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <deque>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <span>
 #include <string>
 #include <tuple>
@@ -69,11 +67,9 @@ struct Capture {
   std::shared_ptr<Recording> recording = std::make_shared<Recording>();
 };
 
-/// What a stream is to the driver. Never freed, because groups and arenas that remember a stream
-/// may outlive it: they then see one that is not capturing.
+/// What a stream is to the driver.
 struct StreamState {
-  std::shared_ptr<Capture> capture;    ///< The last that it took part in.
-  StreamState* closed_next = nullptr;  ///< Of a stream that has ended, the next that ended.
+  std::shared_ptr<Capture> capture;  ///< The last that it took part in.
 
   /// The capture that it takes part in, or null.
   [[nodiscard]] Capture* current() const noexcept {
@@ -113,6 +109,7 @@ class HostGraph : public ExecutableGraph {
 /// The driver of all host streams of the process.
 class HostStreamDriver final : public StreamDriver {
  public:
+  [[nodiscard]] bool runs_at_once() const noexcept override { return true; }
   inline void submit(void* native, std::function<void()> work) override;
   /// A stream that waits for a capturing one joins its capture, as on a device.
   /// Throws `UsageError` where both take part in different captures.
@@ -132,49 +129,16 @@ class HostStreamDriver final : public StreamDriver {
   /// Returns at once: submitted work has run. Throws `UsageError` while capturing.
   inline void synchronize(void* native, std::chrono::milliseconds limit) override;
 
-  /// The state of a new stream.
-  [[nodiscard]] host::StreamState* open() {
-    const std::lock_guard lock(mutex_);
-    if (closed_ < kQuarantine) {
-      return &states_.emplace_back();
-    }
-    --closed_;
-    return std::exchange(first_closed_, first_closed_->closed_next);
-  }
-  /// The stream has ended. So has a capture that it began: nobody else can end it, and streams that
-  /// joined would record for ever what nothing runs.
-  void close(host::StreamState* state) noexcept {
-    std::shared_ptr<host::Recording> dropped;  // outlives the lock
-    if (auto* capture = state->current(); capture != nullptr && capture->origin == state) {
-      capture->ended = true;
-      dropped = std::move(capture->recording);
-    }
-    const auto last = std::exchange(state->capture, nullptr);
-    const std::lock_guard lock(mutex_);
-    state->closed_next = nullptr;
-    (closed_++ == 0 ? first_closed_ : last_closed_->closed_next) = state;
-    last_closed_ = state;
-  }
-
  private:
   static host::StreamState& stream(void* native);
   static void join(host::StreamState& waiting, const std::shared_ptr<host::Capture>& capture);
 
   std::atomic<CaptureId> next_capture_{1};
-  // States are used again once so many streams have ended since: whoever remembers one should have
-  // seen another stream by then.
-  static constexpr std::size_t kQuarantine = 1024;
-
-  std::mutex mutex_;  // of what follows; a state itself is its stream's
-  std::deque<host::StreamState> states_;
-  host::StreamState* first_closed_ = nullptr;
-  host::StreamState* last_closed_ = nullptr;
-  std::size_t closed_ = 0;
 };
 
 /// The driver object; it outlives everything.
 [[nodiscard]] inline HostStreamDriver& host_stream_driver() {
-  return detail::process_wide<HostStreamDriver>("host streams 2");
+  return detail::process_wide<HostStreamDriver>("host streams 3");
 }
 
 /// An in-order executor on the calling thread. Used by one thread at a time. Where it is destroyed
@@ -187,10 +151,17 @@ class HostStream {
   HostStream() = default;
   HostStream(const HostStream&) = delete;
   HostStream& operator=(const HostStream&) = delete;
-  ~HostStream() { host_stream_driver().close(state_); }
+  /// Nobody else can end a capture that it began, and streams that joined would record for ever
+  /// what nothing runs.
+  ~HostStream() {
+    if (auto* capture = state_.current(); capture != nullptr && capture->origin == &state_) {
+      capture->ended = true;
+      capture->recording.reset();
+    }
+  }
 
   /// For calls of groups.
-  [[nodiscard]] StreamRef ref() noexcept { return {host_stream_driver(), state_}; }
+  [[nodiscard]] StreamRef ref() noexcept { return {host_stream_driver(), &state_}; }
   /// As `ref`.
   operator StreamRef() noexcept { return ref(); }  // NOLINT(google-explicit-constructor)
 
@@ -198,14 +169,14 @@ class HostStream {
   void submit(std::function<void()> work) { ref().submit(std::move(work)); }
 
   /// From here on work is recorded instead of run.
-  void begin_capture() { host_stream_driver().begin_capture(state_); }
+  void begin_capture() { host_stream_driver().begin_capture(&state_); }
   /// Ends it; the graph is ready to be launched.
   [[nodiscard]] std::unique_ptr<ExecutableGraph> end_capture() {
-    return host_stream_driver().end_capture(state_);
+    return host_stream_driver().end_capture(&state_);
   }
 
  private:
-  host::StreamState* state_ = host_stream_driver().open();
+  host::StreamState state_;
 };
 
 inline host::StreamState& HostStreamDriver::stream(void* native) {

@@ -127,33 +127,6 @@ TEST_CASE("an exception of captured work comes out of launch", "[host]") {
   CHECK(after == 0);
 }
 
-TEST_CASE("what remembers a stream may outlive it", "[host]") {
-  StreamRef gone;
-  StreamRef capturing;
-  {
-    HostStream ends;
-    gone = ends;
-    HostStream ends_in_a_capture;
-    ends_in_a_capture.begin_capture();
-    capturing = ends_in_a_capture;
-  }
-  HostStream stream;
-  for (const StreamRef other : {gone, capturing}) {
-    CHECK(other.native() != stream.ref().native());
-    CHECK(other.capture_id() == 0);
-    stream.ref().wait_for(other);
-    other.synchronize(std::chrono::milliseconds(1));
-  }
-  CHECK(stream.ref().capture_id() == 0);
-  // States come back, so that streams for each request cost no memory.
-  std::set<void*> states;
-  for (int i = 0; i < 10'000; ++i) {
-    HostStream shortlived;
-    states.insert(shortlived.ref().native());
-  }
-  CHECK(states.size() < 2'000);
-}
-
 TEST_CASE("a stream that ends in a capture of its own frees those that joined", "[host]") {
   HostStream joined;
   int runs = 0;

@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cohort/control_plane.hpp"
+#include "cohort/error.hpp"
+#include "cohort/offset_allocator.hpp"
+#include "cohort/stream.hpp"
+
+/// \file
+/// Which streams memory was used on, as a set that fits into a word.
+
+namespace cohort {
+
+/// Marks for the streams that blocks of memory are used on, and the waits for what a set of marks
+/// stands for. Streams whose work runs at once need none: nobody has to wait for them.
+///
+/// As many streams as there are bits have a mark of their own. When one more comes, those that are
+/// not being captured give theirs up: an event behind all that they have so far takes their place,
+/// under the one mark that stands for the past. So whoever takes a block waits for streams that
+/// used it and for past work, and never for a stream that it has nothing to do with. One thread at
+/// a time.
+class StreamMarks {
+ public:
+  /// A set of streams.
+  using Marks = OffsetAllocator::Marks;
+
+  /// @param owner  Whose memory it is, for messages.
+  explicit StreamMarks(std::string owner) : owner_(std::move(owner)) {}
+
+  /// The stream's mark; 0 for none, and for one that nobody has to wait for. Where marks are given
+  /// up, `replace(gone, by)` is called first: whoever holds a mark of `gone` holds `by` from there
+  /// on. Throws `UsageError` where every mark is that of a stream that is being captured.
+  template <class Replace>
+  [[nodiscard]] Marks of(StreamRef stream, const Replace& replace) {
+    if (!stream.valid()) {
+      return 0;
+    }
+    if (streams_[last_] == stream) {
+      return mark(last_);
+    }
+    if (stream.driver().runs_at_once()) {
+      return 0;
+    }
+    auto found = std::find(streams_.begin(), streams_.end(), stream);
+    if (found == streams_.end()) {
+      found = std::find(streams_.begin(), streams_.end(), StreamRef());
+    }
+    if (found == streams_.end()) {
+      replace(give_up(), kPast);
+      found = std::find(streams_.begin(), streams_.end(), StreamRef());
+    }
+    *found = stream;
+    last_ = static_cast<std::size_t>(found - streams_.begin());
+    return mark(last_);
+  }
+
+  /// Orders what `stream` gets next after what these users have so far; without a stream it waits
+  /// here. Throws `UsageError` where one of them is being captured, for which nothing outside of
+  /// its capture can wait.
+  void order_behind(Marks users, StreamRef stream) {
+    if ((users & kPast) != 0) {
+      for (const auto& [user, event] : past_) {
+        if (stream.valid()) {
+          stream.wait(*event);
+        } else {
+          wait_here(user);
+        }
+      }
+    }
+    for_each(users, stream, [&](StreamRef user, Marks) {
+      if (stream.valid()) {
+        check_not_capturing(user);
+        stream.wait_for(user);
+      } else {
+        wait_here(user);
+      }
+    });
+  }
+
+  /// The same for `stream` within a capture: it waits for streams of the capture. Returns the
+  /// others, which the graph's launch has to wait for.
+  [[nodiscard]] Marks order_within(CaptureId capture, Marks users, StreamRef stream) const {
+    Marks others = users & kPast;
+    for_each(users, stream, [&](StreamRef user, Marks mark) {
+      if (user.capture_id() == capture) {
+        stream.wait_for(user);
+      } else {
+        others |= mark;
+      }
+    });
+    return others;
+  }
+
+ private:
+  static constexpr std::size_t kStreams = 63;
+  static constexpr Marks kPast = Marks{1} << kStreams;
+
+  /// What a stream had when it last gave up its mark.
+  struct Past {
+    StreamRef stream;
+    std::unique_ptr<StreamEvent> event;
+  };
+
+  [[nodiscard]] static constexpr Marks mark(std::size_t place) noexcept {
+    return Marks{1} << place;
+  }
+
+  /// Calls `visit` with every stream that has one of the marks, and the mark; `self` left out.
+  template <class Visit>
+  void for_each(Marks marks, StreamRef self, const Visit& visit) const {
+    for (marks &= ~kPast; marks != 0; marks &= marks - 1) {
+      const StreamRef user = streams_[static_cast<std::size_t>(std::countr_zero(marks))];
+      if (user.valid() && !(user == self)) {
+        visit(user, marks & -marks);
+      }
+    }
+  }
+
+  void check_not_capturing(StreamRef user) const {
+    if (user.capture_id() != 0) {
+      throw UsageError(
+          fmt::format("{}: memory was last used on a stream that is being captured, which nothing "
+                      "outside of the capture can wait for",
+                      owner_));
+    }
+  }
+
+  void wait_here(StreamRef user) const {
+    check_not_capturing(user);
+    user.synchronize(kDefaultTimeLimit);
+  }
+
+  /// Frees places, and returns their marks.
+  [[nodiscard]] Marks give_up() {
+    Marks gone = 0;
+    for (std::size_t place = 0; place < kStreams; ++place) {
+      const StreamRef stream = streams_[place];
+      if (stream.capture_id() == 0) {
+        remember(stream);
+        gone |= mark(place);
+      }
+    }
+    if (gone == 0) {
+      throw UsageError(
+          fmt::format("{}: more than {} streams are being captured at once", owner_, kStreams));
+    }
+    // Not before all events stand: where one cannot be recorded nothing has changed.
+    for (Marks left = gone; left != 0; left &= left - 1) {
+      streams_[static_cast<std::size_t>(std::countr_zero(left))] = {};
+    }
+    return gone;
+  }
+
+  void remember(StreamRef stream) {
+    auto found = std::find_if(past_.begin(), past_.end(),
+                              [&](const Past& past) { return past.stream == stream; });
+    if (found == past_.end()) {
+      past_.push_back({stream, stream.driver().make_event()});
+      found = past_.end() - 1;
+    }
+    stream.record(*found->event);
+  }
+
+  std::string owner_;
+  std::array<StreamRef, kStreams> streams_;
+  std::size_t last_ = 0;  // the place that was asked for last
+  std::vector<Past> past_;
+};
+
+}  // namespace cohort

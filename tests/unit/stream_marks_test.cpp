@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cohort/stream_marks.hpp"
+
+#include <vector>
+
+#include "cohort/host/host_stream.hpp"
+#include "support/catch.hpp"
+#include "support/counting_driver.hpp"
+
+using namespace cohort;
+using namespace cohort::test;
+
+namespace {
+
+StreamMarks::Marks unchanged(StreamMarks& marks, StreamRef stream) {
+  return marks.of(stream, [](StreamMarks::Marks, StreamMarks::Marks) { FAIL("marks given up"); });
+}
+
+}  // namespace
+
+TEST_CASE("a stream has one mark, and none where nobody waits for it", "[marks]") {
+  CountingDriver driver;
+  HostStream a;
+  HostStream b;
+  StreamMarks marks("test");
+  CHECK(unchanged(marks, {}) == 0);
+  CHECK(unchanged(marks, a) == 0);
+  CHECK(unchanged(marks, driver.ref(a)) == 1);
+  CHECK(unchanged(marks, driver.ref(b)) == 2);
+  CHECK(unchanged(marks, driver.ref(a)) == 1);
+  marks.order_behind(3, driver.ref(a));
+  CHECK(driver.waits() == 1);  // not for itself
+  marks.order_behind(3, {});
+  CHECK(driver.waits() == 0);
+}
+
+TEST_CASE("marks are given up where there are more streams, by those that are not captured",
+          "[marks]") {
+  CountingDriver driver;
+  std::vector<HostStream> streams(128);
+  StreamMarks marks("test");
+  for (std::size_t i = 0; i < 63; ++i) {
+    CHECK(unchanged(marks, driver.ref(streams[i])) == StreamMarks::Marks{1} << i);
+  }
+  streams[5].begin_capture();
+  StreamMarks::Marks gone = 0;
+  StreamMarks::Marks by = 0;
+  const auto replace = [&](StreamMarks::Marks g, StreamMarks::Marks b) {
+    gone = g;
+    by = b;
+  };
+  CHECK(marks.of(driver.ref(streams[63]), replace) == 1);
+  CHECK(gone == ((StreamMarks::Marks{1} << 63) - 1 - (1 << 5)));
+  CHECK(by == StreamMarks::Marks{1} << 63);
+  CHECK(unchanged(marks, driver.ref(streams[5])) == 1 << 5);
+  marks.order_behind(by, driver.ref(streams[100]));
+  CHECK(driver.waits() == 62);
+  CHECK_THROWS_AS(marks.order_behind(1 << 5, driver.ref(streams[100])), UsageError);
+  CHECK_THROWS_AS(marks.order_behind(1 << 5, {}), UsageError);
+
+  const auto capture = streams[5].ref().capture_id();
+  CHECK(marks.order_within(capture, by | 1 << 5 | 1, driver.ref(streams[5])) == (by | 1));
+  CHECK(driver.waits() == 0);
+
+  // Nothing changes where every stream is being captured.
+  for (std::size_t i = 64; i < 125; ++i) {
+    (void)marks.of(driver.ref(streams[i]), replace);
+    streams[i].begin_capture();
+  }
+  streams[63].begin_capture();
+  CHECK_THROWS_MATCHES(marks.of(driver.ref(streams[125]), replace), UsageError,
+                       says("test", "63 streams"));
+  (void)streams[63].end_capture();
+  CHECK(marks.of(driver.ref(streams[125]), replace) == 1);
+  CHECK(gone == 1);
+}
