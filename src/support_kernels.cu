@@ -64,6 +64,16 @@ __global__ void merge_lse_kernel(const __grid_constant__ LseMerge a) {
   }
 }
 
+__global__ void place_step_kernel(const __grid_constant__ dcp::KvRows rows) {
+  await_predecessor();
+  const std::int64_t count = rows.batch * rows.queries;
+  const std::int64_t step = static_cast<std::int64_t>(gridDim.x) * blockDim.x;
+  for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+       i += step) {
+    rows.place(i / rows.queries, i % rows.queries);
+  }
+}
+
 int blocks_for(std::int64_t count) {
   constexpr std::int64_t kMaxBlocks = 1056;  // several for each multiprocessor of a large card
   return static_cast<int>(std::clamp<std::int64_t>(ceil_div(count, kThreads), 1, kMaxBlocks));
@@ -122,6 +132,7 @@ void load_support() {
   load(convert_kernel<__half>);
   load(convert_kernel<__nv_bfloat16>);
   load(merge_lse_kernel);
+  load(place_step_kernel);
 }
 
 }  // namespace detail
@@ -194,6 +205,15 @@ void merge_lse(const LseMerge& arguments, cudaStream_t stream) {
   }
   detail::launch(detail::merge_lse_kernel, detail::blocks_for(count), detail::kThreads, stream,
                  arguments);
+}
+
+void place_step(const dcp::KvRows& rows, cudaStream_t stream) {
+  const std::int64_t count = rows.batch * rows.queries;
+  if (count == 0) {
+    return;
+  }
+  detail::launch(detail::place_step_kernel, detail::blocks_for(count), detail::kThreads, stream,
+                 rows);
 }
 
 }  // namespace cohort::cuda

@@ -15,6 +15,7 @@
 #include "cohort/graph_capture.hpp"
 #include "cohort/group_coordinator.hpp"
 #include "cohort/host/host_backend.hpp"
+#include "cohort/kv_step.hpp"
 #include "cohort/log.hpp"
 #include "cohort/merge_plan.hpp"
 #include "cohort/message_control_plane.hpp"

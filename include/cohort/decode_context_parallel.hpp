@@ -11,6 +11,7 @@
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dcp/packed_piece.hpp"
 #include "cohort/group_coordinator.hpp"
+#include "cohort/kv_step.hpp"
 #include "cohort/merge_plan.hpp"
 
 /// \file
@@ -93,6 +94,18 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     if (PeerKernels* kernels = peer_kernels()) {
       kernels->reserve(std::max(query_bytes(shape), pieces_bytes(shape)));
     }
+  }
+
+  /// Local, in the order of `stream` alone: nothing is sent, and other ranks need not call. Fills
+  /// what this rank has of a decode step, its counts and slots, from the sequences' lengths on the
+  /// device: one kernel, so that a captured step follows the lengths that each replay finds. With
+  /// counts of 0 the attention has nothing to read; see dcp/kv_placement.hpp. Throws `UsageError`
+  /// before anything is enqueued for views other than `KvStep` says, results that overlap, and a
+  /// placement for another number of ranks.
+  void place_step(const dcp::KvShard& shard, const KvStep& step, StreamRef stream = {}) {
+    throw_if_closed();
+    check_step(caller(), backend().device(), shard, step);
+    backend().ops().place_step(step.rows(shard.placement(), rank()), stream);
   }
 
   /// The queries of all heads on every rank: q [B, H, Dn + Dr] from this rank's q_nope [B, H/n, Dn]

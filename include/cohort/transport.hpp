@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include "cohort/control_plane.hpp"
+#include "cohort/dcp/kv_placement.hpp"
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dtype.hpp"
 #include "cohort/stream.hpp"
@@ -117,6 +118,9 @@ class TensorOps {
   /// Copies elements between equal shapes of any strides; converts f32 to f16 or bf16 where the
   /// types differ so.
   virtual void copy(const ConstTensorView& from, const TensorView& to, StreamRef stream) = 0;
+
+  /// Fills a step's counts and slots.
+  virtual void place_step(const dcp::KvRows& rows, StreamRef stream) = 0;
 
   /// packed[..., :Dn] = q_nope and packed[..., Dn:] = q_pe, in one pass over the inputs.
   /// Shapes [B, h, Dn], [B, h, Dr] and [B, h, Dn + Dr].

@@ -647,6 +647,41 @@ TEST_CASE("a quantised query and its scales are gathered as rows of bytes", "[nc
   }
 }
 
+TEST_CASE("a captured step finds its counts and slots from the lengths of each replay",
+          "[nccl][graph]") {
+  DecodeContextParallelGroup group(parts("placed"), {});
+  const StreamRef stream = session().ref();
+  constexpr std::int64_t kBatch = 33;
+  constexpr std::int64_t kQueries = 3;
+  const dcp::KvShard shard(ranks(), 2);
+  auto lengths = tensor(DType::i32, {kBatch});
+  auto counts = tensor(DType::i32, {kBatch, kQueries});
+  auto slots = tensor(DType::i64, {kBatch, kQueries});
+  const KvStep step{.lengths = lengths.view(), .counts = counts.view(), .slots = slots.view()};
+  group.place_step(shard, step, stream);  // of no tokens
+  session().wait();
+  CHECK(counts.differs([](std::int64_t) { return 0; }) == "");
+  CHECK(slots.differs([](std::int64_t) { return -1; }) == "");
+  stream.driver().begin_capture(stream.native());
+  group.place_step(shard, step, stream);
+  const auto graph = stream.driver().end_capture(stream.native());
+  for (int round = 0; round < 3; ++round) {
+    const auto length = [&](std::int64_t b) { return (b * 5 + round) % 19; };
+    const auto visible = [&](std::int64_t i) {
+      return std::max<std::int64_t>(length(i / kQueries) - (kQueries - 1 - i % kQueries), 0);
+    };
+    lengths.fill([&](std::int64_t b) { return length(b); });
+    graph->launch(stream);
+    session().wait();
+    CHECK(counts.differs([&](std::int64_t i) { return shard.local_count(visible(i), rank()); }) ==
+          "");
+    CHECK(slots.differs([&](std::int64_t i) {
+      const std::int64_t token = visible(i) - 1;
+      return token >= 0 && shard.owner(token) == rank() ? shard.local_index(token) : -1;
+    }) == "");
+  }
+}
+
 TEST_CASE("shapes beyond the kernels are refused before anything is enqueued", "[nccl][graph]") {
   const StreamRef stream = session().ref();
   const Device device = session().backend->device();

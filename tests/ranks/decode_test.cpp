@@ -18,6 +18,10 @@ TEST_CASE("quantised queries and their scales are gathered as rows of bytes") {
   check_gather_quantised(world());
 }
 
+TEST_CASE("all ranks' counts and slots of a step make up its sequences") {
+  check_placed_steps(world());
+}
+
 TEST_CASE("what was reserved suffices for every plan") { check_reserved_decode(world()); }
 
 TEST_CASE("a decode step is captured whole") { check_captured_decode(world()); }

@@ -448,6 +448,67 @@ inline void check_gather_quantised(ControlPlane& world) {
   check_equal(room(shape), bytes, "scales");
 }
 
+/// A step's counts and slots, eagerly and in a graph that finds other lengths at each replay: those
+/// of all ranks make up the sequences.
+inline void check_placed_steps(ControlPlane& world) {
+  const int n = world.size();
+  auto state = decode_state(world, {});
+  auto& dcp = state.dcp();
+  constexpr std::int64_t kBatch = 17;
+  for (const std::int64_t q : {1, 2, 5}) {
+    for (const std::int64_t interleave : {1, 3}) {
+      const dcp::KvShard shard(n, interleave);
+      HostStream stream;
+      Site site(dcp, Memory::ordinary, stream);
+      const auto lengths = site.tensor({kBatch}, DType::i32);
+      const auto counts = site.tensor({kBatch, q}, DType::i32, Form::transposed);
+      const auto whole = site.tensor({kBatch}, DType::i32);
+      const auto slots = site.tensor({kBatch, q}, DType::i64, Form::sliced);
+      const auto place = [&] {
+        dcp.place_step(shard, {.lengths = lengths, .counts = counts, .slots = slots}, stream);
+        dcp.place_step(shard, {.lengths = lengths, .counts = whole}, stream);
+      };
+      const auto check_all = [&](int round) {
+        const auto length = [&](std::int64_t b) { return (b * 7 + round) % 23; };
+        const auto visible = [&](std::int64_t flat) {
+          return std::max<std::int64_t>(length(flat / q) - (q - 1 - flat % q), 0);
+        };
+        check_values(whole, "whole",
+                     [&](std::int64_t b) { return shard.local_count(length(b), dcp.rank()); });
+        check_values(counts, "counts", [&](std::int64_t flat) {
+          return shard.local_count(visible(flat), dcp.rank());
+        });
+        check_values(slots, "slots", [&](std::int64_t flat) {
+          const std::int64_t token = visible(flat) - 1;
+          return token >= 0 && shard.owner(token) == dcp.rank() ? shard.local_index(token) : -1;
+        });
+        Tensor sum = dcp.backend().allocate({kBatch, q}, DType::i32, stream);
+        dcp.all_reduce_into(sum, counts, stream);
+        check_values(sum, "all ranks' counts", visible);
+      };
+      const auto set = [&](int round) {
+        fill_with(lengths, [&](std::int64_t b) { return (b * 7 + round) % 23; });
+      };
+      set(0);
+      place();
+      check_all(0);
+      auto graph = state.capture(stream, place);
+      for (int round = 1; round < 4; ++round) {
+        set(round);
+        graph.launch(stream);
+        check_all(round);
+      }
+      check_throws<UsageError>(
+          [&] {
+            dcp.place_step(dcp::KvShard(n + 1), {.lengths = lengths, .counts = counts}, stream);
+          },
+          "place_step shard", fmt::format("{} ranks, got {}", n, n + 1));
+    }
+  }
+  state.shutdown();
+  check_throws<UsageError>([&] { dcp.place_step(dcp::KvShard(n), {}); }, "after shutdown");
+}
+
 /// Steps of random shapes up to what was reserved, eager and captured, in a frozen arena.
 inline void check_reserved_steps(ControlPlane& world) {
   const int n = world.size();

@@ -37,6 +37,12 @@ TEST_CASE("quantised queries and their scales are gathered as rows of bytes", "[
   }
 }
 
+TEST_CASE("all ranks' counts and slots of a step make up its sequences", "[dcp]") {
+  for (const int n : {1, 2, 3, 4, 8}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_placed_steps); }
+  }
+}
+
 TEST_CASE("what was reserved suffices for every plan", "[dcp]") {
   for (const int n : {1, 2, 3}) {
     DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_reserved_decode); }

@@ -189,6 +189,11 @@ class CudaOps final : public TensorOps {
     detail::copy_view(from, to, detail::native(stream));
   }
 
+  void place_step(const dcp::KvRows& rows, StreamRef stream) override {
+    const DeviceGuard guard(device_);
+    cuda::place_step(rows, detail::native(stream));
+  }
+
   void pack_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                   const TensorView& packed, StreamRef stream) override {
     if (packed.numel() == 0) {

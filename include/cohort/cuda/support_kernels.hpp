@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <span>
 
+#include "cohort/dcp/kv_placement.hpp"
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dtype.hpp"
 
@@ -54,5 +55,9 @@ struct LseMerge {
 /// merged[b,h] = log sum over the ranks of exp(lses[r,b,h]), by the rules of dcp/lse_merge.hpp.
 /// @throw UsageError for more than `kMaxLseRanks` ranks.
 void merge_lse(const LseMerge& arguments, cudaStream_t stream);
+
+/// Calls `rows.place(b, j)` for every row: what a rank has of a decode step, from lengths on the
+/// device. Nothing is launched for no rows.
+void place_step(const dcp::KvRows& rows, cudaStream_t stream);
 
 }  // namespace cohort::cuda

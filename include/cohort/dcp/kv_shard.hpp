@@ -4,17 +4,17 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <span>
 #include <vector>
 
+#include "cohort/dcp/kv_placement.hpp"
 #include "cohort/error.hpp"
 
 /// \file
 /// Where the tokens of a sequence live when its KV cache is shared out among the ranks of a DCP
-/// group. Arithmetic only.
+/// group. Arithmetic only; without checks, for kernels, in kv_placement.hpp.
 ///
 /// Tokens are interleaved in blocks of `interleave`: token t is on rank (t / interleave) mod n.
 /// Each rank keeps its tokens in ascending order without gaps. With n=2 and interleave=2:
@@ -35,8 +35,7 @@ class KvShard {
   /// @param interleave  Consecutive tokens that stay together; engines with a paged cache choose a
   ///                    divisor or a multiple of the page size.
   /// @throw ConfigError if one is below 1, or `ranks * interleave` does not fit 64 bits.
-  explicit KvShard(int ranks, std::int64_t interleave = 1)
-      : ranks_(ranks), interleave_(interleave) {
+  explicit KvShard(int ranks, std::int64_t interleave = 1) : placement_{ranks, interleave} {
     if (ranks < 1 || interleave < 1) {
       throw ConfigError(fmt::format(
           "KvShard: ranks and interleave must be at least 1, got {} and {}", ranks, interleave));
@@ -45,20 +44,22 @@ class KvShard {
       throw ConfigError(
           fmt::format("KvShard: {} ranks times interleave {} overflow 64 bits", ranks, interleave));
     }
-    cycle_ = interleave * ranks;
   }
 
   /// Ranks that share the cache.
-  [[nodiscard]] int ranks() const noexcept { return ranks_; }
+  [[nodiscard]] int ranks() const noexcept { return static_cast<int>(placement_.ranks); }
   /// Consecutive tokens that stay on one rank.
-  [[nodiscard]] std::int64_t interleave() const noexcept { return interleave_; }
+  [[nodiscard]] std::int64_t interleave() const noexcept { return placement_.interleave; }
+  /// The same without checks, for kernels. `DecodeContextParallelGroup::place_step` fills a step's
+  /// counts and slots on the device.
+  [[nodiscard]] const KvPlacement& placement() const noexcept { return placement_; }
 
   /// Rank that holds a token. The owner of the next token to append to a sequence of L tokens is
   /// `owner(L)`.
   /// @throw UsageError if `token` is negative.
   [[nodiscard]] int owner(std::int64_t token) const {
     check_not_negative("token", token);
-    return static_cast<int>(token / interleave_ % ranks_);
+    return static_cast<int>(placement_.owner(token));
   }
 
   /// Position of a token in its owner's shard. The slot that the next appended token takes in a
@@ -66,7 +67,7 @@ class KvShard {
   /// @throw UsageError if `token` is negative.
   [[nodiscard]] std::int64_t local_index(std::int64_t token) const {
     check_not_negative("token", token);
-    return token / cycle_ * interleave_ + token % interleave_;
+    return placement_.local_index(token);
   }
 
   /// The token at a position of a rank's shard: the inverse of `owner` and `local_index`.
@@ -74,12 +75,13 @@ class KvShard {
   [[nodiscard]] std::int64_t global_index(int rank, std::int64_t local) const {
     check_rank(rank);
     check_not_negative("local", local);
-    const std::int64_t in_cycle = rank * interleave_ + local % interleave_;
-    if (local / interleave_ > (kMaxTokens - in_cycle) / cycle_) {
+    const std::int64_t cycle = interleave() * placement_.ranks;
+    const std::int64_t in_cycle = rank * interleave() + local % interleave();
+    if (local / interleave() > (kMaxTokens - in_cycle) / cycle) {
       throw UsageError(
           fmt::format("local: position {} of rank {} is beyond token 2^63-1", local, rank));
     }
-    return local / interleave_ * cycle_ + in_cycle;
+    return local / interleave() * cycle + in_cycle;
   }
 
   /// Tokens on a rank of a sequence of `length` tokens; 0 where the sequence does not reach it.
@@ -87,9 +89,7 @@ class KvShard {
   [[nodiscard]] std::int64_t local_count(std::int64_t length, int rank) const {
     check_not_negative("length", length);
     check_rank(rank);
-    const std::int64_t beyond_full_cycles = length % cycle_ - rank * interleave_;
-    return length / cycle_ * interleave_ +
-           std::clamp(beyond_full_cycles, std::int64_t{0}, interleave_);
+    return placement_.local_count(length, rank);
   }
 
   /// `local_count` for each sequence of a batch.
@@ -131,14 +131,12 @@ class KvShard {
   }
 
   void check_rank(int rank) const {
-    if (rank < 0 || rank >= ranks_) {
-      throw UsageError(fmt::format("rank: expected 0 to {}, got {}", ranks_ - 1, rank));
+    if (rank < 0 || rank >= ranks()) {
+      throw UsageError(fmt::format("rank: expected 0 to {}, got {}", ranks() - 1, rank));
     }
   }
 
-  int ranks_;
-  std::int64_t interleave_;
-  std::int64_t cycle_ = 0;  ///< Tokens from one visit of a rank to the next.
+  KvPlacement placement_;
 };
 
 }  // namespace cohort::dcp

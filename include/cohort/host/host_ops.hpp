@@ -30,6 +30,19 @@ class HostOps final : public TensorOps {
         stream, [](const ConstTensorView& f, const TensorView& t) { copy_now(f, t); }, from, to);
   }
 
+  void place_step(const dcp::KvRows& rows, StreamRef stream) override {
+    enqueue(
+        stream,
+        [](const dcp::KvRows& step) {
+          for (std::int64_t b = 0; b < step.batch; ++b) {
+            for (std::int64_t j = 0; j < step.queries; ++j) {
+              step.place(b, j);
+            }
+          }
+        },
+        rows);
+  }
+
   void pack_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                   const TensorView& packed, StreamRef stream) override {
     enqueue(

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <numeric>
 
+#include "cohort/cuda/support_kernels.hpp"
 #include "world.cuh"
 
-// Strided copy, fill and the sum of pieces against the host.
+// Strided copy, fill, the sum of pieces and a step's counts and slots against the host.
 
 namespace cohort::test {
 namespace {
@@ -122,6 +123,116 @@ void test_reduce(Tally& tally) {
   }
 }
 
+/// An engine's kernel may ask where tokens live.
+__global__ void placement_kernel(dcp::KvPlacement placement, std::int64_t rank, std::int64_t tokens,
+                                 std::int64_t* answers) {
+  const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (t < tokens) {
+    answers[4 * t] = placement.owner(t);
+    answers[4 * t + 1] = placement.local_index(t);
+    answers[4 * t + 2] = placement.local_count(t, rank);
+    answers[4 * t + 3] = placement.slot(t, rank);
+  }
+}
+
+bool placement_right(const dcp::KvPlacement& placement, std::int64_t rank) {
+  constexpr std::int64_t kTokens = 300;
+  Buffer answers(kTokens * 4 * sizeof(std::int64_t));
+  placement_kernel<<<3, 100>>>(placement, rank, kTokens, answers.at<std::int64_t>());
+  COHORT_CHECK(cudaDeviceSynchronize());
+  const auto got = answers.download<std::int64_t>(kTokens * 4);
+  std::vector<std::int64_t> want;
+  for (std::int64_t t = 0; t < kTokens; ++t) {
+    want.insert(want.end(), {placement.owner(t), placement.local_index(t),
+                             placement.local_count(t, rank), placement.slot(t, rank)});
+  }
+  return got == want;
+}
+
+struct StepCase {
+  std::int64_t batch, queries;
+  bool whole;
+  bool paged;
+};
+
+bool step_right(Random& random, const dcp::KvPlacement& placement, std::int64_t rank,
+                const StepCase& c) {
+  constexpr std::int64_t kPages = 40;
+  const auto rows = to_size(c.batch * c.queries);
+  std::vector<std::int32_t> lengths(to_size(c.batch));
+  for (auto& length : lengths) {
+    length = static_cast<std::int32_t>(random() % 4 == 0 ? random() % 4 : random() % 5000);
+  }
+  std::vector<std::int32_t> pages(to_size(c.batch * kPages));
+  for (auto& page : pages) {
+    page = static_cast<std::int32_t>(random() % 9 == 0 ? -1 : static_cast<int>(random() % 100000));
+  }
+  std::vector<std::int32_t> counts(rows, -7);
+  std::vector<std::int64_t> slots(2 * rows, -7);
+  dcp::KvRows step{.placement = placement,
+                   .rank = rank,
+                   .batch = c.batch,
+                   .queries = c.queries,
+                   .lengths = lengths.data(),
+                   .counts = counts.data(),
+                   .count_batch_stride = 1,
+                   .count_query_stride = c.batch,
+                   .whole_counts = c.whole,
+                   .slots = slots.data(),
+                   .slot_batch_stride = 2 * c.queries,
+                   .slot_query_stride = 2};
+  if (c.paged) {
+    step.pages = pages.data();
+    step.page_batch_stride = kPages;
+    step.page_stride = 1;
+    step.pages_of_sequence = kPages;
+    step.page_tokens = 64;
+  }
+  const auto on_card = [](const auto& values) {
+    Buffer buffer(values.size() * sizeof(values[0]));
+    buffer.upload(values.data(), values.size() * sizeof(values[0]));
+    return buffer;
+  };
+  const Buffer card_lengths = on_card(lengths);
+  const Buffer card_pages = on_card(pages);
+  const Buffer card_counts = on_card(counts);
+  const Buffer card_slots = on_card(slots);
+  dcp::KvRows card = step;
+  card.lengths = card_lengths.at<std::int32_t>();
+  card.pages = c.paged ? card_pages.at<std::int32_t>() : nullptr;
+  card.counts = card_counts.at<std::int32_t>();
+  card.slots = card_slots.at<std::int64_t>();
+  cuda::place_step(card, nullptr);
+  COHORT_CHECK(cudaDeviceSynchronize());
+  for (std::int64_t b = 0; b < c.batch; ++b) {
+    for (std::int64_t j = 0; j < c.queries; ++j) {
+      step.place(b, j);
+    }
+  }
+  return card_counts.download<std::int32_t>(rows) == counts &&
+         card_slots.download<std::int64_t>(2 * rows) == slots;
+}
+
+void test_steps(Tally& tally) {
+  Random random(13);
+  for (const std::int64_t ranks : {1, 2, 3, 8}) {
+    for (const std::int64_t interleave : {1, 3, 16, 64}) {
+      const dcp::KvPlacement placement{ranks, interleave};
+      const auto rank = static_cast<std::int64_t>(random() % static_cast<unsigned>(ranks));
+      tally.expect(placement_right(placement, rank),
+                   fmt::format("placement n={} interleave={} rank={}", ranks, interleave, rank));
+      for (const StepCase& c :
+           {StepCase{0, 1, false, false}, StepCase{1, 1, true, true}, StepCase{64, 4, false, true},
+            StepCase{300, 3, true, false}, StepCase{700, 5, false, true}}) {
+        tally.expect(
+            step_right(random, placement, rank, c),
+            fmt::format("place_step n={} interleave={} rank={} B={} q={} whole={} paged={}", ranks,
+                        interleave, rank, c.batch, c.queries, c.whole, c.paged));
+      }
+    }
+  }
+}
+
 }  // namespace
 
 void test_local(Tally& tally) {
@@ -134,6 +245,7 @@ void test_local(Tally& tally) {
   }
   test_fill(tally);
   test_reduce(tally);
+  test_steps(tally);
 }
 
 }  // namespace cohort::test
