@@ -31,37 +31,38 @@ class DefaultFloatMode {
   }
 
  private:
-  // The clobber keeps loads behind the change and stores before it, and what lies between them too.
+  using Word = std::uint64_t;
 #if defined(__x86_64__)
-  using Word = std::uint32_t;
   static constexpr Word kModeBits = 0xffc0;  // the others are flags of what has happened
   static constexpr Word kDefault = 0x1f80;
-
-  static Word read() noexcept {
-    Word word = 0;
-    asm volatile("stmxcsr %0" : "=m"(word));
-    return word;
-  }
-  static void write(Word word) noexcept { asm volatile("ldmxcsr %0" : : "m"(word) : "memory"); }
 #elif defined(__aarch64__)
-  using Word = std::uint64_t;
   static constexpr Word kModeBits = ~Word{0};
   static constexpr Word kDefault = 0;
+#else
+  static constexpr Word kModeBits = 0;  // no mode is known
+  static constexpr Word kDefault = 0;
+#endif
 
   static Word read() noexcept {
     Word word = 0;
+#if defined(__x86_64__)
+    asm volatile("stmxcsr %0" : "+m"(word));  // the lower half
+#elif defined(__aarch64__)
     asm volatile("mrs %0, fpcr" : "=r"(word));
+#endif
     return word;
   }
-  static void write(Word word) noexcept { asm volatile("msr fpcr, %0" : : "r"(word) : "memory"); }
-#else
-  using Word = std::uint32_t;
-  static constexpr Word kModeBits = 0;
-  static constexpr Word kDefault = 0;
 
-  static Word read() noexcept { return 0; }
-  static void write(Word) noexcept {}
+  /// The clobber keeps loads behind the change and stores before it, and what lies between them
+  /// too.
+  static void write(Word word) noexcept {
+#if defined(__x86_64__)
+    asm volatile("ldmxcsr %0" : : "m"(word) : "memory");
+#elif defined(__aarch64__)
+    asm volatile("msr fpcr, %0" : : "r"(word) : "memory");
 #endif
+    static_cast<void>(word);
+  }
 
   Word saved_;
 };
