@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstdint>
 #include <string>
 
 #include "cohort/error.hpp"
@@ -48,7 +49,8 @@ namespace cohort::detail {
 /// What a thread has waited for other ranks in the call that it is in.
 struct CallClock {
   std::chrono::steady_clock::duration waited{};
-  bool runs = false;
+  std::uint64_t number = 0;  ///< Of the call among those of the thread, 0 for none.
+  std::uint64_t calls = 0;   ///< That the thread has made.
 };
 
 /// Where each thread keeps it: in memory of the module that was asked first.
@@ -62,7 +64,7 @@ struct CallClocks {
 [[nodiscard]] inline CallClock& call_clock() noexcept {
   static constinit thread_local CallClock* place = nullptr;
   if (place == nullptr) [[unlikely]] {
-    place = process_wide<CallClocks>("call clocks 1").of_this_thread();
+    place = process_wide<CallClocks>("call clocks 2").of_this_thread();
   }
   return *place;
 }
@@ -72,16 +74,19 @@ struct CallClocks {
 /// the call belong to it. Nothing but thread-local memory is touched.
 class CallTime {
  public:
-  CallTime() noexcept : is_outermost_(!call_clock().runs) {
+  CallTime() noexcept : is_outermost_(call_clock().number == 0) {
     if (is_outermost_) {
-      call_clock().runs = true;
+      CallClock& clock = call_clock();
+      clock.number = ++clock.calls;
     }
   }
   CallTime(const CallTime&) = delete;
   CallTime& operator=(const CallTime&) = delete;
   ~CallTime() {
     if (is_outermost_) {
-      call_clock() = {};
+      CallClock& clock = call_clock();
+      clock.waited = {};
+      clock.number = 0;
     }
   }
 
@@ -102,7 +107,7 @@ class LimitedWait {
   LimitedWait(const LimitedWait&) = delete;
   LimitedWait& operator=(const LimitedWait&) = delete;
   ~LimitedWait() {
-    if (CallClock& clock = call_clock(); clock.runs) {
+    if (CallClock& clock = call_clock(); clock.number != 0) {
       clock.waited += Clock::now() - start_;
     }
   }

@@ -6,14 +6,17 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "cohort/call_time.hpp"
 #include "cohort/error.hpp"
 #include "cohort/process_state.hpp"
 #include "cohort/stream.hpp"
@@ -30,8 +33,10 @@ namespace host {
 /// What one capture recorded: the work in submission order, what the work needs, and whose it is.
 class Recording {
  public:
-  /// Adds work to what a launch runs.
-  void add(std::function<void()> work) { work_.push_back(std::move(work)); }
+  /// Adds work to what a launch runs, as a step of the public call that this thread is in.
+  void add(std::function<void()> work) {
+    work_.push_back({cohort::detail::call_clock().number, std::move(work)});
+  }
   /// Keeps the object as long as the recording.
   void retain(std::shared_ptr<void> object) { retained_.push_back(std::move(object)); }
   /// Every run checks `owner` before any of the work.
@@ -40,22 +45,35 @@ class Recording {
       owners_.push_back(owner);
     }
   }
-  /// Checks the owners, then does the work in order. Calls have their time limit each, as they do
-  /// where they are not recorded.
+  /// Checks the owners, then does the work in order. Calls have their time limit each, whatever
+  /// their steps, as they do where they are not recorded.
   void run() const {
     for (const auto& owner : owners_) {
       owner->check();
     }
-    for (const auto& work : work_) {
-      work();
+    for (auto step = work_.begin(); step != work_.end();) {
+      const auto call = step->call;
+      std::optional<cohort::detail::CallTime> time;
+      if (call != 0) {
+        time.emplace();
+      }
+      do {
+        step->work();
+        ++step;
+      } while (call != 0 && step != work_.end() && step->call == call);
     }
   }
 
  private:
+  struct Step {
+    std::uint64_t call = 0;  // the number that its call had on its thread, 0 for none
+    std::function<void()> work;
+  };
+
   // Declared first, destroyed last: captured work may hold references into what is retained.
   std::vector<std::shared_ptr<void>> retained_;
   std::vector<std::shared_ptr<const Lifeline>> owners_;
-  std::vector<std::function<void()>> work_;
+  std::vector<Step> work_;
 };
 
 /// A capture in progress, shared by the streams that take part in it.
@@ -138,7 +156,7 @@ class HostStreamDriver final : public StreamDriver {
 
 /// The driver object; it outlives everything.
 [[nodiscard]] inline HostStreamDriver& host_stream_driver() {
-  return detail::process_wide<HostStreamDriver>("host streams 3");
+  return detail::process_wide<HostStreamDriver>("host streams 4");
 }
 
 /// An in-order executor on the calling thread. Used by one thread at a time. Where it is destroyed
@@ -306,18 +324,15 @@ void enqueue(StreamRef stream, const Body& body, const Arguments&... arguments) 
   stream.submit([body, kept = std::make_tuple(keep(arguments)...)] { std::apply(body, kept); });
 }
 
-/// The same for a body that refers to an owner; a replay after its end throws `UsageError`.
+/// The same for a body that refers to an owner: once that has ended, a launch of the graph throws
+/// `UsageError` before any of its work.
 template <class Body, class... Arguments>
-void enqueue_call(const std::shared_ptr<Lifeline>& owner, StreamRef stream, const Body& body,
+void enqueue_call(const std::shared_ptr<const Lifeline>& owner, StreamRef stream, const Body& body,
                   const Arguments&... arguments) {
-  if (runs_at_once(stream)) {
-    body(arguments...);
-    return;
+  if (!runs_at_once(stream)) {
+    stream.check_at_launch(owner);
   }
-  stream.submit([owner, body, kept = std::make_tuple(keep(arguments)...)] {
-    owner->check();
-    std::apply(body, kept);
-  });
+  enqueue(stream, body, arguments...);
 }
 
 }  // namespace host

@@ -177,6 +177,33 @@ TEST_CASE("the calls of a graph have their time limit each", "[host]") {
   CHECK(left == std::vector<std::chrono::steady_clock::duration>(4, 800ms));
 }
 
+TEST_CASE("the steps of a recorded call share its time limit", "[host]") {
+  HostStream stream;
+  std::vector<std::chrono::steady_clock::duration> left;
+  const auto step = [&] {
+    const cohort::detail::CallTime time;
+    const cohort::detail::LimitedWait wait(800ms);
+    left.push_back(wait.deadline() - wait.start());
+    std::this_thread::sleep_for(5ms);
+  };
+  stream.begin_capture();
+  for (int i = 0; i < 2; ++i) {
+    const cohort::detail::CallTime call;
+    stream.submit(step);
+    stream.submit(step);
+  }
+  const auto graph = stream.end_capture();
+  for (int replay = 0; replay < 2; ++replay) {
+    left.clear();
+    graph->launch(stream);
+    REQUIRE(left.size() == 4);
+    CHECK(left[0] == 800ms);
+    CHECK(left[1] <= 795ms);
+    CHECK(left[2] == 800ms);
+    CHECK(left[3] <= 795ms);
+  }
+}
+
 TEST_CASE("enqueue copies arguments only where it must", "[host]") {
   struct Counted {
     int* copies;
@@ -216,4 +243,23 @@ TEST_CASE("a launch checks the owners of its work before any of it runs", "[host
   owner->end();
   CHECK_THROWS_AS(graph->launch(stream), UsageError);
   CHECK(ran == 1);
+}
+
+TEST_CASE("a recorded call checks its owner before any work of the graph", "[host]") {
+  HostStream stream;
+  int ran = 0;
+  const auto owner = std::make_shared<Lifeline>("the owner");
+  const auto body = [&] { ++ran; };
+  host::enqueue_call(owner, stream, body);
+  host::enqueue_call(owner, {}, body);
+  CHECK(ran == 2);
+  stream.begin_capture();
+  host::enqueue(stream, body);
+  host::enqueue_call(owner, stream, body);
+  const auto graph = stream.end_capture();
+  graph->launch(stream);
+  CHECK(ran == 4);
+  owner->end();
+  CHECK_THROWS_MATCHES(graph->launch(stream), UsageError, says("the owner", "shutdown"));
+  CHECK(ran == 4);
 }
