@@ -41,10 +41,22 @@ struct Caller {
   int size = 1;            ///< Ranks of the group.
 };
 
-/// Throws `UsageError` for a tensor of another device than the group's.
+/// Throws `UsageError` for elements that do not lie where their type has to.
+template <class Void>
+void check_aligned(std::string_view argument, const BasicTensorView<Void>& x) {
+  if (reinterpret_cast<std::uintptr_t>(x.data()) % size_of(x.dtype()) != 0) {
+    throw UsageError(fmt::format("{}: expected the data of {} at a multiple of {} bytes, got {}",
+                                 argument, to_string(x.dtype()), size_of(x.dtype()),
+                                 static_cast<const void*>(x.data())));
+  }
+}
+
+/// Throws `UsageError` for a tensor of another device than the group's, and for one whose elements
+/// are not aligned.
 template <class Void>
 void check_on_device(std::string_view argument, const Caller& caller, Device device,
                      const BasicTensorView<Void>& x) {
+  check_aligned(argument, x);
   if (x.device() != device) {
     throw UsageError(fmt::format("{}: group {} works on {}, got a tensor on {}", argument,
                                  caller.group, to_string(device), to_string(x.device())));

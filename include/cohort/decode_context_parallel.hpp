@@ -300,6 +300,8 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     QueryBytes(const ConstTensorView& q_nope, const ConstTensorView& q_pe) {
       check_part("gather_query q_nope", "[B, H/n, Dn]", q_nope);
       check_part("gather_query q_pe", "[B, H/n, Dr]", q_pe);
+      check_aligned("gather_query q_nope", q_nope);
+      check_aligned("gather_query q_pe", q_pe);
       nope = q_nope.reinterpret(DType::u8);
       pe = q_pe.reinterpret(DType::u8);
     }

@@ -109,7 +109,8 @@ class GroupCoordinator : public GroupBase {
     finish(call);
   }
 
-  /// Overwrites `x` with the root's, in place.
+  /// Overwrites `x` with the root's, in place. What `x` must be is the same on the root, which only
+  /// reads it, so that ranks with tensors of one layout are refused together.
   void broadcast(const TensorView& x, int root, StreamRef stream = {}) {
     check_call("broadcast", x);
     check_member("broadcast root", caller(), root);

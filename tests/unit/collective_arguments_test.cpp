@@ -46,6 +46,24 @@ TEST_CASE("devices, ranks, dtypes and shapes that a call cannot take are named",
   CHECK_THROWS_MATCHES(check_alike("out", other, x, {8, 8}), UsageError, says("got i32"));
 }
 
+TEST_CASE("data that is not aligned to its type is named", "[arguments]") {
+  const Caller caller{"tp[0]", 1, 2};
+  alignas(16) std::byte memory[64];
+  for (const auto dtype : {DType::u8, DType::f8_e4m3, DType::bf16, DType::f32, DType::i64}) {
+    for (std::size_t offset = 0; offset < 16; ++offset) {
+      const ConstTensorView x(memory + offset, dtype, {2});
+      INFO(to_string(dtype) << " at " << offset);
+      if (offset % size_of(dtype) == 0) {
+        CHECK_NOTHROW(check_on_device("x", caller, x.device(), x));
+      } else {
+        CHECK_THROWS_MATCHES(
+            check_on_device("x", caller, x.device(), x), UsageError,
+            says("x: expected the data of", fmt::format("a multiple of {} bytes", size_of(dtype))));
+      }
+    }
+  }
+}
+
 TEST_CASE("a result may lie on its input only where a call in place has it", "[arguments]") {
   std::vector<float> memory(64);
   const TensorView all(memory.data(), DType::f32, {64});

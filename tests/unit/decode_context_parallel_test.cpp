@@ -239,6 +239,19 @@ TEST_CASE("wrong decode arguments are named, and the group works on", "[dcp]") {
                                "without gaps");
       check_throws<UsageError>([&] { (void)dcp.gather_query(nope, pe.slice(0, 0, 1)); },
                                "gather_query q_pe");
+      auto* const odd = static_cast<std::byte*>(nope.data()) + 1;
+      check_throws<UsageError>(
+          [&] {
+            (void)dcp.gather_query(TensorView(odd, DType::f32, {2, 2, 4}), half);
+          },
+          "gather_query q_nope", "a multiple of 4 bytes");
+      check_throws<UsageError>(
+          [&] {
+            (void)dcp.gather_query(nope, TensorView(odd, DType::f32, {2, 2, 4}));
+          },
+          "gather_query q_pe", "a multiple of 4 bytes");
+      check_throws<UsageError>(merge(p.merged, p.out, TensorView(odd, DType::f32, {2, 2 * n})),
+                               "merge_attention lse", "a multiple of 4 bytes");
 
       check_throws<UsageError>([&] { dcp.reserve_for({.batch = -1, .heads = 2 * n}); },
                                "reserve_for", "-1");

@@ -93,6 +93,16 @@ TEST_CASE("wrong arguments are named before anything moves, and the group works 
       refused([&] { group.send(x, group.rank()); }, "send to", "own peer");
       refused([&] { group.recv(x, -1); }, "recv from", "expected a rank");
       refused([&] { group.recv(x, group.rank()); }, "recv from", "own peer");
+      const TensorView odd(static_cast<std::byte*>(x.data()) + 2, DType::f32, {2 * n, 3});
+      const TensorView even(x.data(), DType::f32, {2 * n, 3});
+      const std::string_view multiple = "a multiple of 4 bytes";
+      refused([&] { (void)group.all_gather(odd, 0); }, "all_gather x", multiple);
+      refused([&] { group.reduce_scatter_into(odd.slice(0, 0, 2), even, 0); }, "reduce_scatter out",
+              multiple);
+      refused([&] { group.all_reduce(odd); }, "all_reduce", multiple);
+      refused([&] { group.broadcast(odd, 0); }, "broadcast", multiple);
+      refused([&] { (void)group.all_to_all(odd); }, "all_to_all", multiple);
+      refused([&] { group.send(odd, 0); }, "send", multiple);
       check_all_reduce(group, site, {5, 7}, DType::f32, Form::contiguous);
     });
   }
