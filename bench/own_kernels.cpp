@@ -313,24 +313,25 @@ void time_attention(Report& report, std::vector<Rank>& ranks) {
   constexpr std::int64_t kRope = 64;
   for (const std::int64_t batch : {1, 2, 4, 8, 16, 32, 64, 128}) {
     const cuda::MergeShape shape{batch, kHeads, kDim, DType::bf16};
-    const auto query_of = [&](const Rank& r) {
+    const auto query_of = [&](const Rank& r, std::int64_t nope, std::int64_t pe, DType dtype) {
       const std::int64_t heads = kHeads / n;
+      const auto element = static_cast<std::int64_t>(size_of(dtype));
       return cuda::Query{.nope = r.in,
-                         .nope_batch_stride = heads * kDim,
-                         .nope_head_stride = kDim,
-                         .pe = r.in + batch * heads * kDim * 2,
-                         .pe_batch_stride = heads * kRope,
-                         .pe_head_stride = kRope,
+                         .nope_batch_stride = heads * nope,
+                         .nope_head_stride = nope,
+                         .pe = r.in + batch * heads * nope * element,
+                         .pe_batch_stride = heads * pe,
+                         .pe_head_stride = pe,
                          .batch = batch,
                          .heads = heads,
-                         .nope_dim = kDim,
-                         .pe_dim = kRope};
+                         .nope_dim = nope,
+                         .pe_dim = pe,
+                         .dtype = dtype};
     };
     for (const auto path : kPaths) {
       const bool words = path == cuda::PeerPath::flag_word;
       const auto& layout = ranks[0].table.layout;
       const std::int64_t merge_lane = cuda::merge_lane_bytes(shape, n, path);
-      const std::int64_t query_lane = cuda::query_lane_bytes(query_of(ranks[0]), path);
       const auto row = [&](const char* op, std::int64_t lane, double us) {
         const std::int64_t needed = lane * (n - 1);
         report.add(
@@ -346,12 +347,17 @@ void time_attention(Report& report, std::vector<Rank>& ranks) {
                                {r.out, kHeads / n * kDim, kDim}, r.stream, path);
             }));
       }
-      if (fits(layout, query_lane, path)) {
-        row("gather_query", query_lane, time_of(ranks, [&](const Rank& r) {
-              cuda::peer_gather_query(r.table, query_of(r), r.out, kHeads * (kDim + kRope),
-                                      kDim + kRope, r.stream, path);
-            }));
-      }
+      const auto query_row = [&](const char* op, std::int64_t nope, std::int64_t pe, DType dtype) {
+        const std::int64_t lane = cuda::query_lane_bytes(query_of(ranks[0], nope, pe, dtype), path);
+        if (fits(layout, lane, path)) {
+          row(op, lane, time_of(ranks, [&](const Rank& r) {
+                cuda::peer_gather_query(r.table, query_of(r, nope, pe, dtype), r.out,
+                                        kHeads * (nope + pe), nope + pe, r.stream, path);
+              }));
+        }
+      };
+      query_row("gather_query", kDim, kRope, DType::bf16);
+      query_row("gather_query f8", kDim + kRope, 16, DType::u8);  // with four scales of f32
     }
   }
 }
