@@ -23,6 +23,7 @@
 #include <string>
 #include <system_error>
 #include <utility>
+#include <vector>
 
 #include "cohort/log.hpp"
 #include "cohort/poll_pause.hpp"
@@ -116,6 +117,21 @@ auto repeat(const Call& call) {
 /// open(2) with O_CLOEXEC, again where a signal came between; errno where it fails.
 [[nodiscard]] inline UniqueFd open_file(const std::string& path, int flags) noexcept {
   return keep(repeat([&] { return ::open(path.c_str(), flags | O_CLOEXEC); }));
+}
+
+/// How many descriptors the process may still open, counted up to `enough`. Another thread may take
+/// them meanwhile.
+[[nodiscard]] inline int descriptors_left(int enough) {
+  std::vector<UniqueFd> taken;
+  taken.reserve(static_cast<std::size_t>(enough));
+  while (static_cast<int>(taken.size()) < enough) {
+    UniqueFd next = taken.empty() ? open_file("/dev/null", O_RDONLY) : duplicate(taken[0].get());
+    if (!next) {
+      break;
+    }
+    taken.push_back(std::move(next));
+  }
+  return static_cast<int>(taken.size());
 }
 
 /// Content of a small file such as those of /proc, or why it cannot be read.

@@ -92,6 +92,21 @@ TEST_CASE("descriptors close on exec, and failures keep errno", "[system_calls]"
   CHECK(errno == ENOENT);
 }
 
+TEST_CASE("descriptors that are left are counted up to what is enough", "[system_calls]") {
+  CHECK(os::descriptors_left(0) == 0);
+  CHECK(os::descriptors_left(5) == 5);
+  rlimit limits{};
+  REQUIRE(::getrlimit(RLIMIT_NOFILE, &limits) == 0);
+  const UniqueFd lowest = os::open_file("/dev/null", O_RDONLY);
+  rlimit few = limits;
+  few.rlim_cur = static_cast<rlim_t>(lowest.get()) + 1;
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &few) == 0);
+  const int left = os::descriptors_left(1000);
+  REQUIRE(::setrlimit(RLIMIT_NOFILE, &limits) == 0);
+  CHECK(left <= lowest.get());  // the numbers below it that are free, if any
+  CHECK(os::descriptors_left(5) == 5);
+}
+
 TEST_CASE("a file's text, or why there is none", "[system_calls]") {
   const auto limits = os::read_text("/proc/self/limits");
   CHECK(limits.error == 0);
