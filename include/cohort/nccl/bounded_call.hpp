@@ -1,10 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <functional>
 #include <memory>
@@ -13,7 +17,9 @@
 #include <thread>
 #include <utility>
 
+#include "cohort/call_time.hpp"
 #include "cohort/log.hpp"
+#include "cohort/process_state.hpp"
 
 /// \file
 /// Calls that may never return, with a time limit, and an end that waits for no call. Needs no CUDA
@@ -21,10 +27,59 @@
 
 namespace cohort::detail {
 
+/// The calls that are under way on threads of their own. Where the process leaves while one is, the
+/// exit handlers of CUDA would take down what it uses, and crash it: the first call of all
+/// therefore asks for a handler before theirs, which waits a while for those that may still end and
+/// then leaves at once, with the status that the process has.
+class CallsUnderWay {
+ public:
+  /// From its beginning to its end one call is under way.
+  class Call {
+   public:
+    Call() { get().add(1); }
+    Call(const Call&) = delete;
+    Call& operator=(const Call&) = delete;
+    ~Call() { get().add(-1); }
+  };
+
+ private:
+  static constexpr std::chrono::seconds kPatience{2};
+
+  static CallsUnderWay& get() {
+    static CallsUnderWay& all = process_wide<CallsUnderWay>("calls under way 1");
+    return all;
+  }
+  void add(int calls) {
+    const std::lock_guard lock(mutex_);
+    count_ += calls;
+    changed_.notify_all();
+    if (!std::exchange(asked_, true)) {
+      static_cast<void>(::on_exit([](int status, void*) { get().leave(status); }, nullptr));
+    }
+  }
+  void leave(int status) {
+    std::unique_lock lock(mutex_);
+    if (!changed_.wait_for(lock, kPatience, [this] { return count_ == 0; })) {
+      log(LogLevel::warning,
+          "the process leaves without its other exit handlers: a call of NCCL does not end");
+      std::fflush(nullptr);
+      ::_exit(status);
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int count_ = 0;
+  bool asked_ = false;
+};
+
 /// Runs `work` on a thread of its own and waits for it. False at the limit: the thread then goes
 /// on, and `work` with all that it holds is leaked on purpose, because nothing can end it from
 /// outside. What `work` throws is thrown here.
-[[nodiscard]] inline bool call_within(std::chrono::milliseconds limit, std::function<void()> work) {
+///
+/// @param look  Called every few milliseconds while it waits; what it throws ends the wait as well.
+[[nodiscard]] inline bool call_within(std::chrono::milliseconds limit, std::function<void()> work,
+                                      const std::function<void()>& look = {}) {
   struct State {
     std::mutex mutex;
     std::condition_variable changed;
@@ -34,7 +89,8 @@ namespace cohort::detail {
   };
   const auto state = std::make_shared<State>();
   state->work = std::move(work);
-  std::thread helper([state] {
+  // Nobody joins it: whoever waits may leave first.
+  std::thread([state, call = std::make_unique<CallsUnderWay::Call>()] {
     std::exception_ptr error;
     try {
       state->work();
@@ -42,20 +98,24 @@ namespace cohort::detail {
       error = std::current_exception();
     }
     const std::lock_guard lock(state->mutex);
+    state->work = nullptr;
     state->error = error;
     state->done = true;
     state->changed.notify_one();
-  });
-  bool done = false;
-  {
-    std::unique_lock lock(state->mutex);
-    done = state->changed.wait_for(lock, limit, [&] { return state->done; });
+  }).detach();
+  constexpr std::chrono::milliseconds kLookEvery{5};
+  const auto deadline = deadline_after(limit);
+  std::unique_lock lock(state->mutex);
+  const auto is_done = [&] { return state->done; };
+  while (look && std::chrono::steady_clock::now() + kLookEvery < deadline &&
+         !state->changed.wait_for(lock, kLookEvery, is_done)) {
+    lock.unlock();
+    look();
+    lock.lock();
   }
-  if (!done) {
-    helper.detach();
+  if (!state->changed.wait_until(lock, deadline, is_done)) {
     return false;
   }
-  helper.join();
   if (state->error) {
     std::rethrow_exception(state->error);
   }
@@ -67,7 +127,8 @@ class DetachedCall {
  public:
   [[nodiscard]] static std::shared_ptr<DetachedCall> start(std::function<int()> work) {
     const auto call = std::make_shared<DetachedCall>();
-    std::thread([call, work = std::move(work)] {
+    std::thread([call, work = std::move(work),
+                 under_way = std::make_unique<CallsUnderWay::Call>()] {
       int result = -1;
       try {
         result = work();
@@ -81,10 +142,10 @@ class DetachedCall {
     return call;
   }
 
-  /// Its result, or nothing at the limit.
-  [[nodiscard]] std::optional<int> result_within(std::chrono::milliseconds limit) {
+  /// Its result, or nothing at the deadline.
+  [[nodiscard]] std::optional<int> result_by(std::chrono::steady_clock::time_point deadline) {
     std::unique_lock lock(mutex_);
-    changed_.wait_for(lock, limit, [this] { return result_.has_value(); });
+    changed_.wait_until(lock, deadline, [this] { return result_.has_value(); });
     return result_;
   }
 

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <fmt/format.h>
+
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
 
+#include "cohort/call_time.hpp"
+#include "cohort/error.hpp"
 #include "cohort/transport.hpp"
 
 /// \file
@@ -42,8 +46,25 @@ struct NcclTransportOptions {
   std::chrono::milliseconds kernel_limit{60'000};  ///< Of a wait in an own kernel.
   int kernels_at_once = 2;                         ///< Own ones of this rank; see block_budget.hpp.
   int ranks_per_card = 1;                          ///< At least so many; may differ by rank.
-  std::optional<std::int64_t> own_max_bytes;       ///< Instead of `default_own_max_bytes`; 0: none.
+  std::optional<std::int64_t> own_max_bytes = {};  ///< Instead of `default_own_max_bytes`; 0: none.
   bool visibility_guard = true;                    ///< `false` is for the guard's own test.
 };
+
+/// Throws `ConfigError` for an option that cannot be.
+inline void check_options(const NcclTransportOptions& options) {
+  if (!is_time_limit(options.kernel_limit)) {
+    throw ConfigError(fmt::format("NcclTransportOptions.kernel_limit: expected 1 to {} ms, got {}",
+                                  kLongestTimeLimit.count(), options.kernel_limit.count()));
+  }
+  const auto at_least = [](const char* name, std::int64_t least, std::int64_t value) {
+    if (value < least) {
+      throw ConfigError(
+          fmt::format("NcclTransportOptions.{}: expected at least {}, got {}", name, least, value));
+    }
+  };
+  at_least("kernels_at_once", 1, options.kernels_at_once);
+  at_least("ranks_per_card", 1, options.ranks_per_card);
+  at_least("own_max_bytes", 0, options.own_max_bytes.value_or(0));
+}
 
 }  // namespace cohort

@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/nccl/bounded_call.hpp"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <memory>
 #include <stdexcept>
 #include <thread>
@@ -39,6 +43,56 @@ TEST_CASE("work that does not end is left behind at the limit", "[bounded_call]"
   while (!*done) {
     std::this_thread::sleep_for(1ms);
   }
+}
+
+TEST_CASE("who waits looks around, and leaves the work where something is wrong",
+          "[bounded_call]") {
+  const auto release = std::make_shared<std::atomic<bool>>(false);
+  const auto begin = std::chrono::steady_clock::now();
+  int looks = 0;
+  CHECK_THROWS_WITH(static_cast<void>(call_within(
+                        60s,
+                        [release] {
+                          while (!*release) {
+                            std::this_thread::sleep_for(1ms);
+                          }
+                        },
+                        [&] {
+                          if (++looks == 3) {
+                            throw std::runtime_error("a peer has left");
+                          }
+                        })),
+                    "a peer has left");
+  CHECK(std::chrono::steady_clock::now() - begin < 20s);
+  *release = true;
+  CHECK(call_within(
+      10s, [] {}, [] {}));
+}
+
+/// An exit handler that is there before any call, as those of CUDA.
+static std::atomic<bool> gives_nine{false};
+[[maybe_unused]] static const int first_handler = std::atexit([] {
+  if (gives_nine) {
+    std::_Exit(9);
+  }
+});
+
+/// How a process leaves whose other exit handlers give it the status 9, over a call of that length.
+static int status_of_leaving(std::chrono::milliseconds length) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    gives_nine = true;
+    static_cast<void>(call_within(10ms, [length] { std::this_thread::sleep_for(length); }));
+    std::exit(7);
+  }
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+TEST_CASE("a process leaves in good order over a call that does not end", "[bounded_call]") {
+  CHECK(status_of_leaving(1h) == 7);     // at once, before the others could harm the call
+  CHECK(status_of_leaving(100ms) == 9);  // behind it, as ever
 }
 
 TEST_CASE("the end comes at once where nobody uses the thing, and once", "[bounded_call]") {

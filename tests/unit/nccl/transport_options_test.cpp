@@ -37,6 +37,19 @@ TEST_CASE("the own kernels take what was measured to be faster, and sums and gat
         static_cast<std::size_t>(cuda::max_all_reduce_bytes(layout)));
 }
 
+TEST_CASE("a transport's own options that cannot be are refused", "[nccl]") {
+  CHECK_NOTHROW(check_options({}));
+  CHECK_NOTHROW(check_options({.kernel_limit = kLongestTimeLimit, .own_max_bytes = 0}));
+  for (const auto limit : {std::chrono::milliseconds(0), std::chrono::milliseconds(-1),
+                           std::chrono::milliseconds::min(), std::chrono::milliseconds::max()}) {
+    CHECK_THROWS_AS(check_options({.kernel_limit = limit}), ConfigError);
+  }
+  CHECK_THROWS_AS(check_options({.kernels_at_once = 0}), ConfigError);
+  CHECK_THROWS_AS(check_options({.ranks_per_card = -1}), ConfigError);
+  CHECK_THROWS_WITH(check_options({.own_max_bytes = -5}),
+                    "NcclTransportOptions.own_max_bytes: expected at least 0, got -5");
+}
+
 TEST_CASE("a time limit of the kernels that cannot be is refused before anything starts",
           "[nccl]") {
   for (const auto limit : {std::chrono::milliseconds(0), std::chrono::milliseconds(-1),
