@@ -120,9 +120,11 @@ class GroupBase {
     arena_->freeze();
   }
 
-  /// Waits until the stream is idle, watching the peers as well. Throws `TimeoutError` naming the
-  /// missing ranks, `TransportError` where a peer failed, and `UsageError`, which leaves the group
-  /// as it is, for a limit that is not positive; `kLongestTimeLimit` is the longest.
+  /// Waits until the stream is idle, watching the peers as well, and those of the state's other
+  /// groups whose last call or launch the stream had. Throws `TimeoutError` naming the missing
+  /// ranks, `TransportError` where a peer failed, what another rank said that has left, and
+  /// `UsageError`, which leaves the group as it is, for a limit that is not positive;
+  /// `kLongestTimeLimit` is the longest.
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) {
     throw_if_closed();
     limit = checked_limit("synchronize", limit);
@@ -131,7 +133,14 @@ class GroupBase {
     } else if (stream.valid()) {
       stream.synchronize(limit);
     }
+    for (const GroupBase* const other : others_) {
+      if (other->parts_.transport != nullptr) {
+        other->parts_.transport->check(stream);
+      }
+    }
   }
+  /// Local. For `ParallelState`: its other groups, whose calls a stream may hold as well.
+  void stand_beside(std::vector<GroupBase*> others) { others_ = std::move(others); }
 
   /// Whether a call of the group is known to have failed, without asking the device: one load, for
   /// engines that wait for their streams by CUDA's own means. `synchronize` says what happened.
@@ -184,6 +193,9 @@ class GroupBase {
   /// ordered among themselves: their place among eager calls is where the graph is launched.
   void order(StreamRef stream) {
     throw_if_closed();
+    if (parts_.transport != nullptr) {
+      parts_.transport->before_launch(stream);
+    }
     for (StreamOrder& lane : lanes_) {  // a graph may hold calls of any
       static_cast<void>(lane.before(stream));
     }
@@ -357,6 +369,7 @@ class GroupBase {
   int size_;
   std::shared_ptr<Lifeline> lifeline_;  // kept by graphs with calls of the group
   std::shared_ptr<SymmetricArena> arena_;
+  std::vector<GroupBase*> others_;  // of the same state
   std::vector<StreamOrder> lanes_;  // each with an order of its own
   std::size_t lane_ = 0;
   std::uint64_t debug_sequence_ = 0;

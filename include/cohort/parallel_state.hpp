@@ -104,6 +104,11 @@ class ParallelState {
     if (formed_ != nullptr) {
       formed_->clear();
     }
+    const detail::CallTime time;  // which the groups' last waits share
+    dcp_.reset();
+    pp_.reset();
+    tp_.reset();
+    world_.reset();
   }
 
   /// How the ranks are divided.
@@ -244,8 +249,11 @@ class ParallelState {
     shut_down_ = true;
     settle(failure != nullptr);
     close_audiences();
-    for (auto group = formed_->rbegin(); group != formed_->rend(); ++group) {
-      (*group)->close();
+    {
+      const detail::CallTime time;  // which their last waits share
+      for (auto group = formed_->rbegin(); group != formed_->rend(); ++group) {
+        (*group)->close();
+      }
     }
     if (failure) {
       std::rethrow_exception(failure);
@@ -288,8 +296,11 @@ class ParallelState {
       throw;
     }
     *formed_ = {world_.get(), tp_.get(), pp_.get(), dcp_.get()};
-    for (const GroupCoordinator* group : *formed_) {
+    for (GroupCoordinator* group : *formed_) {
       captures_->add(group->arena());
+      std::vector<GroupBase*> others(formed_->begin(), formed_->end());
+      others.erase(std::find(others.begin(), others.end(), group));
+      group->stand_beside(std::move(others));
     }
   }
 

@@ -237,6 +237,13 @@ class Transport {
   /// missing ranks, `TransportError` where a peer failed.
   virtual void synchronize(StreamRef stream, std::chrono::milliseconds limit) = 0;
 
+  /// The stream is idle: throws as `synchronize` where it had calls of the group, or launches that
+  /// may hold some, and one is known to have failed.
+  virtual void check(StreamRef /*stream*/) {}
+  /// A graph that may hold calls of the group is about to be launched. Throws where another rank is
+  /// known to have left.
+  virtual void before_launch(StreamRef /*stream*/) {}
+
   /// Whether a call of the group is known to have failed, without asking the device: one load, for
   /// engines that wait by means of their own. `synchronize` then says what happened.
   [[nodiscard]] virtual bool failed() const noexcept { return false; }

@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <execinfo.h>
 #include <poll.h>
 #include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -134,6 +137,23 @@ class Round {
   }
 
  private:
+  /// A rank that dies of itself tells where, on the standard error.
+  static void say_where_it_crashes() {
+    static std::array<void*, 64> frames;
+    static_cast<void>(::backtrace(frames.data(), 1));  // loads what the handler must not load
+    struct sigaction action {};
+    action.sa_handler = [](int signal) {
+      static_cast<void>(std::signal(signal, SIG_DFL));
+      ::backtrace_symbols_fd(frames.data(),
+                             ::backtrace(frames.data(), static_cast<int>(frames.size())),
+                             STDERR_FILENO);
+      static_cast<void>(::raise(signal));
+    };
+    for (const int signal : {SIGSEGV, SIGBUS, SIGABRT}) {
+      ::sigaction(signal, &action, nullptr);
+    }
+  }
+
   void start(int rank) {
     int up[2];
     int down[2];
@@ -152,6 +172,7 @@ class Round {
       if (!verbose_) {
         set_log_sink([](LogLevel, std::string_view) {});
       }
+      say_where_it_crashes();
       int status = 4;
       try {
         status = Rank(kind_.make, plan_, rank, job_, limit_, up[1], down[0]).run();

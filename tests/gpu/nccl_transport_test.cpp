@@ -895,6 +895,18 @@ TEST_CASE("buffers at different places of a window cannot be captured, nor used 
           transport.reduce_scatter(at(0, far), at(2 * far + own, kCount), 0, sizes, ReduceOp::sum,
                                    stream);
         }) == "");
+  // Both ways are packed, of the same bytes: only the dimension tells them apart.
+  const auto along = [&](int dim) {
+    Dims full{2, 2, kCount / 4};
+    full[dim] *= ranks();
+    const TensorView joined(base + far, DType::bf16, full, device);
+    return refused([&] {
+      transport.all_gather(TensorView(base, DType::bf16, {2, 2, kCount / 4}, device), joined, dim,
+                           equal_sizes(dim == 1 ? 2 : kCount / 4), stream);
+    });
+  };
+  CHECK(along(1) == "");
+  CHECK_THAT(along(rank() == ranks() - 1 ? 2 : 1), differs);
 }
 
 TEST_CASE("eager calls of buffers at different places of a window fail the group",
@@ -1012,6 +1024,25 @@ TEST_CASE("ranks that were set up differently are told", "[nccl][errors]") {
   CHECK_THROWS_AS(NcclTransport(world(), session().backend->streams(),
                                 session().backend->device().index, options),
                   SymmetryError);
+}
+
+TEST_CASE("options that cannot be are refused on the rank that has them, and quoted to the others",
+          "[nccl][errors]") {
+  const bool last = rank() == ranks() - 1;
+  NcclTransportOptions options;
+  options.kernel_limit = last ? std::chrono::milliseconds(-1) : 60s;
+  try {
+    const NcclTransport transport(world(), session().backend->streams(),
+                                  session().backend->device().index, options);
+    FAIL("expected an error");
+  } catch (const ConfigError& error) {
+    CHECK(last);
+    CHECK_THAT(std::string(error.what()), contains("kernel_limit"));
+  } catch (const SymmetryError& error) {
+    CHECK_FALSE(last);
+    CHECK(error.ranks() == std::vector<int>{ranks() - 1});
+    CHECK_THAT(std::string(error.what()), contains("kernel_limit"));
+  }
 }
 
 TEST_CASE("a rank that never comes to an own kernel is named", "[nccl][errors]") {

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cohort/agreement.hpp"
+#include "cohort/call_time.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/cuda/handles.hpp"
 #include "cohort/error.hpp"
@@ -25,6 +26,7 @@
 #include "cohort/nccl/bounded_call.hpp"
 #include "cohort/nccl/known_faults.hpp"
 #include "cohort/nccl/nccl_check.hpp"
+#include "cohort/system_calls.hpp"
 
 /// \file
 /// An NCCL communicator of one group: made after the ranks agreed, bounded in time, watched for
@@ -49,6 +51,9 @@ class Communicator {
         intent.failure = "ncclGetUniqueId: " + nccl_error_text(code);
       }
     }
+    if (auto few = too_few_descriptors(group.size()); !few.empty()) {
+      intent.failure = std::move(few);
+    }
     agree(group, std::move(intent));
     const Bytes received = group.broadcast(std::as_bytes(std::span(&id, 1)), 0);
     if (received.size() != sizeof(id)) {
@@ -58,7 +63,7 @@ class Communicator {
 
     // Shared with the helper thread, which may outlive this call.
     const auto made = std::make_shared<Communicator>(Private{}, group, device);
-    made->run("ncclCommInitRankConfig", group.limit(), [made, id] {
+    made->run("ncclCommInitRankConfig", group, [made, id] {
       const DeviceGuard guard(made->device_);
       ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
       config.blocking = 1;
@@ -103,7 +108,9 @@ class Communicator {
           return ncclCommDestroy(comm);
         });
       }
-      const auto result = end_->result_within(std::min(limit_, kTeardownLimit));
+      // All that go in one call share the time.
+      const detail::LimitedWait wait(std::min(limit_, kTeardownLimit));
+      const auto result = end_->result_by(wait.deadline());
       const auto code = static_cast<ncclResult_t>(result.value_or(ncclSuccess));
       if (!result) {
         log(LogLevel::error,
@@ -168,14 +175,45 @@ class Communicator {
     return used;
   }
 
+  /// Why NCCL cannot connect to `ranks` ranks, or "". Without a descriptor it waits, or lets its
+  /// peers wait, without an end: it does not tell a peer that it failed. What it needs at once is
+  /// a few for its own threads and for each rank; over sockets of its own, more for each channel.
+  [[nodiscard]] static std::string too_few_descriptors(int ranks) {
+    const int needed = 48 + 4 * ranks;
+    const int left = os::descriptors_left(needed);
+    return left >= needed ? std::string()
+                          : fmt::format(
+                                "only {} more descriptors can be opened, and NCCL may need "
+                                "{}; see ulimit -n",
+                                left, needed);
+  }
+
+  /// Runs a call that waits for peers, within the limit of `group`, whose other ranks may end it
+  /// by what they say, and learn where it fails.
+  void run(const char* call, ControlPlane& group, std::function<void()> work,
+           const std::function<void()>& look = {}) {
+    try {
+      run(call, group.limit(), std::move(work), [&] {
+        group.check_peers();
+        if (look) {
+          look();
+        }
+      });
+    } catch (const Error& error) {
+      mark_broken();
+      group.give_up(error.what());
+      throw;
+    }
+  }
   /// Runs a call that waits for peers, within the limit.
-  void run(const char* call, std::chrono::milliseconds limit, std::function<void()> work) {
-    if (!detail::call_within(limit, std::move(work))) {
+  void run(const char* call, std::chrono::milliseconds limit, std::function<void()> work,
+           const std::function<void()>& look = {}) {
+    if (!detail::call_within(limit, std::move(work), look)) {
       mark_broken();
       throw TimeoutError(
           fmt::format(
-              "{} in group {} on rank {} did not return within {} ms although all ranks had "
-              "agreed to call it; it cannot be ended, and its thread is left to itself",
+              "{} in group {} on rank {} did not return within {} ms: NCCL waits for a rank and "
+              "does not say for which; it cannot be ended, and its thread is left to itself",
               call, group_, rank_, limit.count()),
           {});
     }

@@ -3,11 +3,13 @@
 
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
+#include <time.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -76,7 +78,40 @@ struct NcclGroup {
 
   [[nodiscard]] bool own_failed() const noexcept { return peers != nullptr && peers->failed(); }
   [[nodiscard]] bool failed() const noexcept {
-    return own_failed() || (communicator != nullptr && communicator->broken());
+    return own_failed() || (communicator != nullptr && communicator->broken()) ||
+           control.poisoned();
+  }
+
+  /// Throws what a rank said that has left the group. A kernel of NCCL that is told to stop still
+  /// sends what it has, and its peers end as if all were well, so that only words tell them: they
+  /// are said before it is told, and looked for behind it.
+  void check_peers() {
+    try {
+      control.check_peers();
+    } catch (const Error&) {
+      if (communicator != nullptr) {
+        communicator->mark_broken();
+      }
+      throw;
+    }
+    if (control.poisoned()) {
+      throw_failed();
+    }
+  }
+  /// The same where it has not been asked for some milliseconds: a question costs more than a call.
+  void check_peers_now_and_then() {
+    timespec now{};
+    ::clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    const std::int64_t tick = std::int64_t{now.tv_sec} * 1000 + now.tv_nsec / 1'000'000;
+    if (tick > checked_) {
+      checked_ = tick;
+      check_peers();
+    }
+  }
+
+  [[noreturn]] void throw_failed() const {
+    throw TransportError({.call = "a collective", .rank = rank, .group = control.name()},
+                         "an earlier call of this group failed; form the group anew");
   }
 
   /// Whether the own kernels take a call.
@@ -122,6 +157,8 @@ struct NcclGroup {
   UniqueMemory barrier_word;
   std::vector<Workspace> workspaces;  ///< By lane.
   std::size_t lane = 0;
+  cudaStream_t last_stream = nullptr;      ///< Of the last call or launch, where `used`.
+  bool used = false;                       ///< Whether there was one.
   std::unique_ptr<CudaPeerKernels> peers;  ///< Null where the ranks do not map each other's memory.
 
  private:
@@ -132,8 +169,16 @@ struct NcclGroup {
           std::int64_t{options.visibility_guard}}) {
       history = mix(history, static_cast<std::uint64_t>(word));
     }
-    agree(control, {.place = fmt::format("connection of group {} over NCCL", control.name()),
-                    .history = history});
+    std::exception_ptr wrong;
+    try {
+      check_options(options);
+    } catch (const ConfigError&) {
+      wrong = std::current_exception();
+    }
+    agree(control,
+          {.place = fmt::format("connection of group {} over NCCL", control.name()),
+           .history = history},
+          wrong);
   }
 
   void connect_peers(const GroupProbe& probe) {
@@ -153,6 +198,8 @@ struct NcclGroup {
     }
   }
 
+  std::int64_t checked_ = 0;  // when the peers were last looked after, ms
+
   /// Once a process: groups of the same cards have the same reason.
   void warn_without_lines() const {
     static std::atomic<bool> told = false;
@@ -170,12 +217,15 @@ struct NcclGroup {
 /// device may be another, and may change between calls; a time-out of another group, on its thread,
 /// ends this one's communicator as well.
 struct NcclCall {
-  NcclCall(const NcclGroup& group, StreamRef reference)
+  NcclCall(NcclGroup& group, StreamRef reference)
       : guard(group.device), use(use_of(group)), stream(native(reference)) {
     if (group.failed() || (group.communicator != nullptr && !use)) {
-      throw TransportError(
-          {.call = "a collective", .rank = group.rank, .group = group.control.name()},
-          "an earlier call of this group failed; form the group anew");
+      group.throw_failed();
+    }
+    if (group.size > 1) {
+      group.check_peers_now_and_then();
+      group.last_stream = stream;
+      group.used = true;
     }
   }
 

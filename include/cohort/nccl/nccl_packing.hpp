@@ -105,7 +105,7 @@ class NcclPacking {
                                                       group_.size, extents_before(in.shape(), dim)),
                                share, gathered, call.stream);
     } else {
-      calls_.all_gather(in, share, gathered, call.stream);
+      calls_.all_gather(in, dim, share, gathered, call.stream);
     }
     const auto dims = shares_of(in.shape(), in.numel(), out, dim);
     copy_joined(gathered, in.dtype(), out.data(), out.dtype(), dims, call.stream);
@@ -128,7 +128,7 @@ class NcclPacking {
                                  extents_before(out.shape(), dim)),
           in.dtype(), scratch, share, call.stream);
     } else {
-      calls_.reduce_scatter(out, scratch, share, op, call.stream);
+      calls_.reduce_scatter(out, dim, scratch, share, op, call.stream);
     }
     if (!direct) {
       copy_view(TensorView(share, out.dtype(), out.shape(), out.device()), out, call.stream);

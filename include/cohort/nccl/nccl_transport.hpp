@@ -104,7 +104,7 @@ class NcclTransport final : public Transport {
         packing_.gather(call, in, out, dim);
       }
     } else if (detail::fits(in, out, dim)) {
-      calls_.all_gather(in, in.data(), out.data(), call.stream);
+      calls_.all_gather(in, dim, in.data(), out.data(), call.stream);
     } else {
       packing_.gather(call, in, out, dim);
     }
@@ -128,7 +128,7 @@ class NcclTransport final : public Transport {
         packing_.reduce_scatter(call, in, out, dim, op);
       }
     } else if (detail::fits(out, in, dim)) {
-      calls_.reduce_scatter(out, in.data(), out.data(), op, call.stream);
+      calls_.reduce_scatter(out, dim, in.data(), out.data(), op, call.stream);
     } else {
       packing_.reduce_scatter(call, in, out, dim, op);
     }
@@ -181,6 +181,7 @@ class NcclTransport final : public Transport {
       detail::copy_unless_same(in, out, call.stream);
       return;
     }
+    calls_.connect_pairs();
     const detail::Packed packed(group_, call, in, out);
     const std::size_t part = detail::element_count(in) / static_cast<std::size_t>(group_.size);
     const std::size_t part_bytes = part * size_of(in.dtype());
@@ -207,6 +208,7 @@ class NcclTransport final : public Transport {
       return;
     }
     const detail::NcclCall call(group_, stream);
+    calls_.connect_to(to);
     const void* data = tensor.data();
     if (!tensor.is_contiguous()) {
       const TensorView scratch = detail::scratch_like(group_, call, tensor);
@@ -222,6 +224,7 @@ class NcclTransport final : public Transport {
       return;
     }
     const detail::NcclCall call(group_, stream);
+    calls_.connect_from(from);
     const bool direct = tensor.is_contiguous();
     const TensorView target = direct ? tensor : detail::scratch_like(group_, call, tensor);
     calls_.recv(target.data(), detail::element_count(tensor), tensor.dtype(), from, call.stream);
@@ -270,6 +273,21 @@ class NcclTransport final : public Transport {
 
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) override {
     waits_.synchronize(stream, limit);
+  }
+  void check(StreamRef stream) override {
+    if (group_.used && group_.last_stream == detail::native(stream)) {
+      waits_.check();
+    }
+  }
+  void before_launch(StreamRef stream) override {
+    if (group_.size > 1) {
+      if (group_.failed()) {
+        group_.throw_failed();
+      }
+      group_.check_peers_now_and_then();
+      group_.last_stream = detail::native(stream);
+      group_.used = true;
+    }
   }
   [[nodiscard]] bool failed() const noexcept override { return group_.failed(); }
   void settle(std::chrono::milliseconds patience) noexcept override { waits_.settle(patience); }

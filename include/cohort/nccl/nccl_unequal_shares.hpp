@@ -32,6 +32,7 @@ class NcclUnequalShares {
   /// Every rank sends its share to every other.
   void gather(const NcclCall& call, const ConstTensorView& in, const TensorView& out, int dim,
               std::span<const std::int64_t> sizes) {
+    calls_.connect_pairs();
     const auto all = shares(out, dim, sizes);
     const Share& mine = all[static_cast<std::size_t>(group_.rank)];
     const bool direct = fits(out, out, dim);
@@ -75,6 +76,11 @@ class NcclUnequalShares {
   void reduce_scatter(const NcclCall& call, const ConstTensorView& in, const TensorView& out,
                       int dim, std::span<const std::int64_t> sizes, ReduceOp op) {
     const auto all = shares(in, dim, sizes);
+    for (const Share& piece : all) {
+      if (piece.elements > 0) {
+        calls_.connect_for_reduce(piece.elements * size_of(in.dtype()));
+      }
+    }
     const bool in_direct = fits(in, in, dim);
     const bool out_direct = out.is_contiguous();
     const std::size_t in_bytes = in_direct ? 0 : aligned(in.bytes());

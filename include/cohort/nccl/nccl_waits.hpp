@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -45,25 +46,43 @@ class NcclWaits final : private RankWaits {
   }
 
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) {
+    const auto start = std::chrono::steady_clock::now();
     const auto deadline = deadline_after(limit);
+    auto next_look = start + kLookEvery;
     PollPause pause;
     while (!group_.streams.idle(stream.native())) {
       if (group_.own_failed()) {
-        static_cast<void>(drain(stream));
+        static_cast<void>(drain(stream, "a wait of its own kernels failed"));
         throw_failure();
       }
       check_asynchronous();
-      if (std::chrono::steady_clock::now() >= deadline) {
-        const bool drained = drain(stream);
+      const auto now = std::chrono::steady_clock::now();
+      if (now >= deadline) {
+        const bool drained =
+            drain(stream,
+                  fmt::format("synchronize: the stream was still busy after {} ms", limit.count()));
         if (group_.own_failed()) {
           throw_failure();
         }
         throw_time_out(limit, drained);
       }
+      if (now >= next_look && group_.size > 1) {
+        next_look = now + kLookEvery;
+        end_with_peers(stream);
+      }
       pause();
     }
+    check();
+  }
+
+  /// Throws where a call of the group is known to have failed whose streams are idle: what it said
+  /// here, or another rank that has left.
+  void check() {
     if (group_.own_failed()) {
       throw_failure();
+    }
+    if (group_.size > 1) {
+      group_.check_peers();
     }
     check_asynchronous();
   }
@@ -74,7 +93,7 @@ class NcclWaits final : private RankWaits {
     }
     if (!device_idle_within(group_.device,
                             group_.failed() ? std::min(patience, kDrainLimit) : patience)) {
-      end_waits();
+      end_waits("its calls did not come to their end before teardown");
     } else if (group_.own_failed()) {
       group_.communicator->mark_broken();  // peers have failed too: nobody waits for them
     }
@@ -83,18 +102,41 @@ class NcclWaits final : private RankWaits {
  private:
   /// How long waits that were told to end may take.
   static constexpr std::chrono::milliseconds kDrainLimit{1'000};
+  /// How often a wait looks whether another rank has left.
+  static constexpr std::chrono::milliseconds kLookEvery{5};
 
+  /// What NCCL noticed itself, and where another rank had said why, that.
   void check_asynchronous() {
-    if (group_.communicator != nullptr) {
+    if (group_.communicator == nullptr) {
+      return;
+    }
+    try {
       group_.communicator->check_asynchronous();
+    } catch (const TransportError& error) {
+      group_.control.check_peers();
+      group_.control.give_up(error.what());
+      throw;
+    }
+  }
+
+  /// Ends what the stream waits for, with the words of a rank that has left.
+  void end_with_peers(StreamRef stream) {
+    try {
+      group_.check_peers();
+    } catch (const Error&) {
+      static_cast<void>(drain(stream, "another rank has left"));
+      throw;
     }
   }
 
   // RankWaits
-  void end_waits() noexcept override {
+  void end_waits() noexcept override { end_waits("another group's wait on its card ended"); }
+  /// The others are told first: see `NcclGroup::check_peers`.
+  void end_waits(std::string_view reason) noexcept {
     if (group_.peers != nullptr) {
       group_.peers->give_up();
     }
+    group_.control.give_up(reason);
     if (group_.communicator != nullptr) {
       group_.communicator->abort();
     }
@@ -132,14 +174,14 @@ class NcclWaits final : private RankWaits {
 
   /// Has the stream drain: own waits of this group first, so that they can say who was missing,
   /// then whatever else waits for ranks. False where it stays busy.
-  [[nodiscard]] bool drain(StreamRef stream) {
+  [[nodiscard]] bool drain(StreamRef stream, std::string_view reason) {
     if (group_.peers != nullptr) {
       group_.peers->give_up();
       if (group_.streams.idle_within(stream.native(), kDrainLimit)) {
         return true;
       }
     }
-    end_waits();
+    end_waits(reason);
     if (group_.streams.idle_within(stream.native(), kDrainLimit)) {
       return true;
     }

@@ -48,6 +48,9 @@ class NcclSegment final : public Segment {
  public:
   /// Throws `TransportError`.
   NcclSegment(int device, std::size_t bytes) : bytes_(bytes) {
+    if (const auto few = Communicator::too_few_descriptors(1); !few.empty()) {
+      throw TransportError({.call = "ncclMemAlloc"}, few);  // before the ranks register it
+    }
     memory_ = std::make_shared<Memory>(device, bytes);
   }
 
