@@ -61,12 +61,13 @@ class StreamOrder {
   /// The call that `before` began has been enqueued. Until then, and where it is left out, the next
   /// call on another stream waits for everything that the stream has.
   void after(const Call& call) {
-    if (!call.stream.valid() || call.capture == kInvalidatedCapture ||
-        call.stream.driver().runs_at_once()) {
+    if (!call.stream.valid() || call.capture == kInvalidatedCapture) {
       return;
     }
     if (call.capture != 0) {
-      mark(captured(call.capture), call.stream);
+      if (!call.stream.driver().runs_at_once()) {
+        mark(captured(call.capture), call.stream);
+      }
     } else if (several_streams_) {
       mark(eager_, call.stream);
     }
