@@ -896,6 +896,7 @@ TEST_CASE("buffers at different places of a window cannot be captured, nor used 
                                    stream);
         }) == "");
   // Both ways are packed, of the same bytes: only the dimension tells them apart.
+  transport.reserve_scratch(2 * sizeof(BFloat16) * kCount * static_cast<std::size_t>(ranks() + 1));
   const auto along = [&](int dim) {
     Dims full{2, 2, kCount / 4};
     full[dim] *= ranks();

@@ -341,7 +341,7 @@ class NcclCalls {
       }
       agree(group_.control, {.place = fmt::format(
                                  "a call over NCCL in group {}: the places of its buffers in their "
-                                 "windows",
+                                 "windows, and its dimension",
                                  group_.control.name()),
                              .history = mix(places, static_cast<std::uint64_t>(before))});
     }
