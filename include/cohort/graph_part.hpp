@@ -5,10 +5,11 @@
 #include <cstdint>
 #include <memory>
 #include <utility>
-#include <vector>
 
+#include "cohort/graph_memory.hpp"
 #include "cohort/offset_allocator.hpp"
 #include "cohort/stream.hpp"
+#include "cohort/stream_ordered_allocator.hpp"
 #include "cohort/symmetric_arena.hpp"
 #include "cohort/tensor.hpp"
 
@@ -31,7 +32,7 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
       const std::shared_ptr<SymmetricArena>& arena) {
     auto part = std::make_shared<GraphPart>(arena);
     part->held_->part = part;
-    arena->parts_.push_back(part->held_);
+    arena->graphs_.add(part->held_);
     return part;
   }
 
@@ -55,67 +56,58 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
 
   /// A capture begins: graphs of one pool are never in flight together, so no free block is in use
   /// by another. Tensors that outlived their captures may have been used eagerly.
-  void begin() noexcept { arena_->before_launch_ |= space_.clear_marks(); }
+  void begin() noexcept { arena_->graphs_.add_before_launch(blocks_.space().clear_marks()); }
 
   /// The capture that alone has used the part so far comes to nothing: what it took goes back at
   /// once, so that ranks which try again are where the others are. Where a tensor of it lives it
   /// stays until that is gone and every rank has ended its graph.
   void drop() noexcept {
-    if (space_.statistics().live_blocks == 0) {
-      arena_->give_back(*held_);
-      space_ = {};
+    if (blocks_.space().statistics().live_blocks == 0) {
+      arena_->graphs_.give_back(*held_);
+      blocks_ = {};
     }
   }
 
   [[nodiscard]] Tensor empty(const Dims& shape, DType dtype, StreamRef stream,
                              CaptureId capture) override {
     const std::size_t bytes = static_cast<std::size_t>(numel(shape)) * size_of(dtype);
-    auto block = space_.allocate(bytes);
+    auto block = blocks_.allocate(bytes);
     if (!block) {
-      arena_->extend(*held_, space_, bytes);
-      block = space_.allocate(bytes);
+      arena_->extend(*held_, blocks_.space(), bytes);
+      block = blocks_.allocate(bytes);
     }
     try {
-      if (users_.size() <= *block) {
-        users_.resize(*block + 1);
-      }
-      users_[*block] = arena_->mark_of(stream);
-      arena_->before_launch_ |=
-          arena_->marks_.order_within(capture, space_.marks(*block) & ~users_[*block], stream);
+      const auto others = blocks_.use(*block, arena_->mark_of(stream));
+      arena_->graphs_.add_before_launch(arena_->marks_.order_within(capture, others, stream));
     } catch (...) {
-      space_.free(*block, space_.marks(*block));
+      blocks_.put_back(*block);
       throw;
     }
-    const auto offset = SymmetricArena::mirrored(space_.offset(*block) + space_.size(*block));
-    const TensorView view(arena_->address(offset), dtype, shape, arena_->backend().device());
+    const auto& space = blocks_.space();
+    const auto offset = GraphMemory::mirrored(space.offset(*block) + space.size(*block));
+    const TensorView view(arena_->segments_.address(offset), dtype, shape,
+                          arena_->backend().device());
     return {view, shared_from_this(), *block};
   }
 
-  [[nodiscard]] std::uint64_t history() const noexcept override {
-    return SymmetricArena::live_hash(space_, 0);
-  }
+  [[nodiscard]] std::uint64_t history() const noexcept override { return blocks_.mixed(0); }
 
   void replace_marks(OffsetAllocator::Marks gone, OffsetAllocator::Marks by) noexcept override {
-    space_.replace_marks(gone, by);
-    for (auto& users : users_) {
-      users = OffsetAllocator::replaced(users, gone, by);
-    }
+    blocks_.replace_marks(gone, by);
   }
 
   void release(std::uint64_t block) noexcept override {
-    const auto id = static_cast<OffsetAllocator::Block>(block);
-    space_.free(id, users_[id]);
+    blocks_.free(static_cast<OffsetAllocator::Block>(block));
   }
 
   void record_stream(std::uint64_t block, StreamRef stream) override {
-    users_[block] |= arena_->mark_of(stream);
+    blocks_.use_also(static_cast<OffsetAllocator::Block>(block), arena_->mark_of(stream));
   }
 
  private:
   std::shared_ptr<SymmetricArena> arena_;
   std::shared_ptr<GraphExtents> held_;
-  OffsetAllocator space_;  // counts from the back: see `SymmetricArena::extend`
-  std::vector<OffsetAllocator::Marks> users_;
+  StreamOrderedAllocator blocks_;  // counts from the back: see `GraphMemory::extend`
 };
 
 }  // namespace cohort
