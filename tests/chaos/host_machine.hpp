@@ -18,6 +18,7 @@ class HostMachine final : public Machine {
                           .map_peers = plan.map_peers})) {}
 
   [[nodiscard]] std::shared_ptr<Backend> backend() override { return backend_; }
+  [[nodiscard]] bool leaves_nothing() const override { return true; }
   [[nodiscard]] StreamRef stream() override { return {}; }
   [[nodiscard]] StreamRef capture_stream() override { return stream_; }
   void follow(GroupCoordinator&) override {}

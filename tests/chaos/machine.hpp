@@ -23,6 +23,9 @@ class Machine {
   [[nodiscard]] virtual std::shared_ptr<Backend> backend() = 0;
   /// Whether the first state of a process takes seconds, as where code is loaded.
   [[nodiscard]] virtual bool starts_slowly() const { return false; }
+  /// Whether a process has no more descriptors and threads after a state than before it. Drivers of
+  /// cards open theirs when they like.
+  [[nodiscard]] virtual bool leaves_nothing() const { return false; }
   /// That calls are made on.
   [[nodiscard]] virtual StreamRef stream() = 0;
   /// That they are captured on and launched on.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/time.h>
 #include <unistd.h>
@@ -10,11 +11,13 @@
 #include <csignal>
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <span>
 #include <stdexcept>
 #include <string>
@@ -222,6 +225,8 @@ class Rank {
         job_, rank_, plan_.ranks, std::chrono::milliseconds(20'000));
     MessageControlPlane world(messenger, limit_);
     world.barrier();
+    const auto descriptors = entries_of("/proc/self/fd");
+    const auto threads = entries_of("/proc/self/task");
     const Trouble trouble(plan_, rank_, limit_);
     {
       std::optional<ParallelState> state;
@@ -233,6 +238,10 @@ class Rank {
       reporter_.line("over");
       recover(world);
     }
+    if (machine_->leaves_nothing()) {
+      expect_no_more("/proc/self/fd", descriptors);
+      expect_no_more("/proc/self/task", threads);
+    }
     reporter_.line("end");
     return 0;
   }
@@ -240,19 +249,57 @@ class Rank {
  private:
   using Clock = std::chrono::steady_clock;
 
+  [[nodiscard]] static std::set<std::string> entries_of(const char* folder) {
+    std::set<std::string> names;
+    for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+      std::error_code error;
+      names.insert(std::filesystem::read_symlink(entry.path(), error).string() + " as " +
+                   entry.path().filename().string());
+    }
+    return names;
+  }
+
+  /// Reports what is there that was not `before`.
+  void expect_no_more(const char* folder, const std::set<std::string>& before) const {
+    const auto now = entries_of(folder);
+    if (now.size() <= before.size()) {
+      return;  // sockets of peers that have left are closed
+    }
+    std::string more;
+    for (const auto& name : now) {
+      more += before.contains(name) ? "" : " " + name;
+    }
+    reporter_.line(fmt::format("step\tleaving\t1\twhat is left\t0\t0\tWRONG\t\t{} more in {}:{}",
+                               now.size() - before.size(), folder, more));
+  }
+
+  /// How long this thread could have run so far and had no processor. Read before a limit on
+  /// descriptors forbids to open anything.
+  [[nodiscard]] double queued_ms() const {
+    char text[64] = {};
+    unsigned long long ran = 0;
+    unsigned long long queued = 0;
+    if (::pread(schedule_.get(), text, sizeof(text) - 1, 0) <= 0 ||
+        std::sscanf(text, "%llu %llu", &ran, &queued) != 2) {
+      return 0;
+    }
+    return static_cast<double>(queued) / 1e6;
+  }
+
   /// Runs one step and reports it. Throws `Failed` where the step threw.
   struct Failed {};
   template <class Call>
   void step(Phase phase, int index, const std::vector<int>& group, const std::string& name,
             const Call& call) {
     const auto start = Clock::now();
+    const double queued = queued_ms();
     const auto say = [&](std::string_view outcome, const std::string& ranks, std::string text) {
       for (char& c : text) {
         c = c == '\n' || c == '\t' ? ' ' : c;
       }
       const auto took = std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-      reporter_.line(fmt::format("step\t{}\t{}\t{}\t{:.0f}\t{}\t{}\t{}", to_string(phase), index,
-                                 name, took, outcome, ranks, text));
+      reporter_.line(fmt::format("step\t{}\t{}\t{}\t{:.0f}\t{:.0f}\t{}\t{}\t{}", to_string(phase),
+                                 index, name, took, queued_ms() - queued, outcome, ranks, text));
     };
     try {
       call();
@@ -510,6 +557,7 @@ class Rank {
   std::string job_;
   Reporter reporter_;
   int from_;
+  UniqueFd schedule_{::open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC)};
 };
 
 }  // namespace cohort::chaos

@@ -53,7 +53,14 @@ struct Step {
   std::string phase, name, outcome, text;
   int index = 0;
   double took_ms = 0;
+  double queued_ms = 0;  ///< Of that, how long its thread could have run and had no processor.
   std::set<int> named;
+};
+
+/// What went wrong in a round.
+struct Problem {
+  std::string text;
+  bool of_time = false;  ///< A machine that has no time for its ranks gives the same.
 };
 
 struct Child {
@@ -87,16 +94,17 @@ inline void take_line(Child& child, const std::string& line) {
     child.over = true;
   } else if (fields[0] == "end") {
     child.ended = true;
-  } else if (fields.size() >= 6) {
+  } else if (fields.size() >= 7) {
     Step step{.phase = fields[1],
               .name = fields[3],
-              .outcome = fields[5],
-              .text = fields.size() > 7 ? fields[7] : "",
+              .outcome = fields[6],
+              .text = fields.size() > 8 ? fields[8] : "",
               .index = std::atoi(fields[2].c_str()),
               .took_ms = std::atof(fields[4].c_str()),
+              .queued_ms = std::atof(fields[5].c_str()),
               .named = {}};
-    if (fields.size() > 6) {
-      std::stringstream stream(fields[6]);
+    if (fields.size() > 7) {
+      std::stringstream stream(fields[7]);
       for (std::string rank; std::getline(stream, rank, ',');) {
         step.named.insert(std::atoi(rank.c_str()));
       }
@@ -116,7 +124,7 @@ class Round {
         shared_before_(shared_files()) {}
 
   /// What went wrong; empty where nothing did.
-  std::vector<std::string> run() {
+  std::vector<Problem> run() {
     for (int rank = 0; rank < plan_.ranks; ++rank) {
       start(rank);
     }
@@ -134,6 +142,18 @@ class Round {
     }
     judge();
     return problems_;
+  }
+
+  /// Whether the machine kept a rank waiting for a processor as long as a wait may last beyond its
+  /// limit, so that nothing follows from what came too late.
+  [[nodiscard]] bool starved() const {
+    return std::any_of(children_.begin(), children_.end(), [&](const Child& child) {
+      double queued = 0;
+      for (const auto& step : child.steps) {
+        queued += step.queued_ms;
+      }
+      return queued > std::chrono::duration<double, std::milli>(kind_.slack).count();
+    });
   }
 
  private:
@@ -198,7 +218,7 @@ class Round {
       if (Clock::now() > deadline) {
         for (std::size_t r = 0; r < children_.size(); ++r) {
           if (!done(children_[r])) {
-            problems_.push_back(fmt::format(
+            problem(fmt::format(
                 "rank {} hangs in {}, after {}", r, what,
                 children_[r].steps.empty() ? "nothing" : children_[r].steps.back().name));
           }
@@ -287,6 +307,36 @@ class Round {
     return plan_.fault != Fault::signals && plan_.fault != Fault::hesitate;
   }
 
+  void problem(std::string text, bool of_time = false) {
+    problems_.push_back({std::move(text), of_time});
+  }
+
+  [[nodiscard]] static bool names(const Step& step) {
+    return step.outcome == "TimeoutError" || step.outcome == "SymmetryError";
+  }
+
+  /// Whether a rank gave up because of the victim: its error leads there, by way of ranks that gave
+  /// up before it. Ranks that blame only one another do not.
+  [[nodiscard]] bool leads_to_victim(int rank, std::set<int> passed = {}) const {
+    const auto& child = children_[static_cast<std::size_t>(rank)];
+    if (rank == plan_.victim || (child.gone && !child.ended)) {
+      return true;
+    }
+    const auto failed = std::find_if(child.steps.begin(), child.steps.end(),
+                                     [](const Step& step) { return step.outcome != "ok"; });
+    if (failed == child.steps.end()) {
+      return false;
+    }
+    if (!names(*failed) || failed->named.empty() || failed->named == std::set{rank}) {
+      return true;  // others judge whether it may name nobody
+    }
+    passed.insert(rank);
+    return std::any_of(failed->named.begin(), failed->named.end(), [&](int named) {
+      return named >= 0 && named < plan_.ranks && !passed.contains(named) &&
+             leads_to_victim(named, passed);
+    });
+  }
+
   /// Ranks that an error may name: the victim, and those that had failed themselves.
   [[nodiscard]] std::set<int> blameable() const {
     std::set<int> ranks{plan_.victim};
@@ -310,48 +360,49 @@ class Round {
     }
     for (const auto& left : shared_files()) {
       if (!shared_before_.contains(left)) {
-        problems_.push_back("left behind: " + left);
+        problem("left behind: " + left);
       }
     }
     std::ifstream sockets("/proc/net/unix");
     for (std::string line; std::getline(sockets, line);) {
       if (line.find(job_) != std::string::npos) {
-        problems_.push_back("left behind: " + line);
+        problem("left behind: " + line);
       }
     }
   }
 
   void judge(int rank, const Step& step, const std::set<int>& blame) {
     const bool victim = rank == plan_.victim;
-    const auto say = [&](std::string_view what) {
-      problems_.push_back(fmt::format("rank {}{}, {} {}, {}: {} ({} after {:.0f} ms: {})", rank,
-                                      victim ? ", the victim" : "", step.phase, step.index,
-                                      step.name, what, step.outcome, step.took_ms, step.text));
+    const auto say = [&](std::string_view what, bool of_time = false) {
+      problem(fmt::format("rank {}{}, {} {}, {}: {} ({} after {:.0f} ms, {:.0f} of them without a "
+                          "processor: {})",
+                          rank, victim ? ", the victim" : "", step.phase, step.index, step.name,
+                          what, step.outcome, step.took_ms, step.queued_ms, step.text),
+              of_time);
     };
     if (step.outcome == "WRONG") {
       return say("a wrong result or an error without a type");
     }
     if (step.name == "recover" && step.outcome != "ok") {
-      return say("those that live could not go on");
+      return say("those that live could not go on", true);
     }
     const bool slow = victim && (plan_.fault == Fault::stop || plan_.fault == Fault::late);
     const bool forms = step.name == "create" || step.name == "recover" || step.name == "shutdown";
     const std::chrono::duration<double, std::milli> bound =
         1.25 * limit_ + (forms ? kind_.forming_slack : kind_.slack);
     if (!slow && step.took_ms > bound.count()) {
-      say("took too long");
+      say("took too long", true);
     }
     if (step.outcome == "ok") {
       return;
     }
     if (!may_fail()) {
-      return say("nothing had failed");
+      return say("nothing had failed", true);
     }
     if (step.outcome == "bad_alloc" && !(victim && plan_.fault == Fault::memory)) {
       say("not a typed error");
     }
-    if (!victim && plan_.fault != Fault::arguments &&
-        (step.outcome == "TimeoutError" || step.outcome == "SymmetryError")) {
+    if (!victim && names(step)) {
       if (step.named.empty() && !kind_.cannot_name(step.text)) {
         say("names nobody");
       }
@@ -359,6 +410,10 @@ class Round {
         if (!blame.contains(named)) {
           say(fmt::format("blames rank {}, which did nothing wrong", named));
         }
+      }
+      // Of two that differ in their arguments either may be the one.
+      if (plan_.fault != Fault::arguments && !leads_to_victim(rank)) {
+        say("blames ranks that did not give up because of the victim", true);
       }
     }
   }
@@ -368,11 +423,11 @@ class Round {
     const bool victim = rank == plan_.victim;
     if (WIFSIGNALED(child.status)) {
       if (!(victim && plan_.fault == Fault::kill && WTERMSIG(child.status) == SIGKILL)) {
-        problems_.push_back(fmt::format("rank {} died of signal {}", rank, WTERMSIG(child.status)));
+        problem(fmt::format("rank {} died of signal {}", rank, WTERMSIG(child.status)));
       }
     } else if (const int code = WEXITSTATUS(child.status);
                code != 0 && !(victim && plan_.fault == Fault::throws && code == 3)) {
-      problems_.push_back(fmt::format("rank {} left with status {}", rank, code));
+      problem(fmt::format("rank {} left with status {}", rank, code));
     }
   }
 
@@ -395,7 +450,7 @@ class Round {
   std::set<std::string> shared_before_;
   std::vector<Child> children_;
   std::vector<int> survivors_;
-  std::vector<std::string> problems_;
+  std::vector<Problem> problems_;
 };
 
 /// What every chaos program's help says of its options.
@@ -473,9 +528,28 @@ inline Plan next_plan(const Options& options, const Kind& kind, std::uint64_t& s
   std::exit(2);
 }
 
+/// Runs a round, and again where it only shows that the machine had no time for its ranks.
+inline std::vector<Problem> run_round(const Plan& plan, const Kind& kind, const Options& options,
+                                      int& repeated) {
+  constexpr int kAttempts = 3;
+  for (int attempt = 1;; ++attempt) {
+    Round round(plan, kind, std::chrono::milliseconds(options.limit_ms), options.verbose);
+    const auto problems = round.run();
+    const bool all_of_time = std::all_of(problems.begin(), problems.end(),
+                                         [](const Problem& one) { return one.of_time; });
+    if (problems.empty() || !all_of_time || !round.starved() || attempt == kAttempts) {
+      return problems;
+    }
+    std::printf("round %llu: once more, its ranks had no processor\n",
+                static_cast<unsigned long long>(plan.seed));
+    ++repeated;
+  }
+}
+
 inline int run(const Options& options, const Kind& kind) {
   int passed = 0;
   int failed = 0;
+  int repeated = 0;
   std::uint64_t seed = options.seed;
   const auto end = options.seconds > 0 ? Clock::now() + std::chrono::seconds(options.seconds)
                                        : Clock::time_point::max();
@@ -489,17 +563,17 @@ inline int run(const Options& options, const Kind& kind) {
     if (options.verbose) {
       std::printf("%s\n", what.c_str());
     }
-    const auto problems =
-        Round(plan, kind, std::chrono::milliseconds(options.limit_ms), options.verbose).run();
+    const auto problems = run_round(plan, kind, options, repeated);
     ++(problems.empty() ? passed : failed);
     if (!problems.empty()) {
       std::printf("%s\n", what.c_str());
       for (const auto& problem : problems) {
-        std::printf("  %s\n", problem.c_str());
+        std::printf("  %s\n", problem.text.c_str());
       }
     }
     std::fflush(stdout);
   }
+  std::printf("%d rounds, %d repeated\n", passed + failed, repeated);
   std::printf("cohort-test: passed=%d failed=%d skipped=0\n", passed, failed);
   return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -6,6 +6,8 @@
 #include <chrono>
 #include <cohort/agreement.hpp>
 #include <cohort/cuda/descriptor_exchange.hpp>
+#include <cohort/give_up.hpp>
+#include <cohort/mailbox.hpp>
 #include <cohort/message_control_plane.hpp>
 #include <cstdint>
 #include <cstring>
@@ -71,7 +73,7 @@ class FaultyMessenger : public Messenger {
     }
     auto& queue = arrived_[from];
     const std::uint8_t action = input_.byte();
-    if (action % 16 < 9 && !queue.empty()) {
+    if (action % 16 < 8 && !queue.empty()) {
       Bytes message = std::move(queue.front());
       queue.pop_front();
       return message;
@@ -98,6 +100,10 @@ class FaultyMessenger : public Messenger {
     }
     Bytes message = queue.front();
     switch (action) {
+      case 8:
+        message = given_up(message);
+        queue.pop_front();
+        break;
       case 9:
         message.resize(std::min<std::size_t>(message.size(), input_.byte()));
         queue.pop_front();
@@ -128,6 +134,29 @@ class FaultyMessenger : public Messenger {
         break;
     }
     return message;
+  }
+
+  /// What a peer says that leaves the group of `message`: a reason of its own, some bytes of which
+  /// are wrong, or no reason at all.
+  Bytes given_up(const Bytes& message) {
+    detail::FrameTrailer trailer;
+    if (message.size() < sizeof(trailer)) {
+      return message;
+    }
+    std::memcpy(&trailer, message.data() + message.size() - sizeof(trailer), sizeof(trailer));
+    trailer.call = detail::ControlCall::gave_up;
+    Bytes said;
+    if (input_.byte() % 2 == 0) {
+      said = detail::GiveUp::by(1, "no memory").serialize();
+      for (int wrong = input_.byte() % 4; wrong > 0; --wrong) {
+        said[input_.byte() % said.size()] = static_cast<std::byte>(input_.byte());
+      }
+    } else {
+      said = input_.take(input_.byte() % 32);
+    }
+    const auto* end = reinterpret_cast<const std::byte*>(&trailer);
+    said.insert(said.end(), end, end + sizeof(trailer));
+    return said;
   }
 
   Input& input_;
