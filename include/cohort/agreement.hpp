@@ -18,6 +18,7 @@
 
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
+#include "cohort/flight_recorder.hpp"
 #include "cohort/joined.hpp"
 
 /// \file
@@ -208,6 +209,48 @@ namespace detail {
   return control.limit() + control.limit() / 8;
 }
 
+namespace detail {
+
+/// `cohort::agree`, without a record.
+inline void agree(ControlPlane& control, Intent intent, const std::exception_ptr& own,
+                  std::chrono::milliseconds patience) {
+  using std::chrono::milliseconds;
+  std::string excuse;
+  auto limit = patience == milliseconds(0) ? control.limit() : patience;
+  if (own) {
+    intent.failure = message_of(own);
+    if (intent.failure.empty()) {
+      intent.failure = "an error without words";
+    }
+    if (is_timeout(own)) {
+      limit = milliseconds(0);
+      excuse = fmt::format("{} #{}: {}", intent.place, intent.sequence, intent.failure);
+    }
+  }
+  const auto arrivals = control.gather_arrivals(serialize(intent), limit, excuse);
+  std::vector<Intent> intents;
+  for (const auto& bytes : arrivals.payloads) {
+    intents.push_back(deserialize(bytes));
+  }
+  const auto said = [&] { return quotes(intents, arrivals.absent, control.rank()); };
+  if (own) {
+    if (is_timeout(own)) {
+      rethrow_with(own, {}, said());
+    }
+    std::rethrow_exception(own);
+  }
+  const auto place = [&] { return fmt::format("{} #{}: ", intent.place, intent.sequence); };
+  if (arrivals.error) {
+    rethrow_with(arrivals.error, place(), said());
+  }
+  if (const auto found = compare(intents)) {
+    throw SymmetryError(fmt::format("{}group {}: {}", place(), control.name(), found->text),
+                        found->ranks);
+  }
+}
+
+}  // namespace detail
+
 /// Collective. Throws on every rank unless all intend the same and none has failed: one exchange
 /// with one deadline. For what concerns several groups `control` is that of a group that contains
 /// them all, so that none goes on into a call that another will never make.
@@ -220,39 +263,9 @@ namespace detail {
 /// where all have come.
 inline void agree(ControlPlane& control, Intent intent, const std::exception_ptr& own = nullptr,
                   std::chrono::milliseconds patience = {}) {
-  using std::chrono::milliseconds;
-  std::string excuse;
-  auto limit = patience == milliseconds(0) ? control.limit() : patience;
-  if (own) {
-    intent.failure = detail::message_of(own);
-    if (intent.failure.empty()) {
-      intent.failure = "an error without words";
-    }
-    if (detail::is_timeout(own)) {
-      limit = milliseconds(0);
-      excuse = fmt::format("{} #{}: {}", intent.place, intent.sequence, intent.failure);
-    }
-  }
-  const auto arrivals = control.gather_arrivals(detail::serialize(intent), limit, excuse);
-  std::vector<Intent> intents;
-  for (const auto& bytes : arrivals.payloads) {
-    intents.push_back(detail::deserialize(bytes));
-  }
-  const auto said = [&] { return detail::quotes(intents, arrivals.absent, control.rank()); };
-  if (own) {
-    if (detail::is_timeout(own)) {
-      detail::rethrow_with(own, {}, said());
-    }
-    std::rethrow_exception(own);
-  }
-  const auto place = [&] { return fmt::format("{} #{}: ", intent.place, intent.sequence); };
-  if (arrivals.error) {
-    detail::rethrow_with(arrivals.error, place(), said());
-  }
-  if (const auto found = compare(intents)) {
-    throw SymmetryError(fmt::format("{}group {}: {}", place(), control.name(), found->text),
-                        found->ranks);
-  }
+  FlightRecorder* const recorder = control.recorder();
+  const detail::TracedAgreement traced(recorder, intent.place, intent.bytes);
+  detail::reporting(recorder, [&] { detail::agree(control, std::move(intent), own, patience); });
 }
 
 }  // namespace cohort

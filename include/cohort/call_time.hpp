@@ -51,6 +51,7 @@ struct CallClock {
   std::chrono::steady_clock::duration waited{};
   std::uint64_t number = 0;  ///< Of the call among those of the thread, 0 for none.
   std::uint64_t calls = 0;   ///< That the thread has made.
+  std::uint64_t waits = 0;   ///< For other ranks, since the thread began.
 };
 
 /// Where each thread keeps it: in memory of the module that was asked first.
@@ -64,7 +65,7 @@ struct CallClocks {
 [[nodiscard]] inline CallClock& call_clock() noexcept {
   static constinit thread_local CallClock* place = nullptr;
   if (place == nullptr) [[unlikely]] {
-    place = process_wide<CallClocks>("call clocks 2").of_this_thread();
+    place = process_wide<CallClocks>("call clocks 3").of_this_thread();
   }
   return *place;
 }
@@ -103,7 +104,9 @@ class LimitedWait {
 
   explicit LimitedWait(Clock::duration limit) noexcept
       : start_(Clock::now()),
-        deadline_(start_ + std::max(least(limit), limit - call_clock().waited)) {}
+        deadline_(start_ + std::max(least(limit), limit - call_clock().waited)) {
+    ++call_clock().waits;
+  }
   LimitedWait(const LimitedWait&) = delete;
   LimitedWait& operator=(const LimitedWait&) = delete;
   ~LimitedWait() {

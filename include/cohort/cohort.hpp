@@ -31,4 +31,5 @@
 #include "cohort/tensor_parallel.hpp"
 #include "cohort/thread_control_planes.hpp"
 #include "cohort/topology.hpp"
+#include "cohort/trace_writer.hpp"
 #include "cohort/transport.hpp"

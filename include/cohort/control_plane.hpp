@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "cohort/error.hpp"
+#include "cohort/flight_recorder.hpp"
 #include "cohort/messenger.hpp"
 
 /// \file
@@ -185,12 +186,21 @@ class ControlPlane {
     return first;
   }
 
+  /// Local. Agreements over this control plane are recorded there from now on: it is that of a
+  /// group.
+  void record_in(std::shared_ptr<FlightRecorder> recorder) noexcept {
+    recorder_ = std::move(recorder);
+  }
+  /// Null for none.
+  [[nodiscard]] FlightRecorder* recorder() const noexcept { return recorder_.get(); }
+
  protected:
   /// From here on generations are given only once, by `new_generations` and `split`.
   static constexpr std::uint64_t kFreshGeneration = std::uint64_t{1} << 62;
 
  private:
   static constexpr std::int32_t kSplit = 0x53706c74;
+  std::shared_ptr<FlightRecorder> recorder_;
   std::uint64_t splits_ = 0;
   std::uint64_t generations_ = 0;
 };

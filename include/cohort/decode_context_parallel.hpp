@@ -125,8 +125,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
     check_call("gather_query q_nope", q_nope);
     const Dims shape = check_query(q_nope, q_pe);
-    const Call call = begin(stream);
-    compare_query(q_nope, q_pe);
+    const Call call = begin(stream, made_query(q_nope, q_pe));
     Tensor q = temporary(shape, q_nope.dtype(), call);
     issue_query(q, q_nope, q_pe, call);
     finish(call);
@@ -148,8 +147,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     check_distinct("gather_query q", q);
     check_apart("gather_query q", q, q_nope);
     check_apart("gather_query q", q, q_pe);
-    const Call call = begin(stream);
-    compare_query(q_nope, q_pe);
+    const Call call = begin(stream, made_query(q_nope, q_pe));
     issue_query(q, q_nope, q_pe, call);
     finish(call);
   }
@@ -163,8 +161,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
                                        LseBase base = LseBase::e, StreamRef stream = {}) {
     check_call("merge_attention out", out);
     check_partial(out, lse);
-    const Call call = begin(stream);
-    compare_merge(out, base);
+    const Call call = begin(stream, made_merge(out, base));
     Tensor merged = temporary(merged_shape(out), out.dtype(), call);
     issue_merge({out, lse, merged, nullptr, base}, call);
     finish(call);
@@ -180,8 +177,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     check_call("merge_attention out", out);
     check_partial(out, lse);
     check_merged(merged, out, lse, merged_lse);
-    const Call call = begin(stream);
-    compare_merge(out, base);
+    const Call call = begin(stream, made_merge(out, base));
     issue_merge({out, lse, merged, merged_lse, base}, call);
     finish(call);
   }
@@ -368,15 +364,16 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
   }
 
-  // From here on the call has begun and its arguments are right. What ranks compare says nothing of
-  // plans and paths, whose messages would not meet either.
+  // What ranks compare says nothing of plans and paths, whose messages would not meet either.
 
-  void compare_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe) {
-    debug_compare("gather_query", q_nope, 0, {}, static_cast<int>(q_pe.size(2)));
+  [[nodiscard]] static Made made_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe) {
+    return {TraceCall::gather_query, q_nope, 0, {}, static_cast<int>(q_pe.size(2))};
   }
-  void compare_merge(const ConstTensorView& out, LseBase base) {
-    debug_compare("merge_attention", out, 0, {}, static_cast<int>(base));
+  [[nodiscard]] static Made made_merge(const ConstTensorView& out, LseBase base) {
+    return {TraceCall::merge_attention, out, 0, {}, static_cast<int>(base)};
   }
+
+  // From here on the call has begun and its arguments are right.
 
   void issue_query(const TensorView& q, const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                    const Call& call) {

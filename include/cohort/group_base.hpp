@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -17,6 +18,7 @@
 #include "cohort/collective_arguments.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
+#include "cohort/flight_recorder.hpp"
 #include "cohort/joined.hpp"
 #include "cohort/stream_order.hpp"
 #include "cohort/symmetric_arena.hpp"
@@ -56,6 +58,15 @@ class GroupBase {
         size_(parts_.control->size()),
         lifeline_(std::make_shared<Lifeline>("group " + parts_.name)) {
     lanes_.emplace_back("group " + parts_.name);
+    recorder_ = std::make_shared<FlightRecorder>(
+        parts_.name, rank_, parts_.ranks,
+        parts_.transport != nullptr ? parts_.transport->trace_rings() : TraceRings{});
+    if (parts_.transport != nullptr) {
+      recorder_->look_at_device([transport = parts_.transport.get()](TraceRing& ring) {
+        transport->look_at_device(ring);
+      });
+    }
+    parts_.control->record_in(recorder_);
     arena_ = SymmetricArena::create(*parts_.backend, parts_.name, audience(), parts_.arena);
     if (parts_.debug_checks && parts_.transport != nullptr) {
       parts_.transport->compare_places();
@@ -129,18 +140,29 @@ class GroupBase {
     throw_if_closed();
     limit = checked_limit("synchronize", limit);
     if (parts_.transport != nullptr) {
-      parts_.transport->synchronize(stream, limit);
+      detail::reporting(recorder_.get(), [&] { parts_.transport->synchronize(stream, limit); });
     } else if (stream.valid()) {
       stream.synchronize(limit);
     }
     for (const GroupBase* const other : others_) {
       if (other->parts_.transport != nullptr) {
-        other->parts_.transport->check(stream);
+        detail::reporting(other->recorder_.get(), [&] { other->parts_.transport->check(stream); });
       }
     }
   }
   /// Local. For `ParallelState`: its other groups, whose calls a stream may hold as well.
   void stand_beside(std::vector<GroupBase*> others) { others_ = std::move(others); }
+
+  /// Its last calls. Reading them never disturbs it.
+  [[nodiscard]] const std::shared_ptr<FlightRecorder>& recorder() const noexcept {
+    return recorder_;
+  }
+  /// Calls that took one path so far, their bytes, and how often the host waited in them for other
+  /// ranks. Of a graph's calls each launch counts that went through `order` with its number, or
+  /// through a `CapturedGraph`. Any thread.
+  [[nodiscard]] PathCounters counters(CallPath path) const noexcept {
+    return recorder_->counters(path);
+  }
 
   /// Whether a call of the group is known to have failed, without asking the device: one load, for
   /// engines that wait for their streams by CUDA's own means. `synchronize` says what happened.
@@ -191,7 +213,9 @@ class GroupBase {
   /// calls after what `stream` gets before them or before `launched`. Every call does it by itself;
   /// an engine does it before it launches a graph with calls of the group. Calls of one capture are
   /// ordered among themselves: their place among eager calls is where the graph is launched.
-  void order(StreamRef stream) {
+  /// `graph` is the number of the capture that made the graph, for the group's records; 0 where the
+  /// engine does not say.
+  void order(StreamRef stream, CaptureId graph = 0) {
     throw_if_closed();
     if (parts_.transport != nullptr) {
       parts_.transport->before_launch(stream);
@@ -200,6 +224,7 @@ class GroupBase {
       static_cast<void>(lane.before(stream));
     }
     arena_->order_launch(stream);
+    recorder_->launch(stream, graph);
   }
   /// Right behind a launch that `order` preceded, so that later calls on other streams wait for it
   /// and for nothing that `stream` gets afterwards.
@@ -252,6 +277,7 @@ class GroupBase {
   void close() noexcept {
     closed_ = true;
     lifeline_->end();
+    recorder_->close();
     settle(kTeardownPatience);  // before memory goes away that its calls may use
     if (arena_ != nullptr) {
       arena_->close();
@@ -282,12 +308,30 @@ class GroupBase {
   // The steps of each call: check the arguments, `begin`, compare them across the ranks, allocate,
   // issue, `finish`.
 
+  /// Ends what the transport has begun.
+  struct BegunCall {
+    /// With a transport, or null.
+    explicit BegunCall(Transport* of) noexcept : transport(of) {}
+    BegunCall(const BegunCall&) = delete;
+    BegunCall& operator=(const BegunCall&) = delete;
+    ~BegunCall() {
+      if (transport != nullptr) {
+        transport->call_ends();
+      }
+    }
+
+    Transport* transport;  ///< Null for nothing.
+  };
+
   /// A call's place in the order of the group's calls, and its time.
   struct Call : StreamOrder::Call {
     /// In this place; the time begins.
-    explicit Call(const StreamOrder::Call& ordered) noexcept : StreamOrder::Call(ordered) {}
+    Call(const StreamOrder::Call& ordered, const TraceEntry& recorded, Transport* of) noexcept
+        : StreamOrder::Call(ordered), entry(recorded), begun(of) {}
 
     detail::CallTime time;  ///< From here to the call's end.
+    TraceEntry entry;       ///< Its record.
+    BegunCall begun;        ///< With the transport, if there is one.
   };
 
   /// The group is up, and `x` lies on its device.
@@ -297,17 +341,30 @@ class GroupBase {
     check_device(call, x);
   }
 
+  /// What a call is, for its record and for those who compare it across the ranks.
+  struct Made {
+    TraceCall call = TraceCall::none;          ///< Which it is.
+    ConstTensorView x = {};                    ///< Empty for a barrier.
+    int dim = 0;                               ///< Along which sizes differ.
+    std::span<const std::int64_t> sizes = {};  ///< Of all ranks, where they may.
+    int variant = 0;                           ///< The op, root, peer or base.
+  };
+
   /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.
-  [[nodiscard]] Call begin(StreamRef stream) {
+  /// The call is recorded, and where debug checks are on compared across the ranks.
+  [[nodiscard]] Call begin(StreamRef stream, const Made& made) {
     const StreamOrder::Call call = lanes_[lane_].before(stream);
     if (call.capture != 0) {
       // Not each piece of work: local arithmetic belongs to the backend, which outlives the group.
       call.stream.check_at_launch(lifeline_);
     }
-    return Call(call);
+    return Call(call, record(made, call), transport());
   }
   /// All of the call has been enqueued.
-  void finish(const Call& call) { lanes_[lane_].after(call); }
+  void finish(const Call& call) {
+    recorder_->end(call.entry, stand(), detail::call_clock().waits);
+    lanes_[lane_].after(call);
+  }
 
   /// For errors of arguments.
   [[nodiscard]] Caller caller() const noexcept { return {parts_.name, rank_, size_}; }
@@ -338,35 +395,51 @@ class GroupBase {
     }
   }
 
-  /// The opt-in comparison of a call's arguments across the ranks, before anything is allocated for
-  /// it. `extra` is the op, root or base.
-  void debug_compare(std::string_view call, const ConstTensorView& x, int dim,
-                     std::span<const std::int64_t> sizes, int extra) {
-    if (!parts_.debug_checks || size_ == 1) {
-      return;
-    }
-    // Extents along `dim` differ between ranks in the v-variants; their list does not.
-    Dims shape = x.shape();
-    if (!sizes.empty()) {
-      shape[dim] = 0;
-    }
-    debug_agree(fmt::format("{} of {}{} dim {} sizes [{}] variant {}", call, to_string(x.dtype()),
-                            to_string(shape), dim, detail::joined(sizes, ","), extra));
+ private:
+  [[nodiscard]] TransportStand stand() const noexcept {
+    return parts_.transport != nullptr ? parts_.transport->stand()
+                                       : TransportStand{.path = CallPath::local};
   }
-  /// With debug checks, compares the call with those of the other ranks.
-  void debug_agree(std::string_view call) {
-    if (!parts_.debug_checks || size_ == 1) {
-      return;
+
+  /// Of a call that begins.
+  [[nodiscard]] TraceEntry record(const Made& made, const StreamOrder::Call& call) {
+    const bool collective = made.call != TraceCall::send && made.call != TraceCall::recv;
+    const TransportStand before =
+        parts_.transport != nullptr ? parts_.transport->call_begins(made.call) : TransportStand{};
+    BegunCall begun(parts_.transport.get());
+    const TraceEntry entry = recorder_->begin(
+        trace_record(made.call, made.x, made.dim, made.sizes, made.variant), made.x.bytes(),
+        collective, call.stream, call.capture, before, detail::call_clock().waits);
+    if (parts_.debug_checks && size_ > 1 && collective) {
+      debug_compare(made);
     }
+    begun.transport = nullptr;  // ends with the call
+    return entry;
+  }
+
+  /// The opt-in comparison of a call's arguments across the ranks, before anything is allocated for
+  /// it.
+  void debug_compare(const Made& made) {
+    // Extents along `dim` differ between ranks in the v-variants; their list does not.
+    Dims shape = made.x.shape();
+    if (!made.sizes.empty()) {
+      shape[made.dim] = 0;
+    }
+    const std::string call =
+        made.call == TraceCall::barrier
+            ? std::string(to_string(made.call))
+            : fmt::format("{} of {}{} dim {} sizes [{}] variant {}", to_string(made.call),
+                          to_string(made.x.dtype()), to_string(shape), made.dim,
+                          detail::joined(made.sizes, ","), made.variant);
     agree(*parts_.control, {.place = fmt::format("{} in group {}", call, parts_.name),
                             .sequence = debug_sequence_++,
                             .history = arena_->history_to_agree_on()});
   }
 
- private:
   GroupParts parts_;
   int rank_;
   int size_;
+  std::shared_ptr<FlightRecorder> recorder_;
   std::shared_ptr<Lifeline> lifeline_;  // kept by graphs with calls of the group
   std::shared_ptr<SymmetricArena> arena_;
   std::vector<GroupBase*> others_;  // of the same state

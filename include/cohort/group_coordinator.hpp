@@ -99,8 +99,7 @@ class GroupCoordinator : public GroupBase {
     check_like("all_reduce out", out, x, x.shape());
     check_distinct("all_reduce out", out);
     check_in_place_or_apart("all_reduce out", out, x, ConstTensorView(out), x);
-    const Call call = begin(stream);
-    debug_compare("all_reduce", x, 0, {}, static_cast<int>(op));
+    const Call call = begin(stream, {TraceCall::all_reduce, x, 0, {}, static_cast<int>(op)});
     if (size() == 1) {
       copy_unless_same(x, out, call.stream);
     } else {
@@ -115,8 +114,7 @@ class GroupCoordinator : public GroupBase {
     check_call("broadcast", x);
     check_member("broadcast root", caller(), root);
     check_distinct("broadcast x", x);
-    const Call call = begin(stream);
-    debug_compare("broadcast", x, 0, {}, root);
+    const Call call = begin(stream, {TraceCall::broadcast, x, 0, {}, root});
     if (size() > 1) {
       transport()->broadcast(x, root, call.stream);
     }
@@ -128,8 +126,7 @@ class GroupCoordinator : public GroupBase {
   [[nodiscard]] Tensor all_to_all(const TensorView& x, StreamRef stream = {}) {
     check_call("all_to_all", x);
     check_divisible("all_to_all x", x, 0, size());
-    const Call call = begin(stream);
-    debug_compare("all_to_all", x, 0, {}, 0);
+    const Call call = begin(stream, {TraceCall::all_to_all, x, 0, {}, 0});
     Tensor out = temporary(x.shape(), x.dtype(), call);
     issue_all_to_all(out, x, call);
     finish(call);
@@ -142,8 +139,7 @@ class GroupCoordinator : public GroupBase {
     check_like("all_to_all out", out, x, x.shape());
     check_distinct("all_to_all out", out);
     check_apart("all_to_all out", out, x);
-    const Call call = begin(stream);
-    debug_compare("all_to_all", x, 0, {}, 0);
+    const Call call = begin(stream, {TraceCall::all_to_all, x, 0, {}, 0});
     issue_all_to_all(out, x, call);
     finish(call);
   }
@@ -153,7 +149,7 @@ class GroupCoordinator : public GroupBase {
   void send(const ConstTensorView& x, int to, StreamRef stream = {}) {
     check_call("send", x);
     check_peer("send to", caller(), to);
-    const Call call = begin(stream);
+    const Call call = begin(stream, {TraceCall::send, x, 0, {}, to});
     transport()->send(x, to, call.stream);
     finish(call);
   }
@@ -162,7 +158,7 @@ class GroupCoordinator : public GroupBase {
     check_call("recv", x);
     check_peer("recv from", caller(), from);
     check_distinct("recv x", x);
-    const Call call = begin(stream);
+    const Call call = begin(stream, {TraceCall::recv, x, 0, {}, from});
     transport()->recv(x, from, call.stream);
     finish(call);
   }
@@ -170,8 +166,7 @@ class GroupCoordinator : public GroupBase {
   /// Work that `stream` gets after this runs once every rank's stream has come here.
   void barrier(StreamRef stream = {}) {
     throw_if_closed();
-    const Call call = begin(stream);
-    debug_agree("barrier");
+    const Call call = begin(stream, {TraceCall::barrier});
     if (size() > 1) {
       transport()->barrier(call.stream);
     }
@@ -239,8 +234,7 @@ class GroupCoordinator : public GroupBase {
                 StreamRef stream) {
     check_call("all_gather x", x);
     const Dims shape = gathered_shape(x, caller(), sizes, dim);
-    const Call call = begin(stream);
-    debug_compare("all_gather", x, dim, sizes, 0);
+    const Call call = begin(stream, {TraceCall::all_gather, x, dim, sizes, 0});
     Tensor out = temporary(shape, x.dtype(), call);
     issue_gather(out, x, sizes, dim, call);
     finish(call);
@@ -254,8 +248,7 @@ class GroupCoordinator : public GroupBase {
     check_distinct("all_gather out", out);
     const ConstTensorView mine = out.slice(dim, offset_of(caller(), sizes), x.shape()[dim]);
     check_in_place_or_apart("all_gather out", out, x, mine, x);
-    const Call call = begin(stream);
-    debug_compare("all_gather", x, dim, sizes, 0);
+    const Call call = begin(stream, {TraceCall::all_gather, x, dim, sizes, 0});
     issue_gather(out, x, sizes, dim, call);
     finish(call);
   }
@@ -265,8 +258,8 @@ class GroupCoordinator : public GroupBase {
     check_call("reduce_scatter x", x);
     check_reducible("reduce_scatter x", x);
     const Dims shape = scattered_shape(x, caller(), sizes, dim);
-    const Call call = begin(stream);
-    debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op));
+    const Call call =
+        begin(stream, {TraceCall::reduce_scatter, x, dim, sizes, static_cast<int>(op)});
     // Blocks are of one size on every rank, or offsets would no longer agree.
     Dims widest = shape;
     widest[dim] = *std::max_element(sizes.begin(), sizes.end());
@@ -286,8 +279,8 @@ class GroupCoordinator : public GroupBase {
     check_distinct("reduce_scatter out", out);
     const ConstTensorView mine = x.slice(dim, offset_of(caller(), sizes), shape[dim]);
     check_in_place_or_apart("reduce_scatter out", out, x, mine, ConstTensorView(out));
-    const Call call = begin(stream);
-    debug_compare("reduce_scatter", x, dim, sizes, static_cast<int>(op));
+    const Call call =
+        begin(stream, {TraceCall::reduce_scatter, x, dim, sizes, static_cast<int>(op)});
     issue_scatter(out, x, sizes, dim, op, call);
     finish(call);
   }

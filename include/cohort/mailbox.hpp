@@ -158,6 +158,12 @@ class Mailbox {
     look_at(watch);
   }
 
+  /// Whether a frame of that kind of call from a rank has been taken in.
+  [[nodiscard]] bool has(int from, ControlCall call, std::uint64_t channel) {
+    const auto lock = enter();
+    return pending_.count(key({channel, call, 0}, from)) > 0;
+  }
+
   /// The first notice that concerns a call. Costs nothing where there is none.
   [[nodiscard]] std::optional<Notice> notice(const Watch& watch) {
     if (!has_notices_.load(std::memory_order_relaxed)) {

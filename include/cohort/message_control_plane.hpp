@@ -29,6 +29,7 @@
 #include "cohort/mailbox.hpp"
 #include "cohort/messenger.hpp"
 #include "cohort/runtime_env.hpp"
+#include "cohort/wait_notice.hpp"
 
 /// \file
 /// The control plane over messages between pairs of ranks.
@@ -221,10 +222,11 @@ class MessageControlPlane : public ControlPlane {
   /// One wait for several ranks, which share its time.
   struct Wait {
     explicit Wait(std::chrono::milliseconds most)
-        : limit(std::min(most, kLongestTimeLimit)), time(limit) {}
+        : limit(std::min(most, kLongestTimeLimit)), time(limit), notice(time.start(), limit) {}
 
     std::chrono::milliseconds limit;
     detail::LimitedWait time;
+    detail::WaitNotice notice;
     std::vector<int> missing;
   };
 
@@ -360,8 +362,16 @@ class MessageControlPlane : public ControlPlane {
   Bytes receive(int from, const detail::FrameTrailer& expected, std::span<const int> watched,
                 Wait& wait) {
     const auto concern = watch(expected, watched);
-    auto frame =
-        mailbox_->receive(members_[index(from)], expected.call, concern, wait.time.deadline());
+    const auto receive_until = [&](Deadline end) {
+      return mailbox_->receive(members_[index(from)], expected.call, concern,
+                               std::min(end, wait.time.deadline()));
+    };
+    auto frame = receive_until(wait.notice.due());
+    if (!frame && wait.notice.due() < wait.time.deadline()) {
+      throw_if_told(expected, concern);
+      wait.notice.say(Clock::now(), [&] { return missing_text(from, expected, watched); });
+      frame = receive_until(wait.time.deadline());
+    }
     if (!frame) {
       throw_if_told(expected, concern);
       wait.missing.push_back(from);
@@ -375,6 +385,25 @@ class MessageControlPlane : public ControlPlane {
           {from});
     }
     return std::move(frame->payload);
+  }
+
+  /// Whom a wait for `from`, which takes the watched ranks in order, misses.
+  [[nodiscard]] std::string missing_text(int from, const detail::FrameTrailer& expected,
+                                         std::span<const int> watched) {
+    std::vector<int> missing{from};
+    if (watched.size() > 1) {
+      mailbox_->look(watch(expected, watched));
+      for (int r = from + 1; r < size(); ++r) {
+        if (r != rank_ && !mailbox_->has(members_[index(r)], expected.call, channel_)) {
+          missing.push_back(r);
+        }
+      }
+    }
+    const std::string open = recorder() != nullptr ? recorder()->open_call() : "";
+    return fmt::format(
+        "group {}: rank {} has waited for rank {} to come to {} #{} over the control plane{}",
+        name_, rank_, detail::joined(missing, ", "), to_string(expected.call), expected.sequence,
+        open.empty() ? "" : ", in " + open);
   }
 
   /// The last step of a call: throws where one of `watched` has left without having finished it.

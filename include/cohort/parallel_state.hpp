@@ -25,6 +25,7 @@
 #include "cohort/symmetric_policy.hpp"
 #include "cohort/tensor_parallel.hpp"
 #include "cohort/topology.hpp"
+#include "cohort/trace_writer.hpp"
 
 /// \file
 /// All groups of one rank: what an engine creates once.
@@ -46,6 +47,8 @@ struct ParallelOptions {
   bool debug_checks = false;
   /// Of every arena.
   ArenaOptions arena = {};
+  /// Where and when each rank writes its last calls; may differ between the ranks.
+  TraceOptions trace = {};
 };
 
 /// A captured graph and the memory that it leases.
@@ -99,6 +102,7 @@ class ParallelState {
   ParallelState(const ParallelState&) = delete;
   ParallelState& operator=(const ParallelState&) = delete;
   ~ParallelState() {
+    trace_.reset();
     settle(any_failed());  // nobody knows who else is still there
     close_audiences();
     if (formed_ != nullptr) {
@@ -185,6 +189,7 @@ class ParallelState {
     }
     auto& driver = stream.driver();
     driver.begin_capture(stream.native());
+    const CaptureId id = stream.capture_id();
     try {
       CaptureScope scope(*captures_, stream, pool);
       try {
@@ -198,12 +203,12 @@ class ParallelState {
       throw;
     }
     return {driver.end_capture(stream.native()),
-            [formed = formed_, captures = std::weak_ptr(captures_)](StreamRef on) {
+            [formed = formed_, captures = std::weak_ptr(captures_), id](StreamRef on) {
               const auto domain = captures.lock();
               if (formed->empty() || domain == nullptr) {
                 throw UsageError("graph launch: the ParallelState of the graph was destroyed");
               }
-              order_launch(*formed, *domain, on);
+              order_launch(*formed, *domain, on, id);
             },
             [formed = formed_](StreamRef on) {
               for (GroupCoordinator* group : *formed) {
@@ -216,7 +221,11 @@ class ParallelState {
   /// the calls of all groups so far, on whichever streams, and behind the eager uses of the memory
   /// that captures took; `launched` right behind it lets later calls on other streams wait for the
   /// launch and for nothing else. A `CapturedGraph` does both. Throw `UsageError` after `shutdown`.
-  void order(StreamRef stream) { order_launch(*formed_, *captures_, stream); }
+  /// `graph` is the number of the capture that made the graph (`StreamRef::capture_id` inside it),
+  /// for the records; 0 where the engine does not say.
+  void order(StreamRef stream, CaptureId graph = 0) {
+    order_launch(*formed_, *captures_, stream, graph);
+  }
   /// Right behind a launch of a graph of the engine's own; see `order`.
   void launched(StreamRef stream) {
     for (GroupCoordinator* group : *formed_) {
@@ -233,6 +242,15 @@ class ParallelState {
     }
   }
 
+  /// Writes this rank's last calls of every group into a file, as JSON for `cohort_trace`: those of
+  /// the ranks of its machine as far as they are mapped as well. Local; any thread, at any time
+  /// until the state goes. Throws `TransportError` where the system refuses.
+  void write_trace(const std::string& path) const { trace_->write(path, "on demand"); }
+
+  /// What all groups of this rank have counted, in Prometheus's text format: calls, bytes and waits
+  /// by group and path. `GroupBase::counters` gives the numbers of one. Local; any thread.
+  [[nodiscard]] std::string counters_text() const { return trace_->counters(); }
+
   /// Collective over the world: waits for all ranks once, then leaves all groups, whatever the wait
   /// brought: windows, then segments, then transports. Tensors stay readable; every later call of a
   /// group throws `UsageError`, and a second shutdown does nothing. What the wait threw is thrown
@@ -241,7 +259,9 @@ class ParallelState {
     std::exception_ptr failure;
     try {
       if (!shut_down_) {
-        world_->control().barrier();  // no rank may still be reading what goes away
+        detail::reporting(world_->recorder().get(), [&] {
+          world_->control().barrier();  // no rank may still be reading what goes away
+        });
       }
     } catch (const std::exception&) {
       failure = std::current_exception();
@@ -267,6 +287,7 @@ class ParallelState {
     if (settings.log_level) {
       set_default_log_level(*settings.log_level);
     }
+    options_.trace.folder = settings.trace_dir.value_or(options_.trace.folder);
     if (settings.merge_plan) {
       options_.merge.plan = *settings.merge_plan;
     }
@@ -296,7 +317,9 @@ class ParallelState {
       throw;
     }
     *formed_ = {world_.get(), tp_.get(), pp_.get(), dcp_.get()};
+    trace_ = std::make_unique<StateTrace>(options_.trace, world.rank(), generation & kNumber);
     for (GroupCoordinator* group : *formed_) {
+      trace_->add(group->recorder());
       captures_->add(group->arena());
       std::vector<GroupBase*> others(formed_->begin(), formed_->end());
       others.erase(std::find(others.begin(), others.end(), group));
@@ -431,9 +454,9 @@ class ParallelState {
   }
 
   static void order_launch(const std::vector<GroupCoordinator*>& formed,
-                           const CaptureDomain& captures, StreamRef stream) {
+                           const CaptureDomain& captures, StreamRef stream, CaptureId graph) {
     for (GroupCoordinator* group : formed) {
-      group->order(stream);
+      group->order(stream, graph);
     }
     for (const auto& arena : captures.arenas()) {
       arena->order_launch(stream);  // those of audiences as well
@@ -492,6 +515,7 @@ class ParallelState {
       std::make_shared<std::vector<GroupCoordinator*>>();
   std::vector<KnownAudience> audiences_;
   bool shut_down_ = false;
+  std::unique_ptr<StateTrace> trace_;  // before the groups: they report to it until they are gone
   std::unique_ptr<GroupCoordinator> world_;
   std::unique_ptr<TensorParallelGroup> tp_;
   std::unique_ptr<PipelineParallelGroup> pp_;

@@ -98,6 +98,14 @@ inline constexpr std::array kEnvVariables = {
                 "1 compares each collective's arguments across ranks before the call."},
     EnvVariable{"COHORT_LOG", EnvVariable::Use::read_by_cohort, "info, warning, error", "warning",
                 "Lowest level of the messages that are passed on."},
+    EnvVariable{"COHORT_WAIT_NOTICE", EnvVariable::Use::read_by_cohort, "0 to 100", "25",
+                "Share of its time limit, in percent, after which a wait for other ranks says once "
+                "whom it misses in which call; 0 for never."},
+    EnvVariable{
+        "COHORT_TRACE_DIR", EnvVariable::Use::read_by_cohort, "a folder",
+        "what the program asks for, or none",
+        "Where each rank writes its last calls when a call has failed; see trace_writer.hpp "
+        "and cohort_trace."},
 };
 
 /// Gives a variable's value, or nothing while it is unset. Tests bring their own.
@@ -202,6 +210,8 @@ struct RuntimeSettings {
   std::optional<std::int64_t> own_max_bytes;         ///< COHORT_OWN_MAX_BYTES
   std::optional<bool> debug_checks;                  ///< COHORT_DEBUG_CHECKS
   std::optional<LogLevel> log_level;                 ///< COHORT_LOG
+  std::optional<int> wait_notice;                    ///< COHORT_WAIT_NOTICE
+  std::optional<std::string> trace_dir;              ///< COHORT_TRACE_DIR
 
   friend bool operator==(const RuntimeSettings&, const RuntimeSettings&) = default;
 };
@@ -275,6 +285,10 @@ struct RuntimeSettings {
        [&](auto name, const auto& text) { settings.debug_checks = parse_env_flag(name, text); });
   with("COHORT_LOG",
        [&](auto name, const auto& text) { settings.log_level = parse_env_log_level(name, text); });
+  with("COHORT_WAIT_NOTICE", [&](auto name, const auto& text) {
+    settings.wait_notice = static_cast<int>(parse_env_integer(name, text, 0, 100));
+  });
+  with("COHORT_TRACE_DIR", [&](auto, const auto& text) { settings.trace_dir = text; });
   return settings;
 }
 
@@ -309,7 +323,7 @@ struct NcclEnv {
 /// The process's settings, read at the first call and constant afterwards. Thread-safe.
 /// @throw ConfigError if a value cannot be understood; the next call then reads again.
 [[nodiscard]] inline const RuntimeSettings& runtime_settings() {
-  return detail::process_wide<const RuntimeSettings>("runtime settings 1", [] {
+  return detail::process_wide<const RuntimeSettings>("runtime settings 2", [] {
     return std::make_unique<RuntimeSettings>(read_settings(process_env));
   });
 }

@@ -13,6 +13,7 @@
 #include "cohort/dcp/kv_placement.hpp"
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dtype.hpp"
+#include "cohort/flight_recorder.hpp"
 #include "cohort/stream.hpp"
 #include "cohort/symmetric_policy.hpp"
 #include "cohort/tensor.hpp"
@@ -247,6 +248,19 @@ class Transport {
   /// Whether a call of the group is known to have failed, without asking the device: one load, for
   /// engines that wait by means of their own. `synchronize` then says what happened.
   [[nodiscard]] virtual bool failed() const noexcept { return false; }
+
+  /// Memory for the group's records that its ranks on this machine map, zeros at first; none where
+  /// they map nothing. Asked once.
+  [[nodiscard]] virtual TraceRings trace_rings() { return {}; }
+  /// A call of the group begins on this rank: what the transport has done so far.
+  [[nodiscard]] virtual TransportStand call_begins(TraceCall /*call*/) noexcept { return {}; }
+  /// It has been enqueued.
+  [[nodiscard]] virtual TransportStand stand() const noexcept { return {}; }
+  /// It has been enqueued, or has failed.
+  virtual void call_ends() noexcept {}
+  /// Writes how far the device has come into the ring; waits for it no longer than some
+  /// milliseconds. Any thread, also while calls are made. Nothing where that stands there already.
+  virtual void look_at_device(TraceRing& /*ring*/) {}
 
   /// Before teardown: waits so long for the group's calls to come to their end, and then tells
   /// those that wait for ranks to end. Local; the group makes no call afterwards. What cannot be

@@ -130,11 +130,15 @@ TEST_CASE("unset and empty variables give the defaults", "[runtime_env]") {
   CHECK_FALSE(defaults.own_max_bytes.has_value());
   CHECK_FALSE(defaults.debug_checks.has_value());
   CHECK_FALSE(defaults.log_level);
+  CHECK_FALSE(defaults.wait_notice);
+  CHECK_FALSE(defaults.trace_dir);
   CHECK(read_settings(from({{"COHORT_TIMEOUT_MS", ""},
                             {"COHORT_MERGE_PLAN", ""},
                             {"COHORT_OWN_MAX_BYTES", ""},
                             {"COHORT_DEBUG_CHECKS", ""},
-                            {"COHORT_LOG", ""}})) == defaults);
+                            {"COHORT_LOG", ""},
+                            {"COHORT_WAIT_NOTICE", ""},
+                            {"COHORT_TRACE_DIR", ""}})) == defaults);
 }
 
 TEST_CASE("values are understood", "[runtime_env]") {
@@ -142,12 +146,16 @@ TEST_CASE("values are understood", "[runtime_env]") {
                                                        {"COHORT_MERGE_PLAN", "one_kernel"},
                                                        {"COHORT_OWN_MAX_BYTES", "0"},
                                                        {"COHORT_DEBUG_CHECKS", "1"},
-                                                       {"COHORT_LOG", "info"}}));
+                                                       {"COHORT_LOG", "info"},
+                                                       {"COHORT_WAIT_NOTICE", "0"},
+                                                       {"COHORT_TRACE_DIR", "/tmp/a b"}}));
   CHECK(settings.timeout == 250ms);
   CHECK(settings.merge_plan == MergePlan::one_kernel);
   CHECK(settings.own_max_bytes == 0);
   CHECK(settings.debug_checks == true);
   CHECK(settings.log_level == LogLevel::info);
+  CHECK(settings.wait_notice == 0);
+  CHECK(settings.trace_dir == "/tmp/a b");
   CHECK(read_settings(from({{"COHORT_OWN_MAX_BYTES", "9223372036854775807"}})).own_max_bytes ==
         std::numeric_limits<std::int64_t>::max());
 }
@@ -157,6 +165,7 @@ TEST_CASE("junk is a ConfigError that names variable and value", "[runtime_env]"
       {"COHORT_TIMEOUT_MS",
        {"0", "-1", "+5", " 5", "5 ", "5s", "1e3", "0x10", "86400001", "99999999999999999999",
         "abc"}},
+      {"COHORT_WAIT_NOTICE", {"-1", "101", "25%", "often"}},
       {"COHORT_MERGE_PLAN", {"Packed", "one-kernel", "fastest", " staged"}},
       {"COHORT_OWN_MAX_BYTES", {"-1", "64K", "9223372036854775808", "1.5"}},
       {"COHORT_DEBUG_CHECKS", {"2", "true", "yes", "01"}},

@@ -171,7 +171,7 @@ class CudaPeerKernels final : public PeerKernels {
                      detail::partial_of(arguments.out, arguments.lse),
                      detail::merged_of(arguments.merged, arguments.merged_lse),
                      detail::native(stream));
-    used_ = true;
+    ++steps_;
   }
 
   [[nodiscard]] std::string gather_obstacle(const ConstTensorView& q_nope,
@@ -193,7 +193,7 @@ class CudaPeerKernels final : public PeerKernels {
     }
     cuda::peer_gather_query(table(), detail::query_of(q_nope, q_pe), q.data(), q.strides()[0],
                             q.strides()[1], detail::native(stream));
-    used_ = true;
+    ++steps_;
   }
 
   // The small collectives, for the group's transport. Whether they take a call depends on sizes and
@@ -204,7 +204,7 @@ class CudaPeerKernels final : public PeerKernels {
   }
   void all_gather(const cuda::AlongDim& dims, const void* in, void* out, cudaStream_t stream) {
     cuda::peer_all_gather(table(), dims, in, out, stream);
-    used_ = true;
+    ++steps_;
   }
 
   [[nodiscard]] bool can_reduce_scatter(std::size_t share_bytes, DType dtype, ReduceOp op) const {
@@ -214,7 +214,7 @@ class CudaPeerKernels final : public PeerKernels {
   void reduce_scatter(const cuda::AlongDim& dims, DType dtype, const void* in, void* out,
                       cudaStream_t stream) {
     cuda::peer_reduce_scatter(table(), dims, dtype, in, out, stream);
-    used_ = true;
+    ++steps_;
   }
 
   [[nodiscard]] bool can_all_reduce(std::size_t bytes, DType dtype, ReduceOp op) const {
@@ -223,18 +223,18 @@ class CudaPeerKernels final : public PeerKernels {
   }
   void all_reduce(std::int64_t count, DType dtype, const void* in, void* out, cudaStream_t stream) {
     cuda::peer_all_reduce(table(), count, dtype, in, out, stream);
-    used_ = true;
+    ++steps_;
   }
 
   void barrier(cudaStream_t stream) {
     cuda::peer_barrier(table(), stream);
-    used_ = true;
+    ++steps_;
   }
 
   /// Before a call over NCCL on which the ranks must agree; see `cuda::peer_meet`.
   void meet(cuda::CallSignature call, cudaStream_t stream) {
     cuda::peer_meet(table(), call, stream);
-    used_ = true;
+    ++steps_;
   }
 
   /// Whether a wait of the group's kernels has failed, here or elsewhere: one load.
@@ -247,8 +247,18 @@ class CudaPeerKernels final : public PeerKernels {
   /// next look and says which ranks it missed. Local; returns at once.
   void give_up() noexcept { words_.give_up(); }
 
+  /// Kernels that were enqueued or captured, in all inboxes.
+  [[nodiscard]] std::uint64_t steps() const noexcept { return steps_; }
+  /// Which inbox counts the next one, by the order in which they were made.
+  [[nodiscard]] std::uint8_t inbox() const noexcept {
+    return static_cast<std::uint8_t>(lanes_[lane_].back().number);
+  }
+  /// Asks the card for the last call of each inbox that it has begun, by that order. Any thread,
+  /// while kernels run. Throws `TransportError`, also where the card gives no answer at once.
+  [[nodiscard]] std::vector<std::uint64_t> epochs() const { return words_.epochs(group_.rank()); }
+
   /// Whether any kernel was enqueued.
-  [[nodiscard]] bool used() const noexcept { return used_; }
+  [[nodiscard]] bool used() const noexcept { return steps_ > 0; }
 
   /// Leaves all memory mapped for good: for kernels that never end.
   void abandon() noexcept {
@@ -275,6 +285,7 @@ class CudaPeerKernels final : public PeerKernels {
   struct Inbox {
     std::unique_ptr<PeerMapping> mapping;
     cuda::PeerTable table;
+    std::size_t number = 0;  ///< Among all inboxes of the group.
   };
 
   CudaPeerKernels(ControlPlane& group, int device, const Options& options)
@@ -331,7 +342,7 @@ class CudaPeerKernels final : public PeerKernels {
     }
     group_.barrier();  // no rank stores into an inbox that is not ready
     words_.add(inbox.mapping->peers());
-    ++inboxes_;
+    inbox.number = inboxes_++;
     if (lane == lanes_.size()) {
       lanes_.emplace_back();
     }
@@ -358,7 +369,7 @@ class CudaPeerKernels final : public PeerKernels {
   std::size_t lane_ = 0;
   std::size_t inboxes_ = 0;  // of all lanes
   int block_limit_ = 0;
-  bool used_ = false;
+  std::uint64_t steps_ = 0;  // enqueued or captured
 };
 
 }  // namespace cohort

@@ -4,10 +4,13 @@
 #include <cuda_runtime_api.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <mutex>
 #include <new>
 #include <span>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -25,9 +28,13 @@ namespace cohort {
 class GroupWords {
  public:
   /// Throws `TransportError`.
-  explicit GroupWords(int device) {
+  explicit GroupWords(int device) : device_(device), stream_(make_stream(device)) {
     const DeviceGuard guard(device);
     const RelaxedCapture relaxed;
+    void* copies = nullptr;
+    cuda_check(cudaHostAlloc(&copies, cuda::kMaxInboxes * sizeof(std::uint64_t), 0),
+               "cudaHostAlloc");
+    copies_ = UniqueHostMemory(copies);
     void* host = nullptr;
     cuda_check(
         cudaHostAlloc(&host, sizeof(cuda::HostWords), cudaHostAllocMapped | cudaHostAllocPortable),
@@ -74,8 +81,38 @@ class GroupWords {
     store(words_->inboxes, count + 1);
   }
 
+  /// The epoch of each inbox of a rank, as its card has it now. Any thread, while kernels run and
+  /// inboxes are added. Throws `TransportError`, also where the card gives no answer at once.
+  [[nodiscard]] std::vector<std::uint64_t> epochs(int rank) const {
+    constexpr std::chrono::milliseconds kPatience{50};
+    const std::lock_guard lock(looking_);
+    const DeviceGuard guard(device_);
+    const RelaxedCapture relaxed;
+    const std::uint64_t count = load(words_->inboxes);
+    auto* const copies = static_cast<std::uint64_t*>(copies_.get());
+    for (std::uint64_t i = 0; i < count; ++i) {
+      const std::byte* const inbox = words_->peers[i][rank];
+      cuda_check(
+          cudaMemcpyAsync(copies + i, inbox + cuda::kLineBytes + offsetof(cuda::EpochRecord, epoch),
+                          sizeof(std::uint64_t), cudaMemcpyDeviceToHost, stream_.get()),
+          "cudaMemcpyAsync");
+    }
+    const auto deadline = std::chrono::steady_clock::now() + kPatience;
+    cudaError_t code = cudaErrorNotReady;
+    while ((code = cudaStreamQuery(stream_.get())) == cudaErrorNotReady &&
+           std::chrono::steady_clock::now() < deadline) {
+      std::this_thread::yield();
+    }
+    cuda_check(code, "cudaStreamQuery");
+    return {copies, copies + count};
+  }
+
   /// Leaks the memory on purpose, for kernels that never end.
-  void abandon() noexcept { static_cast<void>(memory_.release()); }
+  void abandon() noexcept {
+    static_cast<void>(memory_.release());
+    static_cast<void>(copies_.release());
+    static_cast<void>(stream_.release());
+  }
 
  private:
   template <class Word>
@@ -87,6 +124,10 @@ class GroupWords {
     std::atomic_ref<Word>(word).store(value, std::memory_order_release);
   }
 
+  int device_;
+  mutable std::mutex looking_;  // at epochs
+  UniqueStream stream_;         // for that
+  UniqueHostMemory copies_;
   UniqueHostMemory memory_;
   cuda::HostWords* words_ = nullptr;
   cuda::HostWords* card_ = nullptr;

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <mutex>
 #include <random>
-#include <sstream>
 #include <string>
 
 #include "cohort/fixed_text.hpp"
@@ -43,25 +42,6 @@ struct ProcessIdentity {
 
 namespace detail {
 
-/// Start of a process in clock ticks since the boot, or 0 where it cannot be read. Together with
-/// the number it names one process for good: field 22 of proc(5)'s stat, counted behind the name,
-/// which may hold spaces and parentheses.
-[[nodiscard]] inline std::uint64_t process_start_time(const std::string& pid) {
-  const std::string line = os::read_text("/proc/" + pid + "/stat").text;
-  const auto name_end = line.rfind(')');
-  if (name_end == std::string::npos) {
-    return 0;
-  }
-  std::istringstream fields(line.substr(name_end + 1));
-  std::string skipped;
-  for (int field = 3; field < 22; ++field) {
-    fields >> skipped;
-  }
-  std::uint64_t ticks = 0;
-  fields >> ticks;
-  return ticks;
-}
-
 [[nodiscard]] inline std::uint64_t random_word() {
   std::random_device device;
   return (std::uint64_t{device()} << 32) | device();
@@ -94,7 +74,7 @@ namespace detail {
   me.secret = {detail::random_word(), detail::random_word()};
   me.process_key = detail::process_key();
   me.pid_namespace = cohort::pid_namespace();
-  me.start_time = detail::process_start_time("self");
+  me.start_time = process_start_time("self");
   me.pid = static_cast<std::int64_t>(::getpid());
   me.uid = static_cast<std::uint64_t>(::geteuid());
   return me;

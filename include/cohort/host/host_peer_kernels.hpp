@@ -15,6 +15,7 @@
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dcp/packed_piece.hpp"
 #include "cohort/float_mode.hpp"
+#include "cohort/host/host_steps.hpp"
 #include "cohort/host/host_stream.hpp"
 #include "cohort/host/peer_access.hpp"
 #include "cohort/transport.hpp"
@@ -29,9 +30,10 @@ namespace cohort::host {
 /// otherwise in the inbox slots, a stretch of rows at a time. A row is one (sequence, head) pair.
 class HostPeerKernels final : public PeerKernels {
  public:
-  HostPeerKernels(PeerAccess& access, std::shared_ptr<Lifeline> lifeline)
+  HostPeerKernels(PeerAccess& access, std::shared_ptr<Lifeline> lifeline, HostSteps& steps)
       : access_(access),
         lifeline_(std::move(lifeline)),
+        steps_(steps),
         meeting_(access.meeting()),
         partials_(u(access.size())),
         lses_(u(access.size())),
@@ -98,6 +100,7 @@ class HostPeerKernels final : public PeerKernels {
 
   PeerAccess& access_;
   std::shared_ptr<Lifeline> lifeline_;
+  HostSteps& steps_;
   Rendezvous& meeting_;
   // Kept from call to call, so that calls do not allocate; by rank.
   std::vector<Partial> partials_;
@@ -133,11 +136,12 @@ inline void HostPeerKernels::merge_attention(const MergeArguments& arguments, St
   // `merged_lse` points to the caller's view, which a recorded call outlives.
   const std::optional<TensorView> merged_lse =
       arguments.merged_lse == nullptr ? std::nullopt : std::optional(*arguments.merged_lse);
+  steps_.issue();
   enqueue_call(
       lifeline_, stream,
       [this](MergeArguments given, const std::optional<TensorView>& lse) {
         given.merged_lse = lse ? &*lse : nullptr;
-        merge(given);
+        steps_.run([&] { merge(given); });
       },
       arguments, merged_lse);
 }
@@ -318,10 +322,11 @@ inline void HostPeerKernels::merge(const MergeArguments& arguments) {
 inline void HostPeerKernels::gather_query(const ConstTensorView& q_nope,
                                           const ConstTensorView& q_pe, const TensorView& q,
                                           StreamRef stream) {
+  steps_.issue();
   enqueue_call(
       lifeline_, stream,
       [this](const ConstTensorView& nope, const ConstTensorView& pe, const TensorView& to) {
-        gather(nope, pe, to);
+        steps_.run([&] { gather(nope, pe, to); });
       },
       q_nope, q_pe, q);
 }

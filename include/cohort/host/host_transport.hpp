@@ -20,6 +20,7 @@
 #include "cohort/error.hpp"
 #include "cohort/host/exchange_collectives.hpp"
 #include "cohort/host/host_peer_kernels.hpp"
+#include "cohort/host/host_steps.hpp"
 #include "cohort/host/host_stream.hpp"
 #include "cohort/host/peer_access.hpp"
 #include "cohort/host/peer_collectives.hpp"
@@ -48,10 +49,14 @@ class HostTransport final : public Transport {
         access_(std::move(access)),
         needs_equal_offsets_(needs_equal_offsets),
         exchange_(control),
+        steps_(control, access_ != nullptr ? own_ring(*access_) : nullptr,
+               control.size() == 1  ? CallPath::local
+               : access_ != nullptr ? CallPath::mapped
+                                    : CallPath::exchange),
         lifeline_(std::make_shared<Lifeline>(fmt::format("group {}", control.name()))) {
     if (access_ != nullptr) {
       peers_.emplace(*access_);
-      kernels_.emplace(*access_, lifeline_);
+      kernels_.emplace(*access_, lifeline_, steps_);
     }
   }
 
@@ -72,6 +77,7 @@ class HostTransport final : public Transport {
 
   void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
                   std::span<const std::int64_t> sizes, StreamRef stream) override {
+    steps_.issue();
     enqueue_call(
         lifeline_, stream,
         [this, dim = from_front(dim, out.ndim())](const ConstTensorView& from, const TensorView& to,
@@ -85,6 +91,7 @@ class HostTransport final : public Transport {
 
   void reduce_scatter(const ConstTensorView& in, const TensorView& out, int dim,
                       std::span<const std::int64_t> sizes, ReduceOp op, StreamRef stream) override {
+    steps_.issue();
     enqueue_call(
         lifeline_, stream,
         [this, dim = from_front(dim, in.ndim()), op](const ConstTensorView& from,
@@ -99,6 +106,7 @@ class HostTransport final : public Transport {
 
   void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
                   StreamRef stream) override {
+    steps_.issue();
     enqueue_call(
         lifeline_, stream,
         [this, op](const ConstTensorView& from, const TensorView& to) {
@@ -110,6 +118,7 @@ class HostTransport final : public Transport {
   }
 
   void broadcast(const TensorView& tensor, int root, StreamRef stream) override {
+    steps_.issue();
     enqueue_call(
         lifeline_, stream,
         [this, root](const TensorView& it) {
@@ -120,6 +129,7 @@ class HostTransport final : public Transport {
   }
 
   void all_to_all(const ConstTensorView& in, const TensorView& out, StreamRef stream) override {
+    steps_.issue();
     enqueue_call(
         lifeline_, stream,
         [this](const ConstTensorView& from, const TensorView& to) {
@@ -132,6 +142,7 @@ class HostTransport final : public Transport {
 
   void send(const ConstTensorView& tensor, int to, StreamRef stream) override {
     check_peer("to", to);
+    steps_.issue();
     enqueue_call(
         lifeline_, stream,
         [this, to](const ConstTensorView& it) {
@@ -143,6 +154,7 @@ class HostTransport final : public Transport {
 
   void recv(const TensorView& tensor, int from, StreamRef stream) override {
     check_peer("from", from);
+    steps_.issue();
     enqueue_call(
         lifeline_, stream,
         [this, from](const TensorView& it) {
@@ -153,6 +165,7 @@ class HostTransport final : public Transport {
   }
 
   void barrier(StreamRef stream) override {
+    steps_.issue();
     enqueue_call(lifeline_, stream, [this] {
       dispatch(
           "barrier", [](auto& way) { way.barrier(); }, [] {});
@@ -176,11 +189,20 @@ class HostTransport final : public Transport {
     }
   }
 
+  [[nodiscard]] TraceRings trace_rings() override {
+    return access_ != nullptr ? access_->meeting().trace_rings() : TraceRings{};
+  }
+  [[nodiscard]] TransportStand call_begins(TraceCall) noexcept override { return steps_.stand(); }
+  [[nodiscard]] TransportStand stand() const noexcept override { return steps_.stand(); }
+
   [[nodiscard]] bool failed() const noexcept override {
     return access_ != nullptr ? access_->meeting().failed() : exchange_.poisoned();
   }
 
  private:
+  [[nodiscard]] static TraceRing* own_ring(const PeerAccess& access) {
+    return access.meeting().trace_rings().by_rank[static_cast<std::size_t>(access.rank())];
+  }
   static int from_front(int dim, int ndim) noexcept { return dim < 0 ? dim + ndim : dim; }
 
   static void copy_view(const ConstTensorView& from, const TensorView& to) {
@@ -214,13 +236,15 @@ class HostTransport final : public Transport {
   void dispatch(std::string_view call, const Shared& collective, const Alone& alone) {
     check_usable(call);
     const cohort::detail::CallTime time;
-    if (peers_) {
-      collective(*peers_);
-    } else if (control_.size() == 1) {
-      alone();
-    } else {
-      collective(exchange_);
-    }
+    steps_.run([&] {
+      if (peers_) {
+        collective(*peers_);
+      } else if (control_.size() == 1) {
+        alone();
+      } else {
+        collective(exchange_);
+      }
+    });
   }
 
   OwnerProcess owner_;
@@ -232,6 +256,7 @@ class HostTransport final : public Transport {
   std::optional<PeerCollectives> peers_;
   std::optional<HostPeerKernels> kernels_;
   ExchangeCollectives exchange_;
+  HostSteps steps_;
   std::shared_ptr<Lifeline> lifeline_;  // kept by recorded calls
 };
 

@@ -20,11 +20,13 @@
 #include "cohort/call_time.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
+#include "cohort/flight_recorder.hpp"
 #include "cohort/host/shared_memory.hpp"
 #include "cohort/host/signal_pad.hpp"
 #include "cohort/joined.hpp"
 #include "cohort/owner_process.hpp"
 #include "cohort/poll_pause.hpp"
+#include "cohort/wait_notice.hpp"
 
 /// \file
 /// How the ranks of a group on one machine meet: steps with one signal each way, inbox slots that
@@ -76,6 +78,7 @@ class Rendezvous {
     for (int r = 0; r < geometry.ranks; ++r) {
       new (memory.data() + geometry.channel_ends() + index(r) * sizeof(ChannelEnd)) ChannelEnd;
     }
+    // A ring begins as the zeros that are there; its pages are taken as it fills.
   }
 
   [[nodiscard]] int rank() const noexcept { return rank_; }
@@ -96,6 +99,16 @@ class Rendezvous {
       CPU_OR(&all, &all, &pad(r).processors);
     }
     return CPU_COUNT(&all);
+  }
+
+  /// Every rank's records.
+  [[nodiscard]] TraceRings trace_rings() const {
+    TraceRings rings{.keep = std::make_shared<std::vector<std::shared_ptr<SharedMemory>>>(pads_)};
+    for (std::byte* const memory : peers_) {
+      rings.by_rank.push_back(
+          std::launder(reinterpret_cast<TraceRing*>(memory + geometry_.trace())));
+    }
+    return rings;
   }
 
   /// Throws `TransportError` if an earlier call ended in an error that left the ranks apart, and
@@ -138,6 +151,7 @@ class Rendezvous {
   /// The ticket is written last and at once, because peers that wait poll its line.
   void enter(const Call& call, const Showing& showing) noexcept {
     ++epoch_;
+    operation_ = call.operation;
     Ticket& ticket = pad(rank_).tickets[epoch_ % 2];
     ticket.call = call;
     ticket.place = showing.place;
@@ -165,7 +179,7 @@ class Rendezvous {
   const Ticket& await(int peer) {
     const Ticket& ticket = ticket_of(peer);
     wait([&] { return has_entered(ticket); }, [&](int r) { return has_entered(ticket_of(r)); },
-         peer);
+         peer, to_string(operation_));
     if (const auto presence = presence_of(peer); presence == Presence::gave_up) {
       fail_departed(peer, presence);
     }
@@ -209,7 +223,7 @@ class Rendezvous {
       const auto finished = [&](int r) {
         return r == rank_ || pad(r).finished.load(std::memory_order_acquire) >= epoch_;
       };
-      wait([&] { return finished(peer); }, finished, peer);
+      wait([&] { return finished(peer); }, finished, peer, "the end of its reading");
     }
   }
 
@@ -232,7 +246,7 @@ class Rendezvous {
         return number < taken.load(std::memory_order_acquire) + kParcels;
       };
       wait(
-          room, [&](int r) { return r != to || room(); }, to);
+          room, [&](int r) { return r != to || room(); }, to, "recv");
       std::byte* parcel = own_ + geometry_.parcel(to, number);
       const std::size_t piece = std::min(bytes - first, kParcelBytes);
       new (parcel) ParcelHeader{bytes, first};
@@ -254,7 +268,7 @@ class Rendezvous {
       const std::uint64_t number = taken.load(std::memory_order_relaxed);
       const auto arrived = [&] { return sent.load(std::memory_order_acquire) > number; };
       wait(
-          arrived, [&](int r) { return r != from || arrived(); }, from);
+          arrived, [&](int r) { return r != from || arrived(); }, from, "send");
       const std::byte* parcel = peers_[index(from)] + geometry_.parcel(rank_, number);
       const ParcelHeader header = *reinterpret_cast<const ParcelHeader*>(parcel);
       if (header.first != first || (first != 0 && header.message_bytes != message_bytes)) {
@@ -302,20 +316,23 @@ class Rendezvous {
   /// @param ready    Whether the wait is over.
   /// @param arrived  rank -> whether that rank is not to blame; asked when the wait fails.
   /// @param peer     Whom the wait is for.
+  /// @param what     Where it is to come to, for messages.
   template <class Ready, class Arrived>
-  void wait(const Ready& ready, const Arrived& arrived, int peer) {
+  void wait(const Ready& ready, const Arrived& arrived, int peer, std::string_view what) {
     for (int i = 0; i < spins_; ++i) {
       if (ready()) {
         return;
       }
       cohort::detail::relax();
     }
-    wait_long(ready, arrived, peer);
+    wait_long(ready, arrived, peer, what);
   }
 
   template <class Ready, class Arrived>
-  [[gnu::noinline]] void wait_long(const Ready& ready, const Arrived& arrived, int peer) {
+  [[gnu::noinline]] void wait_long(const Ready& ready, const Arrived& arrived, int peer,
+                                   std::string_view what) {
     const cohort::detail::LimitedWait time(limit_);
+    cohort::detail::WaitNotice notice(time.start(), time.deadline() - time.start());
     cohort::detail::PollPause pause(kYieldFor, 0);  // `wait` has spun
     while (!ready()) {
       const auto now = Clock::now();
@@ -329,18 +346,29 @@ class Rendezvous {
       if (now > time.deadline()) {
         fail_late(arrived, time);
       }
+      notice.say(now, [&] {
+        return fmt::format("group {}: rank {} has waited for rank {} to come to {}, step {}",
+                           group_, rank_, cohort::detail::joined(missing_ranks(arrived), ", "),
+                           what, epoch_);
+      });
       pause();
     }
   }
 
   template <class Arrived>
-  [[noreturn]] void fail_late(const Arrived& arrived, const cohort::detail::LimitedWait& time) {
+  [[nodiscard]] std::vector<int> missing_ranks(const Arrived& arrived) const {
     std::vector<int> missing;
     for (int r = 0; r < size(); ++r) {
       if (!arrived(r)) {
         missing.push_back(r);
       }
     }
+    return missing;
+  }
+
+  template <class Arrived>
+  [[noreturn]] void fail_late(const Arrived& arrived, const cohort::detail::LimitedWait& time) {
+    const std::vector<int> missing = missing_ranks(arrived);
     poison();
     throw TimeoutError(
         fmt::format("step {} of group {} ({} ranks): rank {} did not arrive within {}", epoch_,
@@ -375,6 +403,7 @@ class Rendezvous {
   std::vector<std::byte*> peers_;
   int spins_ = kSpins;
   std::uint64_t epoch_ = 0;
+  Operation operation_ = Operation::barrier;  // of the current step
   bool poisoned_ = false;
 };
 

@@ -12,6 +12,7 @@
 #include <string_view>
 
 #include "cohort/dtype.hpp"
+#include "cohort/flight_ring.hpp"
 #include "cohort/hash.hpp"
 #include "cohort/transport.hpp"
 
@@ -187,7 +188,9 @@ inline constexpr std::uint64_t kPadProtocol = [] {
                                  kSignalAlignment,
                                  static_cast<std::size_t>(kMaxDims),
                                  static_cast<std::size_t>(Operation::gather_query),
-                                 static_cast<std::size_t>(Presence::left)}) {
+                                 static_cast<std::size_t>(Presence::left),
+                                 sizeof(TraceRing),
+                                 std::size_t{TraceRing::kProtocol}}) {
     hash = cohort::detail::mix(hash, word);
   }
   return hash;
@@ -213,7 +216,9 @@ struct PadGeometry {
             static_cast<std::size_t>(number % kParcels)) *
                kStride;
   }
-  [[nodiscard]] std::size_t bytes() const noexcept { return round_up(parcel(ranks, 0)); }
+  /// The owner's records.
+  [[nodiscard]] std::size_t trace() const noexcept { return round_up(parcel(ranks, 0)); }
+  [[nodiscard]] std::size_t bytes() const noexcept { return round_up(trace() + sizeof(TraceRing)); }
 
  private:
   static constexpr std::size_t round_up(std::size_t bytes) noexcept {

@@ -287,6 +287,9 @@ class NcclCalls {
   }
   /// The others learn of a failure.
   void nccl(ncclResult_t code, const char* call) {
+    if (group_.path == CallPath::unknown) {
+      group_.path = CallPath::nccl;
+    }
     if (code == ncclSuccess) [[likely]] {
       return;
     }
@@ -317,6 +320,7 @@ class NcclCalls {
                std::size_t out_bytes, DType dtype, ReduceOp op, std::int64_t before,
                cudaStream_t stream) {
     const SymmetricPath path = symmetric(collective, in, in_bytes, out, out_bytes, dtype, op);
+    group_.path = path == SymmetricPath::never ? CallPath::nccl : CallPath::nccl_symmetric;
     const bool registered = group_.communicator->has_registered();
     const PlaceCheck check =
         place_check({.nccl_runtime_version = group_.nccl_version,

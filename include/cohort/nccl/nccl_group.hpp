@@ -27,6 +27,7 @@
 #include "cohort/nccl/bounded_call.hpp"
 #include "cohort/nccl/communicator.hpp"
 #include "cohort/nccl/machine_probe.hpp"
+#include "cohort/nccl/trace_memory.hpp"
 #include "cohort/nccl/transport_options.hpp"
 #include "cohort/tensor.hpp"
 #include "cohort/transport.hpp"
@@ -64,6 +65,7 @@ struct NcclGroup {
       capabilities.peer_import = true;
       return;
     }
+    trace_rings = make_trace_rings(control);
     communicator = Communicator::create(control, device);
     barrier_word = make_memory(device, sizeof(float));
     if (options.peer_mapping && capabilities.machines == 1 && capabilities.peer_access) {
@@ -153,6 +155,8 @@ struct NcclGroup {
   SymmetricCapabilities capabilities;
   std::vector<ProcessIdentity> processes;      ///< By rank.
   int ranks_per_card = 1;                      ///< At most, as far as is known.
+  TraceRings trace_rings;                      ///< Of the ranks of this machine.
+  CallPath path = CallPath::unknown;           ///< Of the call under way, where it is NCCL's.
   std::shared_ptr<Communicator> communicator;  ///< Null in a group of one.
   UniqueMemory barrier_word;
   std::vector<Workspace> workspaces;  ///< By lane.

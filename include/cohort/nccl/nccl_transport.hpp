@@ -20,6 +20,7 @@
 #include "cohort/cuda/cuda_stream.hpp"
 #include "cohort/cuda/workspace.hpp"
 #include "cohort/error.hpp"
+#include "cohort/flight_recorder.hpp"
 #include "cohort/log.hpp"
 #include "cohort/nccl/communicator.hpp"
 #include "cohort/nccl/nccl_calls.hpp"
@@ -28,6 +29,7 @@
 #include "cohort/nccl/nccl_unequal_shares.hpp"
 #include "cohort/nccl/nccl_waits.hpp"
 #include "cohort/nccl/nccl_window.hpp"
+#include "cohort/nccl/profiler_ranges.hpp"
 #include "cohort/nccl/transport_options.hpp"
 #include "cohort/tensor.hpp"
 #include "cohort/transport.hpp"
@@ -290,6 +292,39 @@ class NcclTransport final : public Transport {
     }
   }
   [[nodiscard]] bool failed() const noexcept override { return group_.failed(); }
+
+  [[nodiscard]] TraceRings trace_rings() override { return std::move(group_.trace_rings); }
+  [[nodiscard]] TransportStand call_begins(TraceCall call) noexcept override {
+    ranges_.begin(call);
+    group_.path = CallPath::unknown;
+    steps_before_ = steps();
+    return stand();
+  }
+  [[nodiscard]] TransportStand stand() const noexcept override {
+    TransportStand stand{.steps = steps(), .path = group_.path};
+    if (group_.peers != nullptr) {
+      stand.inbox = group_.peers->inbox();
+    }
+    if (stand.path == CallPath::unknown) {
+      stand.path = stand.steps != steps_before_ ? CallPath::own : CallPath::local;
+    }
+    return stand;
+  }
+  void call_ends() noexcept override { ranges_.end(); }
+  /// A card counts a call when it begins it. Whether the last has ended is not told where the card
+  /// is busy, perhaps with other work: then it is taken to be under way, as in a group that failed.
+  void look_at_device(TraceRing& ring) override {
+    if (group_.peers == nullptr) {
+      return;
+    }
+    const bool over = !group_.failed() && device_idle_within(group_.device, {});
+    const auto epochs = group_.peers->epochs();
+    for (std::size_t inbox = 0; inbox < epochs.size(); ++inbox) {
+      TraceRing::store(ring.progress[inbox].entered, epochs[inbox]);
+      TraceRing::store(ring.progress[inbox].left,
+                       over || epochs[inbox] == 0 ? epochs[inbox] : epochs[inbox] - 1);
+    }
+  }
   void settle(std::chrono::milliseconds patience) noexcept override { waits_.settle(patience); }
   void forsake_peers() noexcept override {
     if (group_.communicator != nullptr) {
@@ -319,6 +354,9 @@ class NcclTransport final : public Transport {
   }
 
  private:
+  [[nodiscard]] std::uint64_t steps() const noexcept {
+    return group_.peers != nullptr ? group_.peers->steps() : 0;
+  }
   /// Once a group.
   void warn_of_lanes(int lanes) {
     const std::string text = cuda::lanes_warning(lanes, group_.options.kernels_at_once);
@@ -339,6 +377,8 @@ class NcclTransport final : public Transport {
   detail::NcclPacking packing_{group_, calls_};
   detail::NcclUnequalShares unequal_{group_, calls_};
   detail::NcclWaits waits_{group_};
+  ProfilerRanges ranges_{group_.control.name()};
+  std::uint64_t steps_before_ = 0;  // the call under way
   bool warned_of_lanes_ = false;
 };
 

@@ -17,10 +17,12 @@
 #include "cohort/cuda/inbox.hpp"
 #include "cohort/cuda/process_liveness.hpp"
 #include "cohort/error.hpp"
+#include "cohort/flight_recorder.hpp"
 #include "cohort/joined.hpp"
 #include "cohort/log.hpp"
 #include "cohort/nccl/nccl_group.hpp"
 #include "cohort/poll_pause.hpp"
+#include "cohort/wait_notice.hpp"
 
 /// \file
 /// Waiting for what a group over NCCL has enqueued, and ending it where a rank does not come.
@@ -49,6 +51,7 @@ class NcclWaits final : private RankWaits {
     const auto start = std::chrono::steady_clock::now();
     const auto deadline = deadline_after(limit);
     auto next_look = start + kLookEvery;
+    WaitNotice notice(start, limit);
     PollPause pause;
     while (!group_.streams.idle(stream.native())) {
       if (group_.own_failed()) {
@@ -65,6 +68,9 @@ class NcclWaits final : private RankWaits {
           throw_failure();
         }
         throw_time_out(limit, drained);
+      }
+      if (group_.size > 1) {
+        notice.say(now, [&] { return waiting_text(); });
       }
       if (now >= next_look && group_.size > 1) {
         next_look = now + kLookEvery;
@@ -106,6 +112,17 @@ class NcclWaits final : private RankWaits {
   static constexpr std::chrono::milliseconds kLookEvery{5};
 
   /// What NCCL noticed itself, and where another rank had said why, that.
+  /// Whom the stream is likely to wait for.
+  [[nodiscard]] std::string waiting_text() const {
+    const FlightRecorder* const recorder = group_.control.recorder();
+    const std::string behind = recorder != nullptr ? recorder->behind() : "";
+    return fmt::format(
+        "group {}: rank {} has waited in synchronize{}", group_.control.name(), group_.rank,
+        behind.empty() ? ", where no rank of this machine is known to have made fewer "
+                         "calls"
+                       : ": " + behind);
+  }
+
   void check_asynchronous() {
     if (group_.communicator == nullptr) {
       return;

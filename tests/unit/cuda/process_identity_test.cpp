@@ -17,7 +17,7 @@ TEST_CASE("a process knows itself", "[process_identity]") {
   CHECK(a.pid == ::getpid());
   CHECK(a.uid == ::geteuid());
   CHECK(a.start_time > 0);
-  CHECK(a.start_time == detail::process_start_time(std::to_string(::getpid())));
+  CHECK(a.start_time == process_start_time(std::to_string(::getpid())));
   CHECK(a.same_process(b));
   CHECK(a.secret != b.secret);  // one for each rank, also where ranks are threads
 }
@@ -50,5 +50,5 @@ TEST_CASE("NCCL's host identity follows its variable", "[process_identity]") {
 }
 
 TEST_CASE("a process that does not exist has no start", "[process_identity]") {
-  CHECK(detail::process_start_time("0") == 0);
+  CHECK(process_start_time("0") == 0);
 }

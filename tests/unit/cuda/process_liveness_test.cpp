@@ -23,7 +23,7 @@ TEST_CASE("a process is gone when it has ended, collected or not", "[process_liv
   }
   ProcessIdentity other = me;
   other.pid = child;
-  other.start_time = detail::process_start_time(std::to_string(child));
+  other.start_time = process_start_time(std::to_string(child));
   CHECK_FALSE(process_is_gone(me, other));
   ProcessIdentity before = other;  // had the number before the child
   before.start_time -= 1;

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "cohort/control_plane.hpp"
+#include "cohort/flight_recorder.hpp"
+#include "cohort/flight_ring.hpp"
+
+/// \file
+/// The steps of a group's transport on the host, as its records count them: each when it is
+/// enqueued, and again when it runs, which for those in graphs is at every launch.
+
+namespace cohort::host {
+
+/// Of one group on one rank.
+class HostSteps {
+ public:
+  /// @param ring  This rank's, or null where the group has none in shared memory.
+  HostSteps(ControlPlane& control, TraceRing* ring, CallPath path) noexcept
+      : control_(control), ring_(ring), path_(path) {}
+
+  /// A step is enqueued, or captured.
+  void issue() noexcept { ++issued_; }
+  [[nodiscard]] TransportStand stand() const noexcept { return {.steps = issued_, .path = path_}; }
+
+  /// Runs a step. Its failure is reported to the group's recorder.
+  template <class Step>
+  void run(const Step& step) {
+    count(&TraceProgress::entered);
+    cohort::detail::reporting(control_.recorder(), step);
+    count(&TraceProgress::left);
+  }
+
+ private:
+  void count(std::uint64_t TraceProgress::*word) noexcept {
+    if (ring_ == nullptr) {
+      FlightRecorder* const recorder = control_.recorder();
+      if (recorder == nullptr) {
+        return;  // a transport without a group
+      }
+      ring_ = &recorder->own();
+    }
+    TraceRing::add(ring_->progress[0].*word, 1);
+  }
+
+  ControlPlane& control_;
+  TraceRing* ring_;
+  CallPath path_;
+  std::uint64_t issued_ = 0;
+};
+
+}  // namespace cohort::host

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cohort/flight_recorder.hpp"
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cohort/error.hpp"
+#include "support/catch.hpp"
+
+using namespace cohort;
+using cohort::test::contains;
+
+namespace {
+
+constexpr TraceRecord kReduce{.signature = 5, .call = TraceCall::all_reduce, .dtype = DType::bf16};
+
+/// Two ranks' rings in one process, as in memory that both map.
+struct TwoRanks {
+  std::shared_ptr<std::vector<TraceRing>> memory = std::make_shared<std::vector<TraceRing>>(2);
+  std::unique_ptr<FlightRecorder> ranks[2];
+
+  TwoRanks() {
+    for (int r = 0; r < 2; ++r) {
+      ranks[r] = std::make_unique<FlightRecorder>(
+          "tp[0]", r, std::vector{4, 5},
+          TraceRings{.by_rank = {&(*memory)[0], &(*memory)[1]}, .keep = memory});
+    }
+  }
+};
+
+void call(FlightRecorder& recorder, CaptureId capture, std::uint64_t steps) {
+  const TraceEntry entry = recorder.begin(kReduce, 100, true, {}, capture, {.steps = 10}, 2);
+  recorder.end(entry, {.steps = 10 + steps, .path = CallPath::mapped}, 5);
+}
+
+}  // namespace
+
+TEST_CASE("a call is counted with its path, bytes, waits and steps", "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  CHECK(recorder.open_call().empty());
+  const TraceEntry entry = recorder.begin(kReduce, 100, true, {}, 0, {.steps = 10}, 2);
+  CHECK(recorder.open_call() == "all_reduce #1");
+  recorder.end(entry, {.steps = 12, .path = CallPath::mapped}, 5);
+  CHECK(recorder.open_call().empty());
+  call(recorder, 0, 1);
+  CHECK(recorder.counters(CallPath::mapped).calls == 2);
+  CHECK(recorder.counters(CallPath::mapped).bytes == 200);
+  CHECK(recorder.counters(CallPath::mapped).waits == 6);
+  CHECK(recorder.counters(CallPath::own).calls == 0);
+  CHECK(recorder.own().progress[0].issued == 3);
+  const auto record = TraceRing::at(recorder.own().records, 1);
+  REQUIRE(record.has_value());
+  CHECK(record->path == CallPath::mapped);
+  CHECK(record->steps == 2);
+  CHECK(record->number == 1);
+  CHECK(recorder.ring(1) == nullptr);
+}
+
+TEST_CASE("what ranks must agree on is in the signature", "[flight_recorder]") {
+  const double place = 0;  // nobody looks into it
+  const auto of = [&place](const Dims& shape, const std::vector<std::int64_t>& sizes, DType dtype) {
+    return trace_record(TraceCall::all_gather, ConstTensorView(&place, dtype, shape), 1, sizes, 0);
+  };
+  const TraceRecord mine = of({2, 3, 4, 5, 6, 7}, {3, 5}, DType::f16);
+  CHECK(mine.ndim == 6);
+  CHECK(mine.extents == std::array<std::uint32_t, 5>{2, 3, 4, 5, 6});
+  CHECK(of({2, 5, 4, 5, 6, 7}, {3, 5}, DType::f16).signature == mine.signature);
+  CHECK(of({2, 3, 4, 5, 6, 7}, {5, 3}, DType::f16).signature != mine.signature);
+  CHECK(of({2, 3, 4, 5, 6, 8}, {3, 5}, DType::f16).signature != mine.signature);
+  CHECK(of({2, 3, 4, 5, 6, 7}, {3, 5}, DType::bf16).signature != mine.signature);
+  CHECK(of({2, 3}, {3, 3}, DType::f16).signature == of({2, 3}, {}, DType::f16).signature);
+  CHECK(of({2, 3}, {}, DType::f16).signature != of({2, 5}, {}, DType::f16).signature);
+}
+
+TEST_CASE("calls between pairs have no number", "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  const TraceEntry entry = recorder.begin({.call = TraceCall::send}, 4, false, {}, 0, {}, 0);
+  recorder.end(entry, {}, 0);
+  call(recorder, 0, 1);
+  CHECK(TraceRing::at(recorder.own().records, 1)->number == 0);
+  CHECK(TraceRing::at(recorder.own().records, 2)->number == 1);
+}
+
+TEST_CASE("a graph's calls are listed once and counted at each launch", "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  recorder.launch({}, 77);  // of a graph without calls of the group
+  CHECK(recorder.own().calls == 0);
+  call(recorder, 77, 1);
+  call(recorder, 78, 1);
+  call(recorder, 77, 2);
+  CHECK(recorder.own().calls == 0);
+  CHECK(recorder.own().listed == 3);
+  CHECK(recorder.own().captures == 2);
+  CHECK(recorder.counters(CallPath::mapped).calls == 0);
+  recorder.launch({}, 77);
+  recorder.launch({}, 77);
+  recorder.launch({}, 79);
+  CHECK(recorder.own().calls == 2);
+  CHECK(recorder.own().progress[0].issued == 6);
+  CHECK(recorder.counters(CallPath::mapped).calls == 4);
+  const auto launch = TraceRing::at(recorder.own().records, 2);
+  CHECK(launch->where == 1);
+  CHECK(launch->number == 2);
+  CHECK(launch->extents[0] == 2);
+  CHECK(launch->extents[1] == 3);
+  recorder.launch({}, 0);  // the engine's own
+  CHECK(TraceRing::at(recorder.own().records, 3)->where == 0);
+}
+
+TEST_CASE("agreements say on what, within the call that needs them", "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  const TraceEntry outer = recorder.begin(kReduce, 0, true, {}, 0, {}, 0);
+  {
+    const detail::TracedAgreement inner(&recorder, "growth of arena tp[0]", 4096);
+    CHECK(recorder.open_call() == "agreement #2, growth of arena tp[0]");
+  }
+  CHECK(recorder.open_call() == "all_reduce #1");
+  recorder.end(outer, {}, 0);
+  CHECK(recorder.open_call().empty());
+  const detail::TracedAgreement nowhere(nullptr, "nothing", 0);
+}
+
+TEST_CASE("a rank sees who is behind", "[flight_recorder]") {
+  TwoRanks two;
+  FlightRecorder& first = *two.ranks[0];
+  CHECK(first.behind().empty());
+  call(first, 0, 1);
+  CHECK(first.behind() == "rank 1 has not come to all_reduce #1; its last call is none");
+  call(*two.ranks[1], 0, 1);
+  CHECK(first.behind().empty());
+  call(first, 0, 1);
+  CHECK(first.behind() == "rank 1 has not come to all_reduce #2; its last call is all_reduce #1");
+  CHECK(two.ranks[1]->behind().empty());
+  two.ranks[1]->own().process_start = 1;  // the number belongs to another process now
+  CHECK_THAT(first.behind(), contains(", and its process is gone"));
+}
+
+TEST_CASE("failures are reported, wrong arguments are not", "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  std::vector<std::string> reported;
+  recorder.on_failure([&](std::string_view why, bool late) {
+    reported.push_back(std::string(why) + (late ? " late" : ""));
+  });
+  const auto fail = [&](const auto& error) {
+    CHECK_THROWS_AS(detail::reporting(&recorder, [&]() { throw error; }),
+                    std::remove_cvref_t<decltype(error)>);
+  };
+  fail(UsageError("usage"));
+  fail(ConfigError("config"));
+  fail(TimeoutError("time", {1}));
+  fail(SymmetryError("symmetry", {1}));
+  CHECK(reported == std::vector<std::string>{"time late", "symmetry"});
+  CHECK(detail::reporting(&recorder, [] { return 5; }) == 5);
+  CHECK_THROWS_AS(detail::reporting(nullptr, []() { throw TimeoutError("time", {1}); }),
+                  TimeoutError);
+}
+
+TEST_CASE("the device is asked until the group closes", "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  recorder.look_at_device();  // nothing has to be done
+  int asked = 0;
+  recorder.look_at_device([&](TraceRing& ring) {
+    ++asked;
+    ring.progress[0].left = 9;
+  });
+  recorder.look_at_device();
+  CHECK(recorder.own().progress[0].left == 9);
+  recorder.close();
+  recorder.look_at_device();
+  CHECK(asked == 1);
+  CHECK(recorder.own().ended == 1);
+}
