@@ -18,6 +18,7 @@ void bench_dcp_merge(Session& session);
 void bench_decode_step(Session& session);
 void bench_arena(Session& session);
 void bench_scope(Session& session);
+void bench_recorder(Session& session);
 void bench_registration(Session& session);
 
 }  // namespace cohort::bench

@@ -160,11 +160,13 @@ inline void add_ratios(std::span<const RatioGoal> wanted, std::span<const Row> r
   }
 }
 
-/// Nanoseconds of the arena and the scope.
+/// Nanoseconds of the arena, the scope and the flight recorder.
 inline void add_local_costs(std::span<const Row> rows, std::vector<Goal>& goals) {
   for (const Row& row : rows) {
     if (row.bench == "scope") {
       add(goals, "scope entry and exit, ns", row.us.p50 * 1e3, 20);
+    } else if (row.bench == "recorder") {
+      add(goals, "a call's record, ns", row.us.p50 * 1e3, 50);
     } else if (row.bench == "arena" && row.batch >= 10'000) {
       goals.push_back({fmt::format("arena allocate and free with {} live blocks, ns", row.batch),
                        row.us.p50 * 1e3, 150, false});

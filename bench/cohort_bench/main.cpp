@@ -41,6 +41,8 @@ void run_bench(Session& session, Bench bench) {
       return bench_arena(session);
     case Bench::scope:
       return bench_scope(session);
+    case Bench::recorder:
+      return bench_recorder(session);
     case Bench::registration:
       return bench_registration(session);
   }
@@ -51,8 +53,8 @@ void run_bench(Session& session, Bench bench) {
   std::vector<Bench> wanted;
   bool communicates = false;
   for (const Bench bench : options.benches) {
-    communicates = communicates ||
-                   (bench != Bench::arena && bench != Bench::scope && bench != Bench::registration);
+    communicates = communicates || (bench != Bench::arena && bench != Bench::scope &&
+                                    bench != Bench::recorder && bench != Bench::registration);
   }
   for (const auto& entry : kBenches) {
     if (options.has(entry.value) || (entry.value == Bench::ceiling && communicates)) {

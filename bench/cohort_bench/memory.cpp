@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "benches.hpp"
+#include "cohort/flight_recorder.hpp"
 #include "cohort/symmetric_scope.hpp"
 #include "ways.hpp"
 
@@ -179,6 +180,34 @@ void bench_scope(Session& session) {
                              }
                              return right && SymmetricScope::current() == before ? 0 : 1;
                            }});
+  session.runner.run(work);
+}
+
+void bench_recorder(Session& session) {
+  struct Load {
+    FlightRecorder recorder{"bench", 0, std::vector<int>(8), {}};
+    alignas(64) std::array<std::byte, 64> place{};  // nobody looks into it
+    ConstTensorView x{place.data(), DType::bf16, {64, 16, 512}};
+    std::vector<std::int64_t> sizes = std::vector<std::int64_t>(8, 16);
+    std::uint64_t steps = 0;
+  };
+  const auto load = std::make_shared<Load>();
+  Case work{.bench = "recorder", .most_calls = 100, .parts_per_call = kPairs};
+  work.variants.push_back(
+      {.path = "plain",
+       .call =
+           [load] {
+             for (int i = 0; i < kPairs; ++i) {
+               const TraceEntry entry = load->recorder.begin(
+                   trace_record(TraceCall::all_gather, load->x, 1, load->sizes, 0), load->x.bytes(),
+                   true, {}, 0, {.steps = load->steps}, 0);
+               load->recorder.end(entry, {.steps = ++load->steps, .path = CallPath::mapped}, 0);
+             }
+           },
+       .wrong = [load]() -> std::int64_t {
+         const std::uint64_t calls = load->recorder.counters(CallPath::mapped).calls;
+         return calls == load->steps && load->recorder.own().calls == calls ? 0 : 1;
+       }});
   session.runner.run(work);
 }
 

@@ -34,6 +34,7 @@ enum class Bench : std::uint8_t {
   decode_step,
   arena,
   scope,
+  recorder,
   registration,
 };
 
@@ -72,6 +73,7 @@ inline constexpr std::array kBenches = {
     Named{Bench::decode_step, "decode_step"},
     Named{Bench::arena, "arena"},
     Named{Bench::scope, "scope"},
+    Named{Bench::recorder, "recorder"},
     Named{Bench::registration, "registration"},
 };
 inline constexpr std::array kPaths = {
