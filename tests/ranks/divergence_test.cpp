@@ -3,6 +3,7 @@
 
 #include "support/catch.hpp"
 #include "support/ranks.hpp"
+#include "support/trace_checks.hpp"
 
 using namespace cohort::test;
 
@@ -37,3 +38,10 @@ TEST_CASE("absent from growth", "[.absent_growth]") { check_absent_from_growth(w
 TEST_CASE("absent from a collective", "[.absent_collective]") {
   check_absent_from_collective(world());
 }
+
+// Judged by trace.sh, from what the ranks wrote.
+TEST_CASE("traced: late for a call", "[.traced_call]") { hang_in_a_call(world()); }
+TEST_CASE("traced: late for a replay", "[.traced_replay]") { hang_in_a_replay(world()); }
+TEST_CASE("traced: late for growth", "[.traced_growth]") { hang_in_growth(world()); }
+TEST_CASE("traced: killed", "[.traced_death]") { hang_after_a_death(world()); }
+TEST_CASE("traced: another call", "[.traced_difference]") { differ_in_a_call(world()); }

@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <string>
+#include <utility>
+
+#include "analysis.hpp"
+
+namespace cohort::trace {
+namespace {
+
+struct Drawn {
+  const char* call;
+  char letter;
+  const char* colour;
+};
+constexpr std::array kDrawn{
+    Drawn{"all_gather", 'G', "#4477aa"},   Drawn{"reduce_scatter", 'S', "#66ccee"},
+    Drawn{"all_reduce", 'R', "#228833"},   Drawn{"broadcast", 'B', "#ccbb44"},
+    Drawn{"all_to_all", 'X', "#ee6677"},   Drawn{"send", '>', "#888888"},
+    Drawn{"recv", '<', "#888888"},         Drawn{"barrier", '|', "#000000"},
+    Drawn{"gather_query", 'Q', "#aa3377"}, Drawn{"merge_attention", 'M', "#bb5500"},
+    Drawn{"agreement", 'a', "#bbbbbb"},    Drawn{"launch", 'L', "#332288"}};
+
+const Drawn& drawn(const std::string& call) {
+  static constexpr Drawn kOther{"", '?', "#555555"};
+  const auto found = std::find_if(kDrawn.begin(), kDrawn.end(),
+                                  [&call](const Drawn& one) { return call == one.call; });
+  return found == kDrawn.end() ? kOther : *found;
+}
+
+/// When the picture begins: with the last calls of the ranks.
+std::int64_t first_moment(const Group& group) {
+  constexpr std::size_t kLast = 24;
+  std::int64_t first = std::numeric_limits<std::int64_t>::max();
+  for (const auto& [rank, ring] : group.rings) {
+    if (!ring.records.empty()) {
+      const std::size_t skip = ring.records.size() - std::min(ring.records.size(), kLast);
+      first = std::min(first, ring.records[skip].ns);
+    }
+  }
+  return first;
+}
+
+bool is_open(const Ring& ring, const Record& record) {
+  return ring.open != 0 && record.sequence == ring.open;
+}
+
+bool shown(const Group& group) { return group.ranks.size() > 1 && !group.rings.empty(); }
+
+std::string escaped(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    out += c == '<' ? "&lt;" : c == '>' ? "&gt;" : c == '&' ? "&amp;" : std::string(1, c);
+  }
+  return out;
+}
+
+}  // namespace
+
+char letter(const std::string& call) { return drawn(call).letter; }
+
+std::string to_text(const State& state, int width) {
+  std::string out = verdict(state) + "\n";
+  const auto found = findings(state);
+  for (std::size_t i = 1; i < found.size(); ++i) {
+    out += fmt::format("also: {}\n", found[i].text);
+  }
+  for (const auto& [rank, reason] : state.reasons) {
+    out += fmt::format("rank {} wrote for: {}\n", rank, reason);
+  }
+  bool legend = false;
+  for (const Group& group : state.groups) {
+    const std::int64_t first = shown(group) ? first_moment(group) : 0;
+    if (!shown(group) || first > state.end) {
+      continue;
+    }
+    legend = true;
+    const double span = std::max<double>(1, static_cast<double>(state.end - first));
+    out += fmt::format("\n{}, the last {:.3f} ms\n", group.name, span / 1e6);
+    for (const auto& [rank, ring] : group.rings) {
+      std::string line(static_cast<std::size_t>(width), ' ');
+      const auto column = [&](std::int64_t ns) {
+        const double share = static_cast<double>(ns - first) / span;
+        return static_cast<std::size_t>(std::clamp(share, 0.0, 1.0) * (width - 1));
+      };
+      for (const Record& record : ring.records) {
+        if (record.ns < first) {
+          continue;
+        }
+        if (is_open(ring, record)) {
+          std::fill(line.begin() + static_cast<std::ptrdiff_t>(column(record.ns)), line.end(), '-');
+        }
+        line[column(record.ns)] = drawn(record.call).letter;
+      }
+      out += fmt::format("  rank {:>3} {} {}\n", group.ranks.at(static_cast<std::size_t>(rank)),
+                         line, ring.gone ? "gone" : "");
+    }
+  }
+  if (legend) {
+    out += "\n ";
+    for (const Drawn& one : kDrawn) {
+      out += fmt::format(" {} {}", one.letter, one.call);
+    }
+    out += "  - waits in it\n";
+  }
+  return out;
+}
+
+std::string to_svg(const State& state) {
+  constexpr int kWidth = 1000;
+  constexpr int kLeft = 90;
+  constexpr int kRow = 22;
+  std::string body;
+  int y = 40;
+  for (const Group& group : state.groups) {
+    const std::int64_t first = shown(group) ? first_moment(group) : 0;
+    if (!shown(group) || first > state.end) {
+      continue;
+    }
+    const double span = std::max<double>(1, static_cast<double>(state.end - first));
+    body += fmt::format("<text x='10' y='{}' font-weight='bold'>{}, the last {:.3f} ms</text>\n", y,
+                        escaped(group.name), span / 1e6);
+    y += kRow;
+    for (const auto& [rank, ring] : group.rings) {
+      body += fmt::format("<text x='10' y='{}'>rank {}{}</text>\n", y,
+                          group.ranks.at(static_cast<std::size_t>(rank)), ring.gone ? " gone" : "");
+      const auto place = [&](std::int64_t ns) {
+        return kLeft + static_cast<double>(ns - first) / span * (kWidth - kLeft - 20);
+      };
+      for (const Record& record : ring.records) {
+        if (record.ns < first) {
+          continue;
+        }
+        const double x = place(record.ns);
+        const double wide = is_open(ring, record) ? std::max(4.0, place(state.end) - x) : 4.0;
+        body += fmt::format(
+            "<rect x='{:.1f}' y='{}' width='{:.1f}' height='14' fill='{}'><title>{}</title>"
+            "</rect>\n",
+            x, y - 12, wide, drawn(record.call).colour, escaped(describe(ring, record)));
+      }
+      y += kRow;
+    }
+    y += kRow / 2;
+  }
+  return fmt::format(
+      "<svg xmlns='http://www.w3.org/2000/svg' width='{}' height='{}' "
+      "font-family='sans-serif' font-size='12'>\n<text x='10' y='18'>{}</text>\n{}"
+      "</svg>\n",
+      kWidth, y, escaped(verdict(state)), body);
+}
+
+}  // namespace cohort::trace
