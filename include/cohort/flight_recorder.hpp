@@ -23,6 +23,7 @@
 #include "cohort/flight_ring.hpp"
 #include "cohort/log.hpp"
 #include "cohort/machine.hpp"
+#include "cohort/owner_process.hpp"
 #include "cohort/stream.hpp"
 #include "cohort/tensor.hpp"
 
@@ -138,6 +139,9 @@ class FlightRecorder {
   [[nodiscard]] TraceEntry begin(const TraceRecord& record, std::size_t bytes, bool collective,
                                  const StreamRef& stream, CaptureId capture,
                                  const TransportStand& stand, std::uint64_t waits) {
+    if (alone_ == nullptr) {
+      owner_.check(group_);  // a forked child would write into its parent's
+    }
     TraceEntry entry{.before = own_->open,
                      .steps = stand.steps,
                      .waits = waits,
@@ -197,7 +201,7 @@ class FlightRecorder {
   /// A graph is launched on `stream`: the one that `capture` made, or where that is 0 the engine's
   /// own, of which nothing is known. Nothing is recorded of graphs without calls of the group.
   void launch(const StreamRef& stream, CaptureId capture) noexcept {
-    if (captures_.empty()) {
+    if (captures_.empty() || !writes()) {
       return;
     }
     TraceRecord record{.ticks = trace_ticks(),
@@ -230,6 +234,9 @@ class FlightRecorder {
 
   /// The ranks begin to agree on something; to be ended by `agreed`.
   [[nodiscard]] std::uint64_t agree(std::string_view place, std::uint64_t bytes) noexcept {
+    if (!writes()) {
+      return 0;
+    }
     TraceNote note{.sequence = own_->noted + 1};
     detail::copy_text(place, note.text);
     detail::store_words(own_->notes[(note.sequence - 1) % TraceRing::kNotes], note);
@@ -254,11 +261,17 @@ class FlightRecorder {
     return before;
   }
   /// The ranks have agreed. `before` is what `agree` gave.
-  void agreed(std::uint64_t before) noexcept { TraceRing::store(own_->open, before); }
+  void agreed(std::uint64_t before) noexcept {
+    if (writes()) {
+      TraceRing::store(own_->open, before);
+    }
+  }
 
   /// The group was closed: nobody is missed in it any longer.
   void close() noexcept {
-    TraceRing::store(own_->ended, 1);
+    if (writes()) {
+      TraceRing::store(own_->ended, 1);
+    }
     look_at_device({});
   }
 
@@ -347,6 +360,9 @@ class FlightRecorder {
   }
 
  private:
+  /// Whether the ring is this process's: a forked child would write into its parent's.
+  [[nodiscard]] bool writes() const noexcept { return alone_ != nullptr || owner_.is_here(); }
+
   /// A graph's list of calls.
   struct Capture {
     CaptureId id = 0;
@@ -399,6 +415,7 @@ class FlightRecorder {
     return std::nullopt;
   }
 
+  OwnerProcess owner_;
   std::string group_;
   int rank_;
   std::vector<int> ranks_;

@@ -16,7 +16,7 @@
 /// \file
 /// Ranks that hang on purpose, so that the traces which they leave can be judged. The last rank is
 /// the one to be blamed. COHORT_TRACE_DIR says where traces go; the limit of the control plane is
-/// some 1 s.
+/// some seconds.
 
 namespace cohort::test {
 

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/flight_recorder.hpp"
 
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <memory>
 #include <optional>
 #include <string>
@@ -18,14 +22,23 @@ constexpr TraceRecord kReduce{.signature = 5, .call = TraceCall::all_reduce, .dt
 
 /// Two ranks' rings in one process, as in memory that both map.
 struct TwoRanks {
-  std::shared_ptr<std::vector<TraceRing>> memory = std::make_shared<std::vector<TraceRing>>(2);
+  std::shared_ptr<TraceRing> memory = shared();  ///< Of both.
   std::unique_ptr<FlightRecorder> ranks[2];
+
+  /// Zeros that a forked child shares.
+  static std::shared_ptr<TraceRing> shared() {
+    void* const pages = ::mmap(nullptr, 2 * sizeof(TraceRing), PROT_READ | PROT_WRITE,
+                               MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    REQUIRE(pages != MAP_FAILED);
+    return {static_cast<TraceRing*>(pages),
+            [](TraceRing* rings) { ::munmap(rings, 2 * sizeof(TraceRing)); }};
+  }
 
   TwoRanks() {
     for (int r = 0; r < 2; ++r) {
       ranks[r] = std::make_unique<FlightRecorder>(
           "tp[0]", r, std::vector{4, 5},
-          TraceRings{.by_rank = {&(*memory)[0], &(*memory)[1]}, .keep = memory});
+          TraceRings{.by_rank = {&memory.get()[0], &memory.get()[1]}, .keep = memory});
     }
   }
 };
@@ -135,6 +148,29 @@ TEST_CASE("a rank sees who is behind", "[flight_recorder]") {
   CHECK(two.ranks[1]->behind().empty());
   two.ranks[1]->own().process_start = 1;  // the number belongs to another process now
   CHECK_THAT(first.behind(), contains(", and its process is gone"));
+}
+
+TEST_CASE("a forked child leaves its parent's records alone", "[flight_recorder]") {
+  TwoRanks two;
+  FlightRecorder& recorder = *two.ranks[0];
+  call(recorder, 0, 1);
+  const pid_t child = ::fork();
+  if (child == 0) {
+    int status = 1;
+    try {
+      call(recorder, 0, 1);
+    } catch (const UsageError&) {
+      recorder.agreed(recorder.agree("growth", 1));
+      recorder.close();
+      status = 0;
+    }
+    ::_exit(status);
+  }
+  int status = -1;
+  REQUIRE(::waitpid(child, &status, 0) == child);
+  CHECK(status == 0);
+  CHECK(recorder.own().calls == 1);
+  CHECK(recorder.own().ended == 0);
 }
 
 TEST_CASE("failures are reported, wrong arguments are not", "[flight_recorder]") {

@@ -26,7 +26,7 @@ namespace {
 class Folder {
  public:
   Folder() {
-    std::string name = (std::filesystem::temp_directory_path() / "cohort-trace-XXXXXX").string();
+    std::string name = (std::filesystem::temp_directory_path() / "traces-XXXXXX").string();
     path_ = ::mkdtemp(name.data());
   }
   Folder(const Folder&) = delete;

@@ -185,8 +185,9 @@ int majority(const std::map<int, const Record*>& records) {
   int best = records.begin()->first;
   std::ptrdiff_t most = 0;
   for (const auto& [rank, record] : records) {
-    const auto votes = std::count_if(records.begin(), records.end(), [&](const auto& other) {
-      return other.second->signature == record->signature;
+    const std::uint32_t wanted = record->signature;
+    const auto votes = std::count_if(records.begin(), records.end(), [wanted](const auto& other) {
+      return other.second->signature == wanted;
     });
     if (votes > most) {
       most = votes;

@@ -88,7 +88,7 @@ int main(int argc, char** argv) {
       "Puts the ranks' traces side by side and says who is behind, in which call, and where\n"
       "arguments differ; then shows the last calls of each rank over time.\n\n"
       "  cohort_trace --svg picture.svg /tmp/traces");
-  app.add_option("paths", options.paths, "Traces, or folders with cohort.rank*.json")->required();
+  app.add_option("paths", options.paths, "Traces, or folders with cohort.rank*.json");
   app.add_option("--svg", options.svg, "Where to write the picture of the newest state as SVG");
   app.add_option("--width", options.width, "Columns of the picture")
       ->check(CLI::Range(20, 1000))
@@ -100,6 +100,10 @@ int main(int argc, char** argv) {
     const tools::Refusal refusal = tools::refusal(app, error);
     fmt::print(refusal.status == 0 ? stdout : stderr, "{}", refusal.text);
     return refusal.status;
+  }
+  if (options.paths.empty()) {
+    fmt::print(stderr, "paths: expected traces, or folders with some; --help says more\n");
+    return 2;
   }
   try {
     return run(options);
