@@ -249,6 +249,11 @@ part_faults() {
   done
   survivor own
   survivor nccl
+  if [[ -x $bin/cohort_trace ]]; then
+    run "what traces say of ranks that hang" bash tests/gpu/trace.sh "$bin/gpu_survivor" "$bin/cohort_trace"
+  else
+    skip "what traces say of ranks that hang: no $bin/cohort_trace"
+  fi
 }
 
 for program in "$own" "$transport" "$decode" "$bin/gpu_liveness" "$bin/gpu_survivor"; do

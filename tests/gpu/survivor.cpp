@@ -15,7 +15,9 @@
 #include "cohort/cohort.hpp"
 #include "cohort/cuda.hpp"
 #include "cohort/mpi.hpp"
+#include "gpu/traced.hpp"
 
+// gpu_survivor traced-MODE: the last rank hangs or dies as traced.hpp says.
 // gpu_survivor own|nccl: the last rank is killed in a loop of collectives, eager and in a graph.
 // The first one has a typed error that names it, tears its state down within the limit and forms a
 // state of its own.
@@ -100,7 +102,13 @@ void outlive(ControlPlane& world, bool by_nccl) {
 int main(int argc, char** argv) {
   MpiSession mpi(argc, argv);
   try {
-    outlive(mpi.world(), argc > 1 && std::string(argv[1]) == "nccl");
+    const std::string mode = argc > 1 ? argv[1] : "own";
+    const std::string traced = "traced-";
+    if (mode.starts_with(traced)) {
+      test::hang(mpi.world(), mode.substr(traced.size()));
+      std::_Exit(0);  // without a look at ranks that are gone
+    }
+    outlive(mpi.world(), mode == "nccl");
   } catch (const std::exception& error) {
     expect(false, error.what());
   }
