@@ -433,6 +433,54 @@ TEST_CASE("first calls over NCCL end at the limit where a rank does not come", "
   world().barrier();
 }
 
+TEST_CASE("a call of a new size over NCCL whose peer does not come is ended", "[liveness]") {
+  if (skip_all_if(ranks() < 2, "needs two ranks")) {
+    return;
+  }
+  const auto control = world().subgroup(everyone(), 60, "a new size");
+  OverNccl it(*control);
+  it.warm_up();
+  auto large =
+      DeviceTensor(DType::f32, {8 * OverNccl::kElements}, Layout::contiguous, it.backend->device());
+  world().barrier();
+  if (rank() != ranks() - 1) {
+    CHECK_THROWS_AS(
+        [&] {
+          it.group().all_reduce(large.view(), it.ref());
+          it.group().synchronize(it.ref(), 1s);
+        }(),
+        TimeoutError);
+  }
+  world().barrier();
+  it.state.reset();
+  CHECK(cudaDeviceSynchronize() == cudaSuccess);  // no kernel goes on
+  world().barrier();
+  const auto after = world().subgroup(everyone(), 61, "after a new size");
+  OverNccl again(*after);
+  again.warm_up();
+  again.state->shutdown();
+}
+
+TEST_CASE("a first call over NCCL does not wait for what its stream has before it", "[liveness]") {
+  if (skip_all_if(ranks() < 2, "needs two ranks")) {
+    return;
+  }
+  MpiControlPlane control(MPI_COMM_WORLD, 2s, "long work");
+  OverNccl it(control);
+  auto all = DeviceTensor(DType::f32, {ranks() * OverNccl::kElements}, Layout::contiguous,
+                          it.backend->device());
+  it.warm_up();
+  it.fill();
+  Held held(it.ref());
+  it.group().all_reduce(it.x.view(), it.ref());                      // known, behind long work
+  it.group().all_gather_into(all.view(), it.x.view(), 0, it.ref());  // the first of its kind
+  world().barrier();
+  held.release();
+  it.group().synchronize(it.ref(), kLimit);
+  CHECK(it.difference() == "");
+  it.state->shutdown();
+}
+
 TEST_CASE("a rank without descriptors says so, and all end at once", "[liveness]") {
   if (skip_all_if(ranks() < 2, "needs two ranks")) {
     return;

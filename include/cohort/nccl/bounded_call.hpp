@@ -14,10 +14,12 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <system_error>
 #include <thread>
 #include <utility>
 
 #include "cohort/call_time.hpp"
+#include "cohort/error.hpp"
 #include "cohort/log.hpp"
 #include "cohort/process_state.hpp"
 
@@ -73,9 +75,10 @@ class CallsUnderWay {
   bool asked_ = false;
 };
 
-/// Runs `work` on a thread of its own and waits for it. False at the limit: the thread then goes
-/// on, and `work` with all that it holds is leaked on purpose, because nothing can end it from
-/// outside. What `work` throws is thrown here.
+/// Runs `work` on a thread of its own and waits for it, with what the call under way has left of
+/// the limit (see call_time.hpp). False at the limit: the thread then goes on, and `work` with all
+/// that it holds is leaked on purpose, because nothing can end it from outside. What `work` throws
+/// is thrown here; `TransportError` where there can be no thread.
 ///
 /// @param look  Called every few milliseconds while it waits; what it throws ends the wait as well.
 [[nodiscard]] inline bool call_within(std::chrono::milliseconds limit, std::function<void()> work,
@@ -89,22 +92,28 @@ class CallsUnderWay {
   };
   const auto state = std::make_shared<State>();
   state->work = std::move(work);
-  // Nobody joins it: whoever waits may leave first.
-  std::thread([state, call = std::make_unique<CallsUnderWay::Call>()] {
-    std::exception_ptr error;
-    try {
-      state->work();
-    } catch (...) {
-      error = std::current_exception();
-    }
-    const std::lock_guard lock(state->mutex);
-    state->work = nullptr;
-    state->error = error;
-    state->done = true;
-    state->changed.notify_one();
-  }).detach();
+  try {
+    // Nobody joins it: whoever waits may leave first.
+    std::thread([state, call = std::make_unique<CallsUnderWay::Call>()] {
+      std::exception_ptr error;
+      try {
+        state->work();
+      } catch (...) {
+        error = std::current_exception();
+      }
+      state->work = nullptr;  // what it holds may take the lock of another at its end
+      const std::lock_guard lock(state->mutex);
+      state->error = error;
+      state->done = true;
+      state->changed.notify_one();
+    }).detach();
+  } catch (const std::system_error& error) {
+    throw TransportError({.call = "pthread_create", .native_code = error.code().value()},
+                         error.code().message());
+  }
   constexpr std::chrono::milliseconds kLookEvery{5};
-  const auto deadline = deadline_after(limit);
+  const LimitedWait wait(limit);
+  const auto deadline = wait.deadline();
   std::unique_lock lock(state->mutex);
   const auto is_done = [&] { return state->done; };
   while (look && std::chrono::steady_clock::now() + kLookEvery < deadline &&

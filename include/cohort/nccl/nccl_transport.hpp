@@ -183,7 +183,6 @@ class NcclTransport final : public Transport {
       detail::copy_unless_same(in, out, call.stream);
       return;
     }
-    calls_.connect_pairs();
     const detail::Packed packed(group_, call, in, out);
     const std::size_t part = detail::element_count(in) / static_cast<std::size_t>(group_.size);
     const std::size_t part_bytes = part * size_of(in.dtype());
@@ -193,14 +192,14 @@ class NcclTransport final : public Transport {
     cuda_check(cudaMemcpyAsync(to + offset(group_.rank), from + offset(group_.rank), part_bytes,
                                cudaMemcpyDeviceToDevice, call.stream),
                "cudaMemcpyAsync");
-    calls_.together([&] {
-      for (int step = 1; step < group_.size; ++step) {
-        const int to_rank = (group_.rank + step) % group_.size;
-        const int from_rank = (group_.rank - step + group_.size) % group_.size;
-        calls_.send(from + offset(to_rank), part, in.dtype(), to_rank, call.stream);
-        calls_.recv(to + offset(from_rank), part, in.dtype(), from_rank, call.stream);
-      }
-    });
+    std::vector<detail::NcclCalls::Piece> messages;
+    for (int step = 1; step < group_.size; ++step) {
+      const int to_rank = (group_.rank + step) % group_.size;
+      const int from_rank = (group_.rank - step + group_.size) % group_.size;
+      messages.push_back(calls_.send(from + offset(to_rank), part, in.dtype(), to_rank));
+      messages.push_back(calls_.recv(to + offset(from_rank), part, in.dtype(), from_rank));
+    }
+    calls_.together(std::move(messages), call.stream);
     packed.unpack(out, call.stream);
   }
 
@@ -210,14 +209,14 @@ class NcclTransport final : public Transport {
       return;
     }
     const detail::NcclCall call(group_, stream);
-    calls_.connect_to(to);
     const void* data = tensor.data();
     if (!tensor.is_contiguous()) {
       const TensorView scratch = detail::scratch_like(group_, call, tensor);
       detail::copy_view(tensor, scratch, call.stream);
       data = scratch.data();
     }
-    calls_.send(data, detail::element_count(tensor), tensor.dtype(), to, call.stream);
+    calls_.together({calls_.send(data, detail::element_count(tensor), tensor.dtype(), to)},
+                    call.stream);
   }
 
   void recv(const TensorView& tensor, int from, StreamRef stream) override {
@@ -226,10 +225,11 @@ class NcclTransport final : public Transport {
       return;
     }
     const detail::NcclCall call(group_, stream);
-    calls_.connect_from(from);
     const bool direct = tensor.is_contiguous();
     const TensorView target = direct ? tensor : detail::scratch_like(group_, call, tensor);
-    calls_.recv(target.data(), detail::element_count(tensor), tensor.dtype(), from, call.stream);
+    calls_.together(
+        {calls_.recv(target.data(), detail::element_count(tensor), tensor.dtype(), from)},
+        call.stream);
     if (!direct) {
       detail::copy_view(target, tensor, call.stream);
     }

@@ -32,7 +32,6 @@ class NcclUnequalShares {
   /// Every rank sends its share to every other.
   void gather(const NcclCall& call, const ConstTensorView& in, const TensorView& out, int dim,
               std::span<const std::int64_t> sizes) {
-    calls_.connect_pairs();
     const auto all = shares(out, dim, sizes);
     const Share& mine = all[static_cast<std::size_t>(group_.rank)];
     const bool direct = fits(out, out, dim);
@@ -47,19 +46,19 @@ class NcclUnequalShares {
       share = scratch;
     }
     auto* const to = direct ? static_cast<std::byte*>(out.data()) : scratch + in_bytes;
-    calls_.together([&] {
-      for (int step = 1; step < group_.size; ++step) {
-        const int to_rank = (group_.rank + step) % group_.size;
-        const int from_rank = (group_.rank - step + group_.size) % group_.size;
-        const Share& theirs = all[static_cast<std::size_t>(from_rank)];
-        if (mine.elements > 0) {
-          calls_.send(share, mine.elements, in.dtype(), to_rank, call.stream);
-        }
-        if (theirs.elements > 0) {
-          calls_.recv(to + theirs.offset, theirs.elements, in.dtype(), from_rank, call.stream);
-        }
+    std::vector<NcclCalls::Piece> messages;
+    for (int step = 1; step < group_.size; ++step) {
+      const int to_rank = (group_.rank + step) % group_.size;
+      const int from_rank = (group_.rank - step + group_.size) % group_.size;
+      const Share& theirs = all[static_cast<std::size_t>(from_rank)];
+      if (mine.elements > 0) {
+        messages.push_back(calls_.send(share, mine.elements, in.dtype(), to_rank));
       }
-    });
+      if (theirs.elements > 0) {
+        messages.push_back(calls_.recv(to + theirs.offset, theirs.elements, in.dtype(), from_rank));
+      }
+    }
+    calls_.together(std::move(messages), call.stream);
     for (int r = 0; r < group_.size; ++r) {
       const Share& piece = all[static_cast<std::size_t>(r)];
       const TensorView slice = out.slice(dim, piece.begin, piece.extent);
@@ -76,11 +75,6 @@ class NcclUnequalShares {
   void reduce_scatter(const NcclCall& call, const ConstTensorView& in, const TensorView& out,
                       int dim, std::span<const std::int64_t> sizes, ReduceOp op) {
     const auto all = shares(in, dim, sizes);
-    for (const Share& piece : all) {
-      if (piece.elements > 0) {
-        calls_.connect_for_reduce(piece.elements * size_of(in.dtype()));
-      }
-    }
     const bool in_direct = fits(in, in, dim);
     const bool out_direct = out.is_contiguous();
     const std::size_t in_bytes = in_direct ? 0 : aligned(in.bytes());
@@ -98,14 +92,15 @@ class NcclUnequalShares {
       }
     }
     void* const share = out_direct ? out.data() : scratch + in_bytes;
-    calls_.together([&] {
-      for (int r = 0; r < group_.size; ++r) {
-        const Share& piece = all[static_cast<std::size_t>(r)];
-        if (piece.elements > 0) {
-          calls_.reduce(from + piece.offset, share, piece.elements, in.dtype(), op, r, call.stream);
-        }
+    std::vector<NcclCalls::Piece> reductions;
+    for (int r = 0; r < group_.size; ++r) {
+      const Share& piece = all[static_cast<std::size_t>(r)];
+      if (piece.elements > 0) {
+        reductions.push_back(
+            calls_.reduce(from + piece.offset, share, piece.elements, in.dtype(), op, r));
       }
-    });
+    }
+    calls_.together(std::move(reductions), call.stream);
     if (!out_direct) {
       copy_view(TensorView(share, out.dtype(), out.shape(), out.device()), out, call.stream);
     }

@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "cohort/call_time.hpp"
 #include "support/catch.hpp"
 
 using cohort::detail::call_within;
@@ -43,6 +44,21 @@ TEST_CASE("work that does not end is left behind at the limit", "[bounded_call]"
   while (!*done) {
     std::this_thread::sleep_for(1ms);
   }
+}
+
+TEST_CASE("calls share the limit of the call that they belong to", "[bounded_call]") {
+  const auto release = std::make_shared<std::atomic<bool>>(false);
+  const auto stands_still = [release] {
+    while (!*release) {
+      std::this_thread::sleep_for(1ms);
+    }
+  };
+  const cohort::detail::CallTime call;
+  CHECK_FALSE(call_within(2s, stands_still));
+  const auto begin = std::chrono::steady_clock::now();
+  CHECK_FALSE(call_within(2s, stands_still));
+  CHECK(std::chrono::steady_clock::now() - begin < 1500ms);
+  *release = true;
 }
 
 TEST_CASE("who waits looks around, and leaves the work where something is wrong",
