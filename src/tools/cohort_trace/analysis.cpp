@@ -68,7 +68,7 @@ Ring ring_of(const json& j, std::int64_t written) {
   Ring ring;
   ring.rank = j.at("rank");
   ring.own = j.at("own");
-  ring.gone = j.at("gone");
+  ring.gone_at = j.at("gone").get<bool>() ? written : 0;
   ring.ended = j.at("ended");
   ring.open = j.at("open");
   ring.written = written;
@@ -101,17 +101,22 @@ void keep_better(std::map<int, Ring>& rings, Ring ring) {
     rings.emplace(ring.rank, std::move(ring));
     return;
   }
-  const bool gone = found->second.gone || ring.gone;
+  const std::int64_t gone_at = found->second.gone_at == 0 || ring.gone_at == 0
+                                   ? std::max(found->second.gone_at, ring.gone_at)
+                                   : std::min(found->second.gone_at, ring.gone_at);
   const auto worth = [](const Ring& one) { return std::pair(last_sequence(one), one.own); };
   if (worth(ring) > worth(found->second)) {
     found->second = std::move(ring);
   }
-  found->second.gone = gone;
+  found->second.gone_at = gone_at;
 }
 
 void cut(State& state) {
+  constexpr std::int64_t kMoment = 1'000'000'000;  // between the time-outs of ranks
   for (Group& group : state.groups) {
     for (auto& [rank, ring] : group.rings) {
+      // Ranks that failed leave, and those that write later see that.
+      ring.gone = ring.gone_at != 0 && ring.gone_at <= state.end + kMoment;
       std::erase_if(ring.records, [&](const Record& record) { return record.ns > state.end; });
     }
   }

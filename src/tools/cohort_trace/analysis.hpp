@@ -44,10 +44,11 @@ struct Counters {
 
 /// What one rank did in one group.
 struct Ring {
-  int rank = 0;        ///< In the group.
-  bool own = false;    ///< Written by the rank itself.
-  bool gone = false;   ///< Its process has ended.
-  bool ended = false;  ///< The group was closed.
+  int rank = 0;              ///< In the group.
+  bool own = false;          ///< Written by the rank itself.
+  bool gone = false;         ///< Its process had ended when the state did.
+  std::int64_t gone_at = 0;  ///< The first file that says so; 0 for none.
+  bool ended = false;        ///< The group was closed.
   std::uint64_t open = 0;
   std::int64_t written = 0;
   std::map<int, Progress> progress;

@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "analysis.hpp"
 
@@ -32,17 +34,31 @@ const Drawn& drawn(const std::string& call) {
   return found == kDrawn.end() ? kOther : *found;
 }
 
-/// When the picture begins: with the last calls of the ranks.
-std::int64_t first_moment(const Group& group) {
+/// The moments of a group's last calls, in order, and the end: each gets as much room as any other,
+/// because calls take microseconds and waits seconds.
+std::vector<std::int64_t> moments(const State& state, const Group& group) {
   constexpr std::size_t kLast = 24;
-  std::int64_t first = std::numeric_limits<std::int64_t>::max();
+  std::vector<std::int64_t> all;
   for (const auto& [rank, ring] : group.rings) {
-    if (!ring.records.empty()) {
-      const std::size_t skip = ring.records.size() - std::min(ring.records.size(), kLast);
-      first = std::min(first, ring.records[skip].ns);
+    const std::size_t skip = ring.records.size() - std::min(ring.records.size(), kLast);
+    for (std::size_t i = skip; i < ring.records.size(); ++i) {
+      all.push_back(ring.records[i].ns);
     }
   }
-  return first;
+  all.push_back(state.end);
+  std::sort(all.begin(), all.end());
+  all.erase(std::unique(all.begin(), all.end()), all.end());
+  return all;
+}
+
+/// Where a moment lies: 0 to 1.
+double place_of(const std::vector<std::int64_t>& all, std::int64_t ns) {
+  const auto index = std::lower_bound(all.begin(), all.end(), ns) - all.begin();
+  return static_cast<double>(index) / static_cast<double>(std::max<std::size_t>(2, all.size()) - 1);
+}
+
+double span(const std::vector<std::int64_t>& all) {
+  return static_cast<double>(all.back() - all.front()) / 1e6;
 }
 
 bool is_open(const Ring& ring, const Record& record) {
@@ -74,21 +90,19 @@ std::string to_text(const State& state, int width) {
   }
   bool legend = false;
   for (const Group& group : state.groups) {
-    const std::int64_t first = shown(group) ? first_moment(group) : 0;
-    if (!shown(group) || first > state.end) {
+    const auto all = moments(state, group);
+    if (!shown(group) || all.size() < 2) {
       continue;
     }
     legend = true;
-    const double span = std::max<double>(1, static_cast<double>(state.end - first));
-    out += fmt::format("\n{}, the last {:.3f} ms\n", group.name, span / 1e6);
+    out += fmt::format("\n{}, the last {:.3f} ms in order, not to scale\n", group.name, span(all));
     for (const auto& [rank, ring] : group.rings) {
       std::string line(static_cast<std::size_t>(width), ' ');
       const auto column = [&](std::int64_t ns) {
-        const double share = static_cast<double>(ns - first) / span;
-        return static_cast<std::size_t>(std::clamp(share, 0.0, 1.0) * (width - 1));
+        return static_cast<std::size_t>(place_of(all, ns) * (width - 1));
       };
       for (const Record& record : ring.records) {
-        if (record.ns < first) {
+        if (record.ns < all.front()) {
           continue;
         }
         if (is_open(ring, record)) {
@@ -117,22 +131,23 @@ std::string to_svg(const State& state) {
   std::string body;
   int y = 40;
   for (const Group& group : state.groups) {
-    const std::int64_t first = shown(group) ? first_moment(group) : 0;
-    if (!shown(group) || first > state.end) {
+    const auto all = moments(state, group);
+    if (!shown(group) || all.size() < 2) {
       continue;
     }
-    const double span = std::max<double>(1, static_cast<double>(state.end - first));
-    body += fmt::format("<text x='10' y='{}' font-weight='bold'>{}, the last {:.3f} ms</text>\n", y,
-                        escaped(group.name), span / 1e6);
+    body += fmt::format(
+        "<text x='10' y='{}' font-weight='bold'>{}, the last {:.3f} ms in order, not to scale"
+        "</text>\n",
+        y, escaped(group.name), span(all));
     y += kRow;
     for (const auto& [rank, ring] : group.rings) {
       body += fmt::format("<text x='10' y='{}'>rank {}{}</text>\n", y,
                           group.ranks.at(static_cast<std::size_t>(rank)), ring.gone ? " gone" : "");
       const auto place = [&](std::int64_t ns) {
-        return kLeft + static_cast<double>(ns - first) / span * (kWidth - kLeft - 20);
+        return kLeft + place_of(all, ns) * (kWidth - kLeft - 20);
       };
       for (const Record& record : ring.records) {
-        if (record.ns < first) {
+        if (record.ns < all.front()) {
           continue;
         }
         const double x = place(record.ns);

@@ -197,7 +197,8 @@ TEST_CASE("nothing is found where nothing is wrong", "[cohort_trace]") {
   CHECK(findings(state).empty());
   CHECK_THAT(verdict(state), contains("no rank is behind"));
   const std::string text = to_text(state, 40);
-  CHECK_THAT(text, contains("rank   0 R                      R", "tp[0], the last 5000.000 ms"));
+  CHECK_THAT(text,
+             contains("rank   0 R                  R  ", "tp[0], the last 5000.000 ms in order"));
   CHECK_THAT(to_svg(state), contains("<svg", "all_reduce #2 of bf16(8,4)"));
 }
 
