@@ -36,12 +36,12 @@ since='to which ranks 0 and 1 came at [0-9:.]* UTC, [0-9.]* m?s before the end'
 away='and it is in no call of the library'
 judge call \
   "rank 2 is behind in tp\[0\]: it has not come to all_reduce #4 of f32\(16,33\), $since; its last call there is all_reduce #3 of f32\(16,33\), $away" \
-  'group tp\[0\]: rank 0 has waited for rank 2 to come to all_reduce, step [0-9]+, for [0-9]+ ms of at most 1500'
+  'group tp\[0\]: rank 0 has waited for rank 2 to come to all_reduce, step [0-9]+, for [0-9]+ ms of at most 1[0-9]{3}'
 judge replay \
   "rank 2 is behind in tp\[0\]: it has not come to launch #6 of graph 1, $since, and wait in call 1 of 2 of graph 1, all_reduce of f32\(16,33\); its last call there is launch #5 of graph 1, $away"
 judge growth \
   "rank 2 is behind in tp\[0\]: it has not come to agreement #4 on reservation in arena tp\[0\], $since; its last call there is all_reduce #3 of f32\(16,33\), $away" \
-  'group tp\[0\]: rank 0 has waited for rank 2 to come to all_gather #[0-9]+ over the control plane, in agreement #4, reservation in arena tp\[0\], for [0-9]+ ms of at most 1500'
+  'group tp\[0\]: rank 0 has waited for rank 2 to come to all_gather #[0-9]+ over the control plane, in agreement #4, reservation in arena tp\[0\], for [0-9]+ ms of at most 1[0-9]{3}'
 judge death \
   "rank 2 is behind in tp\[0\]: it has not come to all_reduce #4 of f32\(16,33\), $since; its last call there is all_reduce #3 of f32\(16,33\), and its process is gone"
 judge difference \
