@@ -261,7 +261,13 @@ class Rank {
 
   /// Reports what is there that was not `before`.
   void expect_no_more(const char* folder, const std::set<std::string>& before) const {
-    const auto now = entries_of(folder);
+    auto now = entries_of(folder);
+    // A thread that has been joined may be listed a moment longer.
+    for (const auto start = Clock::now();
+         now.size() > before.size() && Clock::now() - start < std::chrono::seconds(1);
+         now = entries_of(folder)) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
     if (now.size() <= before.size()) {
       return;  // sockets of peers that have left are closed
     }

@@ -411,8 +411,10 @@ class Round {
           say(fmt::format("blames rank {}, which did nothing wrong", named));
         }
       }
-      // Of two that differ in their arguments either may be the one.
-      if (plan_.fault != Fault::arguments && !leads_to_victim(rank)) {
+      // Of those that differ, in their arguments or in what they got of an allocation that failed
+      // for the victim, any may be the one.
+      const bool differ = step.text.find("ranks disagree") != std::string::npos;
+      if (plan_.fault != Fault::arguments && !differ && !leads_to_victim(rank)) {
         say("blames ranks that did not give up because of the victim", true);
       }
     }
