@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/parallel_state.hpp"
 
+#include <unistd.h>
+
 #include <chrono>
 #include <cohort/host/host_backend.hpp>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -524,5 +529,60 @@ TEST_CASE("ranks that never come are named within the limit", "[divergence]") {
       run_ranks(n, check_absent_from_collective, limit);
       run_ranks(n, check_absent_from_shutdown, limit);
     }
+  }
+}
+
+TEST_CASE("a state counts its calls, those of graphs at each launch, and writes them on demand",
+          "[state]") {
+  for (const bool mapped : {true, false}) {
+    run_ranks(2, [mapped](ControlPlane& world) {
+      auto state = make_state(world, {.tp = 2}, {.backend = host_backend({.map_peers = mapped})});
+      auto& tp = state.tp();
+      const Tensor x = tp.backend().allocate({16}, DType::f32, {});
+      fill(x, world.rank());
+      for (int round = 0; round < 3; ++round) {
+        tp.all_reduce(x);
+      }
+      HostStream stream;
+      stream.begin_capture();  // the engine's own
+      const CaptureId id = stream.ref().capture_id();
+      {
+        const CaptureScope scope(state, stream);
+        tp.all_reduce(x, stream);
+        tp.barrier(stream);
+      }
+      const auto graph = stream.end_capture();
+      for (int launch = 0; launch < 2; ++launch) {
+        state.order(stream, id);
+        graph->launch(stream);
+        state.launched(stream);
+      }
+      const CallPath path = mapped ? CallPath::mapped : CallPath::exchange;
+      check_equal(tp.counters(path).calls, std::uint64_t{7}, "calls");
+      check_equal(tp.counters(path).bytes, std::uint64_t{5 * 64}, "bytes");
+      check_equal(state.dcp().counters(path).calls, std::uint64_t{0}, "calls of another group");
+      const std::string line =
+          fmt::format("cohort_calls_total{{group=\"tp[0]\",path=\"{}\"}} 7\n", to_string(path));
+      check(state.counters_text().find(line) != std::string::npos, state.counters_text());
+      const TraceProgress& progress = tp.recorder()->own().progress[0];
+      check_equal(progress.issued, std::uint64_t{7}, "steps issued");
+      check_equal(progress.left, std::uint64_t{7}, "steps that ended");
+
+      const std::string file = (std::filesystem::temp_directory_path() /
+                                fmt::format("state-{}-{}.json", ::getpid(), world.rank()))
+                                   .string();
+      state.write_trace(file);
+      std::ifstream in(file);
+      const std::string text{std::istreambuf_iterator<char>(in), {}};
+      std::filesystem::remove(file);
+      const std::string group = R"({"name":"tp[0]","rank":)" + std::to_string(world.rank());
+      const auto begin = text.find(group);
+      check(begin != std::string::npos, "the group is there");
+      const std::string rest = text.substr(begin, text.find(R"({"name":"pp)") - begin);
+      check(rest.find(R"("launch")") != std::string::npos, "its launches are");
+      check((rest.find(R"("own":false)") != std::string::npos) == mapped,
+            "the other rank's calls are where they are mapped");
+      world.barrier();
+    });
   }
 }
