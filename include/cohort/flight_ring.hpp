@@ -220,12 +220,12 @@ struct TraceRing {
   }
   /// What is known of a record last.
   struct Stamp {
-    std::uint64_t sequence = 0;
-    std::uint64_t ticks = 0;
-    std::uint64_t where = 0;
-    std::uint32_t number = 0;
-    std::uint8_t flags = 0;
-    std::uint8_t inbox = 0;
+    std::uint64_t sequence = 0;  ///< As in the record, each of them.
+    std::uint64_t ticks = 0;     ///< When.
+    std::uint64_t where = 0;     ///< Where.
+    std::uint32_t number = 0;    ///< Among those that all ranks make.
+    std::uint8_t flags = 0;      ///< Whether captured.
+    std::uint8_t inbox = 0;      ///< That counts its steps.
   };
   /// The same with a stamp in place of the record's own, so that the record need not be copied.
   static void push(std::array<TraceRecord, kRecords>& to, std::uint64_t& last,
