@@ -362,6 +362,79 @@ void time_attention(Report& report, std::vector<Rank>& ranks) {
   }
 }
 
+/// What engines have beyond one partial a rank, and want beyond their heads: S splits combined
+/// while they are merged, and by a kernel of its own before a merge; by token; and replicated, by
+/// one launch and by a gather of the merged heads.
+void time_partials(Report& report, std::vector<Rank>& ranks) {
+  const int n = static_cast<int>(ranks.size());
+  constexpr std::int64_t kHeads = 128;
+  constexpr std::int64_t kDim = 512;
+  constexpr std::int64_t kSink = 128;  // floats behind the LSEs
+  for (const std::int64_t batch : {1, 4, 16}) {
+    const std::int64_t rows = batch * kHeads;
+    const auto partial_of = [&](const std::byte* in, const float* lse) {
+      return cuda::Partial{.out = in,
+                           .out_batch_stride = kHeads * kDim,
+                           .out_head_stride = kDim,
+                           .lse = lse,
+                           .lse_batch_stride = kHeads,
+                           .lse_head_stride = 1,
+                           .out_split_stride = rows * kDim,
+                           .lse_split_stride = rows};
+    };
+    const auto row = [&](const std::string& op, const Call& call) {
+      report.add(fmt::format(R"("op": "{}", "ranks": {}, "batch": {}, "us": {:.3f})", op, n, batch,
+                             time_of(ranks, call)));
+    };
+    cuda::MergeShape shape{batch, kHeads, kDim, DType::bf16};
+    const auto merge = [&](const Rank& r, const cuda::MergeShape& s, const cuda::Partial& partial) {
+      const std::int64_t heads = s.rows(n).of(0).heads;
+      cuda::peer_merge(r.table, s, partial, {r.out, heads * kDim, kDim}, r.stream);
+    };
+    row("merge", [&](const Rank& r) { merge(r, shape, partial_of(r.in, r.lse)); });
+    for (const std::int64_t splits : {2, 4}) {
+      cuda::MergeShape split = shape;
+      split.splits = splits;
+      row(fmt::format("merge of {} splits", splits),
+          [&](const Rank& r) { merge(r, split, partial_of(r.in, r.lse)); });
+      // A piece for one rank is what such a kernel writes: rows, and their LSEs behind them.
+      row(fmt::format("combine {} splits, then merge", splits), [&](const Rank& r) {
+        std::byte* const combined = r.in + kBuffer / 2;
+        cuda::pack_partial(split, 1, partial_of(r.in, r.lse), combined, r.stream);
+        merge(r, shape,
+              partial_of(combined, reinterpret_cast<const float*>(combined + rows * kDim * 2)));
+      });
+    }
+    cuda::MergeShape sink = shape;
+    sink.sink = true;
+    row("merge with sinks", [&](const Rank& r) {
+      cuda::Partial partial = partial_of(r.in, r.lse);
+      partial.sink = r.lse + kSink;
+      merge(r, sink, partial);
+    });
+    std::vector<std::int64_t> counts;
+    for (int r = 0; r < n; ++r) {
+      counts.push_back(cohort::dcp::MergeRows::even_count(batch, n, r));
+    }
+    cuda::MergeShape by_token = shape;
+    by_token.result = cohort::MergeResult::by_token;
+    by_token.counts = counts;
+    row("merge by token", [&](const Rank& r) { merge(r, by_token, partial_of(r.in, r.lse)); });
+    cuda::MergeShape whole = shape;
+    whole.result = cohort::MergeResult::replicated;
+    whole.whole = true;
+    constexpr auto kLines = cuda::PeerPath::flag_line;
+    if (fits(ranks[0].table.layout, cuda::merge_lane_bytes(whole, n, kLines), kLines)) {
+      row("merge replicated", [&](const Rank& r) { merge(r, whole, partial_of(r.in, r.lse)); });
+    }
+    row("merge, then all_gather", [&](const Rank& r) {
+      merge(r, shape, partial_of(r.in, r.lse));
+      const auto dims = cuda::AlongDim::contiguous(1, rows / n * kDim * 2, n);
+      cuda::peer_all_gather(r.table, dims, r.out, r.out + kBuffer / 2, r.stream);
+    });
+  }
+}
+
 /// Local kernels on 64 MiB, rotating among buffers that together exceed the second-level cache.
 void time_local(Report& report) {
   constexpr std::int64_t kBytes = std::int64_t{64} << 20;
@@ -424,13 +497,13 @@ void time_local(Report& report) {
         }));
     row(fmt::format("merge_pieces n={}", n), piece * (n + 1), time_of(one, [&](const Rank& r) {
           const std::size_t i = next();
-          cuda::merge_pieces(shape, n, in[i], {out[i], 128 / n * 512, 512}, r.stream);
+          cuda::merge_pieces(shape, n, 0, in[i], {}, {out[i], 128 / n * 512, 512}, r.stream);
         }));
     row(fmt::format("correct_partial n={} bf16", n), 2.0 * kBytes, time_of(one, [&](const Rank& r) {
           const std::size_t i = next();
           cuda::correct_partial(shape, n, 1, {in[i], 128 * 512, 512},
                                 reinterpret_cast<float*>(in[i]), out[i], 512, 512 * 512,
-                                DType::bf16, nullptr, r.stream);
+                                DType::bf16, r.stream);
         }));
     row(fmt::format("reduce_pieces n={} bf16", n), static_cast<double>(kBytes) * (n + 1) / n,
         time_of(one, [&](const Rank& r) {
@@ -527,6 +600,7 @@ int main(int argc, char** argv) {
     time_floors(report, ranks);
     time_collectives(report, ranks);
     time_attention(report, ranks);
+    time_partials(report, ranks);
     free_ranks(ranks);
   }
   check(cudaSetDevice(0), "cudaSetDevice");

@@ -163,8 +163,9 @@ class Sum {
   float sums_[Word<T>::kElements];
 };
 
-/// Every rank's scale from every rank's LSE (dcp/lse_merge.hpp), in place; returns the merged LSE.
-__device__ __forceinline__ float merge_scales(float* lses, int n, LseBase base) {
+/// Calls `call(exp, log)` with the functions of a base.
+template <class Call>
+__device__ __forceinline__ float with_base(LseBase base, const Call& call) {
   struct ExpE {
     __host__ __device__ float operator()(float x) const { return expf(x); }
   };
@@ -177,8 +178,15 @@ __device__ __forceinline__ float merge_scales(float* lses, int n, LseBase base) 
   struct Log2 {
     __host__ __device__ float operator()(float x) const { return log2f(x); }
   };
-  return base == LseBase::e ? dcp::merge_weights_with(lses, n, ExpE{}, LogE{}, lses)
-                            : dcp::merge_weights_with(lses, n, Exp2{}, Log2{}, lses);
+  return base == LseBase::e ? call(ExpE{}, LogE{}) : call(Exp2{}, Log2{});
+}
+
+/// Every rank's scale from every rank's LSE (dcp/lse_merge.hpp), in place; returns the merged LSE.
+__device__ __forceinline__ float merge_scales(float* lses, int n, LseBase base,
+                                              float sink = dcp::kEmptyLse) {
+  return with_base(base, [&](const auto& exp, const auto& log) {
+    return dcp::merge_weights_with(lses, n, exp, log, lses, sink);
+  });
 }
 
 template <class Value>

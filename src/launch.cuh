@@ -110,6 +110,7 @@ void load(void (*kernel)(Params...)) {
 void load_gather(int n);
 void load_reduce(int n);
 void load_merge(int n);
+void load_general_merge(int n);
 void load_copy();
 void load_local_merge();
 void load_support();
@@ -118,5 +119,6 @@ void report_local_merge(std::vector<KernelInfo>& report);
 void report_gather(int n, std::vector<KernelInfo>& report);
 void report_reduce(int n, std::vector<KernelInfo>& report);
 void report_merge(int n, std::vector<KernelInfo>& report);
+void report_general_merge(int n, std::vector<KernelInfo>& report);
 
 }  // namespace cohort::cuda::detail

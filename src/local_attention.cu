@@ -24,19 +24,69 @@ struct Pieces {
 };
 
 Pieces pieces_of(const MergeShape& s, int n, const void* base) {
-  const std::int64_t payload =
-      s.batch * (s.heads / n) * s.dim * static_cast<std::int64_t>(size_of(s.dtype));
-  return {static_cast<std::byte*>(const_cast<void*>(base)),
-          static_cast<std::int64_t>(packed_piece_bytes(s, n)), payload};
+  const auto piece = dcp::packed_piece(s.rows(n).widest(), 1, s.dim, size_of(s.dtype));
+  return {static_cast<std::byte*>(const_cast<void*>(base)), static_cast<std::int64_t>(piece.bytes),
+          static_cast<std::int64_t>(piece.lse_offset)};
 }
+
+/// Where rows are taken as they are and there is no sink.
+struct PlainRows {
+  Rows out;
+  LseBase base;
+
+  template <class T>
+  __device__ __forceinline__ uint4 load(std::uint32_t b, std::uint32_t h, std::uint32_t v) const {
+    return load_as<uint4>(out.row(b, h) + 16 * v, out.aligned);
+  }
+  __device__ __forceinline__ float sink(std::uint32_t) const { return dcp::kEmptyLse; }
+};
+/// Elsewhere, of any number of splits. A thread works out the scales of its row by itself, which
+/// costs less than sharing them.
+struct AnyRows : SplitRows {
+  Sinks sinks;
+  LseBase base;
+
+  AnyRows(const MergeShape& s, const Partial& p)
+      : SplitRows(s, p), sinks(sinks_of(p)), base(s.base) {}
+
+  template <class T>
+  __device__ __forceinline__ uint4 load(std::uint32_t b, std::uint32_t h, std::uint32_t v) const {
+    const std::byte* const first = out.row(b, h) + 16 * v;
+    if (splits == 1) {
+      return load_as<uint4>(first, out.aligned);
+    }
+    const dcp::RowMass mass = mass_of(b, h);
+    WeightedSum<T> sums[2];
+    for (int s = 0; s < splits; ++s) {
+      const uint4 value = load_as<uint4>(first + s * out_split, out.aligned);
+      const float scale = mass.scale(lse.at(b, h)[s * lse_split], split_base.exp());
+      sums[0].add(scale, low(value));
+      sums[1].add(scale, high(value));
+    }
+    return join(sums[0].result(), sums[1].result());
+  }
+  __device__ __forceinline__ float load_lse(std::uint32_t b, std::uint32_t h) const {
+    if (is_empty(b)) {
+      return dcp::kEmptyLse;
+    }
+    return splits == 1 ? *lse.at(b, h) : mass_of(b, h).lse(split_base.log());
+  }
+  __device__ __forceinline__ float sink(std::uint32_t h) const { return sinks.at(h); }
+
+ private:
+  __device__ __forceinline__ dcp::RowMass mass_of(std::uint32_t b, std::uint32_t h) const {
+    const float* const lses = lse.at(b, h);
+    return dcp::mass_of([&](int s) { return lses[s * lse_split]; }, splits, split_base.exp());
+  }
+};
 
 /// corrected = scale * partial. One thread a vector of the partial; the scale is computed per
 /// thread, which costs less than sharing it.
-template <int kRanks, class T, class Out>
+template <int kRanks, class T, class Out, class From>
 __global__ void __launch_bounds__(kThreads)
-    correct_kernel(Rows partial, const float* lses, int ranks, int rank, Rows corrected,
-                   float* merged_lse, FastDiv vectors_per_row, FastDiv heads, std::uint32_t rows,
-                   std::uint32_t vectors, LseBase base) {
+    correct_kernel(const __grid_constant__ From partial, const float* lses, int ranks, int rank,
+                   Rows corrected, FastDiv vectors_per_row, FastDiv heads, std::uint32_t rows,
+                   std::uint32_t vectors) {
   const int n = kRanks > 0 ? kRanks : ranks;
   await_predecessor();
   for (std::uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < vectors;
@@ -50,17 +100,14 @@ __global__ void __launch_bounds__(kThreads)
     for (int r = 0; r < n; ++r) {
       scales[r] = lses[static_cast<std::int64_t>(r) * rows + row];
     }
-    const float merged = merge_scales(scales, n, base);
-    if (merged_lse != nullptr && v == 0) {
-      merged_lse[row] = merged;
-    }
+    merge_scales(scales, n, partial.base, partial.sink(h));
     unsigned bits = 0;  // picked by masks: an index would move the array out of registers
 #pragma unroll
     for (int r = 0; r < n; ++r) {
       bits |= r == rank ? __float_as_uint(scales[r]) : 0U;
     }
     const float scale = __uint_as_float(bits);
-    const uint4 in = load_as<uint4>(partial.row(b, h) + 16 * v, partial.aligned);
+    const uint4 in = partial.template load<T>(b, h, v);
     WeightedSum<T> sums[2];
     sums[0].add(scale, low(in));
     sums[1].add(scale, high(in));
@@ -102,11 +149,40 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <int kRanks, class T>
+/// The same for rows of any place and making, of what each rank merges.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    pack_rows_kernel(const __grid_constant__ AnyRows partial,
+                     const __grid_constant__ RankRows<kMaxPeers> ranks, Pieces pieces,
+                     FastDiv vectors_per_piece, FastDiv vectors_per_row, FastDiv heads,
+                     std::uint32_t vectors) {
+  await_predecessor();
+  for (std::uint32_t i = blockIdx.x * kThreads + threadIdx.x; i < vectors;
+       i += gridDim.x * kThreads) {
+    const std::uint32_t p = vectors_per_piece.divide(i);
+    const std::uint32_t in_piece = i - p * vectors_per_piece.divisor;
+    const std::uint32_t row = vectors_per_row.divide(in_piece);
+    const auto block = ranks.of(static_cast<int>(p));
+    if (row >= block.rows()) {
+      continue;
+    }
+    const std::uint32_t v = in_piece - row * vectors_per_row.divisor;
+    const auto place = block.place(row, heads.divide(row));
+    std::byte* piece = pieces.base + p * pieces.piece_bytes;
+    reinterpret_cast<uint4*>(piece)[in_piece] = partial.load<T>(place.token, place.head, v);
+    if (v == 0) {
+      reinterpret_cast<float*>(piece + pieces.lse_offset)[row] =
+          partial.load_lse(place.token, place.head);
+    }
+  }
+}
+
+/// kSinks: heads have sinks, from the first head of this rank's on.
+template <int kRanks, class T, bool kSinks = false>
 __global__ void __launch_bounds__(kThreads)
     merge_pieces_kernel(Pieces pieces, int ranks, Rows merged, Strided2 merged_lse,
-                        FastDiv vectors_per_row, FastDiv heads, std::uint32_t vectors,
-                        LseBase base) {
+                        FastDiv vectors_per_row, FastDiv heads, std::uint32_t vectors, LseBase base,
+                        Sinks sinks) {
   constexpr int kMost = kRanks > 0 ? kRanks : kMaxPeers;
   constexpr int kStep = kRanks > 0 ? kRanks : 8;
   const int n = kRanks > 0 ? kRanks : ranks;
@@ -123,7 +199,7 @@ __global__ void __launch_bounds__(kThreads)
       scales[r] = reinterpret_cast<const float*>(pieces.base + r * pieces.piece_bytes +
                                                  pieces.lse_offset)[row];
     }
-    const float merged_value = merge_scales(scales, n, base);
+    const float merged_value = merge_scales(scales, n, base, kSinks ? sinks.at(h) : dcp::kEmptyLse);
     WeightedSum<T> sums[2];
     for (int r0 = 0; r0 < n; r0 += kStep) {
       uint4 values[kStep];
@@ -172,11 +248,15 @@ void load_local_merge() {
   const auto load_for = []<class T>(T*) {
     for (int n = 1; n <= 8; ++n) {  // 1 stands for all numbers without a kernel of their own
       with_ranks(n, []<class Ranks>(Ranks) {
-        load(correct_kernel<Ranks::value, T, float>);
-        load(correct_kernel<Ranks::value, T, T>);
+        load(correct_kernel<Ranks::value, T, float, PlainRows>);
+        load(correct_kernel<Ranks::value, T, T, PlainRows>);
         load(merge_pieces_kernel<Ranks::value, T>);
       });
     }
+    load(correct_kernel<0, T, float, AnyRows>);
+    load(correct_kernel<0, T, T, AnyRows>);
+    load(pack_rows_kernel<T>);
+    load(merge_pieces_kernel<0, T, true>);
   };
   for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
     with_float_type(dtype, "dtype", load_for);
@@ -186,13 +266,14 @@ void load_local_merge() {
 }
 
 void report_local_merge(std::vector<KernelInfo>& report) {
-  report.push_back(
-      describe("correct_partial bf16 to f32", correct_kernel<2, __nv_bfloat16, float>, kThreads));
+  report.push_back(describe("correct_partial bf16 to f32",
+                            correct_kernel<2, __nv_bfloat16, float, PlainRows>, kThreads));
   report.push_back(describe("pack_partial", pack_partial_kernel, kThreads));
   report.push_back(
       describe("merge_pieces bf16, 2 ranks", merge_pieces_kernel<2, __nv_bfloat16>, kThreads));
   report.push_back(
       describe("merge_pieces bf16, 8 ranks", merge_pieces_kernel<8, __nv_bfloat16>, kThreads));
+  report.push_back(describe("pack_rows bf16", pack_rows_kernel<__nv_bfloat16>, kThreads));
   report.push_back(describe("pack_query", pack_query_kernel, kThreads));
 }
 
@@ -202,13 +283,12 @@ using namespace detail;
 
 std::size_t packed_piece_bytes(const MergeShape& shape, int n) {
   check_merge_shape(shape, n);
-  return dcp::packed_piece(shape.batch, shape.heads / n, shape.dim, size_of(shape.dtype)).bytes;
+  return dcp::packed_piece(shape.rows(n).widest(), 1, shape.dim, size_of(shape.dtype)).bytes;
 }
 
 void correct_partial(const MergeShape& shape, int n, int rank, const Partial& partial,
                      const float* lses, void* corrected, std::int64_t out_batch_stride,
-                     std::int64_t out_head_stride, DType out_dtype, float* merged_lse,
-                     cudaStream_t stream) {
+                     std::int64_t out_head_stride, DType out_dtype, cudaStream_t stream) {
   check_merge_shape(shape, 1);
   require(n >= 1 && n <= kMaxPeers && rank >= 0 && rank < n, "rank",
           "expected 0 to {} of at most {}, got {}", n - 1, kMaxPeers, rank);
@@ -219,24 +299,31 @@ void correct_partial(const MergeShape& shape, int n, int rank, const Partial& pa
   }
   require(partial.out != nullptr && lses != nullptr && corrected != nullptr,
           "partial, lses, corrected", "null pointer");
-  const std::size_t element = size_of(shape.dtype);
   const std::int64_t rows = shape.batch * shape.heads;
-  const std::int64_t per_row = shape.dim * static_cast<std::int64_t>(element) / 16;
-  const Rows in(partial.out, partial.out_batch_stride, partial.out_head_stride, element);
+  const std::int64_t per_row = shape.dim * row_element(shape) / 16;
   const Rows out(corrected, out_batch_stride, out_head_stride, size_of(out_dtype));
-  const auto run = [&](auto kernel) {
-    launch(kernel, blocks_for(rows * per_row), kThreads, stream, in, lses, n, rank, out, merged_lse,
+  const auto run = [&](auto kernel, const auto& from) {
+    launch(kernel, blocks_for(rows * per_row), kThreads, stream, from, lses, n, rank, out,
            FastDiv(per_row), FastDiv(shape.heads), static_cast<std::uint32_t>(rows),
-           static_cast<std::uint32_t>(rows * per_row), shape.base);
+           static_cast<std::uint32_t>(rows * per_row));
+  };
+  const auto run_for = [&]<class From>(auto ranks, auto type, const From& from) {
+    using T = decltype(type);
+    if (out_dtype == DType::f32) {
+      run(correct_kernel<ranks(), T, float, From>, from);
+    } else {
+      run(correct_kernel<ranks(), T, T, From>, from);
+    }
   };
   with_float_type(shape.dtype, "dtype", [&]<class T>(T*) {
-    with_ranks(n, [&](auto ranks) {
-      if (out_dtype == DType::f32) {
-        run(correct_kernel<ranks(), T, float>);
-      } else {
-        run(correct_kernel<ranks(), T, T>);
-      }
-    });
+    if (is_plain(shape, partial) && partial.sink == nullptr) {
+      const PlainRows from{
+          Rows(partial.out, partial.out_batch_stride, partial.out_head_stride, sizeof(T)),
+          shape.base};
+      with_ranks(n, [&](auto ranks) { run_for(ranks, T{}, from); });
+    } else {
+      run_for(std::integral_constant<int, 0>{}, T{}, AnyRows(shape, partial));
+    }
   });
 }
 
@@ -249,39 +336,54 @@ void pack_partial(const MergeShape& shape, int n, const Partial& partial, void* 
   require(partial.out != nullptr && partial.lse != nullptr, "partial", "null pointer");
   require(pieces != nullptr && is_aligned<uint4>(pieces), "pieces",
           "expected memory aligned to 16 bytes");
-  const std::size_t element = size_of(shape.dtype);
-  const std::int64_t heads = shape.heads / n;
-  const std::int64_t rows = shape.batch * heads;
-  const std::int64_t per_row = shape.dim * static_cast<std::int64_t>(element) / 16;
-  launch(
-      pack_partial_kernel, blocks_for(n * rows * per_row), kThreads, stream,
-      Rows(partial.out, partial.out_batch_stride, partial.out_head_stride, element),
-      Strided2{const_cast<float*>(partial.lse), partial.lse_batch_stride, partial.lse_head_stride},
-      pieces_of(shape, n, pieces), FastDiv(rows * per_row), FastDiv(per_row), FastDiv(heads),
-      static_cast<std::uint32_t>(rows), static_cast<std::uint32_t>(n * rows * per_row));
+  const dcp::MergeRows ranks = shape.rows(n);
+  const std::int64_t rows = ranks.widest();
+  const std::int64_t per_row = shape.dim * row_element(shape) / 16;
+  const std::int64_t vectors = n * rows * per_row;
+  const FastDiv heads(ranks.of(0).heads);
+  if (is_plain(shape, partial) && is_by_head(shape)) {
+    launch(
+        pack_partial_kernel, blocks_for(vectors), kThreads, stream,
+        Rows(partial.out, partial.out_batch_stride, partial.out_head_stride, size_of(shape.dtype)),
+        lses_of(partial), pieces_of(shape, n, pieces), FastDiv(rows * per_row), FastDiv(per_row),
+        heads, static_cast<std::uint32_t>(rows), static_cast<std::uint32_t>(vectors));
+    return;
+  }
+  with_float_type(shape.dtype, "dtype", [&]<class T>(T*) {
+    launch(pack_rows_kernel<T>, blocks_for(vectors), kThreads, stream, AnyRows(shape, partial),
+           RankRows<kMaxPeers>(ranks), pieces_of(shape, n, pieces), FastDiv(rows * per_row),
+           FastDiv(per_row), heads, static_cast<std::uint32_t>(vectors));
+  });
 }
 
-void merge_pieces(const MergeShape& shape, int n, const void* pieces, const Merged& merged,
-                  cudaStream_t stream) {
+void merge_pieces(const MergeShape& shape, int n, int rank, const void* pieces,
+                  const Partial& partial, const Merged& merged, cudaStream_t stream) {
   check_merge_shape(shape, n);
-  if (is_empty(shape)) {
+  require(rank >= 0 && rank < n, "rank", "expected 0 to {}, got {}", n - 1, rank);
+  const auto block = shape.rows(n).of(rank);
+  if (is_empty(shape) || block.rows() == 0) {
     return;
   }
   require(merged.out != nullptr, "merged", "null pointer");
   require(pieces != nullptr && is_aligned<uint4>(pieces), "pieces",
           "expected memory aligned to 16 bytes");
-  const std::size_t element = size_of(shape.dtype);
-  const std::int64_t heads = shape.heads / n;
-  const std::int64_t per_row = shape.dim * static_cast<std::int64_t>(element) / 16;
-  const std::int64_t vectors = shape.batch * heads * per_row;
+  const std::int64_t per_row = shape.dim * row_element(shape) / 16;
+  const std::int64_t vectors = block.rows() * per_row;
+  const Sinks sinks{
+      partial.sink == nullptr ? nullptr : partial.sink + block.first_head * partial.sink_stride,
+      partial.sink_stride};
+  const auto run = [&](auto kernel) {
+    launch(kernel, blocks_for(vectors), kThreads, stream, pieces_of(shape, n, pieces), n,
+           Rows(merged.out, merged.out_batch_stride, merged.out_head_stride, size_of(shape.dtype)),
+           lses_of(merged), FastDiv(per_row), FastDiv(block.heads),
+           static_cast<std::uint32_t>(vectors), shape.base, sinks);
+  };
   with_float_type(shape.dtype, "dtype", [&]<class T>(T*) {
-    with_ranks(n, [&](auto ranks) {
-      launch(merge_pieces_kernel<ranks(), T>, blocks_for(vectors), kThreads, stream,
-             pieces_of(shape, n, pieces), n,
-             Rows(merged.out, merged.out_batch_stride, merged.out_head_stride, element),
-             Strided2{merged.lse, merged.lse_batch_stride, merged.lse_head_stride},
-             FastDiv(per_row), FastDiv(heads), static_cast<std::uint32_t>(vectors), shape.base);
-    });
+    if (partial.sink != nullptr) {
+      run(merge_pieces_kernel<0, T, true>);
+    } else {
+      with_ranks(n, [&](auto ranks) { run(merge_pieces_kernel<ranks(), T>); });
+    }
   });
 }
 

@@ -56,11 +56,16 @@ __global__ void merge_lse_kernel(const __grid_constant__ LseMerge a) {
     const std::int64_t b = i / a.heads;
     const std::int64_t h = i % a.heads;
     float lses[kMaxLseRanks];
+    float& merged = a.merged[b * a.merged_batch_stride + h * a.merged_head_stride];
+    if (a.local_tokens != nullptr && a.local_tokens[b * a.local_tokens_stride] <= 0) {
+      merged = dcp::kEmptyLse;
+      continue;
+    }
     for (int r = 0; r < a.ranks; ++r) {
       lses[r] = a.lses[r * a.rank_stride + b * a.batch_stride + h * a.head_stride];
     }
-    a.merged[b * a.merged_batch_stride + h * a.merged_head_stride] =
-        merge_scales(lses, a.ranks, a.base);
+    const float sink = a.sink != nullptr ? a.sink[h * a.sink_stride] : dcp::kEmptyLse;
+    merged = merge_scales(lses, a.ranks, a.base, sink);
   }
 }
 

@@ -138,8 +138,9 @@ void Decoder::enqueue_layer() {
   out_.upload();
   lse_.upload();
   mark(kMerge);
-  dcp.merge_attention_into(merged_->view(), out_.view(), lse_.view(), options_.lse_base, stream_,
-                           &merged_lse_->view());
+  dcp.merge_attention_into({.merged = merged_->view(), .lse = merged_lse_->view()},
+                           {.out = out_.view(), .lse = lse_.view(), .base = options_.lse_base},
+                           stream_);
   mark(kReduce);
   merged_->download();
   merged_lse_->download();

@@ -4,14 +4,16 @@
 #include <fmt/format.h>
 
 #include <cstdint>
-#include <optional>
+#include <span>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dcp/packed_piece.hpp"
 #include "cohort/group_coordinator.hpp"
 #include "cohort/kv_step.hpp"
+#include "cohort/merge_arguments.hpp"
 #include "cohort/merge_plan.hpp"
 
 /// \file
@@ -30,6 +32,11 @@ struct DecodeShape {
   DType dtype = DType::bf16;  ///< Of partial outputs, and of queries where nothing else is said.
   std::optional<DType> query_dtype = {};  ///< Of q_nope, and of q_pe where nothing else is said.
   std::optional<DType> rope_dtype = {};   ///< Of q_pe.
+  /// Where merged attentions go. Room for one that is replicated suffices for all.
+  MergeResult result = MergeResult::by_head;
+  /// By token: most tokens of a rank; where 0, as many as each has where the batch is shared out
+  /// evenly, rounded up.
+  std::int64_t tokens = 0;
 };
 
 /// In which precision the staged plan corrects and reduces.
@@ -77,7 +84,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   void reserve_for(const DecodeShape& shape) {
     throw_if_closed();
     const std::int64_t least =
-        std::min({shape.batch, shape.heads, shape.latent, shape.rope, shape.value});
+        std::min({shape.batch, shape.heads, shape.latent, shape.rope, shape.value, shape.tokens});
     if (least < 0 || shape.heads % size() != 0 || !is_attention_dtype(shape.dtype)) {
       throw UsageError(fmt::format(
           "reserve_for: expected sizes >= 0, heads that {} ranks divide and f32, f16 or bf16; got "
@@ -92,7 +99,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     static_cast<void>(numel({shape.batch, shape.heads, query_row_bytes(shape)}));
     reserve_room(room_of_step(shape));
     if (PeerKernels* kernels = peer_kernels()) {
-      kernels->reserve(std::max(query_bytes(shape), pieces_bytes(shape)));
+      kernels->reserve(std::max({query_bytes(shape), pieces_bytes(shape), whole_bytes(shape)}));
     }
   }
 
@@ -143,7 +150,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
     check_call("gather_query q_nope", q_nope);
     check_like("gather_query q", q, q_nope, check_query(q_nope, q_pe));
-    check_rows("gather_query q", q);
+    detail::check_rows("gather_query q", q);
     check_distinct("gather_query q", q);
     check_apart("gather_query q", q, q_nope);
     check_apart("gather_query q", q, q_pe);
@@ -155,30 +162,54 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// Merges the ranks' partial attentions exactly and scatters the heads: [B, H/n, D] from this
   /// rank's `out` [B, H, D] and `lse` [B, H] in f32, of any strides with D without gaps. Ranks
   /// without tokens have lse = -inf; their `out` is never read. See dcp/lse_merge.hpp. On cards D
-  /// is a multiple of 8, at most 1024, and `out` has less than 2 GiB; anything else is a
+  /// is a multiple of 8, at most 1024, and a split of `out` has less than 2 GiB; anything else is a
   /// `UsageError`, on every plan.
   [[nodiscard]] Tensor merge_attention(const ConstTensorView& out, const ConstTensorView& lse,
                                        LseBase base = LseBase::e, StreamRef stream = {}) {
-    check_call("merge_attention out", out);
-    check_partial(out, lse);
-    const Call call = begin(stream, made_merge(out, base));
-    Tensor merged = temporary(merged_shape(out), out.dtype(), call);
-    issue_merge({out, lse, merged, nullptr, base}, call);
-    finish(call);
-    return merged;
+    return merge_new({.out = out, .lse = lse, .base = base}, MergeResult::by_head, stream, {},
+                     false)
+        .out;
   }
-  /// The same into `merged` [B, H/n, D], of any strides with D without gaps, and, where given,
-  /// `merged_lse` [B, H/n] in f32, in the same base. `staged` in the partial's own type writes a
-  /// `merged` whose heads come first in memory without a copy. Throws `ConfigError` where the plan
-  /// is forced and cannot run with these arguments.
+  /// The same into `merged` [B, H/n, D], of any strides with D without gaps.
   void merge_attention_into(const TensorView& merged, const ConstTensorView& out,
                             const ConstTensorView& lse, LseBase base = LseBase::e,
-                            StreamRef stream = {}, const TensorView* merged_lse = nullptr) {
-    check_call("merge_attention out", out);
-    check_partial(out, lse);
-    check_merged(merged, out, lse, merged_lse);
-    const Call call = begin(stream, made_merge(out, base));
-    issue_merge({out, lse, merged, merged_lse, base}, call);
+                            StreamRef stream = {}) {
+    merge_attention_into({.merged = merged}, {.out = out, .lse = lse, .base = base}, stream);
+  }
+
+  /// Merges what `Partials` describes: several splits of each rank, an attention sink, rows that
+  /// are empty because a rank has no tokens. Where the result goes is `result`'s: a rank's heads
+  /// [B, H/n, D] and [B, H/n], its tokens [counts[rank], H, D] and [counts[rank], H], or all
+  /// [B, H, D] and [B, H]. `counts`, by token only, has the tokens of every rank, B in all; without
+  /// it they are shared out evenly, the first ranks having one more. Replicated results are the
+  /// same bits on every rank, and those of the other two.
+  ///
+  /// All ranks pass equal sizes, types, bases, numbers of splits, results and counts, and a sink or
+  /// none. A difference is found as that of any call is. Whether a rank gives `local_tokens` is its
+  /// own affair. Arithmetic as in dcp/lse_merge.hpp: fp32, splits in their order and then ranks in
+  /// theirs, so that results are repeatable bit by bit, and equal for `packed` and `one_kernel`.
+  [[nodiscard]] Merged merge_attention(const Partials& partials,
+                                       MergeResult result = MergeResult::by_head,
+                                       StreamRef stream = {},
+                                       std::span<const std::int64_t> counts = {}) {
+    return merge_new(partials, result, stream, counts, true);
+  }
+  /// The same into tensors of the caller's. The LSE is written where it is given, in the partials'
+  /// base; where the result is replicated all ranks give one or none does. By head, `staged` in the
+  /// partial's own type writes a `merged` whose heads come first in memory without a copy.
+  ///
+  /// Nothing that is written may overlap what is read, `merged` not `out` nor the LSE `lse`, nor
+  /// the other thing written: `UsageError` before anything is enqueued, on every backend. Throws
+  /// `ConfigError` where the plan is forced and cannot run with these arguments.
+  void merge_attention_into(const MergeInto& into, const Partials& partials,
+                            StreamRef stream = {}) {
+    throw_if_closed();
+    MergeArguments arguments = checked_merge(partials, into.result, into.counts);
+    arguments.merged = into.merged;
+    arguments.lse = into.lse;
+    detail::check_into(caller(), backend().device(), arguments);
+    const Call call = begin(stream, made_merge(arguments));
+    issue_merge(arguments, call);
     finish(call);
   }
 
@@ -196,37 +227,65 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     return static_cast<std::size_t>(shape.batch * shape.heads) *
            static_cast<std::size_t>(query_row_bytes(shape));
   }
+  /// Most rows of a rank in a merge, whether by head or as the shape says.
+  [[nodiscard]] std::int64_t widest_rows(const DecodeShape& shape) const {
+    if (shape.result == MergeResult::by_token) {
+      const std::int64_t even = dcp::MergeRows::even_count(shape.batch, size(), 0);
+      return (shape.tokens == 0 ? even : std::min(shape.tokens, shape.batch)) * shape.heads;
+    }
+    return shape.batch * (shape.heads / size());
+  }
   /// Bytes of one piece for each rank.
   [[nodiscard]] std::size_t pieces_bytes(const DecodeShape& shape) const {
     return static_cast<std::size_t>(size()) *
-           dcp::packed_piece(shape.batch, shape.heads / size(), shape.value, size_of(shape.dtype))
-               .bytes;
+           dcp::packed_piece(widest_rows(shape), 1, shape.value, size_of(shape.dtype)).bytes;
+  }
+  /// The same where every rank merges everything.
+  [[nodiscard]] std::size_t whole_bytes(const DecodeShape& shape) const {
+    if (shape.result != MergeResult::replicated) {
+      return 0;
+    }
+    const std::int64_t row = shape.value * static_cast<std::int64_t>(size_of(shape.dtype));
+    const std::int64_t most = peer_kernels()->most_replicated_bytes();
+    const std::int64_t rows =
+        std::min(shape.batch * shape.heads, most / std::max<std::int64_t>(row, 1));
+    return static_cast<std::size_t>(size()) *
+           dcp::packed_piece(rows, 1, shape.value, size_of(shape.dtype)).bytes;
   }
 
   /// The blocks of a step, as the calls below allocate them.
   [[nodiscard]] StepRoom room_of_step(const DecodeShape& shape) const {
     const std::int64_t own = shape.heads / size();
     const std::int64_t query = query_row_bytes(shape);
+    const std::int64_t widest = widest_rows(shape);
+    const bool replicated = shape.result == MergeResult::replicated;
     StepRoom room;
     room.add_block({shape.batch, shape.heads, query}, DType::u8);
-    room.add_block({shape.batch, own, shape.value}, shape.dtype);
+    room.add_block({widest, shape.value}, shape.dtype);
+    room.add_block({widest}, DType::f32);
+    if (replicated) {
+      room.add_block({shape.batch, shape.heads, shape.value}, shape.dtype);
+      room.add_block({shape.batch, shape.heads}, DType::f32);
+    }
     if (size() > 1) {
       room.add_block({own, shape.batch, query}, DType::u8);
     }
     const Dims lses{size(), shape.batch, shape.heads};
+    std::size_t most = std::max(query_bytes(shape), static_cast<std::size_t>(numel(lses)) * 4);
     if (merge_.plan == MergePlan::staged && size() > 1) {
       const DType dtype = staged_dtype(shape.dtype);
       room.add_block(lses, DType::f32);
+      room.add_block({shape.batch, shape.heads}, DType::f32);
       room.add_block({shape.heads, shape.batch, shape.value}, dtype);
-      room.add_block({own, shape.batch, shape.value}, dtype);
+      room.add_block({widest, shape.value}, dtype);
     } else {
       room.blocks.insert(room.blocks.end(), size() > 1 ? 2 : 1, pieces_bytes(shape));
     }
-    const auto packed = [&](std::size_t bytes) {
-      return bytes + bytes / static_cast<std::size_t>(size());
-    };
-    room.scratch = std::max(packed(query_bytes(shape)),
-                            packed(static_cast<std::size_t>(numel(lses)) * sizeof(float)));
+    if (replicated) {
+      most = std::max(most, static_cast<std::size_t>(shape.batch * shape.heads * shape.value) *
+                                size_of(shape.dtype));
+    }
+    room.scratch = most + most / static_cast<std::size_t>(size());
     return room;
   }
 
@@ -287,7 +346,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
       throw UsageError(
           fmt::format("{}: expected {}, got {}", argument, shape, to_string(part.shape())));
     }
-    check_rows(argument, part);
+    detail::check_rows(argument, part);
   }
   /// Parts whose types differ, as bytes.
   struct QueryBytes {
@@ -303,41 +362,22 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
   };
 
-  [[nodiscard]] Dims merged_shape(const ConstTensorView& out) const {
-    if (out.ndim() != 3 || out.size(1) % size() != 0) {
-      throw UsageError(fmt::format(
-          "merge_attention out: expected [B, H, D] with heads that {} ranks divide, got "
-          "{}",
-          size(), to_string(out.shape())));
+  /// Checks what a rank has and where it goes.
+  [[nodiscard]] MergeArguments checked_merge(const Partials& given, MergeResult result,
+                                             std::span<const std::int64_t> counts) {
+    MergeArguments arguments{.partials = given};
+    detail::check_partials(caller(), backend().device(), arguments.partials, result);
+    const Dims& shape = arguments.partials.out.shape();
+    if (result == MergeResult::by_token && counts.empty()) {
+      for (int r = 0; r < size(); ++r) {
+        even_counts_[static_cast<std::size_t>(r)] = dcp::MergeRows::even_count(shape[1], size(), r);
+      }
+      counts = even_counts_;
     }
-    return {out.size(0), out.size(1) / size(), out.size(2)};
-  }
-
-  template <class Void>
-  static void check_rows(std::string_view argument, const BasicTensorView<Void>& x) {
-    if (x.size(2) > 1 && x.strides()[2] != 1 && x.numel() > 0) {
-      throw UsageError(fmt::format("{}: expected a last dimension without gaps, got strides {}",
-                                   argument, to_string(x.strides())));
-    }
-  }
-
-  void check_lse(std::string_view argument, const ConstTensorView& lse, const Dims& shape) const {
-    check_device(argument, lse);
-    if (lse.dtype() != DType::f32 || lse.shape() != shape) {
-      throw UsageError(fmt::format("{}: expected f32{}, got {}{}", argument, to_string(shape),
-                                   to_string(lse.dtype()), to_string(lse.shape())));
-    }
-  }
-
-  void check_partial(const ConstTensorView& out, const ConstTensorView& lse) const {
-    static_cast<void>(merged_shape(out));
-    if (!is_attention_dtype(out.dtype())) {
-      throw UsageError(fmt::format("merge_attention out: expected f32, f16 or bf16, got {}",
-                                   to_string(out.dtype())));
-    }
-    check_rows("merge_attention out", out);
-    check_lse("merge_attention lse", lse, {out.size(0), out.size(1)});
-    refuse("merge_attention", backend().ops().merge_obstacle(out, size()));
+    arguments.rows = detail::checked_rows(caller(), shape, result, counts);
+    refuse("merge_attention",
+           backend().ops().merge_obstacle(arguments.partials.out, arguments.rows));
+    return arguments;
   }
 
   /// Throws `UsageError` where the backend cannot take a shape by any plan.
@@ -347,30 +387,45 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
   }
 
-  void check_merged(const TensorView& merged, const ConstTensorView& out,
-                    const ConstTensorView& lse, const TensorView* merged_lse) const {
-    const Dims shape = merged_shape(out);
-    check_like("merge_attention merged", merged, out, shape);
-    check_rows("merge_attention merged", merged);
-    check_distinct("merge_attention merged", merged);
-    check_apart("merge_attention merged", merged, out);
-    check_apart("merge_attention merged", merged, lse);
-    if (merged_lse != nullptr) {
-      check_lse("merge_attention merged_lse", *merged_lse, {shape[0], shape[1]});
-      check_distinct("merge_attention merged_lse", *merged_lse);
-      check_apart("merge_attention merged_lse", *merged_lse, out);
-      check_apart("merge_attention merged_lse", *merged_lse, lse);
-      check_apart("merge_attention merged_lse", *merged_lse, merged);
-    }
-  }
-
   // What ranks compare says nothing of plans and paths, whose messages would not meet either.
 
   [[nodiscard]] static Made made_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe) {
     return {TraceCall::gather_query, q_nope, 0, {}, static_cast<int>(q_pe.size(2))};
   }
-  [[nodiscard]] static Made made_merge(const ConstTensorView& out, LseBase base) {
-    return {TraceCall::merge_attention, out, 0, {}, static_cast<int>(base)};
+  [[nodiscard]] static Made made_merge(const MergeArguments& arguments) {
+    const Partials& partials = arguments.partials;
+    const dcp::MergeRows& rows = arguments.rows;
+    const bool gathers_lse = rows.result == MergeResult::replicated && arguments.lse;
+    const int variant = static_cast<int>(partials.base) + (partials.sink ? 2 : 0) +
+                        (gathers_lse ? 4 : 0) + 8 * static_cast<int>(rows.result);
+    return {TraceCall::merge_attention, partials.out, 1, rows.counts, variant};
+  }
+
+  /// Into new tensors, of one size on every rank, or offsets would no longer agree.
+  [[nodiscard]] Merged merge_new(const Partials& partials, MergeResult result, StreamRef stream,
+                                 std::span<const std::int64_t> counts, bool with_lse) {
+    throw_if_closed();
+    MergeArguments arguments = checked_merge(partials, result, counts);
+    const Dims& from = arguments.partials.out.shape();
+    const Dims shape = detail::merged_shape(arguments.rows, rank(), from);
+    const std::int64_t widest = dcp::MergeRows::widest_count(arguments.rows.counts);
+    const std::int64_t tokens = result == MergeResult::by_token ? widest : shape[0];
+    if (with_lse) {
+      arguments.lse.emplace();  // the ranks compare whether there is one
+    }
+    const Call call = begin(stream, made_merge(arguments));
+    Merged merged{temporary({tokens, shape[1], shape[2]}, arguments.partials.out.dtype(), call),
+                  {}};
+    merged.out.shrink_to(shape);
+    arguments.merged = merged.out;
+    if (with_lse) {
+      merged.lse = temporary({tokens, shape[1]}, DType::f32, call);
+      merged.lse.shrink_to({shape[0], shape[1]});
+      arguments.lse = merged.lse;
+    }
+    issue_merge(arguments, call);
+    finish(call);
+    return merged;
   }
 
   // From here on the call has begun and its arguments are right.
@@ -394,7 +449,54 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     issue_gather(q.transpose(0, 1), packed, equal(own), 0, call);
   }
 
-  void issue_merge(const MergeArguments& arguments, const Call& call) {
+  void issue_merge(MergeArguments& arguments, const Call& call) {
+    if (arguments.rows.result == MergeResult::replicated) {
+      arguments.rows.whole = size() == 1 || merges_whole(arguments);
+      if (!arguments.rows.whole) {
+        merge_and_gather(arguments, call);
+        return;
+      }
+    }
+    issue_rows(arguments, call);
+  }
+
+  /// Whether every rank had better merge everything: where one launch does, and the rows are few.
+  [[nodiscard]] bool merges_whole(MergeArguments arguments) const {
+    PeerKernels* const kernels = peer_kernels();
+    const ConstTensorView& out = arguments.partials.out;
+    if (kernels == nullptr || merge_.plan == MergePlan::staged ||
+        merge_.plan == MergePlan::packed ||
+        static_cast<std::int64_t>(out.bytes()) / out.shape()[0] >
+            kernels->most_replicated_bytes()) {
+      return false;
+    }
+    arguments.rows.whole = true;
+    return kernels->merge_obstacle(arguments).empty();
+  }
+
+  /// Everything on every rank: each merges its heads, which are then gathered.
+  void merge_and_gather(const MergeArguments& arguments, const Call& call) {
+    MergeArguments mine = arguments;
+    const std::int64_t own = arguments.rows.heads / size();
+    const std::int64_t batch = arguments.rows.batch;
+    // Heads first, so that a gather along them needs no packing here.
+    const Tensor part =
+        temporary({own, batch, arguments.merged.size(2)}, arguments.merged.dtype(), call);
+    mine.merged = part.view().transpose(0, 1);
+    Tensor lse;
+    if (arguments.lse) {
+      lse = temporary({own, batch}, DType::f32, call);
+      mine.lse = lse.view().transpose(0, 1);
+    }
+    issue_rows(mine, call);
+    issue_gather(arguments.merged.transpose(0, 1), part, equal(own), 0, call);
+    if (arguments.lse) {
+      issue_gather(arguments.lse->transpose(0, 1), lse, equal(own), 0, call);
+    }
+  }
+
+  /// Every rank the rows that it merges.
+  void issue_rows(const MergeArguments& arguments, const Call& call) {
     last_ = choose(arguments);
     switch (last_.plan) {
       case MergePlan::one_kernel:
@@ -433,46 +535,55 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   }
 
   void merge_packed(const MergeArguments& arguments, const Call& call) {
-    const auto& out = arguments.out;
+    const ConstTensorView& out = arguments.partials.out;
     const auto piece =
-        dcp::packed_piece(out.size(0), out.size(1) / size(), out.size(2), size_of(out.dtype()));
+        dcp::packed_piece(arguments.rows.widest(), 1, out.shape()[3], size_of(out.dtype()));
     const Dims shape{size(), static_cast<std::int64_t>(piece.bytes)};
     const Tensor mine = temporary(shape, DType::u8, call);
-    backend().ops().pack_partial(out, arguments.lse, mine, call.stream);
+    backend().ops().pack_partial(arguments, mine, call.stream);
     Tensor theirs;
     if (size() > 1) {
       theirs = temporary(shape, DType::u8, call);
       issue_all_to_all(theirs, mine, call);
     }
-    backend().ops().merge_pieces(size() > 1 ? theirs : mine, arguments.base, arguments.merged,
-                                 arguments.merged_lse, call.stream);
+    backend().ops().merge_pieces(size() > 1 ? theirs : mine, arguments, rank(), call.stream);
   }
 
   void merge_staged(const MergeArguments& arguments, const Call& call) {
-    const auto& out = arguments.out;
-    const std::int64_t batch = out.size(0);
-    const std::int64_t heads = out.size(1);
-    const std::int64_t own = heads / size();
-    const Tensor lses = temporary({size(), batch, heads}, DType::f32, call);
-    const ConstTensorView lse(arguments.lse.data(), DType::f32, {1, batch, heads},
-                              {0, arguments.lse.strides()[0], arguments.lse.strides()[1]},
-                              arguments.lse.device());
-    issue_gather(lses, lse, equal(1), 0, call);
-    if (arguments.merged_lse != nullptr) {
-      backend().ops().merge_lse(lses.view().slice(2, rank() * own, own), arguments.base,
-                                *arguments.merged_lse, call.stream);
+    const Partials& partials = arguments.partials;
+    const dcp::MergeRows& rows = arguments.rows;
+    const Tensor lses = temporary({size(), rows.batch, rows.heads}, DType::f32, call);
+    // Allocated whatever this rank has, so that all ranks' arenas stay alike.
+    const Tensor own_lse = temporary({1, rows.batch, rows.heads}, DType::f32, call);
+    if (!partials.is_plain()) {
+      backend().ops().local_lse(partials, own_lse.view().reshape({rows.batch, rows.heads}),
+                                call.stream);
     }
-    const DType dtype = staged_dtype(out.dtype());
-    // Heads first: what a rank gets is then contiguous, and a reduce-scatter in windows needs no
+    issue_gather(lses, partials.is_plain() ? partials.lse : ConstTensorView(own_lse), equal(1), 0,
+                 call);
+    if (arguments.lse) {
+      backend().ops().merge_lse(lses, arguments, rank(), call.stream);
+    }
+    // What a rank gets comes first: it is then contiguous, and a reduce-scatter in windows needs no
     // packing.
-    const Tensor corrected = temporary({heads, batch, out.size(2)}, dtype, call);
-    backend().ops().correct_partial(out, lses, rank(), arguments.base,
-                                    corrected.view().transpose(0, 1), call.stream);
-    const TensorView merged = arguments.merged.transpose(0, 1);
-    // Allocated whatever this rank's strides are, so that all ranks' arenas stay alike.
-    const Tensor sums = temporary(merged.shape(), dtype, call);
+    const bool by_token = rows.result == MergeResult::by_token;
+    const auto scattered_first = [&](const TensorView& x) {
+      return by_token ? x : x.transpose(0, 1);
+    };
+    const DType dtype = staged_dtype(partials.out.dtype());
+    const std::int64_t dim = partials.out.shape()[3];
+    const Dims whole =
+        by_token ? Dims{rows.batch, rows.heads, dim} : Dims{rows.heads, rows.batch, dim};
+    const Tensor corrected = temporary(whole, dtype, call);
+    backend().ops().correct_partial(partials, lses, rank(), scattered_first(corrected),
+                                    call.stream);
+    const TensorView merged = scattered_first(arguments.merged);
+    // Of one size on every rank, and allocated whatever this rank's strides are, as above.
+    Tensor sums = temporary({rows.widest(), dim}, dtype, call);
+    sums.shrink_to(merged.shape());
     const bool direct = dtype == merged.dtype() && merged.is_contiguous();
-    issue_scatter(direct ? merged : sums.view(), corrected, equal(own), 0, ReduceOp::sum, call);
+    const auto shares = by_token ? rows.counts : equal(rows.heads / size());
+    issue_scatter(direct ? merged : sums.view(), corrected, shares, 0, ReduceOp::sum, call);
     if (!direct) {
       backend().ops().copy(sums, merged, call.stream);
     }
@@ -480,6 +591,8 @@ class DecodeContextParallelGroup : public GroupCoordinator {
 
   MergeOptions merge_;
   Chosen last_;
+  std::vector<std::int64_t> even_counts_ =
+      std::vector<std::int64_t>(static_cast<std::size_t>(size()));
 };
 
 }  // namespace cohort

@@ -11,7 +11,7 @@
 
 #include "cohort/control_plane.hpp"
 #include "cohort/dcp/kv_placement.hpp"
-#include "cohort/dcp/lse_merge.hpp"
+#include "cohort/dcp/partials.hpp"
 #include "cohort/dtype.hpp"
 #include "cohort/flight_recorder.hpp"
 #include "cohort/stream.hpp"
@@ -84,16 +84,6 @@ class Window {
   [[nodiscard]] virtual std::span<void* const> peers() const noexcept = 0;
 };
 
-/// Partial attentions of one DCP rank and what they are merged into. H is the number of all heads,
-/// n the number of DCP ranks; B may be 0.
-struct MergeArguments {
-  ConstTensorView out;  ///< [B, H, D] in f32, f16 or bf16; any strides, D without gaps
-  ConstTensorView lse;  ///< [B, H] in f32; any strides
-  TensorView merged;    ///< [B, H/n, D], the type of `out`; any strides, D without gaps
-  const TensorView* merged_lse = nullptr;  ///< [B, H/n] in f32, or null where not asked for
-  LseBase base = LseBase::e;               ///< Of the log-sum-exps.
-};
-
 /// Local tensor arithmetic in stream order. Arguments have been validated; no call communicates or
 /// allocates, and all arithmetic is fp32 with the rules of dcp/lse_merge.hpp.
 class TensorOps {
@@ -103,11 +93,11 @@ class TensorOps {
   TensorOps& operator=(const TensorOps&) = delete;
   virtual ~TensorOps() = default;
 
-  /// What keeps a merge of partials like `out` [B, H, D] by `ranks` ranks from running on this
-  /// backend by any plan, or nothing. Follows from shape and type alone, which are equal on all
+  /// What keeps a merge of partials like `out` [S, B, H, D] into those rows from running on this
+  /// backend by any plan, or nothing. Follows from sizes and type alone, which are equal on all
   /// ranks; asked before anything is enqueued.
   [[nodiscard]] virtual std::string merge_obstacle(const ConstTensorView& /*out*/,
-                                                   int /*ranks*/) const {
+                                                   const dcp::MergeRows& /*rows*/) const {
     return {};
   }
   /// The same of a query's parts.
@@ -128,24 +118,29 @@ class TensorOps {
   virtual void pack_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                           const TensorView& packed, StreamRef stream) = 0;
 
-  /// corrected[b, h, :] = weight of `rank` at (b, h) times out[b, h, :], zeros where it is empty.
-  /// `lses` [n, B, H] f32 without gaps; `corrected` [B, H, D] in f32 or in the type of `out`.
-  virtual void correct_partial(const ConstTensorView& out, const ConstTensorView& lses, int rank,
-                               LseBase base, const TensorView& corrected, StreamRef stream) = 0;
+  /// The LSEs of this rank's rows, lse [B, H] f32: of its splits together, -inf where it has no
+  /// tokens.
+  virtual void local_lse(const Partials& partials, const TensorView& lse, StreamRef stream) = 0;
 
-  /// merged_lse[b, h] from lses [n, B, h] of any strides.
-  virtual void merge_lse(const ConstTensorView& lses, LseBase base, const TensorView& merged_lse,
+  /// corrected[b, h, :] = weight of `rank` at (b, h) times its row of `partials`, zeros where it is
+  /// empty. `lses` [n, B, H] f32 without gaps, of the ranks' rows; `corrected` [B, H, D] in f32 or
+  /// in the type of the partials.
+  virtual void correct_partial(const Partials& partials, const ConstTensorView& lses, int rank,
+                               const TensorView& corrected, StreamRef stream) = 0;
+
+  /// The merged LSEs of this rank's rows, where asked for, from the `lses` of the ranks' rows
+  /// [n, B, H] of any strides.
+  virtual void merge_lse(const ConstTensorView& lses, const MergeArguments& arguments, int rank,
                          StreamRef stream) = 0;
 
-  /// Fills piece r of `pieces` (u8 [n, bytes of a piece], the layout of dcp/merge_plan.hpp) with
-  /// the heads of DCP rank r from `out` [B, H, D] and `lse` [B, H].
-  virtual void pack_partial(const ConstTensorView& out, const ConstTensorView& lse,
-                            const TensorView& pieces, StreamRef stream) = 0;
+  /// Fills piece r of `pieces` (u8 [n, bytes of a piece], the layout of dcp/packed_piece.hpp for as
+  /// many rows as a rank has at most) with this rank's rows that rank r merges.
+  virtual void pack_partial(const MergeArguments& arguments, const TensorView& pieces,
+                            StreamRef stream) = 0;
 
-  /// Merges the pieces of all ranks, in rank order, into `merged` [B, h, D] and, where not null,
-  /// `merged_lse` [B, h].
-  virtual void merge_pieces(const ConstTensorView& pieces, LseBase base, const TensorView& merged,
-                            const TensorView* merged_lse, StreamRef stream) = 0;
+  /// Merges the pieces that all ranks packed for this one, in rank order.
+  virtual void merge_pieces(const ConstTensorView& pieces, const MergeArguments& arguments,
+                            int rank, StreamRef stream) = 0;
 };
 
 /// Kernels that address peers' memory themselves. Collective like every call of a transport.
@@ -162,6 +157,9 @@ class PeerKernels {
 
   /// Empty where the one-kernel merge can run with these arguments, otherwise why it cannot.
   [[nodiscard]] virtual std::string merge_obstacle(const MergeArguments& arguments) const = 0;
+  /// Most bytes of a partial [B, H, D] with which every rank had better merge everything itself
+  /// where all want everything, instead of its heads and gathering those.
+  [[nodiscard]] virtual std::int64_t most_replicated_bytes() const noexcept { return 0; }
   /// One launch: push, wait, merge, write.
   virtual void merge_attention(const MergeArguments& arguments, StreamRef stream) = 0;
 

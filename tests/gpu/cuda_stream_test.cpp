@@ -273,7 +273,13 @@ TEST_CASE_METHOD(Fixture, "merged LSEs follow the host's arithmetic", "[cuda_ops
       return i % 32 == 5 ? -kInf : i % 7 == 3 ? kInf : static_cast<float>(i * 37 % 23) - 11.0F;
     };
     lses.fill([&](std::int64_t i) { return static_cast<double>(lse(i)); });
-    backend->ops().merge_lse(lses.view(), base, merged.view(), a);
+    const TensorView lse_of_first(lses.view().data(), DType::f32, {1, 4, 8}, lses.view().device());
+    MergeArguments arguments;
+    arguments.partials.lse = lse_of_first;
+    arguments.partials.base = base;
+    arguments.rows = {.batch = 4, .heads = 8, .ranks = 1};
+    arguments.lse = merged.view();
+    backend->ops().merge_lse(lses.view(), arguments, 0, a);
     a.synchronize(10s);
     std::vector<float> got(32);
     cuda_check(

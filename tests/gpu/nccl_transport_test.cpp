@@ -19,6 +19,7 @@
 #include "cohort/nccl/nccl_transport.hpp"
 #include "gpu/device_tensor.hpp"
 #include "gpu/graph_kernels.hpp"
+#include "support/partials_checks.hpp"
 #include "support/ranks.hpp"
 
 // Every collective of the transport with inputs whose answers are known exactly. Runs with one card
@@ -727,6 +728,62 @@ TEST_CASE("shapes beyond the kernels are refused before anything is enqueued", "
         },
         "16 bytes");
     merge(0, 512);  // the group works on
+  }
+}
+
+namespace {
+
+/// The session's card, for checks that know host tensors.
+class CardMemory final : public DeviceAccess {
+ public:
+  CardMemory() { device_access = this; }
+  ~CardMemory() override { device_access = nullptr; }
+  CardMemory(const CardMemory&) = delete;
+  CardMemory& operator=(const CardMemory&) = delete;
+
+  void read(void* to, const void* from, std::size_t bytes) override {
+    session().wait();
+    const DeviceGuard guard(session().backend->device().index);
+    cuda_check(cudaMemcpy(to, from, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+  }
+  void write(void* to, const void* from, std::size_t bytes) override {
+    const DeviceGuard guard(session().backend->device().index);
+    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, session().stream.get()),
+               "cudaMemcpyAsync");
+    session().wait();
+  }
+};
+
+}  // namespace
+
+TEST_CASE("splits, sinks and ranks without tokens are merged exactly into every result", "[nccl]") {
+  CardMemory memory;
+  const StreamRef stream = session().ref();
+  const auto cases = partials_cases(ranks(), 5);
+  std::vector<std::vector<std::byte>> packed(cases.size());
+  const std::size_t step = full_run() ? 1 : 2;
+  for (const auto& plan : partials_plans()) {
+    if (plan.host.slot_bytes != HostOptions{}.slot_bytes) {
+      continue;  // of the host's backend
+    }
+    GroupParts of_group = parts("partials");
+    const bool near = ranks() > 1 && of_group.transport->peer_kernels() != nullptr;
+    of_group.decision.peer_mapping.on = near && plan.host.map_peers;
+    if (plan.merge.plan == MergePlan::one_kernel && !near && ranks() > 1) {
+      continue;
+    }
+    DecodeContextParallelGroup group(std::move(of_group), plan.merge);
+    for (std::size_t i = 0; i < cases.size(); i += step) {
+      const std::string what = fmt::format("{}: {}", plan.name, to_string(cases[i]));
+      auto bits = merge_partials_once(group, cases[i], what, plan.narrow, stream);
+      if (packed[i].empty()) {
+        packed[i] = std::move(bits);
+      } else if (plan.like_packed) {
+        check(bits == packed[i], what + ": as packed");
+      }
+    }
+    check_exact_partials(group, stream);
+    check_wrong_partials(group, stream);
   }
 }
 

@@ -2,6 +2,7 @@
 #include "support/capture_checks.hpp"
 #include "support/catch.hpp"
 #include "support/decode_checks.hpp"
+#include "support/partials_checks.hpp"
 #include "support/ranks.hpp"
 
 using namespace cohort::test;
@@ -11,6 +12,10 @@ TEST_CASE("merges are exact in every plan, type, base, layout and memory") {
 }
 
 TEST_CASE("merges with exactly known answers") { check_exact_merges(world()); }
+
+TEST_CASE("splits, sinks and ranks without tokens are merged exactly into every result") {
+  check_partials(world());
+}
 
 TEST_CASE("queries of all heads are gathered in rank order") { check_gather_query(world()); }
 

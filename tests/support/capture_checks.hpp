@@ -82,9 +82,8 @@ inline void check_captured_decode(ControlPlane& world) {
     const auto q = site.tensor({3, 2 * n, 24}, DType::bf16);
     auto graph = state.capture(stream, [&] {
       dcp.gather_query_into(q, nope, pe, stream);
-      const TensorView merged_lse = partial.merged_lse;  // a local that the graph outlives
-      dcp.merge_attention_into(partial.merged, partial.out, partial.lse, c.base, stream,
-                               &merged_lse);
+      dcp.merge_attention_into({partial.merged, partial.merged_lse},
+                               {partial.out, partial.lse, c.base}, stream);
     });
     for (int replay = 0; replay < 3; ++replay) {
       std::memset(q.data(), 0, q.bytes());

@@ -193,8 +193,8 @@ inline std::vector<std::byte> merge_once(ParallelState& state, const DecodeCase&
   auto& dcp = state.dcp();
   Site site(dcp, c.memory, stream);
   const Partial partial(dcp, site, c);
-  dcp.merge_attention_into(partial.merged, partial.out, partial.lse, c.base, stream,
-                           &partial.merged_lse);
+  dcp.merge_attention_into({partial.merged, partial.merged_lse}, {partial.out, partial.lse, c.base},
+                           stream);
   check_merged(dcp, c, partial.merged, &partial.merged_lse, narrow, what);
   const Tensor owned = dcp.merge_attention(partial.out, partial.lse, c.base, stream);
   auto bits = bits_of(partial.merged);

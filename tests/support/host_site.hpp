@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
+#include <optional>
 #include <string_view>
 #include <utility>
 #include <vector>
@@ -28,6 +29,16 @@ inline constexpr Memory kMemories[] = {Memory::ordinary, Memory::window, Memory:
 
 inline Dims dims(std::vector<std::int64_t> values) {
   return Dims(std::span<const std::int64_t>(values));
+}
+
+/// A merge of one split a rank, [B, H, D] and [B, H], by head.
+inline MergeArguments by_head(int ranks, const ConstTensorView& out, const ConstTensorView& lse,
+                              const TensorView& merged, std::optional<TensorView> merged_lse = {},
+                              LseBase base = LseBase::e) {
+  return {.partials = {.out = dcp::as_one_split(out), .lse = dcp::as_one_split(lse), .base = base},
+          .rows = {.batch = out.size(0), .heads = out.size(1), .ranks = ranks},
+          .merged = merged,
+          .lse = std::move(merged_lse)};
 }
 
 /// One rank of a test: a transport, and memory for tensors, in a window where asked.

@@ -8,6 +8,7 @@
 #include "support/catch.hpp"
 #include "support/counting_driver.hpp"
 #include "support/decode_checks.hpp"
+#include "support/partials_checks.hpp"
 #include "support/threads.hpp"
 
 using namespace cohort;
@@ -22,6 +23,52 @@ TEST_CASE("merges are exact in every plan, type, base, layout and memory", "[dcp
 TEST_CASE("merges with exactly known answers", "[dcp]") {
   for (const int n : {1, 2, 3, 4, 8}) {
     DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_exact_merges); }
+  }
+}
+
+TEST_CASE("splits, sinks and ranks without tokens are merged exactly into every result", "[dcp]") {
+  for (const int n : {1, 2, 3, 4, 5, 6, 7, 8}) {
+    if (n <= 3 || n == 8 || full_run()) {
+      DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_partials); }
+    }
+  }
+}
+
+TEST_CASE("a sink counts once in the group", "[dcp]") {
+  for (const int n : {1, 2, 4, 8}) {
+    for (const auto& plan : partials_plans()) {
+      run_ranks(n, [&](ControlPlane& world) {
+        auto state = decode_state(world, plan.merge, plan.host);
+        check_exact_partials(state.dcp());
+      });
+    }
+  }
+}
+
+TEST_CASE("by head, by token and replicated are the same rows", "[dcp]") {
+  for (const int n : {1, 2, 3, 8}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_results_agree); }
+  }
+}
+
+TEST_CASE("what was reserved suffices for every result, eagerly and captured", "[dcp]") {
+  for (const int n : {1, 2, 3}) {
+    DYNAMIC_SECTION(n << " ranks") { run_ranks(n, check_reserved_partials); }
+  }
+}
+
+TEST_CASE("wrong partials are named, and the group works on", "[dcp]") {
+  for (const int n : {1, 3}) {
+    run_ranks(n, [](ControlPlane& world) {
+      auto state = decode_state(world, {});
+      check_wrong_partials(state.dcp());
+    });
+  }
+}
+
+TEST_CASE("a rank that merges otherwise than its peers is found", "[dcp]") {
+  for (const bool debug : {false, true}) {
+    run_ranks(3, [debug](ControlPlane& world) { check_other_partials(world, debug); });
   }
 }
 
@@ -112,7 +159,7 @@ TEST_CASE("a decode step asks its stream twice for its capture", "[dcp]") {
         const StreamRef stream = driver.ref(host);
         dcp.gather_query_into(q, nope, pe, stream);
         check_equal(driver.asked(), 1, "gather_query_into");
-        dcp.merge_attention_into(p.merged, p.out, p.lse, c.base, stream, &p.merged_lse);
+        dcp.merge_attention_into({p.merged, p.merged_lse}, {p.out, p.lse, c.base}, stream);
         check_equal(driver.asked(), 1, "merge_attention_into");
         (void)dcp.gather_query(nope, pe, stream);
         check_equal(driver.asked(), 1, "gather_query");
@@ -191,9 +238,9 @@ TEST_CASE("wrong decode arguments are named, and the group works on", "[dcp]") {
       const DecodeCase c{.batch = 2, .heads = 2 * n, .dim = 8};
       const Partial p(dcp, site, c);
       const auto merge = [&](const TensorView& merged, const TensorView& out, const TensorView& lse,
-                             const TensorView* merged_lse = nullptr) {
+                             std::optional<TensorView> merged_lse = {}) {
         return [&dcp, merged, out, lse, merged_lse] {
-          dcp.merge_attention_into(merged, out, lse, LseBase::e, {}, merged_lse);
+          dcp.merge_attention_into({merged, merged_lse}, {out, lse});
         };
       };
       const auto i32 = site.tensor(p.out.shape(), DType::i32);
@@ -204,7 +251,7 @@ TEST_CASE("wrong decode arguments are named, and the group works on", "[dcp]") {
       check_throws<UsageError>(merge(p.merged.slice(0, 0, 1), p.out, p.lse), "merged", "expected");
       check_throws<UsageError>(merge(p.merged, p.out, p.lse.slice(1, 0, 1)), "lse", "expected");
       check_throws<UsageError>(merge(p.merged, p.out, p.merged), "lse");
-      check_throws<UsageError>(merge(p.merged, p.out, p.lse, &p.merged), "merged_lse");
+      check_throws<UsageError>(merge(p.merged, p.out, p.lse, p.merged), "merged_lse");
       if (n > 1) {
         check_throws<UsageError>(merge(p.merged, p.out.slice(1, 0, 3), p.lse), "2 ranks divide");
       }

@@ -120,34 +120,60 @@ inline void copy_view(const ConstTensorView& from, const TensorView& to, cudaStr
               join_dims(from.shape(), from.strides(), to.strides()), stream);
 }
 
-[[nodiscard]] inline cuda::Partial partial_of(const ConstTensorView& out,
-                                              const ConstTensorView& lse) {
-  return {.out = out.data(),
-          .out_batch_stride = out.strides()[0],
-          .out_head_stride = out.strides()[1],
-          .lse = static_cast<const float*>(lse.data()),
-          .lse_batch_stride = lse.strides()[0],
-          .lse_head_stride = lse.strides()[1]};
+/// Of partials with the dimension of the splits.
+[[nodiscard]] inline cuda::Partial partial_of(const Partials& partials) {
+  const Dims& out = partials.out.strides();
+  const Dims& lse = partials.lse.strides();
+  cuda::Partial partial{.out = partials.out.data(),
+                        .out_batch_stride = out[1],
+                        .out_head_stride = out[2],
+                        .lse = static_cast<const float*>(partials.lse.data()),
+                        .lse_batch_stride = lse[1],
+                        .lse_head_stride = lse[2],
+                        .out_split_stride = out[0],
+                        .lse_split_stride = lse[0]};
+  if (partials.sink) {
+    partial.sink = static_cast<const float*>(partials.sink->data());
+    partial.sink_stride = partials.sink->strides()[0];
+  }
+  if (partials.local_tokens) {
+    partial.local_tokens = static_cast<const std::int32_t*>(partials.local_tokens->data());
+    partial.local_tokens_stride = partials.local_tokens->strides()[0];
+  }
+  return partial;
 }
 
-[[nodiscard]] inline cuda::Merged merged_of(const TensorView& out, const TensorView* lse) {
-  cuda::Merged merged{
-      .out = out.data(), .out_batch_stride = out.strides()[0], .out_head_stride = out.strides()[1]};
-  if (lse != nullptr) {
-    merged.lse = static_cast<float*>(lse->data());
-    merged.lse_batch_stride = lse->strides()[0];
-    merged.lse_head_stride = lse->strides()[1];
+[[nodiscard]] inline cuda::Merged merged_of(const MergeArguments& arguments) {
+  cuda::Merged merged{.out = arguments.merged.data(),
+                      .out_batch_stride = arguments.merged.strides()[0],
+                      .out_head_stride = arguments.merged.strides()[1]};
+  if (arguments.lse) {
+    merged.lse = static_cast<float*>(arguments.lse->data());
+    merged.lse_batch_stride = arguments.lse->strides()[0];
+    merged.lse_head_stride = arguments.lse->strides()[1];
   }
   return merged;
 }
 
-/// Of a view [B, H, D] that holds all heads.
-[[nodiscard]] inline cuda::MergeShape merge_shape_of(const ConstTensorView& out, LseBase base) {
-  return {.batch = out.size(0),
-          .heads = out.size(1),
-          .dim = out.size(2),
+/// Of partials [S, B, H, D] that are merged into those rows.
+[[nodiscard]] inline cuda::MergeShape merge_shape_of(const ConstTensorView& out,
+                                                     const dcp::MergeRows& rows) {
+  const Dims& shape = out.shape();
+  return {.batch = shape[1],
+          .heads = shape[2],
+          .dim = shape[3],
           .dtype = out.dtype(),
-          .base = base};
+          .splits = shape[0],
+          .result = rows.result,
+          .whole = rows.whole,
+          .counts = rows.counts};
+}
+[[nodiscard]] inline cuda::MergeShape merge_shape_of(const MergeArguments& arguments) {
+  cuda::MergeShape shape = merge_shape_of(arguments.partials.out, arguments.rows);
+  shape.base = arguments.partials.base;
+  shape.sink = arguments.partials.sink.has_value();
+  shape.gathers_lse = shape.result == MergeResult::replicated && arguments.lse.has_value();
+  return shape;
 }
 
 [[nodiscard]] inline cuda::Query query_of(const ConstTensorView& q_nope,
@@ -176,8 +202,9 @@ class CudaOps final : public TensorOps {
  public:
   explicit CudaOps(int device) : device_(device) {}
 
-  [[nodiscard]] std::string merge_obstacle(const ConstTensorView& out, int ranks) const override {
-    return cuda::merge_obstacle(detail::merge_shape_of(out, LseBase::e), ranks);
+  [[nodiscard]] std::string merge_obstacle(const ConstTensorView& out,
+                                           const dcp::MergeRows& rows) const override {
+    return cuda::merge_obstacle(detail::merge_shape_of(out, rows), rows.ranks);
   }
   [[nodiscard]] std::string query_obstacle(const ConstTensorView& q_nope,
                                            const ConstTensorView& q_pe) const override {
@@ -204,67 +231,92 @@ class CudaOps final : public TensorOps {
                      packed.strides()[1], detail::native(stream));
   }
 
-  void correct_partial(const ConstTensorView& out, const ConstTensorView& lses, int rank,
-                       LseBase base, const TensorView& corrected, StreamRef stream) override {
-    if (out.numel() == 0) {
-      return;
-    }
+  void local_lse(const Partials& partials, const TensorView& lse, StreamRef stream) override {
     const DeviceGuard guard(device_);
-    // The kernel takes this rank's LSEs from `lses`, so the partial's own are not needed.
-    const cuda::Partial partial{.out = out.data(),
-                                .out_batch_stride = out.strides()[0],
-                                .out_head_stride = out.strides()[1]};
-    cuda::correct_partial(detail::merge_shape_of(out, base), static_cast<int>(lses.size(0)), rank,
-                          partial, static_cast<const float*>(lses.data()), corrected.data(),
-                          corrected.strides()[0], corrected.strides()[1], corrected.dtype(),
-                          nullptr, detail::native(stream));
-  }
-
-  void merge_lse(const ConstTensorView& lses, LseBase base, const TensorView& merged_lse,
-                 StreamRef stream) override {
-    const DeviceGuard guard(device_);
-    cuda::merge_lse({.lses = static_cast<const float*>(lses.data()),
-                     .rank_stride = lses.strides()[0],
-                     .batch_stride = lses.strides()[1],
-                     .head_stride = lses.strides()[2],
-                     .merged = static_cast<float*>(merged_lse.data()),
-                     .merged_batch_stride = merged_lse.strides()[0],
-                     .merged_head_stride = merged_lse.strides()[1],
-                     .ranks = static_cast<int>(lses.size(0)),
-                     .batch = merged_lse.size(0),
-                     .heads = merged_lse.size(1),
-                     .base = base},
+    const cuda::Partial partial = detail::partial_of(partials);
+    cuda::merge_lse({.lses = partial.lse,
+                     .rank_stride = partial.lse_split_stride,
+                     .batch_stride = partial.lse_batch_stride,
+                     .head_stride = partial.lse_head_stride,
+                     .merged = static_cast<float*>(lse.data()),
+                     .merged_batch_stride = lse.strides()[0],
+                     .merged_head_stride = lse.strides()[1],
+                     .ranks = static_cast<int>(partials.splits()),
+                     .batch = lse.size(0),
+                     .heads = lse.size(1),
+                     .base = partials.base,
+                     .local_tokens = partial.local_tokens,
+                     .local_tokens_stride = partial.local_tokens_stride},
                     detail::native(stream));
   }
 
-  void pack_partial(const ConstTensorView& out, const ConstTensorView& lse,
-                    const TensorView& pieces, StreamRef stream) override {
-    if (out.numel() == 0) {
+  void correct_partial(const Partials& partials, const ConstTensorView& lses, int rank,
+                       const TensorView& corrected, StreamRef stream) override {
+    if (partials.out.numel() == 0) {
       return;
     }
     const DeviceGuard guard(device_);
-    const int ranks = static_cast<int>(pieces.size(0));
-    const auto shape = detail::merge_shape_of(out, LseBase::e);
+    const int ranks = static_cast<int>(lses.size(0));
+    // Whole rows whoever merges them, so the heads need not be divided.
+    cuda::MergeShape shape = detail::merge_shape_of(
+        partials.out, {.result = MergeResult::replicated, .ranks = 1, .whole = true});
+    shape.base = partials.base;
+    cuda::correct_partial(shape, ranks, rank, detail::partial_of(partials),
+                          static_cast<const float*>(lses.data()), corrected.data(),
+                          corrected.strides()[0], corrected.strides()[1], corrected.dtype(),
+                          detail::native(stream));
+  }
+
+  void merge_lse(const ConstTensorView& lses, const MergeArguments& arguments, int rank,
+                 StreamRef stream) override {
+    const DeviceGuard guard(device_);
+    const auto block = arguments.rows.of(rank);
+    const ConstTensorView mine =
+        lses.slice(1, block.first_token, block.tokens).slice(2, block.first_head, block.heads);
+    const cuda::Merged merged = detail::merged_of(arguments);
+    const cuda::Partial partial = detail::partial_of(arguments.partials);
+    cuda::merge_lse(
+        {.lses = static_cast<const float*>(mine.data()),
+         .rank_stride = mine.strides()[0],
+         .batch_stride = mine.strides()[1],
+         .head_stride = mine.strides()[2],
+         .merged = merged.lse,
+         .merged_batch_stride = merged.lse_batch_stride,
+         .merged_head_stride = merged.lse_head_stride,
+         .ranks = static_cast<int>(mine.size(0)),
+         .batch = block.tokens,
+         .heads = block.heads,
+         .base = arguments.partials.base,
+         .sink = partial.sink == nullptr ? nullptr
+                                         : partial.sink + block.first_head * partial.sink_stride,
+         .sink_stride = partial.sink_stride},
+        detail::native(stream));
+  }
+
+  void pack_partial(const MergeArguments& arguments, const TensorView& pieces,
+                    StreamRef stream) override {
+    if (arguments.partials.out.numel() == 0) {
+      return;
+    }
+    const DeviceGuard guard(device_);
+    const int ranks = arguments.rows.ranks;
+    const cuda::MergeShape shape = detail::merge_shape_of(arguments);
     check_pieces(pieces, shape, ranks);
-    cuda::pack_partial(shape, ranks, detail::partial_of(out, lse), pieces.data(),
+    cuda::pack_partial(shape, ranks, detail::partial_of(arguments.partials), pieces.data(),
                        detail::native(stream));
   }
 
-  void merge_pieces(const ConstTensorView& pieces, LseBase base, const TensorView& merged,
-                    const TensorView* merged_lse, StreamRef stream) override {
-    if (merged.numel() == 0) {
+  void merge_pieces(const ConstTensorView& pieces, const MergeArguments& arguments, int rank,
+                    StreamRef stream) override {
+    if (arguments.merged.numel() == 0) {
       return;
     }
     const DeviceGuard guard(device_);
-    const int ranks = static_cast<int>(pieces.size(0));
-    const cuda::MergeShape shape{.batch = merged.size(0),
-                                 .heads = merged.size(1) * ranks,
-                                 .dim = merged.size(2),
-                                 .dtype = merged.dtype(),
-                                 .base = base};
+    const int ranks = arguments.rows.ranks;
+    const cuda::MergeShape shape = detail::merge_shape_of(arguments);
     check_pieces(pieces, shape, ranks);
-    cuda::merge_pieces(shape, ranks, pieces.data(), detail::merged_of(merged, merged_lse),
-                       detail::native(stream));
+    cuda::merge_pieces(shape, ranks, rank, pieces.data(), detail::partial_of(arguments.partials),
+                       detail::merged_of(arguments), detail::native(stream));
   }
 
  private:

@@ -154,22 +154,31 @@ class CudaPeerKernels final : public PeerKernels {
   }
 
   [[nodiscard]] std::string merge_obstacle(const MergeArguments& arguments) const override {
-    const auto shape = detail::merge_shape_of(arguments.out, arguments.base);
+    const auto shape = detail::merge_shape_of(arguments);
     if (auto text = cuda::merge_obstacle(shape, group_.size()); !text.empty()) {
+      return text;
+    }
+    if (auto text = cuda::peer_merge_obstacle(shape); !text.empty()) {
       return text;
     }
     return obstacle([&] { static_cast<void>(cuda::choose_merge_path(table().layout, shape)); });
   }
 
+  /// With two ranks the bytes on the way are the same, and one flight is less than two. With more,
+  /// each rank sends n-1 partials instead of two: worth as long as that takes less than a flight.
+  [[nodiscard]] std::int64_t most_replicated_bytes() const noexcept override {
+    constexpr std::int64_t kBytesOfFlight = std::int64_t{1} << 20;  // 3 us of a 350 GB/s link
+    const std::int64_t n = group_.size();
+    return n == 2 ? cuda::kTooManyBytes : kBytesOfFlight * n / ((n - 1) * (n - 2));
+  }
   void merge_attention(const MergeArguments& arguments, StreamRef stream) override {
     const DeviceGuard guard(device_);
     check_usable("merge_attention");
-    if (arguments.out.numel() == 0) {
+    if (arguments.partials.out.numel() == 0) {
       return;  // on every rank
     }
-    cuda::peer_merge(table(), detail::merge_shape_of(arguments.out, arguments.base),
-                     detail::partial_of(arguments.out, arguments.lse),
-                     detail::merged_of(arguments.merged, arguments.merged_lse),
+    cuda::peer_merge(table(), detail::merge_shape_of(arguments),
+                     detail::partial_of(arguments.partials), detail::merged_of(arguments),
                      detail::native(stream));
     ++steps_;
   }

@@ -15,6 +15,7 @@
 
 #include "cohort/cuda/inbox.hpp"
 #include "cohort/dcp/lse_merge.hpp"
+#include "cohort/dcp/merge_rows.hpp"
 #include "cohort/dtype.hpp"
 
 /// \file
@@ -58,8 +59,8 @@ void fill(void* out, std::int64_t count, DType dtype, double value, cudaStream_t
 void reduce_pieces(const void* pieces, int n, std::int64_t piece_stride, void* out,
                    std::int64_t count, DType dtype, cudaStream_t stream);
 
-/// A partial attention: out [B,H,D] and lse [B,H], in any order of dimensions with D contiguous.
-/// [H,B,D] is a choice of strides.
+/// Partial attentions of one rank: out [S,B,H,D] and lse [S,B,H], in any order of dimensions with D
+/// contiguous. [H,B,D] is a choice of strides.
 struct Partial {
   const void* out = nullptr;
   std::int64_t out_batch_stride = 0;
@@ -67,9 +68,16 @@ struct Partial {
   const float* lse = nullptr;
   std::int64_t lse_batch_stride = 0;
   std::int64_t lse_head_stride = 0;
+  std::int64_t out_split_stride = 0;
+  std::int64_t lse_split_stride = 0;
+  const float* sink = nullptr;  ///< [H], or null; those of the rows that this rank merges are read.
+  std::int64_t sink_stride = 1;
+  const std::int32_t* local_tokens = nullptr;  ///< [B], or null; rows with 0 or less are empty.
+  std::int64_t local_tokens_stride = 1;
 };
 
-/// A merged attention: out [B,H/n,D] with D contiguous, and lse [B,H/n] unless null.
+/// A merged attention: out [B,H/n,D], or what else the rank's rows are, with D contiguous, and lse
+/// [B,H/n] unless null.
 struct Merged {
   void* out = nullptr;
   std::int64_t out_batch_stride = 0;
@@ -79,39 +87,50 @@ struct Merged {
   std::int64_t lse_head_stride = 0;
 };
 
-/// Sizes of a merge. `heads` counts all heads, H. D is a multiple of 8, at most 1024; f32, f16,
-/// bf16.
+/// Sizes of a merge, and what else its ranks agree on. `heads` counts all heads, H. D is a multiple
+/// of 8, at most 1024; f32, f16, bf16.
 struct MergeShape {
   std::int64_t batch = 0;
   std::int64_t heads = 0;
   std::int64_t dim = 0;
   DType dtype = DType::bf16;
   LseBase base = LseBase::e;
+  std::int64_t splits = 1;                    ///< S
+  MergeResult result = MergeResult::by_head;  ///< As in dcp/merge_rows.hpp, like the next two.
+  bool whole = false;
+  std::span<const std::int64_t> counts = {};
+  bool sink = false;         ///< Whether there is one.
+  bool gathers_lse = false;  ///< Replicated: whether there is an LSE.
+
+  /// Which rows each of `n` ranks merges.
+  [[nodiscard]] constexpr dcp::MergeRows rows(int n) const noexcept {
+    return {result, batch, heads, n, counts, whole};
+  }
 };
 
-/// Staged plan, before the reduce-scatter: corrected = scale of `rank` times its partial, where the
-/// scales come from every rank's LSE. Zero, and the partial not read, where the scale is 0.
+/// Staged plan, before the reduce-scatter: corrected = scale of `rank` times its row, combined of
+/// its splits, where the scales come from every rank's LSE. Zero, and the partial not read, where
+/// the scale is 0.
 ///
 /// @param lses       [n,B,H] contiguous, all-gathered, in rank order.
 /// @param corrected  [B,H,D] by strides; its type is `out_dtype`: the partial's own or f32.
-/// @param merged_lse [B,H] contiguous, or null.
 void correct_partial(const MergeShape& shape, int n, int rank, const Partial& partial,
                      const float* lses, void* corrected, std::int64_t out_batch_stride,
-                     std::int64_t out_head_stride, DType out_dtype, float* merged_lse,
-                     cudaStream_t stream);
+                     std::int64_t out_head_stride, DType out_dtype, cudaStream_t stream);
 
-/// Bytes from one rank's piece to the next in the packed plan's buffers. A piece holds out
-/// [B,H/n,D], then lse [B,H/n]: the layout of dcp/packed_piece.hpp.
+/// Bytes from one rank's piece to the next in the packed plan's buffers. A piece holds the rows of
+/// out that its rank merges, then their lse, with room for as many as any rank has: the layout of
+/// dcp/packed_piece.hpp.
 [[nodiscard]] std::size_t packed_piece_bytes(const MergeShape& shape, int n);
 
-/// Packed plan, before the all-to-all: piece p of `pieces` receives the heads that rank p merges.
+/// Packed plan, before the all-to-all: piece p of `pieces` receives the rows that rank p merges.
 void pack_partial(const MergeShape& shape, int n, const Partial& partial, void* pieces,
                   cudaStream_t stream);
 
 /// Packed plan, after the all-to-all: merges the n received pieces. Bitwise equal to
-/// `peer_merge`.
-void merge_pieces(const MergeShape& shape, int n, const void* pieces, const Merged& merged,
-                  cudaStream_t stream);
+/// `peer_merge`. Of `partial` only the sink is read.
+void merge_pieces(const MergeShape& shape, int n, int rank, const void* pieces,
+                  const Partial& partial, const Merged& merged, cudaStream_t stream);
 
 /// A query in two parts: nope [B,h,Dn] and pe [B,h,Dr], each with its last dimension contiguous.
 /// Dn and Dr are multiples of 16 bytes (Dr may be 0).
@@ -237,8 +256,9 @@ void peer_gather_query(const PeerTable& table, const Query& query, void* out,
                        std::int64_t out_batch_stride, std::int64_t out_head_stride,
                        cudaStream_t stream, PeerPath path = PeerPath::automatic);
 
-/// Merge in one launch: rank r gets the merged heads [r*H/n, (r+1)*H/n). fp32 in rank order;
-/// bitwise equal to `merge_pieces`, whatever the path.
+/// Merge in one launch: rank r gets the merged heads [r*H/n, (r+1)*H/n), or the rows that the shape
+/// says. Up to four splits are combined while they are loaded. fp32 in rank order; bitwise equal to
+/// `merge_pieces`, whatever the path.
 void peer_merge(const PeerTable& table, const MergeShape& shape, const Partial& partial,
                 const Merged& merged, cudaStream_t stream, PeerPath path = PeerPath::automatic);
 

@@ -9,6 +9,7 @@
 #include "cohort/cuda/call_signature.hpp"
 #include "cohort/cuda/inbox.hpp"
 #include "cohort/cuda/kernels.hpp"
+#include "cohort/cuda/support_kernels.hpp"
 #include "cohort/dtype.hpp"
 
 /// \file
@@ -27,12 +28,17 @@ inline constexpr std::int64_t kTooManyBytes = std::int64_t{1} << 31;
   return s.batch == 0 || s.heads == 0 || s.dim == 0;
 }
 
+[[nodiscard]] constexpr std::int64_t row_element(const MergeShape& s) noexcept {
+  return static_cast<std::int64_t>(size_of(s.dtype));
+}
+
 /// Of a merge by `ranks` ranks, whatever its plan. Shapes without elements are never in the way.
 [[nodiscard]] inline std::string merge_obstacle(const MergeShape& s, int ranks) {
   if (ranks < 1 || ranks > kMaxPeers) {
     return fmt::format("n: expected 1 to {} ranks, got {}", kMaxPeers, ranks);
   }
-  if (s.batch < 0 || s.heads < 0 || s.dim < 0 || s.heads % ranks != 0) {
+  const bool by_token = s.result == MergeResult::by_token;
+  if (s.batch < 0 || s.heads < 0 || s.dim < 0 || (!by_token && s.heads % ranks != 0)) {
     return fmt::format(
         "shape: expected sizes >= 0 and heads that {} ranks divide, got [{}, {}, {}]", ranks,
         s.batch, s.heads, s.dim);
@@ -43,16 +49,32 @@ inline constexpr std::int64_t kTooManyBytes = std::int64_t{1} << 31;
   if (is_empty(s)) {
     return {};
   }
+  if (s.splits < 1 || s.splits > kMaxLseRanks) {
+    return fmt::format("S: expected 1 to {} splits, got {}", kMaxLseRanks, s.splits);
+  }
   if (s.dim % 8 != 0 || s.dim > 1024) {
     return fmt::format("D: expected a multiple of 8, at most 1024, got {}", s.dim);
   }
-  const std::int64_t bytes =
-      s.batch * s.heads * s.dim * static_cast<std::int64_t>(size_of(s.dtype));
+  const std::int64_t bytes = s.batch * s.heads * s.dim * row_element(s);
   if (bytes >= kTooManyBytes) {
     return fmt::format("out: expected less than {} bytes, got [{}, {}, {}] of {}, {} bytes",
                        kTooManyBytes, s.batch, s.heads, s.dim, to_string(s.dtype), bytes);
   }
+  // Vectors of all ranks' pieces, whose number must have 31 bits: for 17 ranks and more, where one
+  // has most rows.
+  if (s.rows(ranks).widest() * ranks >= kTooManyBytes * 16 / (s.dim * row_element(s))) {
+    return fmt::format("out: too many rows of {} bytes for pieces of {} ranks",
+                       s.dim * row_element(s), ranks);
+  }
   return {};
+}
+
+/// Of a merge in one launch, beyond that.
+inline constexpr std::int64_t kMostPeerSplits = 4;
+[[nodiscard]] inline std::string peer_merge_obstacle(const MergeShape& s) {
+  return s.splits <= kMostPeerSplits ? std::string()
+                                     : fmt::format("one launch combines up to {} splits, got {}",
+                                                   kMostPeerSplits, s.splits);
 }
 
 /// Of a query's parts on one rank, whether ranks can address each other or not.
@@ -82,8 +104,15 @@ inline constexpr std::int64_t kTooManyBytes = std::int64_t{1} << 31;
 /// Of a merge. Blocks of one number wait for each other, so how many a launch may have, `blocks`,
 /// is part of every signature.
 [[nodiscard]] constexpr CallSignature signature_of(const MergeShape& s, int blocks) noexcept {
+  std::int64_t counts = 0;
+  for (const std::int64_t count : s.counts) {
+    counts = counts * 1'000'003 + count;
+  }
+  const std::int64_t form = static_cast<std::int64_t>(s.base) + (s.sink ? 2 : 0) +
+                            (s.gathers_lse ? 4 : 0) + static_cast<std::int64_t>(s.result) * 8 +
+                            s.splits * 32;
   return CallSignature::make(PeerCall::merge, {static_cast<std::int64_t>(s.dtype), blocks, s.batch,
-                                               s.heads, s.dim, static_cast<std::int64_t>(s.base)});
+                                               s.heads, s.dim, form, counts});
 }
 
 /// Of a query gather.

@@ -34,10 +34,10 @@ void convert_copy(const void* in, std::span<const std::int64_t> in_strides, void
                   std::span<const std::int64_t> out_strides, std::span<const std::int64_t> shape,
                   DType out_dtype, cudaStream_t stream);
 
-/// Most ranks whose LSEs `merge_lse` takes.
+/// Most ranks, or splits of one, whose LSEs `merge_lse` takes.
 inline constexpr int kMaxLseRanks = 256;
 
-/// LSEs of n ranks, [n,B,h], and the merged ones, [B,h].
+/// LSEs of n ranks, or splits of one, [n,B,h], and the merged ones, [B,h].
 struct LseMerge {
   const float* lses = nullptr;
   std::int64_t rank_stride = 0;
@@ -50,6 +50,10 @@ struct LseMerge {
   std::int64_t batch = 0;
   std::int64_t heads = 0;
   LseBase base = LseBase::e;
+  const float* sink = nullptr;  ///< [h], or null.
+  std::int64_t sink_stride = 1;
+  const std::int32_t* local_tokens = nullptr;  ///< [B], or null; rows with 0 or less are empty.
+  std::int64_t local_tokens_stride = 1;
 };
 
 /// merged[b,h] = log sum over the ranks of exp(lses[r,b,h]), by the rules of dcp/lse_merge.hpp.

@@ -30,14 +30,21 @@
 ///     out     = scale_0 * o_0 + scale_1 * o_1 + ... in rank order
 ///     lse     = m + log(s)
 ///
+/// An attention sink, a score without a value, is one more x: it takes part in m, and exp(sink - m)
+/// is added to s behind the ranks' weights. So the outputs are scaled down and the LSE is that of
+/// all scores, once, whoever merges.
+///
+/// A rank's several partials of one row (splits) are merged by the same rules, in their order and
+/// without the sink, and rounded once to their type; the ranks' are merged after that.
+///
 /// With `LseBase::two` exp and log become exp2 and log2. Everything is fp32, in the order written,
 /// so a result depends on the inputs alone: not on timing and not on which rank computes it.
 ///
 /// **Empty ranks.** A rank without tokens reports lse = -inf. +inf and NaN count as empty too. A
-/// finite stand-in such as -1e30 does not: where all ranks report it, their outputs are averaged.
-/// The output of a rank whose scale is 0 is never read, so it may hold NaN; besides empty ranks
-/// that concerns ranks whose share underflows fp32. If all ranks are empty, out is 0 and lse is
-/// -inf.
+/// finite stand-in such as -1e30 does not: where all ranks report it, their outputs are averaged,
+/// unless the ranks' numbers of tokens say that they are empty. The output of a rank whose scale is
+/// 0 is never read, so it may hold NaN; besides empty ranks that concerns ranks whose share
+/// underflows fp32. If all ranks are empty, out is 0 and lse is the sink, or -inf without one.
 ///
 /// Sources: M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018,
 /// arXiv:1805.02867 (running maximum and rescaled sum); T. Dao, D. Haziza, F. Massa and G. Sizov,
@@ -73,11 +80,12 @@ inline constexpr float kEmptyLse = -std::numeric_limits<float>::infinity();
 /// @param log     float -> float, log(1) == 0 exactly.
 /// @param scales  [n], written: scale_r, exactly 0 for ranks that are not to be read. May be
 /// `lses`.
-/// @return the merged LSE, -inf if all ranks are empty.
+/// @param sink    A score without a value, or an empty one.
+/// @return the merged LSE, -inf if all ranks and the sink are empty.
 template <class Exp, class Log>
 constexpr float merge_weights_with(const float* lses, int n, const Exp& exp, const Log& log,
-                                   float* scales) {
-  float max = kEmptyLse;
+                                   float* scales, float sink = kEmptyLse) {
+  float max = is_empty_lse(sink) ? kEmptyLse : sink;
   for (int r = 0; r < n; ++r) {
     if (!is_empty_lse(lses[r]) && lses[r] > max) {
       max = lses[r];
@@ -89,6 +97,9 @@ constexpr float merge_weights_with(const float* lses, int n, const Exp& exp, con
     scales[r] = weight;
     sum += weight;
   }
+  if (!is_empty_lse(sink)) {
+    sum += exp(sink - max);
+  }
   if (is_empty_lse(max)) {
     return kEmptyLse;
   }
@@ -98,23 +109,58 @@ constexpr float merge_weights_with(const float* lses, int n, const Exp& exp, con
   return max + log(sum);
 }
 
+/// What all scales of a row follow from, for partials that are too many to keep them.
+struct RowMass {
+  float max = kEmptyLse;  ///< m
+  float sum = 0.0F;       ///< s
+
+  /// The scale of a partial with this LSE, with the bits of `merge_weights_with`.
+  template <class Exp>
+  [[nodiscard]] constexpr float scale(float lse, const Exp& exp) const {
+    return is_empty_lse(lse) ? 0.0F : exp(lse - max) / sum;
+  }
+  /// The merged LSE.
+  template <class Log>
+  [[nodiscard]] constexpr float lse(const Log& log) const {
+    return is_empty_lse(max) ? kEmptyLse : max + log(sum);
+  }
+};
+
+/// The mass of `n` partials, in order; `lse_at(i)` is the LSE of the i-th.
+template <class LseAt, class Exp>
+constexpr RowMass mass_of(const LseAt& lse_at, int n, const Exp& exp) {
+  RowMass mass;
+  for (int i = 0; i < n; ++i) {
+    const float lse = lse_at(i);
+    if (!is_empty_lse(lse) && lse > mass.max) {
+      mass.max = lse;
+    }
+  }
+  for (int i = 0; i < n; ++i) {
+    const float lse = lse_at(i);
+    mass.sum += is_empty_lse(lse) ? 0.0F : exp(lse - mass.max);
+  }
+  return mass;
+}
+
 /// `merge_weights_with` for the host: `std::exp` and `std::log`, or `std::exp2` and `std::log2`.
 ///
 /// @param merged_lse  Written unless null: the merged LSE in the same base, -inf if all are empty.
+/// @param sink        A score without a value, in the same base, or an empty one.
 ///
 /// Not inlined, like the loops below: every plan then runs the same instructions.
 [[gnu::noinline]] inline void merge_weights(const float* lses, int n, LseBase base, float* scales,
-                                            float* merged_lse) noexcept {
-  bool empty = true;
+                                            float* merged_lse, float sink = kEmptyLse) noexcept {
+  bool empty = is_empty_lse(sink);
   for (int r = 0; r < n; ++r) {
     empty = empty && is_empty_lse(lses[r]);
   }
   const float merged = base == LseBase::e ? merge_weights_with(
                                                 lses, n, [](float x) { return std::exp(x); },
-                                                [](float x) { return std::log(x); }, scales)
+                                                [](float x) { return std::log(x); }, scales, sink)
                                           : merge_weights_with(
                                                 lses, n, [](float x) { return std::exp2(x); },
-                                                [](float x) { return std::log2(x); }, scales);
+                                                [](float x) { return std::log2(x); }, scales, sink);
   if (merged_lse != nullptr) {
     // As bits: under -ffast-math g++ 13 makes the largest number of a constant infinity.
     const std::uint32_t bits = std::bit_cast<std::uint32_t>(merged);

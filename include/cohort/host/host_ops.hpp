@@ -7,13 +7,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <optional>
+#include <span>
 #include <vector>
 
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dcp/packed_piece.hpp"
+#include "cohort/dcp/partials.hpp"
 #include "cohort/float_mode.hpp"
 #include "cohort/host/host_stream.hpp"
+#include "cohort/host/partial_rows.hpp"
 #include "cohort/host/peer_access.hpp"
 #include "cohort/host/strided.hpp"
 #include "cohort/transport.hpp"
@@ -54,62 +56,65 @@ class HostOps final : public TensorOps {
         q_nope, q_pe, packed);
   }
 
-  void correct_partial(const ConstTensorView& out, const ConstTensorView& lses, int rank,
-                       LseBase base, const TensorView& corrected, StreamRef stream) override {
+  void local_lse(const Partials& partials, const TensorView& lse, StreamRef stream) override {
     enqueue(
         stream,
-        [rank, base](const ConstTensorView& from, const ConstTensorView& all,
-                     const TensorView& to) { correct_now(from, all, rank, base, to); },
-        out, lses, corrected);
+        [](const Partials& from, const TensorView& to) {
+          const DefaultFloatMode mode;
+          PartialRows rows(from);
+          for_each_row(to.shape(), [&](std::int64_t b, std::int64_t h) {
+            *at<float>(to, {b, h}) = rows.lse(b, h);
+          });
+        },
+        partials, lse);
   }
 
-  void merge_lse(const ConstTensorView& lses, LseBase base, const TensorView& merged_lse,
+  void correct_partial(const Partials& partials, const ConstTensorView& lses, int rank,
+                       const TensorView& corrected, StreamRef stream) override {
+    enqueue(
+        stream,
+        [rank](const Partials& from, const ConstTensorView& all, const TensorView& to) {
+          correct_now(from, all, rank, to);
+        },
+        partials, lses, corrected);
+  }
+
+  void merge_lse(const ConstTensorView& lses, const MergeArguments& arguments, int rank,
                  StreamRef stream) override {
     enqueue(
         stream,
-        [base](const ConstTensorView& all, const TensorView& merged) {
-          const DefaultFloatMode mode;
-          std::vector<float> row(u(all.shape()[0]));
-          for_each_row(merged.shape(), [&](std::int64_t b, std::int64_t h) {
-            dcp::merge_weights(read_lses(all, b, h, row), static_cast<int>(row.size()), base,
-                               row.data(), at<float>(merged, {b, h}));
-          });
+        [rank](const ConstTensorView& all, const MergeArguments& given,
+               std::span<const std::int64_t> counts) {
+          with_counts(given, counts, [&](const MergeArguments& a) { merge_lse_now(all, a, rank); });
         },
-        lses, merged_lse);
+        lses, arguments, arguments.rows.counts);
   }
 
-  void pack_partial(const ConstTensorView& out, const ConstTensorView& lse,
-                    const TensorView& pieces, StreamRef stream) override {
+  void pack_partial(const MergeArguments& arguments, const TensorView& pieces,
+                    StreamRef stream) override {
     enqueue(
         stream,
-        [](const ConstTensorView& from, const ConstTensorView& from_lse, const TensorView& to) {
-          const std::int64_t n = to.shape()[0];
-          const std::int64_t heads = from.shape()[1] / n;
-          const auto piece =
-              dcp::packed_piece(from.shape()[0], heads, from.shape()[2], size_of(from.dtype()));
-          for (std::int64_t r = 0; r < n; ++r) {
-            std::byte* base = at<std::byte>(to, {r});
-            copy_dense(base, part_of(from, 1, r * heads, heads), size_of(from.dtype()));
-            copy_dense(base + piece.lse_offset, part_of(from_lse, 1, r * heads, heads),
-                       sizeof(float));
-          }
+        [](const MergeArguments& given, std::span<const std::int64_t> counts,
+           const TensorView& to) {
+          with_counts(given, counts, [&](const MergeArguments& a) { pack_now(a, to); });
         },
-        out, lse, pieces);
+        arguments, arguments.rows.counts, pieces);
   }
 
-  void merge_pieces(const ConstTensorView& pieces, LseBase base, const TensorView& merged,
-                    const TensorView* merged_lse, StreamRef stream) override {
-    const std::optional<TensorView> lse =
-        merged_lse == nullptr ? std::nullopt : std::optional(*merged_lse);
+  void merge_pieces(const ConstTensorView& pieces, const MergeArguments& arguments, int rank,
+                    StreamRef stream) override {
     enqueue(
         stream,
-        [base](const ConstTensorView& from, const TensorView& to,
-               const std::optional<TensorView>& to_lse) { merge_now(from, base, to, to_lse); },
-        pieces, merged, lse);
+        [rank](const ConstTensorView& from, const MergeArguments& given,
+               std::span<const std::int64_t> counts) {
+          with_counts(given, counts, [&](const MergeArguments& a) { merge_now(from, a, rank); });
+        },
+        pieces, arguments, arguments.rows.counts);
   }
 
  private:
   static std::size_t u(std::int64_t value) noexcept { return static_cast<std::size_t>(value); }
+  static std::int64_t s(std::size_t value) noexcept { return static_cast<std::int64_t>(value); }
 
   /// The element at an index; further dimensions at 0.
   template <class T, class Void>
@@ -151,10 +156,11 @@ class HostOps final : public TensorOps {
   static void copy_now(const ConstTensorView& from, const TensorView& to);
   template <class To>
   static void convert(const ConstTensorView& from, const TensorView& to);
-  static void correct_now(const ConstTensorView& out, const ConstTensorView& lses, int rank,
-                          LseBase base, const TensorView& corrected);
-  static void merge_now(const ConstTensorView& pieces, LseBase base, const TensorView& merged,
-                        const std::optional<TensorView>& merged_lse);
+  static void correct_now(const Partials& partials, const ConstTensorView& lses, int rank,
+                          const TensorView& corrected);
+  static void merge_lse_now(const ConstTensorView& lses, const MergeArguments& arguments, int rank);
+  static void pack_now(const MergeArguments& arguments, const TensorView& pieces);
+  static void merge_now(const ConstTensorView& pieces, const MergeArguments& arguments, int rank);
 };
 
 inline void HostOps::copy_now(const ConstTensorView& from, const TensorView& to) {
@@ -193,42 +199,89 @@ void HostOps::convert(const ConstTensorView& from, const TensorView& to) {
   }
 }
 
-inline void HostOps::correct_now(const ConstTensorView& out, const ConstTensorView& lses, int rank,
-                                 LseBase base, const TensorView& corrected) {
+inline void HostOps::correct_now(const Partials& partials, const ConstTensorView& lses, int rank,
+                                 const TensorView& corrected) {
   const DefaultFloatMode mode;
+  PartialRows rows(partials);
+  const ConstTensorView& out = partials.out;
+  std::vector<std::byte> combined(u(out.shape()[3]) * size_of(out.dtype()));
   std::vector<float> row(u(lses.shape()[0]));
-  for_each_row(out.shape(), [&](std::int64_t b, std::int64_t h) {
-    dcp::merge_weights(read_lses(lses, b, h, row), static_cast<int>(row.size()), base, row.data(),
-                       nullptr);
-    dcp::correct_row(out.dtype(), at<std::byte>(out, {b, h}), row[u(rank)], corrected.dtype(),
-                     at<std::byte>(corrected, {b, h}), out.shape()[2]);
+  for_each_row(corrected.shape(), [&](std::int64_t b, std::int64_t h) {
+    dcp::merge_weights(read_lses(lses, b, h, row), static_cast<int>(row.size()), partials.base,
+                       row.data(), nullptr, sink_of(partials, h));
+    const float scale = row[u(rank)];
+    const std::byte* from = at<std::byte>(out, {0, b, h});
+    if (!partials.is_plain() && scale != 0.0F) {
+      static_cast<void>(rows.read(b, h, combined.data()));
+      from = combined.data();
+    }
+    dcp::correct_row(out.dtype(), from, scale, corrected.dtype(), at<std::byte>(corrected, {b, h}),
+                     out.shape()[3]);
   });
 }
 
-inline void HostOps::merge_now(const ConstTensorView& pieces, LseBase base,
-                               const TensorView& merged,
-                               const std::optional<TensorView>& merged_lse) {
+inline void HostOps::merge_lse_now(const ConstTensorView& lses, const MergeArguments& arguments,
+                                   int rank) {
   const DefaultFloatMode mode;
-  const std::int64_t heads = merged.shape()[1];
+  const auto block = arguments.rows.of(rank);
+  std::vector<float> row(u(lses.shape()[0]));
+  for_each_row(arguments.lse->shape(), [&](std::int64_t b, std::int64_t j) {
+    const auto place = block.place(b * block.heads + j, b);
+    dcp::merge_weights(read_lses(lses, place.token, place.head, row), static_cast<int>(row.size()),
+                       arguments.partials.base, row.data(), at<float>(*arguments.lse, {b, j}),
+                       sink_of(arguments.partials, place.head));
+  });
+}
+
+inline void HostOps::pack_now(const MergeArguments& arguments, const TensorView& pieces) {
+  const DefaultFloatMode mode;
+  const ConstTensorView& out = arguments.partials.out;
+  const std::int64_t dim = out.shape()[3];
+  const std::size_t element = size_of(out.dtype());
+  const auto piece = dcp::packed_piece(arguments.rows.widest(), 1, dim, element);
+  PartialRows rows(arguments.partials);
+  for (int r = 0; r < arguments.rows.ranks; ++r) {
+    const auto block = arguments.rows.of(r);
+    std::byte* to = at<std::byte>(pieces, {r});
+    if (arguments.partials.is_plain()) {
+      copy_dense(to, part_of_block(out, block), element);
+      copy_dense(to + piece.lse_offset, part_of_block(arguments.partials.lse, block),
+                 sizeof(float));
+      continue;
+    }
+    for (std::int64_t i = 0; i < block.rows(); ++i) {
+      const auto place = block.place(i, i / block.heads);
+      const float lse = rows.read(place.token, place.head, to + u(i) * u(dim) * element);
+      std::memcpy(to + piece.lse_offset + u(i) * sizeof(float), &lse, sizeof(float));
+    }
+  }
+}
+
+inline void HostOps::merge_now(const ConstTensorView& pieces, const MergeArguments& arguments,
+                               int rank) {
+  const DefaultFloatMode mode;
+  const TensorView& merged = arguments.merged;
+  const auto block = arguments.rows.of(rank);
   const std::int64_t dim = merged.shape()[2];
   const std::size_t element = size_of(merged.dtype());
-  const auto piece = dcp::packed_piece(merged.shape()[0], heads, dim, element);
+  const auto piece = dcp::packed_piece(arguments.rows.widest(), 1, dim, element);
   const std::size_t n = u(pieces.shape()[0]);
   std::vector<float> row(n);
   std::vector<const void*> rows(n);
-  for_each_row(merged.shape(), [&](std::int64_t b, std::int64_t h) {
-    const std::size_t i = u(b * heads + h);
+  for_each_row(merged.shape(), [&](std::int64_t b, std::int64_t j) {
+    const std::size_t i = u(b * block.heads + j);
     for (std::size_t r = 0; r < n; ++r) {
       const std::byte* base_of_r = at<std::byte>(pieces, {static_cast<std::int64_t>(r)});
       std::memcpy(&row[r], base_of_r + piece.lse_offset + i * sizeof(float), sizeof(float));
       rows[r] = base_of_r + i * u(dim) * element;
     }
     float lse = 0.0F;
-    dcp::merge_weights(row.data(), static_cast<int>(n), base, row.data(), &lse);
+    dcp::merge_weights(row.data(), static_cast<int>(n), arguments.partials.base, row.data(), &lse,
+                       sink_of(arguments.partials, block.place(s(i), b).head));
     dcp::merge_row(merged.dtype(), rows.data(), row.data(), static_cast<int>(n),
-                   at<std::byte>(merged, {b, h}), dim);
-    if (merged_lse) {
-      *at<float>(*merged_lse, {b, h}) = lse;
+                   at<std::byte>(merged, {b, j}), dim);
+    if (arguments.lse) {
+      *at<float>(*arguments.lse, {b, j}) = lse;
     }
   });
 }

@@ -4,19 +4,22 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "cohort/call_time.hpp"
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dcp/packed_piece.hpp"
+#include "cohort/dcp/partials.hpp"
 #include "cohort/float_mode.hpp"
 #include "cohort/host/host_steps.hpp"
 #include "cohort/host/host_stream.hpp"
+#include "cohort/host/partial_rows.hpp"
 #include "cohort/host/peer_access.hpp"
 #include "cohort/transport.hpp"
 
@@ -28,6 +31,8 @@ namespace cohort::host {
 
 /// Partial attentions and queries are read in windows of the group if they lie there and are large,
 /// otherwise in the inbox slots, a stretch of rows at a time. A row is one (sequence, head) pair.
+/// Rows that are combined of splits, or empty because a rank has no tokens, are not in memory as
+/// they are to be read, and go through the slots.
 class HostPeerKernels final : public PeerKernels {
  public:
   HostPeerKernels(PeerAccess& access, std::shared_ptr<Lifeline> lifeline, HostSteps& steps)
@@ -35,7 +40,7 @@ class HostPeerKernels final : public PeerKernels {
         lifeline_(std::move(lifeline)),
         steps_(steps),
         meeting_(access.meeting()),
-        partials_(u(access.size())),
+        sources_(u(access.size())),
         lses_(u(access.size())),
         scales_(u(access.size())),
         rows_(u(access.size())),
@@ -46,6 +51,8 @@ class HostPeerKernels final : public PeerKernels {
   void reserve(std::size_t) override {}
 
   [[nodiscard]] inline std::string merge_obstacle(const MergeArguments& arguments) const override;
+  /// A gather costs a rendezvous and a copy of what the ranks would merge several times over.
+  [[nodiscard]] std::int64_t most_replicated_bytes() const noexcept override { return 16 * 1024; }
   inline void merge_attention(const MergeArguments& arguments, StreamRef stream) override;
 
   [[nodiscard]] inline std::string gather_obstacle(const ConstTensorView& q_nope,
@@ -54,19 +61,20 @@ class HostPeerKernels final : public PeerKernels {
                            const TensorView& q, StreamRef stream) override;
 
  private:
-  /// Where a rank's partial attention of this rank's heads lies, in bytes.
-  struct Partial {
+  /// Where a rank's partials of this rank's rows lie, in bytes.
+  struct Source {
     const std::byte* out = nullptr;
     const std::byte* lse = nullptr;
-    std::int64_t out_batch = 0, out_head = 0;  ///< Strides.
-    std::int64_t lse_batch = 0, lse_head = 0;
+    std::int64_t out_token = 0, out_head = 0;  ///< Strides.
+    std::int64_t lse_token = 0, lse_head = 0;
     std::int64_t first_out = 0, first_lse = 0;  ///< Subtracted: a slot starts at a later row.
   };
   struct MergeShape {
-    std::int64_t batch, heads, dim;  ///< Heads of one rank.
-    std::int64_t element;            ///< Bytes.
+    dcp::RowBlock<std::int64_t> own;  ///< The rows of this rank.
+    std::int64_t widest;              ///< Most rows of a rank.
+    std::int64_t dim;
+    std::int64_t element;  ///< Bytes.
 
-    [[nodiscard]] std::int64_t rows() const noexcept { return batch * heads; }
     [[nodiscard]] std::int64_t row_bytes() const noexcept { return dim * element; }
   };
 
@@ -74,8 +82,9 @@ class HostPeerKernels final : public PeerKernels {
   static std::int64_t s(std::size_t value) noexcept { return static_cast<std::int64_t>(value); }
 
   [[nodiscard]] MergeShape shape_of(const MergeArguments& arguments) const {
-    const auto& shape = arguments.out.shape();
-    return {shape[0], shape[1] / access_.size(), shape[2], s(size_of(arguments.out.dtype()))};
+    const ConstTensorView& out = arguments.partials.out;
+    return {arguments.rows.of(access_.rank()), arguments.rows.widest(), out.shape()[3],
+            s(size_of(out.dtype()))};
   }
   /// Rows of a piece for one rank that a slot has room for.
   [[nodiscard]] std::int64_t rows_of_piece(std::int64_t bytes_of_row) const noexcept {
@@ -84,15 +93,18 @@ class HostPeerKernels final : public PeerKernels {
   }
 
   void merge(const MergeArguments& arguments);
-  [[nodiscard]] Showing show_partial(const MergeArguments& arguments) const;
-  void push_pieces(const MergeArguments& arguments, const MergeShape& shape, std::int64_t first,
-                   std::int64_t count, std::int64_t pitch_rows);
-  [[nodiscard]] Partial own_partial(const MergeArguments& arguments, const MergeShape& shape) const;
-  [[nodiscard]] Partial exposed_partial(const Ticket& ticket, int peer, const MergeShape& shape);
-  [[nodiscard]] Partial pushed_partial(int peer, const MergeShape& shape, std::int64_t first,
-                                       std::int64_t pitch_rows) const;
-  void merge_rows(const MergeArguments& arguments, const MergeShape& shape, std::int64_t first,
-                  std::int64_t count);
+  [[nodiscard]] Call merge_call(const MergeArguments& arguments) const;
+  [[nodiscard]] Showing show_partial(const Partials& partials) const;
+  void push_pieces(const MergeArguments& arguments, PartialRows& rows, const MergeShape& shape,
+                   std::int64_t first, std::int64_t count, std::int64_t pitch_rows);
+  [[nodiscard]] Source source_of(const std::byte* out, const std::byte* lse,
+                                 std::span<const std::int64_t> strides,
+                                 const MergeShape& shape) const;
+  [[nodiscard]] Source exposed_source(const Ticket& ticket, int peer, const MergeShape& shape);
+  [[nodiscard]] Source pushed_source(int peer, const MergeShape& shape, std::int64_t first,
+                                     std::int64_t pitch_rows) const;
+  void merge_rows(const MergeArguments& arguments, PartialRows& rows, const MergeShape& shape,
+                  std::int64_t first, std::int64_t count);
 
   void gather(const ConstTensorView& q_nope, const ConstTensorView& q_pe, const TensorView& q);
   [[nodiscard]] Showing show_query(const ConstTensorView& q_nope,
@@ -103,11 +115,12 @@ class HostPeerKernels final : public PeerKernels {
   HostSteps& steps_;
   Rendezvous& meeting_;
   // Kept from call to call, so that calls do not allocate; by rank.
-  std::vector<Partial> partials_;
+  std::vector<Source> sources_;
   std::vector<float> lses_;
   std::vector<float> scales_;
   std::vector<const void*> rows_;
   std::vector<Place> places_;
+  std::vector<std::byte> own_row_;  ///< Where this rank's have to be combined.
 };
 
 inline std::string HostPeerKernels::merge_obstacle(const MergeArguments& arguments) const {
@@ -133,156 +146,194 @@ inline std::string HostPeerKernels::gather_obstacle(const ConstTensorView& q_nop
 }
 
 inline void HostPeerKernels::merge_attention(const MergeArguments& arguments, StreamRef stream) {
-  // `merged_lse` points to the caller's view, which a recorded call outlives.
-  const std::optional<TensorView> merged_lse =
-      arguments.merged_lse == nullptr ? std::nullopt : std::optional(*arguments.merged_lse);
   steps_.issue();
   enqueue_call(
       lifeline_, stream,
-      [this](MergeArguments given, const std::optional<TensorView>& lse) {
-        given.merged_lse = lse ? &*lse : nullptr;
-        steps_.run([&] { merge(given); });
+      [this](const MergeArguments& given, std::span<const std::int64_t> counts) {
+        with_counts(given, counts,
+                    [this](const MergeArguments& all) { steps_.run([&] { merge(all); }); });
       },
-      arguments, merged_lse);
+      arguments, arguments.rows.counts);
 }
 
-/// `out` and `lse` in their windows, if both lie in one and are large.
-inline Showing HostPeerKernels::show_partial(const MergeArguments& arguments) const {
+/// `out` and `lse` in their windows, if rows can be read there as they are and are large.
+inline Showing HostPeerKernels::show_partial(const Partials& partials) const {
   Showing showing;
-  const auto out = access_.window_of(arguments.out);
-  const auto lse = access_.window_of(arguments.lse, 0);
+  showing.place = Place::slot;
+  if (!partials.is_plain()) {
+    return showing;
+  }
+  const auto out = access_.window_of(partials.out);
+  const auto lse = access_.window_of(partials.lse, 0);
   if (!out || !lse) {
-    showing.place = Place::slot;
     return showing;
   }
   showing.place = Place::direct;
   showing.first = *out;
   showing.second = *lse;
   showing.dense = false;
-  const auto& out_strides = arguments.out.strides();
-  const auto& lse_strides = arguments.lse.strides();
-  showing.strides = {out_strides[0], out_strides[1], lse_strides[0], lse_strides[1]};
+  const auto& out_strides = partials.out.strides();
+  const auto& lse_strides = partials.lse.strides();
+  showing.strides = {out_strides[1], out_strides[2], lse_strides[1], lse_strides[2]};
   return showing;
 }
 
-inline HostPeerKernels::Partial HostPeerKernels::own_partial(const MergeArguments& arguments,
-                                                             const MergeShape& shape) const {
-  const auto& out = arguments.out.strides();
-  const auto& lse = arguments.lse.strides();
-  const std::int64_t head = access_.rank() * shape.heads;
+/// This rank's rows of partials that begin there; strides of out and then of lse, by token and by
+/// head.
+inline HostPeerKernels::Source HostPeerKernels::source_of(const std::byte* out,
+                                                          const std::byte* lse,
+                                                          std::span<const std::int64_t> strides,
+                                                          const MergeShape& shape) const {
   const std::int64_t word = s(sizeof(float));
-  return {
-      .out = static_cast<const std::byte*>(arguments.out.data()) + head * out[1] * shape.element,
-      .lse = static_cast<const std::byte*>(arguments.lse.data()) + head * lse[1] * word,
-      .out_batch = out[0] * shape.element,
-      .out_head = out[1] * shape.element,
-      .lse_batch = lse[0] * word,
-      .lse_head = lse[1] * word};
+  const Source steps{.out_token = strides[0] * shape.element,
+                     .out_head = strides[1] * shape.element,
+                     .lse_token = strides[2] * word,
+                     .lse_head = strides[3] * word};
+  const auto& own = shape.own;
+  if (own.rows() == 0) {
+    return steps;
+  }
+  Source source = steps;
+  source.out = out + own.first_token * steps.out_token + own.first_head * steps.out_head;
+  source.lse = lse + own.first_token * steps.lse_token + own.first_head * steps.lse_head;
+  return source;
 }
 
-inline HostPeerKernels::Partial HostPeerKernels::exposed_partial(const Ticket& ticket, int peer,
-                                                                 const MergeShape& shape) {
-  const auto& strides = ticket.strides;
-  const std::int64_t head = access_.rank() * shape.heads;
-  const std::int64_t word = s(sizeof(float));
-  return {.out = access_.peer_tensor(ticket, peer) + head * strides[1] * shape.element,
-          .lse = access_.peer_memory(ticket.second, peer) + head * strides[3] * word,
-          .out_batch = strides[0] * shape.element,
-          .out_head = strides[1] * shape.element,
-          .lse_batch = strides[2] * word,
-          .lse_head = strides[3] * word};
+inline HostPeerKernels::Source HostPeerKernels::exposed_source(const Ticket& ticket, int peer,
+                                                               const MergeShape& shape) {
+  return source_of(access_.peer_tensor(ticket, peer), access_.peer_memory(ticket.second, peer),
+                   std::span(ticket.strides).first(4), shape);
 }
 
-inline HostPeerKernels::Partial HostPeerKernels::pushed_partial(int peer, const MergeShape& shape,
-                                                                std::int64_t first,
-                                                                std::int64_t pitch_rows) const {
+inline HostPeerKernels::Source HostPeerKernels::pushed_source(int peer, const MergeShape& shape,
+                                                              std::int64_t first,
+                                                              std::int64_t pitch_rows) const {
   const auto piece = dcp::packed_piece(pitch_rows, 1, shape.dim, u(shape.element));
   const std::byte* base = meeting_.slot_of(peer) + u(access_.rank()) * piece.bytes;
   const std::int64_t word = s(sizeof(float));
   return {.out = base,
           .lse = base + piece.lse_offset,
-          .out_batch = shape.heads * shape.row_bytes(),
+          .out_token = shape.own.heads * shape.row_bytes(),
           .out_head = shape.row_bytes(),
-          .lse_batch = shape.heads * word,
+          .lse_token = shape.own.heads * word,
           .lse_head = word,
           .first_out = first * shape.row_bytes(),
           .first_lse = first * word};
 }
 
-/// Puts rows [first, first + count) of every other rank's heads into the next slot.
-inline void HostPeerKernels::push_pieces(const MergeArguments& arguments, const MergeShape& shape,
-                                         std::int64_t first, std::int64_t count,
-                                         std::int64_t pitch_rows) {
+/// Puts rows [first, first + count) of what every other rank merges into the next slot.
+inline void HostPeerKernels::push_pieces(const MergeArguments& arguments, PartialRows& rows,
+                                         const MergeShape& shape, std::int64_t first,
+                                         std::int64_t count, std::int64_t pitch_rows) {
+  const DefaultFloatMode mode;
+  const Partials& partials = arguments.partials;
   const auto piece = dcp::packed_piece(pitch_rows, 1, shape.dim, u(shape.element));
   for (int r = 0; r < access_.size(); ++r) {
-    if (r == access_.rank()) {
+    const auto block = arguments.rows.of(r);
+    const std::int64_t end = std::min(block.rows(), first + count);
+    if (r == access_.rank() || first >= end) {
       continue;
     }
     std::byte* base = meeting_.next_slot() + u(r) * piece.bytes;
-    auto out = part_of(arguments.out, 1, r * shape.heads, shape.heads)
-                   .cursor(u(shape.element), first * shape.dim);
-    WriteCursor rows(base, dense_layout(count * shape.dim), u(shape.element));
-    copy(rows, out, count * shape.dim);
-    auto lse = part_of(arguments.lse, 1, r * shape.heads, shape.heads).cursor(sizeof(float), first);
-    WriteCursor words(base + piece.lse_offset, dense_layout(count), sizeof(float));
-    copy(words, lse, count);
+    if (partials.is_plain()) {
+      auto out = part_of_block(partials.out, block).cursor(u(shape.element), first * shape.dim);
+      WriteCursor to(base, dense_layout((end - first) * shape.dim), u(shape.element));
+      copy(to, out, (end - first) * shape.dim);
+      auto lse = part_of_block(partials.lse, block).cursor(sizeof(float), first);
+      WriteCursor words(base + piece.lse_offset, dense_layout(end - first), sizeof(float));
+      copy(words, lse, end - first);
+      continue;
+    }
+    for (std::int64_t i = first; i < end; ++i) {
+      const auto place = block.place(i, i / block.heads);
+      const float lse =
+          rows.read(place.token, place.head, base + u((i - first) * shape.row_bytes()));
+      std::memcpy(base + piece.lse_offset + u(i - first) * sizeof(float), &lse, sizeof(float));
+    }
   }
 }
 
-/// Merges rows [first, first + count) of this rank's heads from `partials_`.
-inline void HostPeerKernels::merge_rows(const MergeArguments& arguments, const MergeShape& shape,
-                                        std::int64_t first, std::int64_t count) {
+/// Merges rows [first, first + count) of this rank's from `sources_`.
+inline void HostPeerKernels::merge_rows(const MergeArguments& arguments, PartialRows& rows,
+                                        const MergeShape& shape, std::int64_t first,
+                                        std::int64_t count) {
   const DefaultFloatMode mode;
   const int n = access_.size();
+  const Partials& partials = arguments.partials;
+  const bool plain = partials.is_plain();
   const auto& merged = arguments.merged.strides();
   auto* merged_base = static_cast<std::byte*>(arguments.merged.data());
-  std::int64_t b = first / std::max<std::int64_t>(1, shape.heads);
-  std::int64_t j = first - b * shape.heads;
+  const std::int64_t heads = std::max<std::int64_t>(1, shape.own.heads);
+  std::int64_t b = first / heads;
+  std::int64_t j = first - b * heads;
   for (std::int64_t i = 0; i < count; ++i) {
+    const auto place = shape.own.place(first + i, b);
     for (int r = 0; r < n; ++r) {
-      const Partial& partial = partials_[u(r)];
+      if (r == access_.rank() && !plain) {
+        lses_[u(r)] = rows.read(place.token, place.head, own_row_.data());
+        rows_[u(r)] = own_row_.data();
+        continue;
+      }
+      const Source& source = sources_[u(r)];
       std::memcpy(&lses_[u(r)],
-                  partial.lse + (b * partial.lse_batch + j * partial.lse_head - partial.first_lse),
+                  source.lse + (b * source.lse_token + j * source.lse_head - source.first_lse),
                   sizeof(float));
-      rows_[u(r)] =
-          partial.out + (b * partial.out_batch + j * partial.out_head - partial.first_out);
+      rows_[u(r)] = source.out + (b * source.out_token + j * source.out_head - source.first_out);
     }
     float merged_lse = 0.0F;
-    dcp::merge_weights(lses_.data(), n, arguments.base, scales_.data(), &merged_lse);
-    dcp::merge_row(arguments.out.dtype(), rows_.data(), scales_.data(), n,
+    dcp::merge_weights(lses_.data(), n, partials.base, scales_.data(), &merged_lse,
+                       sink_of(partials, place.head));
+    dcp::merge_row(partials.out.dtype(), rows_.data(), scales_.data(), n,
                    merged_base + (b * merged[0] + j * merged[1]) * shape.element, shape.dim);
-    if (arguments.merged_lse != nullptr) {
-      const auto& strides = arguments.merged_lse->strides();
-      static_cast<float*>(arguments.merged_lse->data())[b * strides[0] + j * strides[1]] =
-          merged_lse;
+    if (arguments.lse) {
+      const auto& strides = arguments.lse->strides();
+      static_cast<float*>(arguments.lse->data())[b * strides[0] + j * strides[1]] = merged_lse;
     }
-    if (++j == shape.heads) {
+    if (++j == heads) {
       j = 0;
       ++b;
     }
   }
 }
 
+/// What the ranks compare of a merge.
+inline Call HostPeerKernels::merge_call(const MergeArguments& arguments) const {
+  const Partials& partials = arguments.partials;
+  Call call{.operation = Operation::merge_attention,
+            .dtype = partials.out.dtype(),
+            .variant = static_cast<std::uint8_t>(partials.base),
+            .bytes = partials.out.bytes()};
+  const dcp::MergeRows& rows = arguments.rows;
+  for (const auto extent : partials.out.shape()) {
+    call.mix(extent);
+  }
+  call.mix(static_cast<std::int64_t>(rows.result) * 4 + (partials.sink ? 2 : 0) +
+           (rows.result == MergeResult::replicated && arguments.lse ? 1 : 0));
+  for (const auto count : rows.counts) {
+    call.mix(count);
+  }
+  return call;
+}
+
 inline void HostPeerKernels::merge(const MergeArguments& arguments) {
   meeting_.check_usable("merge_attention");
   const cohort::detail::CallTime time;
   const MergeShape shape = shape_of(arguments);
-  Call call{.operation = Operation::merge_attention,
-            .dtype = arguments.out.dtype(),
-            .variant = static_cast<std::uint8_t>(arguments.base),
-            .bytes = arguments.out.bytes()};
-  for (const auto extent : arguments.out.shape()) {
-    call.mix(extent);
-  }
+  const Partials& partials = arguments.partials;
+  const Call call = merge_call(arguments);
   const std::int64_t pitch =
-      std::min(shape.rows(), rows_of_piece(shape.row_bytes() + s(sizeof(float))));
-  if (pitch == 0 && shape.rows() > 0) {
+      std::min(shape.widest, rows_of_piece(shape.row_bytes() + s(sizeof(float))));
+  if (pitch == 0 && shape.widest > 0) {
     throw UsageError("merge_attention: " + merge_obstacle(arguments));
   }
-  const Showing showing = show_partial(arguments);
+  PartialRows rows(partials);
+  if (!partials.is_plain()) {
+    own_row_.resize(u(shape.row_bytes()));
+  }
+  const Showing showing = show_partial(partials);
   const bool exposed = showing.place == Place::direct;
   if (!exposed) {
-    push_pieces(arguments, shape, 0, pitch, pitch);
+    push_pieces(arguments, rows, shape, 0, pitch, pitch);
   }
   meeting_.enter(call, showing);
   access_.await_all(call);
@@ -292,29 +343,34 @@ inline void HostPeerKernels::merge(const MergeArguments& arguments) {
     const Ticket& ticket = meeting_.ticket_of(r);
     places_[u(r)] = r == access_.rank() ? Place::nowhere : ticket.place;
     if (r == access_.rank()) {
-      partials_[u(r)] = own_partial(arguments, shape);
+      const Dims& out = partials.out.strides();
+      const Dims& lse = partials.lse.strides();
+      const std::array strides{out[1], out[2], lse[1], lse[2]};
+      sources_[u(r)] =
+          source_of(static_cast<const std::byte*>(partials.out.data()),
+                    static_cast<const std::byte*>(partials.lse.data()), strides, shape);
     } else if (ticket.place == Place::direct) {
-      partials_[u(r)] = exposed_partial(ticket, r, shape);
+      sources_[u(r)] = exposed_source(ticket, r, shape);
     } else {
       through_slots = true;
     }
   }
-  const std::int64_t stretch = through_slots ? pitch : shape.rows();
-  for (std::int64_t first = 0; first < shape.rows(); first += stretch) {
-    const std::int64_t count = std::min(stretch, shape.rows() - first);
+  const std::int64_t stretch = through_slots ? pitch : shape.widest;
+  for (std::int64_t first = 0; first < shape.widest; first += stretch) {
+    const std::int64_t count = std::min(stretch, shape.widest - first);
     if (first > 0) {
       if (!exposed) {
-        push_pieces(arguments, shape, first, count, pitch);
+        push_pieces(arguments, rows, shape, first, count, pitch);
       }
       meeting_.enter();
       meeting_.await_all();
     }
     for (int r = 0; r < access_.size(); ++r) {
       if (places_[u(r)] == Place::slot) {
-        partials_[u(r)] = pushed_partial(r, shape, first, pitch);
+        sources_[u(r)] = pushed_source(r, shape, first, pitch);
       }
     }
-    merge_rows(arguments, shape, first, count);
+    merge_rows(arguments, rows, shape, first, std::min(count, shape.own.rows() - first));
   }
   access_.finish(exposed);
 }

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <set>
 #include <string_view>
+#include <vector>
 
 #include "support/catch.hpp"
 
@@ -127,6 +128,27 @@ TEST_CASE("calls whose payloads have one size differ where their words lie other
   CHECK_FALSE(merge(4, 128, 512) == merge(8, 64, 512));
   CHECK_FALSE(merge(4, 128, 512) == merge(4, 256, 256));
   CHECK(merge(4, 128, 512) == merge(4, 128, 512));
+  // Merges of one size that combine or place their rows otherwise.
+  const std::int64_t counts[] = {1, 3};
+  const std::int64_t other_counts[] = {3, 1};
+  const MergeShape plain{.batch = 4, .heads = 128, .dim = 512};
+  std::vector<MergeShape> forms(8, plain);
+  using cohort::MergeResult;
+  forms[1].base = cohort::LseBase::two;
+  forms[2].splits = 2;
+  forms[3].sink = true;
+  forms[4].result = MergeResult::replicated;
+  forms[5] = forms[4];
+  forms[5].gathers_lse = true;
+  forms[6].result = MergeResult::by_token;
+  forms[6].counts = counts;
+  forms[7] = forms[6];
+  forms[7].counts = other_counts;
+  for (std::size_t i = 0; i < forms.size(); ++i) {
+    for (std::size_t j = 0; j < forms.size(); ++j) {
+      CHECK((signature_of(forms[i], kBlocks) == signature_of(forms[j], kBlocks)) == (i == j));
+    }
+  }
 }
 
 TEST_CASE(

@@ -91,10 +91,10 @@ TEST_CASE("local kernels have nothing to do for a shape without elements", "[ker
        {MergeShape{0, 2, 64}, MergeShape{1, 0, 64}, MergeShape{1, 2, 0}, MergeShape{0, 0, 0}}) {
     CAPTURE(shape.batch, shape.heads, shape.dim);
     // A launch would throw: no pointer is valid.
-    CHECK_NOTHROW(cuda::correct_partial(shape, 2, 0, {}, nullptr, nullptr, 0, 0, shape.dtype,
-                                        nullptr, nullptr));
+    CHECK_NOTHROW(
+        cuda::correct_partial(shape, 2, 0, {}, nullptr, nullptr, 0, 0, shape.dtype, nullptr));
     CHECK_NOTHROW(cuda::pack_partial(shape, 2, {}, nullptr, nullptr));
-    CHECK_NOTHROW(cuda::merge_pieces(shape, 2, nullptr, {}, nullptr));
+    CHECK_NOTHROW(cuda::merge_pieces(shape, 2, 0, nullptr, {}, {}, nullptr));
     CHECK_NOTHROW(cuda::choose_merge_path(inbox(1 * kKiB, 0), shape));
   }
 }

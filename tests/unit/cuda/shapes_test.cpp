@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/cuda/shapes.hpp"
 
+#include <span>
+#include <vector>
+
 #include "support/catch.hpp"
 
 using namespace cohort;
@@ -32,6 +35,21 @@ TEST_CASE("merges: D in vectors, heads that ranks divide, less than 2 GiB", "[sh
   CHECK_FALSE(
       merge_obstacle({.batch = 16383, .heads = 128, .dim = 512, .dtype = DType::f32}, 2).empty());
   CHECK(merge_obstacle({.batch = 0, .heads = 4, .dim = 7}, 2).empty());
+  CHECK_THAT(merge_obstacle({.batch = 1, .heads = 2, .dim = 8, .splits = 257}, 2),
+             contains("S: expected 1 to 256"));
+  // By token the ranks need not divide the heads; where one of many has most, pieces are many.
+  std::vector<std::int64_t> counts(32, 0);
+  counts[3] = 16000;
+  const MergeShape by_token{
+      .batch = 16000, .heads = 127, .dim = 512, .result = MergeResult::by_token, .counts = counts};
+  CHECK_THAT(merge_obstacle(by_token, 32), contains("pieces of 32 ranks"));
+  CHECK(merge_obstacle({.batch = 3,
+                        .heads = 127,
+                        .dim = 512,
+                        .result = MergeResult::by_token,
+                        .counts = std::span(counts).subspan(4, 2)},
+                       2)
+            .empty());
 }
 
 TEST_CASE("queries: parts of 16 bytes, less than 2 GiB on a rank", "[shapes]") {

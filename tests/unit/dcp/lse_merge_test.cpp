@@ -463,3 +463,52 @@ TEST_CASE("types that are no attention type are refused by name", "[lse_merge]")
   CHECK_THROWS_MATCHES(correct_row(DType::bf16, nullptr, 0, DType::f16, nullptr, 0), UsageError,
                        says("out_dtype", "bf16", "f16"));
 }
+
+TEST_CASE("a sink takes part in the sum and has no value", "[dcp]") {
+  for (const LseBase base : kBases) {
+    const std::vector<float> lses{1, kNaN, 3};
+    const std::vector<float> with{1, kNaN, 3, 2};  // as a rank whose output is not looked at
+    std::vector<float> scales(4);
+    std::vector<float> expected(4);
+    float lse = 0;
+    float expected_lse = 0;
+    merge_weights(lses.data(), 3, base, scales.data(), &lse, 2);
+    merge_weights(with.data(), 4, base, expected.data(), &expected_lse);
+    expected[3] = 0;
+    CHECK(same_bits(scales, expected));
+    CHECK(lse == expected_lse);
+    merge_weights(lses.data(), 3, base, scales.data(), &lse, kNaN);
+    merge_weights(lses.data(), 3, base, expected.data(), &expected_lse);
+    CHECK(same_bits(scales, expected));
+    CHECK(lse == expected_lse);
+  }
+}
+
+TEST_CASE("where all ranks are empty the sink is the merged LSE", "[dcp]") {
+  const std::vector<float> lses{-kInf, kNaN};
+  for (const LseBase base : kBases) {
+    std::vector<float> scales(2, 7);
+    float lse = 0;
+    merge_weights(lses.data(), 2, base, scales.data(), &lse, -2.5F);
+    CHECK(lse == -2.5F);
+    CHECK(scales == std::vector<float>{0, 0});
+    merge_weights(lses.data(), 2, base, scales.data(), &lse, kInf);
+    CHECK(lse == -kInf);
+  }
+}
+
+TEST_CASE("scales of one partial after the other have the same bits", "[dcp]") {
+  const auto exp = [](float x) { return std::exp(x); };
+  const auto log = [](float x) { return std::log(x); };
+  for (const std::vector<float>& lses :
+       {std::vector<float>{1, 3, kNaN, 2.25F}, {-kInf, kInf}, {5}, {-200, 300, 299}}) {
+    const int n = static_cast<int>(lses.size());
+    std::vector<float> scales(lses.size());
+    const float lse = merge_weights_with(lses.data(), n, exp, log, scales.data());
+    const RowMass mass = mass_of([&](int i) { return lses[static_cast<std::size_t>(i)]; }, n, exp);
+    CHECK(mass.lse(log) == lse);
+    for (std::size_t i = 0; i < lses.size(); ++i) {
+      CHECK(mass.scale(lses[i], exp) == scales[i]);
+    }
+  }
+}

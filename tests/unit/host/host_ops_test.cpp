@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/host_site.hpp"
 
 using namespace cohort;
 using namespace cohort::host;
@@ -71,14 +72,16 @@ TEST_CASE("two ranks of equal mass weigh one half each", "[host]") {
   std::vector<float> out{2, 4, 6, 8};       // [1, 2, 2]
   std::vector<float> lses{1, 0, 1, kNone};  // [2, 1, 2]
   std::vector<float> corrected(4, -1);
-  ops.correct_partial(view(out, {1, 2, 2}), view(lses, {2, 1, 2}), 0, LseBase::e,
-                      view(corrected, {1, 2, 2}), {});
+  const MergeArguments e = by_head(1, view(out, {1, 2, 2}), view(lses, {1, 2}), {});
+  MergeArguments two = e;
+  two.partials.base = LseBase::two;
+  ops.correct_partial(e.partials, view(lses, {2, 1, 2}), 0, view(corrected, {1, 2, 2}), {});
   CHECK(corrected == std::vector<float>{1, 2, 6, 8});
-  ops.correct_partial(view(out, {1, 2, 2}), view(lses, {2, 1, 2}), 1, LseBase::two,
-                      view(corrected, {1, 2, 2}), {});
+  ops.correct_partial(two.partials, view(lses, {2, 1, 2}), 1, view(corrected, {1, 2, 2}), {});
   CHECK(corrected == std::vector<float>{1, 2, 0, 0});  // empty: zeros
   std::vector<float> merged(2);
-  ops.merge_lse(view(lses, {2, 1, 2}), LseBase::two, view(merged, {1, 2}), {});
+  two.lse = view(merged, {1, 2});
+  ops.merge_lse(view(lses, {2, 1, 2}), two, 0, {});
   CHECK(merged == std::vector<float>{2, 0});  // log2(2^1 + 2^1), and rank 0 alone
 }
 
@@ -103,17 +106,21 @@ TEST_CASE("pieces carry each rank's heads, and merge to the weighted mean", "[ho
     std::vector<std::byte> pieces(static_cast<std::size_t>(n) * piece.bytes);
     const TensorView pieces_view(pieces.data(), DType::u8,
                                  Dims{n, static_cast<std::int64_t>(piece.bytes)});
-    ops.pack_partial(view(out, {batch, heads * n, dim}), view(lse, {batch, heads * n}), pieces_view,
-                     {});
+    ops.pack_partial(
+        by_head(n, view(out, {batch, heads * n, dim}), view(lse, {batch, heads * n}), {}),
+        pieces_view, {});
     std::memcpy(arrived.data() + static_cast<std::size_t>(r) * piece.bytes,
                 pieces.data() + piece.bytes, piece.bytes);
   }
   std::vector<float> merged(static_cast<std::size_t>(batch * heads * dim), -1.0F);
   std::vector<float> lse(static_cast<std::size_t>(batch * heads), -1.0F);
-  const TensorView lse_view = view(lse, {batch, heads});
+  std::vector<float> any(static_cast<std::size_t>(batch * heads * n * dim));
+  MergeArguments into =
+      by_head(n, view(any, {batch, heads * n, dim}), view(any, {batch, heads * n}),
+              view(merged, {batch, heads, dim}), view(lse, {batch, heads}));
   const TensorView arrived_view(arrived.data(), DType::u8,
                                 Dims{n, static_cast<std::int64_t>(piece.bytes)});
-  ops.merge_pieces(arrived_view, LseBase::e, view(merged, {batch, heads, dim}), &lse_view, {});
+  ops.merge_pieces(arrived_view, into, 1, {});
   for (std::int64_t b = 0; b < batch; ++b) {
     for (std::int64_t j = 0; j < heads; ++j) {
       for (std::int64_t i = 0; i < dim; ++i) {
@@ -129,7 +136,9 @@ TEST_CASE("pieces carry each rank's heads, and merge to the weighted mean", "[ho
   CHECK(lse[1] == kNone);
   CHECK(lse[2] == 1.5F + std::log(2.0F));
   std::vector<float> again(merged.size());
-  ops.merge_pieces(arrived_view, LseBase::e, view(again, {batch, heads, dim}), nullptr, {});
+  into.merged = view(again, {batch, heads, dim});
+  into.lse.reset();
+  ops.merge_pieces(arrived_view, into, 1, {});
   CHECK(again == merged);
 }
 

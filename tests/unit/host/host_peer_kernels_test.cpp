@@ -44,16 +44,16 @@ void fill_partial(const TensorView& out, const TensorView& lse, int rank) {
 /// One rank's merge by packing, exchanging and merging: the other plan, through other code.
 void merge_packed(Site& site, ControlPlane& plane, const MergeArguments& arguments) {
   auto& ops = site.backend->ops();
-  const auto& shape = arguments.out.shape();
-  const auto piece = dcp::packed_piece(shape[0], shape[1] / plane.size(), shape[2],
-                                       size_of(arguments.out.dtype()));
+  const auto& out = arguments.partials.out;
+  const auto piece =
+      dcp::packed_piece(arguments.rows.widest(), 1, out.shape()[3], size_of(out.dtype()));
   const Dims pieces{plane.size(), static_cast<std::int64_t>(piece.bytes)};
   const auto mine = site.backend->allocate(pieces, DType::u8, {});
   const auto theirs = site.backend->allocate(pieces, DType::u8, {});
   std::memset(mine.data(), 0, mine.bytes());
-  ops.pack_partial(arguments.out, arguments.lse, mine, {});
+  ops.pack_partial(arguments, mine, {});
   site.transport->all_to_all(mine, theirs, {});
-  ops.merge_pieces(theirs, arguments.base, arguments.merged, arguments.merged_lse, {});
+  ops.merge_pieces(theirs, arguments, plane.rank(), {});
 }
 
 void check_merge(Site& site, ControlPlane& plane, const Shape& shape, DType dtype, LseBase base,
@@ -73,10 +73,10 @@ void check_merge(Site& site, ControlPlane& plane, const Shape& shape, DType dtyp
   const auto merged_lse = site.tensor(Dims{own[0], own[1]}, DType::f32, Form::contiguous);
   const auto expected_lse = site.tensor(Dims{own[0], own[1]}, DType::f32, Form::contiguous);
   auto& kernels = *site.transport->peer_kernels();
-  const MergeArguments arguments{out, lse, merged, &merged_lse, base};
+  const MergeArguments arguments = by_head(n, out, lse, merged, merged_lse, base);
   check(kernels.merge_obstacle(arguments).empty(), "no obstacle");
   kernels.merge_attention(arguments, {});
-  merge_packed(site, plane, {out, lse, expected, &expected_lse, base});
+  merge_packed(site, plane, by_head(n, out, lse, expected, expected_lse, base));
   check(std::memcmp(merged.data(), expected.data(), merged.bytes()) == 0, "bits of packed");
   check(std::memcmp(merged_lse.data(), expected_lse.data(), merged_lse.bytes()) == 0, "lse");
   for_each(merged, [&](const auto&, const std::byte* address) {
@@ -138,15 +138,11 @@ TEST_CASE("a row that no slot can hold is an obstacle, not a hang", "[host]") {
     const auto lse = site.tensor(Dims{1, 2}, DType::f32, Form::contiguous);
     const auto merged = site.tensor(Dims{1, 1, 1024}, DType::f32, Form::contiguous);
     auto& kernels = *site.transport->peer_kernels();
-    check(
-        kernels.merge_obstacle({out, lse, merged, nullptr, LseBase::e}).find("row of 4100 bytes") !=
-            std::string::npos,
-        "the obstacle names the row");
-    check_throws<UsageError>(
-        [&] {
-          kernels.merge_attention({out, lse, merged, nullptr, LseBase::e}, {});
-        },
-        "row");
+    check(kernels.merge_obstacle(by_head(2, out, lse, merged)).find("row of 4100 bytes") !=
+              std::string::npos,
+          "the obstacle names the row");
+    check_throws<UsageError>([&] { kernels.merge_attention(by_head(2, out, lse, merged), {}); },
+                             "row");
     site.transport->barrier({});
   });
 }
@@ -176,14 +172,14 @@ TEST_CASE("a captured merge is replayed on what the tensors then hold", "[host]"
     stream.begin_capture();
     {
       const TensorView no_longer_there = site.tensor(Dims{4, 1}, DType::f32, Form::contiguous);
-      site.transport->peer_kernels()->merge_attention(
-          {out, lse, merged, &no_longer_there, LseBase::e}, stream);
+      site.transport->peer_kernels()->merge_attention(by_head(2, out, lse, merged, no_longer_there),
+                                                      stream);
     }
     const auto graph = stream.end_capture();
     for (int round = 0; round < 3; ++round) {
       fill_partial(out, lse, plane.rank() + round);
       graph->launch(stream);
-      merge_packed(site, plane, {out, lse, expected, nullptr, LseBase::e});
+      merge_packed(site, plane, by_head(2, out, lse, expected));
       check(std::memcmp(merged.data(), expected.data(), merged.bytes()) == 0, "replayed bits");
     }
   });

@@ -152,7 +152,7 @@ TEST_CASE("whoever comes late to memory that a peer gave up learns it, in every 
         const TensorView partial(in.data(), DType::f32, Dims{8, 4, 1024});
         const TensorView lse(in.data(), DType::f32, Dims{8, 4});
         const TensorView merged(out.data(), DType::f32, Dims{8, 2, 1024});
-        it.peer_kernels()->merge_attention({.out = partial, .lse = lse, .merged = merged}, {});
+        it.peer_kernels()->merge_attention(by_head(2, partial, lse, merged), {});
       },
       [](Transport& it, const TensorView& in, const TensorView& out) {
         const TensorView nope(in.data(), DType::f32, Dims{8, 4, 512});
