@@ -34,8 +34,8 @@ class CaptureMemory : public MemoryOwner {
                                      CaptureId capture) = 0;
   /// Hash of where its live blocks lie.
   [[nodiscard]] virtual std::uint64_t history() const noexcept = 0;
-  /// Streams have given up the marks `gone`, which `by` stands for from here on.
-  virtual void replace_marks(OffsetAllocator::Marks gone, OffsetAllocator::Marks by) noexcept = 0;
+  /// Streams have given up marks.
+  virtual void replace_marks(const StreamMarks::GivenUp& marks) = 0;
 };
 
 /// What a part of an arena that graphs use has taken of it. Kept until the part and all its graphs
@@ -186,17 +186,17 @@ class GraphMemory {
     }
   }
 
-  /// Whoever has a mark of `gone` has `by` from here on.
-  void replace_marks(Marks gone, Marks by) noexcept {
+  /// Whoever has a mark that is gone has another from here on.
+  void replace_marks(const StreamMarks::GivenUp& marks) {
     for (const auto& held : parts_) {
       for (auto& extent : held->extents) {
-        extent.users = OffsetAllocator::replaced(extent.users, gone, by);
+        extent.users = marks.replaced(extent.users);
       }
       if (const auto part = held->part.lock()) {
-        part->replace_marks(gone, by);
+        part->replace_marks(marks);
       }
     }
-    before_launch_ = OffsetAllocator::replaced(before_launch_, gone, by);
+    before_launch_ = marks.replaced(before_launch_);
   }
 
   /// Hash of where the live blocks of all parts lie. Of parts with memory only, in no order:

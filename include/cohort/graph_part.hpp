@@ -92,12 +92,10 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
 
   [[nodiscard]] std::uint64_t history() const noexcept override { return blocks_.mixed(0); }
 
-  void replace_marks(OffsetAllocator::Marks gone, OffsetAllocator::Marks by) noexcept override {
-    blocks_.replace_marks(gone, by);
-  }
+  void replace_marks(const StreamMarks::GivenUp& marks) override { blocks_.replace_marks(marks); }
 
   void release(std::uint64_t block) noexcept override {
-    blocks_.free(static_cast<OffsetAllocator::Block>(block));
+    arena_->release_from(blocks_, static_cast<OffsetAllocator::Block>(block));
   }
 
   void record_stream(std::uint64_t block, StreamRef stream) override {

@@ -35,12 +35,34 @@ class StreamMarks {
   /// A set of streams.
   using Marks = OffsetAllocator::Marks;
 
+  static constexpr std::size_t kStreams = 63;
+  /// Marks that streams have given up.
+  struct GivenUp {
+    Marks gone = 0;
+    Marks by = 0;                                  ///< What stands for them now.
+    std::array<StreamRef, kStreams> streams = {};  ///< Whose they were, by bit.
+
+    /// `marks` without those that are gone.
+    [[nodiscard]] Marks replaced(Marks marks) const noexcept {
+      return OffsetAllocator::replaced(marks, gone, by);
+    }
+    /// Calls `visit` with every stream that gave up one of `marks`.
+    template <class Visit>
+    void for_each(Marks marks, const Visit& visit) const {
+      for (marks &= gone; marks != 0; marks &= marks - 1) {
+        visit(streams[static_cast<std::size_t>(std::countr_zero(marks))]);
+      }
+    }
+  };
+
   /// @param owner  Whose memory it is, for messages.
   explicit StreamMarks(std::string owner) : owner_(std::move(owner)) {}
 
   /// The stream's mark; 0 for none, and for one that nobody has to wait for. Where marks are given
-  /// up, `replace(gone, by)` is called first: whoever holds a mark of `gone` holds `by` from there
-  /// on. Throws `UsageError` where every mark is that of a stream that is being captured.
+  /// up, `replace(const GivenUp&)` is called: whoever holds one that is gone holds what stands for
+  /// it from there on, which does for memory that is free. Memory in use also notes the streams,
+  /// and asks for their marks `anew` when it is released. Throws `UsageError` where every mark is
+  /// that of a stream that is being captured.
   template <class Replace>
   [[nodiscard]] Marks of(StreamRef stream, const Replace& replace) {
     if (!stream.valid()) {
@@ -57,12 +79,24 @@ class StreamMarks {
       found = std::find(streams_.begin(), streams_.end(), StreamRef());
     }
     if (found == streams_.end()) {
-      replace(give_up(), kPast);
+      replace(give_up());
       found = std::find(streams_.begin(), streams_.end(), StreamRef());
     }
     *found = stream;
     last_ = static_cast<std::size_t>(found - streams_.begin());
     return mark(last_);
+  }
+
+  /// A mark for all that the stream has so far: the stream's own, if it has one, or that of the
+  /// past. Throws as `of`.
+  template <class Replace>
+  [[nodiscard]] Marks anew(StreamRef stream, const Replace& replace) {
+    const bool has_one = std::find(streams_.begin(), streams_.end(), stream) != streams_.end();
+    if (has_one || stream.capture_id() != 0) {
+      return of(stream, replace);
+    }
+    remember(stream);
+    return kPast;
   }
 
   /// Orders what `stream` gets next after what these users have so far; without a stream it waits
@@ -76,6 +110,9 @@ class StreamMarks {
         } else {
           wait_here(user);
         }
+      }
+      if (!stream.valid()) {
+        past_.clear();  // all of it is over
       }
     }
     for_each(users, stream, [&](StreamRef user, Marks) {
@@ -103,7 +140,6 @@ class StreamMarks {
   }
 
  private:
-  static constexpr std::size_t kStreams = 63;
   static constexpr Marks kPast = Marks{1} << kStreams;
 
   /// What a stream had when it last gave up its mark.
@@ -141,25 +177,24 @@ class StreamMarks {
     user.synchronize(kDefaultTimeLimit);
   }
 
-  /// Frees places, and returns their marks.
-  [[nodiscard]] Marks give_up() {
-    Marks gone = 0;
+  /// Frees places.
+  [[nodiscard]] GivenUp give_up() {
+    GivenUp given_up{.by = kPast, .streams = streams_};
     for (std::size_t place = 0; place < kStreams; ++place) {
-      const StreamRef stream = streams_[place];
-      if (stream.capture_id() == 0) {
-        remember(stream);
-        gone |= mark(place);
+      if (streams_[place].capture_id() == 0) {
+        remember(streams_[place]);
+        given_up.gone |= mark(place);
       }
     }
-    if (gone == 0) {
+    if (given_up.gone == 0) {
       throw UsageError(
           fmt::format("{}: more than {} streams are being captured at once", owner_, kStreams));
     }
     // Not before all events stand: where one cannot be recorded nothing has changed.
-    for (Marks left = gone; left != 0; left &= left - 1) {
+    for (Marks left = given_up.gone; left != 0; left &= left - 1) {
       streams_[static_cast<std::size_t>(std::countr_zero(left))] = {};
     }
-    return gone;
+    return given_up;
   }
 
   void remember(StreamRef stream) {

@@ -6,10 +6,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "cohort/hash.hpp"
 #include "cohort/offset_allocator.hpp"
+#include "cohort/stream.hpp"
+#include "cohort/stream_marks.hpp"
 
 /// \file
 /// An allocator whose blocks remember the streams that use them, so that what is freed is reused in
@@ -52,14 +55,33 @@ class StreamOrderedAllocator {
   /// Frees a block that nobody has used since it was allocated.
   void put_back(Block block) noexcept { space_.free(block, space_.marks(block)); }
   /// Frees a block behind its streams.
-  void free(Block block) noexcept { space_.free(block, users_[block]); }
+  void free(Block block) noexcept { space_.free(block, std::exchange(users_[block], 0)); }
 
-  /// Whoever has a mark of `gone` has `by` from here on.
-  void replace_marks(Marks gone, Marks by) noexcept {
-    space_.replace_marks(gone, by);
-    for (auto& users : users_) {
-      users = OffsetAllocator::replaced(users, gone, by);
+  /// Frees a block behind all that its streams have so far, of those too that gave up their marks
+  /// while it lived. `marks`, `replace`: see `StreamMarks::anew`. What it throws leaves the block
+  /// in use for good, because nobody could wait for it.
+  template <class Replace>
+  void release(Block block, StreamMarks& marks, const Replace& replace) {
+    if (!unmarked_.empty()) [[unlikely]] {
+      for (const StreamRef stream : take_unmarked(block)) {
+        users_[block] |= marks.anew(stream, replace);
+      }
+      static_cast<void>(take_unmarked(block));  // they gave up their marks just now
     }
+    free(block);
+  }
+
+  /// Whoever has a mark that is gone has another from here on.
+  void replace_marks(const StreamMarks::GivenUp& marks) {
+    space_.for_each_live([&](Block block) {
+      if (block < users_.size()) {
+        marks.for_each(users_[block], [&](StreamRef stream) {
+          unmarked_.push_back({block, stream});
+        });
+        users_[block] = marks.replaced(users_[block]);
+      }
+    });
+    space_.replace_marks(marks.gone, marks.by);
   }
 
   /// `hash`, mixed with where the live blocks lie, in the order of their allocation.
@@ -71,8 +93,26 @@ class StreamOrderedAllocator {
   }
 
  private:
+  struct Unmarked {
+    Block block;
+    StreamRef stream;
+  };
+
+  /// The streams of a block that gave up their marks; forgets them.
+  [[nodiscard]] std::vector<StreamRef> take_unmarked(Block block) {
+    std::vector<StreamRef> streams;
+    std::erase_if(unmarked_, [&](const Unmarked& one) {
+      if (one.block == block) {
+        streams.push_back(one.stream);
+      }
+      return one.block == block;
+    });
+    return streams;
+  }
+
   OffsetAllocator space_;
-  std::vector<Marks> users_;  // by block
+  std::vector<Marks> users_;        // by block
+  std::vector<Unmarked> unmarked_;  // what lives of the marks that were given up
 };
 
 }  // namespace cohort

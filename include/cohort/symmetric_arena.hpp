@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <string>
@@ -17,6 +18,7 @@
 #include "cohort/error.hpp"
 #include "cohort/graph_memory.hpp"
 #include "cohort/hash.hpp"
+#include "cohort/log.hpp"
 #include "cohort/offset_allocator.hpp"
 #include "cohort/stream.hpp"
 #include "cohort/stream_marks.hpp"
@@ -187,7 +189,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   }
 
   void release(std::uint64_t block) noexcept override {
-    blocks_.free(static_cast<OffsetAllocator::Block>(block));
+    release_from(blocks_, static_cast<OffsetAllocator::Block>(block));
   }
 
   void record_stream(std::uint64_t block, StreamRef stream) override {
@@ -227,10 +229,19 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   }
 
   [[nodiscard]] OffsetAllocator::Marks mark_of(StreamRef stream) {
-    return marks_.of(stream, [this](OffsetAllocator::Marks gone, OffsetAllocator::Marks by) {
-      blocks_.replace_marks(gone, by);
-      graphs_.replace_marks(gone, by);
-    });
+    return marks_.of(stream, [this](const auto& given_up) { replace_marks(given_up); });
+  }
+  void replace_marks(const StreamMarks::GivenUp& marks) {
+    blocks_.replace_marks(marks);
+    graphs_.replace_marks(marks);
+  }
+  void release_from(StreamOrderedAllocator& blocks, OffsetAllocator::Block block) noexcept {
+    try {
+      blocks.release(block, marks_, [this](const auto& given_up) { replace_marks(given_up); });
+    } catch (const std::exception& error) {
+      log(LogLevel::error,
+          fmt::format("arena {}: a tensor's memory is not used again: {}", name_, error.what()));
+    }
   }
 
   [[nodiscard]] OffsetAllocator::Block allocate(std::size_t bytes, StreamRef stream) {

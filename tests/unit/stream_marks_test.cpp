@@ -13,7 +13,7 @@ using namespace cohort::test;
 namespace {
 
 StreamMarks::Marks unchanged(StreamMarks& marks, StreamRef stream) {
-  return marks.of(stream, [](StreamMarks::Marks, StreamMarks::Marks) { FAIL("marks given up"); });
+  return marks.of(stream, [](const StreamMarks::GivenUp&) { FAIL("marks given up"); });
 }
 
 }  // namespace
@@ -45,16 +45,25 @@ TEST_CASE("marks are given up where there are more streams, by those that are no
   streams[5].begin_capture();
   StreamMarks::Marks gone = 0;
   StreamMarks::Marks by = 0;
-  const auto replace = [&](StreamMarks::Marks g, StreamMarks::Marks b) {
-    gone = g;
-    by = b;
+  std::vector<StreamRef> had_two;
+  const auto replace = [&](const StreamMarks::GivenUp& given_up) {
+    gone = given_up.gone;
+    by = given_up.by;
+    had_two.clear();
+    given_up.for_each(2, [&](StreamRef stream) { had_two.push_back(stream); });
   };
   CHECK(marks.of(driver.ref(streams[63]), replace) == 1);
   CHECK(gone == ((StreamMarks::Marks{1} << 63) - 1 - (1 << 5)));
   CHECK(by == StreamMarks::Marks{1} << 63);
+  CHECK(had_two == std::vector<StreamRef>{driver.ref(streams[1])});
+  CHECK(marks.anew(driver.ref(streams[63]), replace) == 1);
+  CHECK(marks.anew(driver.ref(streams[2]), replace) == by);
   CHECK(unchanged(marks, driver.ref(streams[5])) == 1 << 5);
   marks.order_behind(by, driver.ref(streams[100]));
   CHECK(driver.waits() == 62);
+  marks.order_behind(by, {});  // waits here, and then there is no past
+  marks.order_behind(by, driver.ref(streams[100]));
+  CHECK(driver.waits() == 0);
   CHECK_THROWS_AS(marks.order_behind(1 << 5, driver.ref(streams[100])), UsageError);
   CHECK_THROWS_AS(marks.order_behind(1 << 5, {}), UsageError);
 

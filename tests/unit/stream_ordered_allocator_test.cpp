@@ -51,7 +51,7 @@ TEST_CASE("marks are replaced on live blocks and on free memory") {
   static_cast<void>(blocks.use(live, 1));
   static_cast<void>(blocks.use(other, 2));
   blocks.free(other);
-  blocks.replace_marks(3, 16);
+  blocks.replace_marks({.gone = 3, .by = 16});
   CHECK(blocks.use(blocks.allocate(512).value(), 1) == 16);
   blocks.free(live);
   CHECK(blocks.use(blocks.allocate(512).value(), 1) == 16);

@@ -208,6 +208,49 @@ TEST_CASE("more streams than marks still wait for one another", "[arena][streams
   CHECK(driver.behind.empty());
 }
 
+TEST_CASE("what a stream does after it gave up its mark is waited for all the same",
+          "[arena][streams]") {
+  // Streams whose work is counted; an event stands behind what its stream had.
+  struct Counting final : RecordingDriver {
+    struct Event final : StreamEvent {
+      void* stream = nullptr;
+      int behind = 0;
+    };
+    std::unique_ptr<StreamEvent> make_event() override { return std::make_unique<Event>(); }
+    void record(StreamEvent& event, void* stream) override {
+      static_cast<Event&>(event).stream = stream;
+      static_cast<Event&>(event).behind = work[stream];
+    }
+    void wait(void*, StreamEvent& event) override {
+      auto& waited_for = seen[static_cast<Event&>(event).stream];
+      waited_for = std::max(waited_for, static_cast<Event&>(event).behind);
+    }
+    void wait_for(void*, void* other) override { seen[other] = work[other]; }
+    std::map<void*, int> work;
+    std::map<void*, int> seen;  // by whoever took the memory
+  };
+  const bool recorded = GENERATE(false, true);
+  const std::size_t others = GENERATE(as<std::size_t>(), 10, 62, 63, 64, 130);
+  CAPTURE(recorded, others);
+  Workspace work(kMiB);
+  Counting driver;
+  std::vector<RecordingDriver::State> states(200);
+  const auto stream = [&](std::size_t i) { return StreamRef(driver, &states[i]); };
+  auto tensor = bytes_of(*work.arena, 65536, stream(recorded ? 1 : 0));
+  if (recorded) {
+    tensor.record_stream(stream(0));
+  }
+  for (std::size_t i = 2; i < 2 + others; ++i) {
+    bytes_of(*work.arena, 256, stream(i)).reset();
+  }
+  driver.work[&states[0]] = 7;  // it goes on with the tensor
+  tensor.reset();
+  driver.work[&states[0]] = 8;  // which concerns nobody
+  driver.seen.clear();
+  bytes_of(*work.arena, static_cast<std::int64_t>(kMiB), stream(199)).reset();
+  CHECK(driver.seen[&states[0]] >= 7);
+}
+
 TEST_CASE("a capture of one of many streams concerns nobody who did not share its memory",
           "[arena][streams]") {
   Workspace work(kMiB);
