@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <string>
@@ -49,9 +50,11 @@ namespace cohort::detail {
 /// What a thread has waited for other ranks in the call that it is in.
 struct CallClock {
   std::chrono::steady_clock::duration waited{};
-  std::uint64_t number = 0;  ///< Of the call among those of the thread, 0 for none.
-  std::uint64_t calls = 0;   ///< That the thread has made.
-  std::uint64_t waits = 0;   ///< For other ranks, since the thread began.
+  std::uint64_t number = 0;           ///< Of the call among those of the thread, 0 for none.
+  std::uint64_t calls = 0;            ///< That the thread has made.
+  std::uint64_t waits = 0;            ///< For other ranks, since the thread began.
+  std::uint64_t recorded = 0;         ///< The last call of the thread whose work was recorded.
+  std::uint64_t recorded_number = 0;  ///< What recordings call it.
 };
 
 /// Where each thread keeps it: in memory of the module that was asked first.
@@ -59,15 +62,33 @@ struct CallClocks {
   inline static constinit thread_local CallClock own{};
 
   CallClock* (*of_this_thread)() noexcept = []() noexcept { return &own; };
+  std::atomic<std::uint64_t> recorded_calls{0};  ///< Of all threads.
 };
+
+/// The process's.
+[[nodiscard]] inline CallClocks& call_clocks() { return process_wide<CallClocks>("call clocks 4"); }
 
 /// This thread's, whichever module the call came from.
 [[nodiscard]] inline CallClock& call_clock() noexcept {
   static constinit thread_local CallClock* place = nullptr;
   if (place == nullptr) [[unlikely]] {
-    place = process_wide<CallClocks>("call clocks 3").of_this_thread();
+    place = call_clocks().of_this_thread();
   }
   return *place;
+}
+
+/// The number by which recorded work knows the call that this thread is in, 0 for none: no other
+/// call of the process has it, whichever threads record into one capture.
+[[nodiscard]] inline std::uint64_t recorded_call() {
+  CallClock& clock = call_clock();
+  if (clock.number == 0) {
+    return 0;
+  }
+  if (clock.recorded != clock.number) {
+    clock.recorded = clock.number;
+    clock.recorded_number = call_clocks().recorded_calls.fetch_add(1) + 1;
+  }
+  return clock.recorded_number;
 }
 
 /// A public call: its waits, in whichever groups and parts, share their time limit, so that a rank

@@ -2,6 +2,8 @@
 #include "cohort/call_time.hpp"
 
 #include <chrono>
+#include <cstdint>
+#include <set>
 #include <thread>
 
 #include "support/catch.hpp"
@@ -77,4 +79,22 @@ TEST_CASE("no time limit overflows, and none is at once over", "[call_time]") {
     CHECK_FALSE(cohort::is_time_limit(limit));
     CHECK(deadline_after(limit) >= now);
   }
+}
+
+TEST_CASE("recordings tell the calls of all threads apart", "[call_time]") {
+  CHECK(recorded_call() == 0);
+  std::set<std::uint64_t> numbers;
+  const auto record = [&] {
+    for (int i = 0; i < 3; ++i) {
+      const CallTime call;
+      const auto number = recorded_call();
+      CHECK(number != 0);
+      CHECK(numbers.insert(number).second);
+      const CallTime part;
+      CHECK(recorded_call() == number);  // its parts belong to it
+    }
+  };
+  record();
+  std::thread(record).join();
+  CHECK(numbers.size() == 6);
 }

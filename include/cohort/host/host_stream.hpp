@@ -35,7 +35,7 @@ class Recording {
  public:
   /// Adds work to what a launch runs, as a step of the public call that this thread is in.
   void add(std::function<void()> work) {
-    work_.push_back({cohort::detail::call_clock().number, std::move(work)});
+    work_.push_back({cohort::detail::recorded_call(), std::move(work)});
   }
   /// Keeps the object as long as the recording.
   void retain(std::shared_ptr<void> object) { retained_.push_back(std::move(object)); }
@@ -44,6 +44,10 @@ class Recording {
     if (std::find(owners_.begin(), owners_.end(), owner) == owners_.end()) {
       owners_.push_back(owner);
     }
+  }
+  /// Of what was recorded.
+  [[nodiscard]] const std::vector<std::shared_ptr<const Lifeline>>& owners() const noexcept {
+    return owners_;
   }
   /// Checks the owners, then does the work in order. Calls have their time limit each, whatever
   /// their steps, as they do where they are not recorded.
@@ -66,7 +70,7 @@ class Recording {
 
  private:
   struct Step {
-    std::uint64_t call = 0;  // the number that its call had on its thread, 0 for none
+    std::uint64_t call = 0;  // see `recorded_call`
     std::function<void()> work;
   };
 
@@ -109,9 +113,14 @@ class HostGraph : public ExecutableGraph {
 
   /// Runs the captured work, or records its replay where `stream` is capturing. What a piece of
   /// work throws comes out of here; the rest of the work is then not run. Where a group whose calls
-  /// it holds was shut down, `UsageError`, and none of it is run.
+  /// it holds was shut down, `UsageError`, and none of it is run, nor of a graph that replays it.
   void launch(StreamRef stream) override {
     if (stream.valid()) {
+      if (stream.capture_id() != 0) {
+        for (const auto& owner : recording_->owners()) {
+          stream.check_at_launch(owner);
+        }
+      }
       stream.submit([recording = recording_] { recording->run(); });
     } else {
       recording_->run();

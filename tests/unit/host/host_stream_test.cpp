@@ -204,6 +204,24 @@ TEST_CASE("the steps of a recorded call share its time limit", "[host]") {
   }
 }
 
+TEST_CASE("recorded calls of two threads do not share a time limit", "[host]") {
+  HostStream stream;
+  std::vector<std::chrono::steady_clock::duration> left;
+  stream.begin_capture();
+  for (int i = 0; i < 2; ++i) {
+    std::thread([&] {
+      const cohort::detail::CallTime call;
+      stream.submit([&] {
+        const cohort::detail::LimitedWait wait(800ms);
+        left.push_back(wait.deadline() - wait.start());
+        std::this_thread::sleep_for(5ms);
+      });
+    }).join();
+  }
+  stream.end_capture()->launch(stream);
+  CHECK(left == std::vector<std::chrono::steady_clock::duration>(2, 800ms));
+}
+
 TEST_CASE("enqueue copies arguments only where it must", "[host]") {
   struct Counted {
     int* copies;
@@ -243,6 +261,29 @@ TEST_CASE("a launch checks the owners of its work before any of it runs", "[host
   owner->end();
   CHECK_THROWS_AS(graph->launch(stream), UsageError);
   CHECK(ran == 1);
+}
+
+TEST_CASE("a launch checks the owners of graphs that it replays before any work", "[host]") {
+  HostStream stream;
+  int ran = 0;
+  const auto owner = std::make_shared<Lifeline>("the owner");
+  stream.begin_capture();
+  stream.ref().check_at_launch(owner);
+  const auto inner = stream.end_capture();
+  stream.begin_capture();
+  stream.submit([&] { ++ran; });
+  inner->launch(stream);
+  const auto middle = stream.end_capture();
+  stream.begin_capture();
+  stream.submit([&] { ++ran; });
+  middle->launch(stream);
+  const auto outer = stream.end_capture();
+  outer->launch(stream);
+  CHECK(ran == 2);
+  owner->end();
+  CHECK_THROWS_MATCHES(outer->launch(stream), UsageError, says("the owner", "shutdown"));
+  CHECK_THROWS_AS(middle->launch(stream), UsageError);
+  CHECK(ran == 2);
 }
 
 TEST_CASE("a recorded call checks its owner before any work of the graph", "[host]") {
