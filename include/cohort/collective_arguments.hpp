@@ -41,12 +41,13 @@ struct Caller {
   int size = 1;            ///< Ranks of the group.
 };
 
-/// Throws `UsageError` for elements that do not lie where their type has to.
+/// Throws `UsageError` for elements that do not lie where their type has to. A tensor without any
+/// may point anywhere.
 template <class Void>
 void check_aligned(std::string_view argument, const BasicTensorView<Void>& x) {
   // Sizes are powers of two up to 8, so most tensors pass without a look at their type.
   const auto address = reinterpret_cast<std::uintptr_t>(x.data());
-  if (address % 8 != 0 && (address & (size_of(x.dtype()) - 1)) != 0) {
+  if (address % 8 != 0 && (address & (size_of(x.dtype()) - 1)) != 0 && x.numel() != 0) {
     throw UsageError(fmt::format("{}: expected the data of {} at a multiple of {} bytes, got {}",
                                  argument, to_string(x.dtype()), size_of(x.dtype()),
                                  static_cast<const void*>(x.data())));

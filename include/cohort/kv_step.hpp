@@ -34,7 +34,10 @@ struct KvStep {
   /// [B, P] i32: the pages of the sequence's shard on this rank. Tokens beyond them and those whose
   /// page is negative get `dcp::kNoSlot`.
   std::optional<ConstTensorView> pages = {};
-  std::int64_t page_tokens = 0;  ///< Tokens of a page; 0 without `pages`.
+  std::int64_t page_tokens = 0;  ///< Tokens of a page, at most `kMaxPageTokens`; 0 without `pages`.
+
+  /// So that the slots of any page have 64 bits.
+  static constexpr std::int64_t kMaxPageTokens = std::int64_t{1} << 32;
 
   /// q
   [[nodiscard]] std::int64_t queries() const {
@@ -112,6 +115,10 @@ inline void check_step(const Caller& caller, Device device, const dcp::KvShard& 
         fmt::format("place_step pages: expected a table and the tokens of a page with slots, or "
                     "neither; got {} table, pages of {} tokens and {} slots",
                     pages ? "a" : "no", page_tokens, slots ? "some" : "no"));
+  }
+  if (page_tokens > KvStep::kMaxPageTokens) {
+    throw UsageError(fmt::format("place_step page_tokens: expected at most {}, got {}",
+                                 KvStep::kMaxPageTokens, page_tokens));
   }
   if (lengths.ndim() != 1) {
     throw UsageError(

@@ -224,7 +224,9 @@ class BasicTensorView {
     }
     Dims shape = shape_;
     shape[d] = length;
-    return {offset(begin * strides_[d]), dtype_, shape, strides_, device_};
+    // One without elements begins where this one does: strides of what is not there say nothing.
+    const bool none = length == 0 || numel_ == 0;
+    return {offset(none ? 0 : begin * strides_[d]), dtype_, shape, strides_, device_};
   }
 
   /// The view with two dimensions exchanged.
@@ -258,8 +260,10 @@ class BasicTensorView {
     bool fits = last >= 0 && (numel_ == 0 || shape_[last] == 1 || strides_[last] == 1);
     fits = fits && (numel_ == 0 || reinterpret_cast<std::uintptr_t>(data_) % size_of(dtype) == 0);
     for (int d = 0; fits && d < last; ++d) {
-      fits = numel_ == 0 || shape_[d] == 1 || strides_[d] * from % to == 0;
-      strides[d] = strides_[d] * from / to;
+      std::int64_t step = 0;  // in bytes
+      const bool whole = !__builtin_mul_overflow(strides_[d], from, &step) && step % to == 0;
+      fits = whole || numel_ == 0 || shape_[d] == 1;  // where nothing is stepped over, any will do
+      strides[d] = whole ? step / to : 0;
     }
     if (!fits || shape_[last] * from % to != 0) {
       throw UsageError(fmt::format("reinterpret: cannot view {}{} with strides {} as {}",

@@ -60,6 +60,8 @@ TEST_CASE("data that is not aligned to its type is named", "[arguments]") {
             check_on_device("x", caller, x.device(), x), UsageError,
             says("x: expected the data of", fmt::format("a multiple of {} bytes", size_of(dtype))));
       }
+      const ConstTensorView nothing(memory + offset, dtype, {2, 0});
+      CHECK_NOTHROW(check_on_device("x", caller, x.device(), nothing));
     }
   }
 }

@@ -2,6 +2,7 @@
 #include "cohort/kv_step.hpp"
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -65,6 +66,7 @@ TEST_CASE("what a step needs is refused by name where it is something else", "[k
   refused([&](KvStep& s) { s.slots = view(20, DType::i64, {3, 2}); }, "slots", "overlap");
   refused([&](KvStep& s) { s.pages = view(60, DType::i32, {3}); }, "pages", "(3,0)");
   refused([&](KvStep& s) { s.page_tokens = 0; }, "pages", "0 tokens");
+  refused([&](KvStep& s) { s.page_tokens = KvStep::kMaxPageTokens + 1; }, "page_tokens", "at most");
   refused([&](KvStep& s) { s.pages.reset(); }, "pages", "no table");
   refused([&](KvStep& s) { s.slots.reset(); }, "pages", "no slots");
   refused(
@@ -73,4 +75,19 @@ TEST_CASE("what a step needs is refused by name where it is something else", "[k
         s.counts.reset();
       },
       "place_step", "neither");
+}
+
+TEST_CASE("the slots of the last page of the largest size are exact", "[kv_step]") {
+  constexpr std::int32_t kMost = std::numeric_limits<std::int32_t>::max();
+  const std::int32_t length = kMost;
+  const std::int32_t page = kMost;
+  std::int64_t slot = 0;
+  const KvStep step{.lengths = ConstTensorView(&length, DType::i32, {1}),
+                    .slots = TensorView(&slot, DType::i64, {1, 1}),
+                    .pages = ConstTensorView(&page, DType::i32, {1, 1}),
+                    .page_tokens = KvStep::kMaxPageTokens};
+  const KvShard shard(1);
+  check_step({"dcp[0]", 0, 1}, Device{}, shard, step);
+  step.rows(shard.placement(), 0).place(0, 0);
+  CHECK(slot == (std::int64_t{kMost} << 32) + kMost - 1);
 }

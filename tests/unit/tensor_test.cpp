@@ -132,6 +132,17 @@ TEST_CASE("bytes can be viewed as elements of another type", "[tensor]") {
                       .reinterpret(DType::f64),
                   UsageError);
   CHECK_THROWS_AS(TensorView(values.data(), DType::f32, Dims{}).reinterpret(DType::u8), UsageError);
+
+  // Nothing is stepped over where there is one row or none, so its stride may be any.
+  constexpr std::int64_t kFar = std::numeric_limits<std::int64_t>::max();
+  const TensorView row(values.data(), DType::f32, Dims{1, 4}, Dims{kFar, 1});
+  CHECK(row.reinterpret(DType::u8).shape() == Dims{1, 16});
+  CHECK(row.reinterpret(DType::u8).strides() == Dims{0, 1});
+  CHECK(row.slice(0, 1, 0).data() == values.data());
+  CHECK(row.slice(0, 1, 0).reinterpret(DType::f64).shape() == Dims{0, 2});
+  CHECK_THROWS_AS(TensorView(values.data(), DType::f32, Dims{2, 4}, Dims{kFar, 1})  // no memory
+                      .reinterpret(DType::u8),
+                  UsageError);
 }
 
 TEST_CASE("mutable views convert to constant ones, not back", "[tensor]") {

@@ -84,7 +84,7 @@ struct KvRows {
   std::int64_t page_batch_stride = 0;   ///< Of `pages`, along B.
   std::int64_t page_stride = 0;         ///< Along P.
   std::int64_t pages_of_sequence = 0;   ///< P
-  std::int64_t page_tokens = 1;         ///< Tokens of a page, at least 1.
+  std::int64_t page_tokens = 1;         ///< Tokens of a page, 1 to 2^32.
 
   /// Writes what belongs to row j of sequence b.
   constexpr void place(std::int64_t b, std::int64_t j) const noexcept {
