@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <sys/types.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -21,6 +22,8 @@
 #include "cohort/call_time.hpp"
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
+#include "cohort/owner_process.hpp"
+#include "cohort/poll_pause.hpp"
 #include "cohort/process_state.hpp"
 
 /// \file
@@ -32,7 +35,7 @@ namespace cohort::detail {
 /// The calls that are under way on threads of their own. Where the process leaves while one is, the
 /// exit handlers of CUDA would take down what it uses, and crash it: the first call of all
 /// therefore asks for a handler before theirs, which waits a while for those that may still end and
-/// then leaves at once, with the status that the process has.
+/// then leaves at once, with the status that the process has. A forked child has none of them.
 class CallsUnderWay {
  public:
   /// From its beginning to its end one call is under way.
@@ -46,33 +49,57 @@ class CallsUnderWay {
 
  private:
   static constexpr std::chrono::seconds kPatience{2};
+  static constexpr std::chrono::milliseconds kPause{1};
+
+  /// How many there are, and in which process: a child forked during a call inherits the number
+  /// without the thread, and would inherit a lock without the one to open it.
+  struct Count {
+    pid_t process = 0;
+    std::int32_t calls = 0;
+  };
 
   static CallsUnderWay& get() {
-    static CallsUnderWay& all = process_wide<CallsUnderWay>("calls under way 1");
+    static CallsUnderWay& all = process_wide<CallsUnderWay>("calls under way 2");
     return all;
   }
-  void add(int calls) {
-    const std::lock_guard lock(mutex_);
-    count_ += calls;
-    changed_.notify_all();
-    if (!std::exchange(asked_, true)) {
+  void add(std::int32_t calls) {
+    const pid_t here = current_process();
+    Count now = count_.load();
+    while (
+        !count_.compare_exchange_weak(now, {here, (now.process == here ? now.calls : 0) + calls})) {
+    }
+    if (!asked_.exchange(true)) {
       static_cast<void>(::on_exit([](int status, void*) { get().leave(status); }, nullptr));
     }
   }
+  [[nodiscard]] bool any() const noexcept {
+    const Count now = count_.load();
+    return now.process == current_process() && now.calls > 0;
+  }
   void leave(int status) {
-    std::unique_lock lock(mutex_);
-    if (!changed_.wait_for(lock, kPatience, [this] { return count_ == 0; })) {
-      log(LogLevel::warning,
-          "the process leaves without its other exit handlers: a call of NCCL does not end");
-      std::fflush(nullptr);
-      ::_exit(status);
+    const auto end = std::chrono::steady_clock::now() + kPatience;
+    while (any()) {
+      if (std::chrono::steady_clock::now() >= end) {
+        log(LogLevel::warning,
+            "the process leaves without its other exit handlers: a call of NCCL does not end");
+        flush(stdout);
+        flush(stderr);
+        ::_exit(status);
+      }
+      nap(kPause);
+    }
+  }
+  /// Nothing where another thread is inside, perhaps for good.
+  static void flush(std::FILE* file) noexcept {
+    if (::ftrylockfile(file) == 0) {
+      std::fflush(file);
+      ::funlockfile(file);
     }
   }
 
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  int count_ = 0;
-  bool asked_ = false;
+  std::atomic<Count> count_{};
+  static_assert(std::atomic<Count>::is_always_lock_free);
+  std::atomic<bool> asked_{false};
 };
 
 /// Runs `work` on a thread of its own and waits for it, with what the call under way has left of

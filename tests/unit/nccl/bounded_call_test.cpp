@@ -4,8 +4,10 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
@@ -109,6 +111,46 @@ static int status_of_leaving(std::chrono::milliseconds length) {
 TEST_CASE("a process leaves in good order over a call that does not end", "[bounded_call]") {
   CHECK(status_of_leaving(1h) == 7);     // at once, before the others could harm the call
   CHECK(status_of_leaving(100ms) == 9);  // behind it, as ever
+}
+
+/// What a child of this process leaves with that runs `body`; -1 where it does not leave.
+template <class Body>
+static int status_of(const Body& body) {
+  const pid_t child = ::fork();
+  if (child == 0) {
+    ::alarm(20);
+    gives_nine = true;
+    body();
+    std::_Exit(1);
+  }
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+TEST_CASE("a process leaves over a call while another thread waits for input", "[bounded_call]") {
+  CHECK(status_of([] {
+          std::array<int, 2> input{};
+          if (::pipe(input.data()) != 0 || ::dup2(input[0], STDIN_FILENO) < 0) {
+            return;
+          }
+          std::thread([] { (void)std::getchar(); }).detach();
+          std::this_thread::sleep_for(100ms);  // it is inside
+          static_cast<void>(call_within(10ms, [] { std::this_thread::sleep_for(1h); }));
+          std::exit(7);
+        }) == 7);
+}
+
+TEST_CASE("a child forked during a call leaves as it would without", "[bounded_call]") {
+  CHECK(status_of([] {
+          static_cast<void>(call_within(10ms, [] { std::this_thread::sleep_for(1h); }));
+          const int without = status_of([] { std::exit(5); });
+          const int with_its_own = status_of([] {
+            static_cast<void>(call_within(10ms, [] { std::this_thread::sleep_for(1h); }));
+            std::exit(5);
+          });
+          std::_Exit(10 * without + with_its_own);
+        }) == 95);
 }
 
 TEST_CASE("the end comes at once where nobody uses the thing, and once", "[bounded_call]") {
