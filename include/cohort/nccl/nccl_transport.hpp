@@ -85,7 +85,7 @@ class NcclTransport final : public Transport {
       throw UsageError("segment: expected one of the CUDA backend");
     }
     return NcclWindow::create(group_.communicator, static_cast<NcclSegment&>(segment),
-                              group_.control.limit());
+                              group_.control);
   }
 
   void all_gather(const ConstTensorView& in, const TensorView& out, int dim,

@@ -4,11 +4,13 @@
 #include <fmt/format.h>
 #include <nccl.h>
 
+#include <chrono>
 #include <cstddef>
 #include <memory>
 #include <span>
 #include <utility>
 
+#include "cohort/control_plane.hpp"
 #include "cohort/cuda/device_drain.hpp"
 #include "cohort/cuda/exportable_memory.hpp"
 #include "cohort/cuda/handles.hpp"
@@ -108,16 +110,17 @@ class NcclSegment final : public Segment {
 /// A segment's window with one communicator.
 class NcclWindow final : public Window {
  public:
-  /// Collective; the ranks have agreed on sequence and size: NCCL itself does not notice different
-  /// sizes, and waits without limit for a rank that never comes. Never during a capture.
-  /// Throws `TransportError` and `TimeoutError`.
+  /// Collective over `group`; the ranks have agreed on sequence and size: NCCL itself does not
+  /// notice different sizes, and waits without limit for a rank that never comes. A rank that fails
+  /// leaves `group`, so that the others do not wait for it. Never during a capture.
+  /// Throws `TransportError`, `TimeoutError` and what made another rank fail.
   [[nodiscard]] static std::unique_ptr<NcclWindow> create(
       const std::shared_ptr<Communicator>& communicator, const NcclSegment& segment,
-      std::chrono::milliseconds limit) {
+      ControlPlane& group) {
 #if NCCL_VERSION_CODE >= 22700
     communicator->count_registration();
     const auto window = std::make_shared<ncclWindow_t>(nullptr);
-    communicator->run("ncclCommWindowRegister", limit,
+    communicator->run("ncclCommWindowRegister", group,
                       [communicator, window, memory = segment.memory(), data = segment.data(),
                        bytes = segment.bytes()] {
                         const DeviceGuard guard(communicator->device());
@@ -126,18 +129,19 @@ class NcclWindow final : public Window {
                             ncclCommWindowRegister(communicator->get(), data, bytes, window.get(),
                                                    NCCL_WIN_COLL_SYMMETRIC),
                             "ncclCommWindowRegister");
+                        if (*window == nullptr) {
+                          throw TransportError({.call = "ncclCommWindowRegister"},
+                                               "it succeeded without a window: NCCL cannot "
+                                               "register here, which the policy should have found "
+                                               "out");
+                        }
                       });
-    if (*window == nullptr) {
-      throw TransportError({.call = "ncclCommWindowRegister"},
-                           "it succeeded without a window: NCCL cannot register here, which the "
-                           "policy should have found out");
-    }
     return std::unique_ptr<NcclWindow>(
         new NcclWindow(communicator, *window, segment.data(), segment.bytes()));
 #else
     static_cast<void>(communicator);
     static_cast<void>(segment);
-    static_cast<void>(limit);
+    static_cast<void>(group);
     throw TransportError({.call = "ncclCommWindowRegister"},
                          "the library was built with an NCCL that has no windows");
 #endif
