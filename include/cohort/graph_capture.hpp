@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+#include <iterator>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -24,6 +26,16 @@ class CaptureDomain {
   /// The arenas that captures cover.
   [[nodiscard]] const std::vector<std::shared_ptr<SymmetricArena>>& arenas() const noexcept {
     return arenas_;
+  }
+  /// Those whose groups have not been shut down. Throws `UsageError` where all have.
+  [[nodiscard]] std::vector<std::shared_ptr<SymmetricArena>> open_arenas() const {
+    std::vector<std::shared_ptr<SymmetricArena>> open;
+    std::copy_if(arenas_.begin(), arenas_.end(), std::back_inserter(open),
+                 [](const auto& arena) { return !arena->closed(); });
+    if (open.empty() && !arenas_.empty()) {
+      throw UsageError("graphs: used after all groups were shut down");
+    }
+    return open;
   }
 
  private:
@@ -66,7 +78,7 @@ class CaptureScope {
     }
     GraphPool own;
     GraphPool& from = pool != nullptr ? *pool : own;
-    for (const auto& arena : domain.arenas()) {
+    for (const auto& arena : domain.open_arenas()) {
       const auto& part = from.part_of(arena);
       stream.retain_in_capture(part->lease());
       entered_.push_back(std::make_unique<Entered>(arena, capture_, part));

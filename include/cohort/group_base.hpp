@@ -237,8 +237,10 @@ class GroupBase {
     }
   }
 
-  /// Local, before teardown of a group whose ranks no longer wait for each other.
-  void forsake_peers() noexcept {
+  /// Local. Leaves the group and tells those that still wait for this rank, or will, why: for a
+  /// rank that makes no further call. Teardown then waits for no peer.
+  void forsake_peers(std::string_view reason) noexcept {
+    parts_.control->give_up(reason);
     if (parts_.transport != nullptr) {
       parts_.transport->forsake_peers();
     }
@@ -265,8 +267,8 @@ class GroupBase {
     }
     try {
       parts_.control->barrier();  // no rank may still be reading what goes away
-    } catch (...) {
-      forsake_peers();
+    } catch (const std::exception& error) {
+      forsake_peers(error.what());
       close();
       throw;
     }
@@ -274,6 +276,8 @@ class GroupBase {
   }
 
   /// Local: `shutdown` once the ranks have waited for each other, or where they no longer can.
+  /// Whether it was shut down.
+  [[nodiscard]] bool closed() const noexcept { return closed_; }
   void close() noexcept {
     closed_ = true;
     lifeline_->end();

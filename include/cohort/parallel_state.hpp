@@ -103,7 +103,8 @@ class ParallelState {
   ParallelState& operator=(const ParallelState&) = delete;
   ~ParallelState() {
     trace_.reset();
-    settle(any_failed());  // nobody knows who else is still there
+    const std::string reason = reason_to_leave();
+    settle(reason);
     close_audiences();
     if (formed_ != nullptr) {
       formed_->clear();
@@ -210,11 +211,7 @@ class ParallelState {
               }
               order_launch(*formed, *domain, on, id);
             },
-            [formed = formed_](StreamRef on) {
-              for (GroupCoordinator* group : *formed) {
-                group->launched(on);
-              }
-            }};
+            [formed = formed_](StreamRef on) { mark_launched(*formed, on); }};
   }
 
   /// For an engine that launches graphs of its own: `order` right before a launch puts it behind
@@ -227,17 +224,13 @@ class ParallelState {
     order_launch(*formed_, *captures_, stream, graph);
   }
   /// Right behind a launch of a graph of the engine's own; see `order`.
-  void launched(StreamRef stream) {
-    for (GroupCoordinator* group : *formed_) {
-      group->launched(stream);
-    }
-  }
+  void launched(StreamRef stream) { mark_launched(*formed_, stream); }
 
   /// Collective. Returns the memory of graphs that every rank has destroyed to the arenas, which
   /// growth and `reserve` also do.
   void reclaim_graphs() {
     const detail::CallTime time;
-    for (const auto& arena : captures_->arenas()) {
+    for (const auto& arena : captures_->open_arenas()) {
       arena->reclaim();
     }
   }
@@ -257,17 +250,23 @@ class ParallelState {
   /// in the end: `TimeoutError` naming who did not come, `SymmetryError`, `TransportError`.
   void shutdown() {
     std::exception_ptr failure;
+    std::string reason;
     try {
       if (!shut_down_) {
+        if (const std::string why = reason_to_leave(); !why.empty()) {
+          // Not in the world, where it waits for those who learn it so, or need not.
+          tell(why, [&](const GroupCoordinator* group) { return group != world_.get(); });
+        }
         detail::reporting(world_->recorder().get(), [&] {
           world_->control().barrier();  // no rank may still be reading what goes away
         });
       }
-    } catch (const std::exception&) {
+    } catch (const std::exception& error) {
       failure = std::current_exception();
+      reason = error.what();
     }
     shut_down_ = true;
-    settle(failure != nullptr);
+    settle(reason);
     close_audiences();
     {
       const detail::CallTime time;  // which their last waits share
@@ -455,11 +454,30 @@ class ParallelState {
 
   static void order_launch(const std::vector<GroupCoordinator*>& formed,
                            const CaptureDomain& captures, StreamRef stream, CaptureId graph) {
+    throw_if_all_closed(formed);
     for (GroupCoordinator* group : formed) {
-      group->order(stream, graph);
+      if (!group->closed()) {  // a graph with its calls says so itself
+        group->order(stream, graph);
+      }
     }
     for (const auto& arena : captures.arenas()) {
       arena->order_launch(stream);  // those of audiences as well
+    }
+  }
+
+  static void throw_if_all_closed(const std::vector<GroupCoordinator*>& formed) {
+    if (std::all_of(formed.begin(), formed.end(),
+                    [](const GroupCoordinator* group) { return group->closed(); })) {
+      throw UsageError("graph launch: the ParallelState was used after shutdown");
+    }
+  }
+
+  static void mark_launched(const std::vector<GroupCoordinator*>& formed, StreamRef stream) {
+    throw_if_all_closed(formed);
+    for (GroupCoordinator* group : formed) {
+      if (!group->closed()) {
+        group->launched(stream);
+      }
     }
   }
 
@@ -471,11 +489,15 @@ class ParallelState {
     }
   }
 
-  /// All groups within one patience: a call of one holds up the device of all. `without_peers`:
-  /// ranks may be gone, so no group waits for them any longer; each would take its time.
-  void settle(bool without_peers) noexcept {
+  /// All groups within one patience: a call of one holds up the device of all. Where there is a
+  /// reason ranks may be gone, so no group waits for them any longer, each of which would take its
+  /// time; and in no group do others wait for this rank.
+  void settle(const std::string& reason) noexcept {
     if (formed_ == nullptr) {
       return;
+    }
+    if (!reason.empty()) {
+      tell(reason, [](const GroupCoordinator*) { return true; });
     }
     const auto deadline = Clock::now() + GroupCoordinator::kTeardownPatience;
     for (auto group = formed_->rbegin(); group != formed_->rend(); ++group) {
@@ -483,16 +505,27 @@ class ParallelState {
           std::max(std::chrono::milliseconds::zero(),
                    std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now())));
     }
-    if (without_peers) {
-      for (GroupCoordinator* const group : *formed_) {
-        group->forsake_peers();
+  }
+  template <class Which>
+  void tell(const std::string& reason, const Which& which) noexcept {
+    for (GroupCoordinator* const group : *formed_) {
+      if (which(group) && !group->closed()) {
+        group->forsake_peers(reason);
       }
     }
   }
-  [[nodiscard]] bool any_failed() const noexcept {
-    return formed_ != nullptr &&
-           std::any_of(formed_->begin(), formed_->end(),
-                       [](const GroupCoordinator* group) { return group->failed(); });
+  /// What the others of all groups are told where a group has failed; empty where none has.
+  [[nodiscard]] std::string reason_to_leave() const noexcept try {
+    if (formed_ != nullptr) {
+      for (const GroupCoordinator* const group : *formed_) {
+        if (group->failed()) {
+          return fmt::format("its ParallelState ends behind a failure in group {}", group->name());
+        }
+      }
+    }
+    return {};
+  } catch (const std::exception&) {
+    return "failed";  // no memory for more
   }
   void close_audiences() noexcept {
     for (const auto& known : audiences_) {

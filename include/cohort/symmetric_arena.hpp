@@ -124,6 +124,8 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     graphs_.reclaim();
   }
 
+  /// Whether `close` has been called.
+  [[nodiscard]] bool closed() const noexcept { return closed_; }
   /// Deregisters every window, newest first, then frees the segments, and refuses every later
   /// allocation. Segments with live tensors are freed with the last of them, those that graphs
   /// lease with the last of these. Called by the owner before the audience's groups go.

@@ -265,7 +265,8 @@ class Transport {
   /// ended keeps its memory when the transport goes.
   virtual void settle(std::chrono::milliseconds /*patience*/) noexcept {}
 
-  /// Teardown shall not wait for peers, of which some may be gone. Local; the group makes no call
+  /// Teardown shall not wait for peers, of which some may be gone, and those that still wait for
+  /// this rank by the transport's own means shall not either. Local; the group makes no call
   /// afterwards.
   virtual void forsake_peers() noexcept {}
 

@@ -10,6 +10,7 @@
 #include <iterator>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <utility>
@@ -500,6 +501,93 @@ TEST_CASE("where the ranks cannot wait for each other no group waits for peers i
       groups += group->size() > 1 ? 1U : 0U;
     }
     check_equal(forsaken.size(), groups, "groups that wait no longer");
+  });
+}
+
+TEST_CASE("a rank that leaves behind one group's failure tells all its groups", "[state]") {
+  const bool mapped = GENERATE(true, false);
+  const bool shuts_down = GENERATE(true, false);
+  const auto start = Clock::now();
+  run_ranks(
+      4,
+      [&](ControlPlane& world) {
+        const HostOptions options{.machine = mapped ? "one" : std::to_string(world.rank())};
+        std::optional<ParallelState> state(
+            make_state(world, {.tp = 4, .dcp = 2}, {.backend = host_backend(options)}));
+        if (world.rank() == 3) {
+          state->dcp().forsake_peers("its card fell off the bus");
+          check(state->dcp().failed(), "failed");
+          if (shuts_down) {
+            state->shutdown();  // together with the others
+          } else {
+            state.reset();
+          }
+          return;
+        }
+        check_throws<Error>([&] { state->tp().barrier(); }, mapped ? "rank" : "rank 3",
+                            mapped ? "gave up" : "behind a failure in group dcp[1]");
+        if (shuts_down) {
+          state->shutdown();
+        } else {
+          check_throws<SymmetryError>([&] { state->world().control().check_peers(); },
+                                      "behind a failure in group dcp[1]");
+        }
+      },
+      std::chrono::milliseconds(60'000));
+  CHECK(seconds_since(start) < 30);
+}
+
+TEST_CASE("a rank that leaves in good order tells nobody that it failed", "[state]") {
+  run_ranks(2, [](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2, .dcp = 2});
+    {
+      auto other = make_state(world, {.tp = 2, .dcp = 2});
+      check_works_on(other.dcp());
+      if (world.rank() == 1) {
+        const auto gone = std::move(other);
+      }
+      world.barrier();
+      if (world.rank() == 0) {
+        for (GroupCoordinator* group : other.groups()) {
+          group->control().check_peers();
+          check(!group->control().poisoned(), group->name());
+        }
+      }
+    }
+    state.shutdown();
+  });
+}
+
+TEST_CASE("graphs go on without a group that was shut down, unless they hold its calls",
+          "[state]") {
+  run_ranks(2, [](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2, .dcp = 2});
+    HostStream stream;
+    const Tensor x = state.backend().allocate({16}, DType::f32, {});
+    const auto of = [&](GroupCoordinator& group) {
+      return state.capture(stream, [&] { group.all_reduce(x, stream); });
+    };
+    auto of_tp = of(state.tp());
+    auto of_dcp = of(state.dcp());
+    of_dcp.launch(stream);
+    state.dcp().shutdown();
+    const auto check_launch = [&](CapturedGraph& graph) {
+      fill(x, world.rank());
+      graph.launch(stream);
+      check_values(x, "sum",
+                   [](std::int64_t flat) { return value_at(0, flat) + value_at(1, flat); });
+    };
+    check_launch(of_tp);
+    state.order(stream);
+    state.launched(stream);
+    check_throws<UsageError>([&] { of_dcp.launch(stream); }, "dcp[0]", "after shutdown");
+    auto later = of(state.tp());
+    check_launch(later);
+    state.reclaim_graphs();
+    state.shutdown();
+    check_throws<UsageError>([&] { of_tp.launch(stream); }, "after shutdown");
+    check_throws<UsageError>([&] { state.launched(stream); }, "after shutdown");
+    check_throws<UsageError>([&] { state.reclaim_graphs(); }, "shut down");
   });
 }
 

@@ -195,6 +195,12 @@ class HostTransport final : public Transport {
   [[nodiscard]] TransportStand call_begins(TraceCall) noexcept override { return steps_.stand(); }
   [[nodiscard]] TransportStand stand() const noexcept override { return steps_.stand(); }
 
+  void forsake_peers() noexcept override {
+    if (access_ != nullptr) {
+      access_->meeting().poison();  // ranks without one wait over the control plane
+    }
+  }
+
   [[nodiscard]] bool failed() const noexcept override {
     return access_ != nullptr ? access_->meeting().failed() : exchange_.poisoned();
   }
