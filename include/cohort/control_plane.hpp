@@ -37,6 +37,13 @@ namespace cohort {
 /// Default of every wait on the host that no option sets.
 inline constexpr std::chrono::milliseconds kDefaultTimeLimit{60'000};
 
+/// What a rank does to learn who has left.
+enum class PeerLook : std::uint8_t {
+  now,     ///< Takes in all that has come, behind other threads that are at it.
+  lately,  ///< The same unless it, or another thread, has done so within the last milliseconds.
+  heard,   ///< Asks for no message: what any group with the same messenger has taken in.
+};
+
 /// Messages between the ranks of one group. Collective calls are made by every rank of the group
 /// in the same order; one thread at a time uses a control plane.
 class ControlPlane {
@@ -123,11 +130,13 @@ class ControlPlane {
   /// it is poisoned already, because then they have been told. Any thread may call it.
   virtual void give_up(std::string_view reason) noexcept = 0;
 
-  /// Local, without waiting. Throws what a rank said that has left the group, at whichever call,
-  /// and leaves it as well: for ranks that wait for each other by other means. What a rank of this
-  /// machine said before it did anything that can be seen here, is found. Nothing happens where
-  /// this rank has left.
-  virtual void check_peers() = 0;
+  /// Local, without waiting for peers. Throws what a rank said that has left the group, at
+  /// whichever call, and leaves it as well: for ranks that wait for each other by other means. What
+  /// a rank of this machine said before it did anything that can be seen here, is found by
+  /// `PeerLook::now`, for all groups that share the messenger: they need no more than `heard` then.
+  /// Nothing happens where this rank has left. Any thread may call it, whatever the group's own
+  /// does meanwhile.
+  void check_peers(PeerLook look = PeerLook::now) { find_who_left(look); }
 
   /// A control plane of the given ranks of this one, in the given order. Local: no message is
   /// sent, so survivors can form a group without the ranks that left. All of `ranks` pass the same
@@ -195,6 +204,9 @@ class ControlPlane {
   [[nodiscard]] FlightRecorder* recorder() const noexcept { return recorder_.get(); }
 
  protected:
+  /// `check_peers`.
+  virtual void find_who_left(PeerLook look) = 0;
+
   /// From here on generations are given only once, by `new_generations` and `split`.
   static constexpr std::uint64_t kFreshGeneration = std::uint64_t{1} << 62;
 

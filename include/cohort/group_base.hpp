@@ -4,9 +4,11 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <string_view>
@@ -144,10 +146,10 @@ class GroupBase {
     } else if (stream.valid()) {
       stream.synchronize(limit);
     }
-    for (const GroupBase* const other : others_) {
-      if (other->parts_.transport != nullptr) {
-        detail::reporting(other->recorder_.get(), [&] { other->parts_.transport->check(stream); });
-      }
+    // The look of this group behind the stream's end took in what was said to the others as well.
+    const PeerLook look = parts_.transport != nullptr ? PeerLook::heard : PeerLook::now;
+    for (GroupBase* const other : others_) {
+      other->check_beside(stream, look);
     }
   }
   /// Local. For `ParallelState`: its other groups, whose calls a stream may hold as well.
@@ -274,10 +276,10 @@ class GroupBase {
     }
     close();
   }
-
-  /// Local: `shutdown` once the ranks have waited for each other, or where they no longer can.
   /// Whether it was shut down.
   [[nodiscard]] bool closed() const noexcept { return closed_; }
+
+  /// Local: `shutdown` once the ranks have waited for each other, or where they no longer can.
   void close() noexcept {
     closed_ = true;
     lifeline_->end();
@@ -286,7 +288,11 @@ class GroupBase {
     if (arena_ != nullptr) {
       arena_->close();
     }
-    parts_.transport.reset();
+    std::unique_ptr<Transport> last;
+    {
+      const std::lock_guard lock(ending_);
+      last = std::move(parts_.transport);
+    }
   }
 
  protected:
@@ -400,6 +406,14 @@ class GroupBase {
   }
 
  private:
+  /// For another group of the state, which has waited for the stream on a thread of its own.
+  void check_beside(StreamRef stream, PeerLook look) {
+    const std::lock_guard lock(ending_);
+    if (!closed_ && parts_.transport != nullptr) {
+      detail::reporting(recorder_.get(), [&] { parts_.transport->check(stream, look); });
+    }
+  }
+
   [[nodiscard]] TransportStand stand() const noexcept {
     return parts_.transport != nullptr ? parts_.transport->stand()
                                        : TransportStand{.path = CallPath::local};
@@ -450,7 +464,8 @@ class GroupBase {
   std::vector<StreamOrder> lanes_;  // each with an order of its own
   std::size_t lane_ = 0;
   std::uint64_t debug_sequence_ = 0;
-  bool closed_ = false;
+  std::mutex ending_;  // the transport goes under it; the threads of other groups ask under it
+  std::atomic<bool> closed_{false};
 };
 
 }  // namespace cohort

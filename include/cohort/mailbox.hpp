@@ -2,6 +2,7 @@
 #pragma once
 
 #include <fmt/format.h>
+#include <time.h>
 
 #include <algorithm>
 #include <array>
@@ -123,7 +124,7 @@ class Mailbox {
       if (auto frame = take(wanted)) {
         return frame;
       }
-      if (from == messenger_->rank() || find_notice(watch) != nullptr) {
+      if (from == messenger_->rank() || notice(watch)) {
         return std::nullopt;  // own messages are there before anyone can ask for them
       }
       const auto start = Clock::now();
@@ -142,7 +143,7 @@ class Mailbox {
       }
       if (now >= next_look) {
         next_look = now + kSlice;
-        if (look_at(watch)) {
+        if (take_in()) {
           continue;
         }
       }
@@ -152,10 +153,20 @@ class Mailbox {
     }
   }
 
-  /// Takes in what the watched ranks have sent by now, without waiting.
-  void look(const Watch& watch) {
+  /// Takes in what has come by now, from whomever and for whichever group.
+  void look() {
     const auto lock = enter();
-    look_at(watch);
+    take_in();
+  }
+
+  /// The same for those who ask all the time: does nothing within some milliseconds of the last
+  /// look of any group, nor while another thread is inside, which takes in what comes itself.
+  void look_now_and_then() {
+    if (tick() > looked_.load(std::memory_order_relaxed)) {
+      if (const std::unique_lock lock(mutex_, std::try_to_lock); lock.owns_lock()) {
+        take_in();
+      }
+    }
   }
 
   /// Whether a frame of that kind of call from a rank has been taken in.
@@ -164,14 +175,23 @@ class Mailbox {
     return pending_.count(key({channel, call, 0}, from)) > 0;
   }
 
-  /// The first notice that concerns a call. Costs nothing where there is none.
+  /// The first notice that concerns a call, of those taken in. Waits for nobody, and costs nothing
+  /// where there is none.
   [[nodiscard]] std::optional<Notice> notice(const Watch& watch) {
     if (!has_notices_.load(std::memory_order_relaxed)) {
       return std::nullopt;
     }
-    const auto lock = enter();
-    const Notice* found = find_notice(watch);
-    return found != nullptr ? std::optional(*found) : std::nullopt;
+    const std::lock_guard lock(notices_mutex_);
+    const auto of_group = notices_.find(watch.channel);
+    if (of_group == notices_.end()) {
+      return std::nullopt;
+    }
+    const auto concerns = [&](const Notice& notice) {
+      return std::count(watch.ranks.begin(), watch.ranks.end(), notice.from) > 0 &&
+             (!watch.sequence || static_cast<std::int32_t>(notice.sequence - *watch.sequence) <= 0);
+    };
+    const auto found = std::find_if(of_group->second.begin(), of_group->second.end(), concerns);
+    return found != of_group->second.end() ? std::optional(*found) : std::nullopt;
   }
 
   /// `Messenger::flush`.
@@ -207,7 +227,11 @@ class Mailbox {
         ++end;
       }
       pending_.erase(begin, end);
-      notices_.erase(channel);
+      {
+        const std::lock_guard notices(notices_mutex_);
+        notices_.erase(channel);
+        has_notices_.store(!notices_.empty(), std::memory_order_relaxed);
+      }
       if (retired_.insert(channel).second) {
         retired_in_order_.push_back(channel);
       }
@@ -227,6 +251,7 @@ class Mailbox {
     for (const auto& [key, frames] : pending_) {
       count += frames.size();
     }
+    const std::lock_guard for_notices(notices_mutex_);
     for (const auto& [channel, notices] : notices_) {
       count += notices.size();
     }
@@ -300,38 +325,31 @@ class Mailbox {
     return frame;
   }
 
-  [[nodiscard]] const Notice* find_notice(const Watch& watch) const {
-    const auto of_group = notices_.find(watch.channel);
-    if (of_group == notices_.end()) {
-      return nullptr;
-    }
-    const auto concerns = [&](const Notice& notice) {
-      return std::count(watch.ranks.begin(), watch.ranks.end(), notice.from) > 0 &&
-             (!watch.sequence || static_cast<std::int32_t>(notice.sequence - *watch.sequence) <= 0);
-    };
-    const auto found = std::find_if(of_group->second.begin(), of_group->second.end(), concerns);
-    return found != of_group->second.end() ? &*found : nullptr;
+  /// Of a clock that costs nothing to ask, in ms.
+  [[nodiscard]] static std::int64_t tick() noexcept {
+    timespec now{};
+    ::clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
+    return std::int64_t{now.tv_sec} * 1000 + now.tv_nsec / 1'000'000;
   }
 
-  /// Whether anything came. A rank that is gone is left to those who wait for it.
-  bool look_at(const Watch& watch) {
+  /// Whether anything came. What fails is left to those who wait.
+  bool take_in() {
+    looked_.store(tick(), std::memory_order_relaxed);
     const Deadline end = Clock::now() + kSlice;
     bool any = false;
-    for (const int rank : watch.ranks) {
-      while (rank != messenger_->rank() && (!any || Clock::now() < end)) {
-        std::optional<Bytes> message;
-        try {
-          message = messenger_->receive(rank, Clock::now());
-        } catch (const TransportError&) {
-          break;
-        }
-        if (!message) {
-          break;
-        }
-        store(rank, std::move(*message));
-        any = true;
+    do {
+      std::optional<Messenger::Arrival> arrival;
+      try {
+        arrival = messenger_->receive_any();
+      } catch (const TransportError&) {
+        return any;
       }
-    }
+      if (!arrival) {
+        return any;
+      }
+      store(arrival->from, std::move(arrival->message));
+      any = true;
+    } while (Clock::now() < end);
     return any;
   }
 
@@ -349,6 +367,7 @@ class Mailbox {
       return;
     }
     if (trailer.call == ControlCall::gave_up) {
+      const std::lock_guard lock(notices_mutex_);
       notices_[trailer.channel].push_back({from, trailer.sequence, std::move(message)});
       has_notices_.store(true, std::memory_order_relaxed);
     } else {
@@ -367,10 +386,12 @@ class Mailbox {
   int sleepers_ = 0;
   Deadline shared_until_{};
   std::map<Key, std::deque<Frame>> pending_;
-  std::map<std::uint64_t, std::vector<Notice>> notices_;
-  std::atomic<bool> has_notices_{false};
   std::unordered_set<std::uint64_t> retired_;
   std::deque<std::uint64_t> retired_in_order_;
+  std::atomic<std::int64_t> looked_{0};  // when, by `tick`
+  std::mutex notices_mutex_;             // of the notices alone, and never held for long
+  std::map<std::uint64_t, std::vector<Notice>> notices_;
+  std::atomic<bool> has_notices_{false};
 };
 
 }  // namespace cohort::detail

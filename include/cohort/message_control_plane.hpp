@@ -161,21 +161,6 @@ class MessageControlPlane : public ControlPlane {
     }
   }
 
-  void check_peers() override {
-    if (size() == 1 || poisoned_ || !mailbox_->owner().is_here()) {
-      return;
-    }
-    const detail::Watch any{channel_, members_, std::nullopt};
-    mailbox_->look(any);
-    const std::uint32_t next = sequence_;
-    try {
-      throw_if_told({channel_, detail::ControlCall::gave_up, next}, any);
-    } catch (const Error&) {
-      leave(next, [&] { return detail::GiveUp::because(std::current_exception(), rank_, heard_); });
-      throw;
-    }
-  }
-
   std::unique_ptr<ControlPlane> subgroup(std::span<const int> ranks, std::uint64_t generation,
                                          std::string name) override {
     std::vector<int> members;
@@ -203,6 +188,26 @@ class MessageControlPlane : public ControlPlane {
 
   /// Messages of all groups of this rank that nobody has asked for.
   [[nodiscard]] std::size_t held_messages() const { return mailbox_->held(); }
+
+ protected:
+  void find_who_left(PeerLook look) override {
+    if (size() == 1 || poisoned_ || !mailbox_->owner().is_here()) {
+      return;
+    }
+    if (look == PeerLook::now) {
+      mailbox_->look();
+    } else if (look == PeerLook::lately) {
+      mailbox_->look_now_and_then();
+    }
+    const std::uint32_t next = sequence_;
+    try {
+      throw_if_told({channel_, detail::ControlCall::gave_up, next},
+                    {channel_, members_, std::nullopt});
+    } catch (const Error&) {
+      leave(next, [&] { return detail::GiveUp::because(std::current_exception(), rank_, heard_); });
+      throw;
+    }
+  }
 
  private:
   static_assert(sizeof(detail::FrameTrailer) == kTrailerBytes);
@@ -392,7 +397,7 @@ class MessageControlPlane : public ControlPlane {
                                          std::span<const int> watched) {
     std::vector<int> missing{from};
     if (watched.size() > 1) {
-      mailbox_->look(watch(expected, watched));
+      mailbox_->look();
       for (int r = from + 1; r < size(); ++r) {
         if (r != rank_ && !mailbox_->has(members_[index(r)], expected.call, channel_)) {
           missing.push_back(r);
@@ -412,7 +417,7 @@ class MessageControlPlane : public ControlPlane {
                     Deadline earliest) {
     const auto concern = watch(trailer, watched);
     if (size() > 1 && Clock::now() >= earliest) {
-      mailbox_->look(concern);
+      mailbox_->look();
     }
     throw_if_told(trailer, concern);
   }
@@ -448,12 +453,12 @@ class MessageControlPlane : public ControlPlane {
   std::vector<int> members_;  // ranks in the messenger, by rank in this group
   int rank_ = 0;
   std::uint64_t channel_ = 0;
-  bool heard_ = false;  // that another rank has left
-  bool given_once_;     // no later group has this channel
+  bool given_once_;  // no later group has this channel
   Deadline told_ =
       Deadline::min();  // when this rank arrived in the last call in which all wait for all
   std::vector<Deadline> exchanged_;  // when it last sent to each in an exchange
-  // Others may give up while a thread is in a call.
+  // Others may give up, or look who has, while a thread is in a call.
+  std::atomic<bool> heard_{false};  // that another rank has left
   std::atomic<std::uint32_t> sequence_{0};
   std::atomic<bool> poisoned_{false};
 };

@@ -4,7 +4,10 @@
 #include <chrono>
 #include <cstddef>
 #include <optional>
+#include <utility>
 #include <vector>
+
+#include "cohort/error.hpp"
 
 /// \file
 /// Byte messages between pairs of ranks, which an engine may bring.
@@ -40,6 +43,33 @@ class Messenger {
   /// Throws `TransportError`, also where the peer is known to be gone.
   virtual std::optional<Bytes> receive(int from, Deadline deadline) = 0;
 
+  /// A message that has arrived.
+  struct Arrival {
+    int from = 0;   ///< Its sender.
+    Bytes message;  ///< What it sent.
+  };
+  /// The next message that has arrived, from whomever, or nothing; waits for none. Passes over
+  /// ranks that are gone, and keeps the messages of each in order. Asked once for each step of an
+  /// engine: a messenger that can ask for all ranks at once does better than this, which polls
+  /// each.
+  virtual std::optional<Arrival> receive_any() {
+    for (int step = 0; step < size(); ++step) {
+      const int from = next_;
+      next_ = (next_ + 1) % size();
+      if (from == rank()) {
+        continue;
+      }
+      try {
+        if (auto message = receive(from, Clock::now())) {
+          return Arrival{from, std::move(*message)};
+        }
+      } catch (const TransportError&) {
+        continue;  // those who wait for it learn it
+      }
+    }
+    return std::nullopt;
+  }
+
   /// Waits until the messages to `to` arrive without this rank's help: after a call in which both
   /// take part, it may be long in waits that the messenger knows nothing of. False at the deadline.
   /// For messengers whose messages are on their own once handed over there is nothing to do.
@@ -52,6 +82,9 @@ class Messenger {
   /// A wait timed out or a call failed, so messages may stay in flight for good: what is torn down
   /// later must not wait for them. The messenger works on for groups without the missing ranks.
   virtual void abandon() noexcept {}
+
+ private:
+  int next_ = 0;  // whom `receive_any` asks first: none keeps it from the others
 };
 
 }  // namespace cohort

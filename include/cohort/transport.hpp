@@ -237,8 +237,9 @@ class Transport {
   virtual void synchronize(StreamRef stream, std::chrono::milliseconds limit) = 0;
 
   /// The stream is idle: throws as `synchronize` where it had calls of the group, or launches that
-  /// may hold some, and one is known to have failed.
-  virtual void check(StreamRef /*stream*/) {}
+  /// may hold some, and one is known to have failed. Any thread, whatever the group's own does
+  /// meanwhile but ending the transport.
+  virtual void check(StreamRef /*stream*/, PeerLook /*look*/) {}
   /// A graph that may hold calls of the group is about to be launched. Throws where another rank is
   /// known to have left.
   virtual void before_launch(StreamRef /*stream*/) {}

@@ -30,12 +30,22 @@ struct StandIns {
   Register register_segment = {};
   Connect connect = {};
   Forsake forsake_peers = {};
+
+  /// When another group's thread asks, and when the transport goes.
+  using Check = std::function<void(const ControlPlane& group)>;
+  Check check = {};
+  Check end = {};
 };
 
 class StandInTransport final : public Transport {
  public:
   StandInTransport(std::unique_ptr<Transport> real, ControlPlane& group, StandIns steps)
       : real_(std::move(real)), group_(group), steps_(std::move(steps)) {}
+  ~StandInTransport() override {
+    if (steps_.end) {
+      steps_.end(group_);
+    }
+  }
 
   [[nodiscard]] std::string_view name() const noexcept override { return real_->name(); }
   [[nodiscard]] const SymmetricCapabilities& capabilities() const noexcept override {
@@ -81,6 +91,12 @@ class StandInTransport final : public Transport {
   }
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) override {
     real_->synchronize(stream, limit);
+  }
+  void check(StreamRef stream, PeerLook look) override {
+    if (steps_.check) {
+      steps_.check(group_);
+    }
+    real_->check(stream, look);
   }
   [[nodiscard]] bool failed() const noexcept override { return real_->failed(); }
   void forsake_peers() noexcept override {

@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/group_base.hpp"
 
+#include <atomic>
+#include <chrono>
 #include <functional>
+#include <memory>
+#include <thread>
 
 #include "support/catch.hpp"
 #include "support/collective_checks.hpp"
 #include "support/counting_driver.hpp"
+#include "support/stand_in_backend.hpp"
 #include "support/threads.hpp"
 
 using namespace cohort;
@@ -44,6 +49,51 @@ TEST_CASE("a wait whose limit cannot be leaves the group as it is", "[group]") {
     check(!state.dcp().failed(), "failed");
     state.dcp().synchronize(stream, std::chrono::milliseconds::max());
     stream.ref().synchronize(std::chrono::milliseconds::max());
+  });
+}
+
+TEST_CASE("a group's thread asks the others while theirs use and end them", "[group]") {
+  run_ranks(2, [](ControlPlane& world) {
+    std::atomic<int> asked{0};
+    std::atomic<bool> ending{false};
+    std::atomic<bool> ended{false};
+    std::atomic<bool> asked_of_none{false};
+    const auto is_dcp = [](const ControlPlane& group) { return group.name() == "dcp[0]"; };
+    StandIns steps;
+    steps.check = [&](const ControlPlane& group) {
+      if (is_dcp(group)) {
+        ++asked;
+        if (ending) {
+          std::this_thread::sleep_for(std::chrono::milliseconds(100));  // while the transport goes
+        }
+        asked_of_none = asked_of_none || ended;
+      }
+    };
+    steps.end = [&](const ControlPlane& group) { ended = ended || is_dcp(group); };
+    auto state = make_state(world, {.tp = 2, .dcp = 2},
+                            {.backend = std::make_shared<StandInBackend>(std::move(steps))});
+    const Tensor x = state.backend().allocate({64}, DType::f32, {});
+    fill(x, 0);
+    std::thread of_dcp([&] {
+      HostStream stream;
+      for (int i = 0; i < 200 || asked == 0; ++i) {
+        if (i < 200) {
+          state.dcp().all_reduce(x, stream);
+          state.dcp().synchronize(stream, kRanksTimeLimit);
+        }
+      }
+      ending = true;
+      state.dcp().shutdown();
+    });
+    HostStream stream;
+    while (!ended) {
+      state.tp().synchronize(stream, kRanksTimeLimit);
+    }
+    of_dcp.join();
+    check(!asked_of_none, "no transport is asked behind its end");
+    const int before = asked;
+    state.tp().synchronize(stream, kRanksTimeLimit);
+    check_equal(asked.load(), before, "nor is a closed group");
   });
 }
 

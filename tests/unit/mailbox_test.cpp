@@ -27,6 +27,7 @@ class DeliveringMessenger : public Messenger {
   [[nodiscard]] int size() const noexcept override { return 3; }
   void send(int, Bytes) override {}
   std::optional<Bytes> receive(int from, Deadline deadline) override {
+    ++asked;
     if (from == gone) {
       throw TransportError({.call = "receive"}, "the rank has left");
     }
@@ -34,6 +35,10 @@ class DeliveringMessenger : public Messenger {
     if (queue.empty()) {
       if (deadline - Clock::now() > 500us) {
         ++blocking;
+        const Deadline patience = Clock::now() + 20s;
+        while (stuck && Clock::now() < patience) {
+          std::this_thread::sleep_for(100us);
+        }
         std::this_thread::sleep_until(deadline);
       }
       return std::nullopt;
@@ -51,6 +56,8 @@ class DeliveringMessenger : public Messenger {
 
   std::vector<std::vector<Bytes>> arrived{3};
   std::atomic<int> blocking{0};
+  std::atomic<bool> stuck{false};  // whoever waits inside stays there
+  int asked = 0;
   int gone = -1;
 };
 
@@ -113,7 +120,7 @@ TEST_CASE("numbers of calls wrap around") {
   Post post;
   post.messenger->deliver(1, {7, ControlCall::gave_up, 0xffffffffU});
   CHECK_FALSE(post.mailbox.notice({7, kOthers, 0xfffffffeU}));
-  post.mailbox.look({7, kOthers, 3});
+  post.mailbox.look();
   CHECK_FALSE(post.mailbox.notice({7, kOthers, 0xfffffffeU}));
   CHECK(post.mailbox.notice({7, kOthers, 0xffffffffU}));
   CHECK(post.mailbox.notice({7, kOthers, 3}));
@@ -124,26 +131,71 @@ TEST_CASE("looking for notices passes over a rank that is gone") {
   post.messenger->gone = 1;
   post.messenger->deliver(2, {7, ControlCall::barrier, 0});
   post.messenger->deliver(2, {7, ControlCall::gave_up, 1});
-  post.mailbox.look({7, kOthers, 1});
+  post.mailbox.look();
   CHECK(post.mailbox.notice({7, kOthers, 1}).value().from == 2);
+}
+
+TEST_CASE("one look takes in what was said to any group, from the rank that has said least too") {
+  Post post;
+  for (int i = 0; i < 100; ++i) {
+    post.messenger->deliver(1, {9, ControlCall::barrier, 0});
+  }
+  post.messenger->deliver(2, {7, ControlCall::gave_up, 1});
+  post.messenger->deliver(2, {8, ControlCall::gave_up, 4});
+  post.mailbox.look();
+  CHECK(post.mailbox.notice({7, kOthers, std::nullopt}).value().sequence == 1);
+  CHECK(post.mailbox.notice({8, kOthers, std::nullopt}).value().sequence == 4);
+  CHECK(post.mailbox.held() == 102);
+}
+
+TEST_CASE("who asks all the time looks once in a while, whichever group asks") {
+  Post post;
+  const auto start = Clock::now();
+  for (int i = 0; i < 100'000; ++i) {
+    post.mailbox.look_now_and_then();
+  }
+  const auto most = (Clock::now() - start) / 1ms + 2;
+  CHECK(post.messenger->asked >= 2);
+  CHECK(post.messenger->asked <= 2 * most);
+}
+
+TEST_CASE("who asks now and then waits for no thread that is inside") {
+  Post post;
+  post.messenger->deliver(2, {8, ControlCall::gave_up, 4});
+  post.mailbox.look();
+  post.messenger->stuck = true;
+  std::thread inside([&] {
+    (void)post.mailbox.receive(1, ControlCall::barrier, {7, kOthers, 0}, Clock::now() + 1ms);
+  });
+  while (post.messenger->blocking == 0) {
+    std::this_thread::yield();
+  }
+  std::this_thread::sleep_for(20ms);  // a look is due
+  const auto start = Clock::now();
+  post.mailbox.look_now_and_then();
+  const auto notice = post.mailbox.notice({8, kOthers, std::nullopt});
+  const auto took = Clock::now() - start;
+  post.messenger->stuck = false;
+  inside.join();
+  CHECK(took < 10s);
+  CHECK(notice);
 }
 
 TEST_CASE("what comes for a group that has ended is dropped") {
   Post post;
-  const Watch seven{7, kOthers, 0};
   const Watch eight{8, kOthers, 0};
   for (const std::uint64_t channel : {6U, 7U, 8U}) {
     post.messenger->deliver(1, {channel, ControlCall::barrier, 0});
     post.messenger->deliver(2, {channel, ControlCall::exchange, 0});
     post.messenger->deliver(2, {channel, ControlCall::gave_up, 3});
   }
-  post.mailbox.look(seven);
+  post.mailbox.look();
   CHECK(post.mailbox.held() == 9);
   post.mailbox.retire(7);
   CHECK(post.mailbox.held() == 6);
   post.messenger->deliver(1, {7, ControlCall::barrier, 1});
   post.messenger->deliver(1, {7, ControlCall::gave_up, 1});
-  post.mailbox.look(eight);
+  post.mailbox.look();
   CHECK(post.mailbox.held() == 6);
   CHECK(post.receive(1, ControlCall::barrier, eight));
   CHECK(post.mailbox.notice({8, kOthers, 3}));
@@ -152,7 +204,7 @@ TEST_CASE("what comes for a group that has ended is dropped") {
     post.mailbox.retire(channel);
   }
   post.messenger->deliver(1, {10'099, ControlCall::barrier, 0});
-  post.mailbox.look(eight);
+  post.mailbox.look();
   CHECK(post.mailbox.held() == 5);
 }
 

@@ -352,6 +352,69 @@ TEST_CASE("ranks that wait by other means learn who has left, and leave as well"
   });
 }
 
+TEST_CASE("what one group's look took in another has heard, while a thread of its own uses it") {
+  run_ranks(2, [](ControlPlane& world) {
+    const std::vector<int> both{0, 1};
+    const auto tp = world.subgroup(both, 1, "tp");
+    const auto dcp = world.subgroup(both, 2, "dcp");
+    constexpr int kCalls = 200;
+    if (world.rank() == 0) {
+      for (int i = 0; i < kCalls; ++i) {
+        dcp->barrier();
+      }
+      dcp->give_up("its stream stood still");
+      tp->barrier();  // behind the words for the other group
+      return;
+    }
+    std::atomic<bool> over{false};
+    std::thread of_dcp([&] {
+      try {
+        while (true) {
+          dcp->barrier();
+        }
+      } catch (const Error&) {
+        over = true;  // SymmetryError, or TransportError where the other thread has heard it first
+      }
+    });
+    bool heard = false;
+    const auto hear = [&](PeerLook look) {
+      try {
+        tp->check_peers(look);
+        dcp->check_peers(PeerLook::heard);
+      } catch (const SymmetryError& error) {
+        heard = std::string(error.what()).find("its stream stood still") != std::string::npos;
+      }
+    };
+    while (!over) {
+      hear(PeerLook::lately);
+    }
+    of_dcp.join();
+    tp->barrier();
+    hear(PeerLook::now);
+    check(heard || dcp->poisoned(), "it has been heard by one thread or the other");
+    check(!tp->poisoned(), "the group that looked works on");
+  });
+}
+
+TEST_CASE("who only asks what was heard takes in no message") {
+  run_ranks(2, [](ControlPlane& world) {
+    const std::vector<int> both{0, 1};
+    const auto tp = world.subgroup(both, 1, "tp");
+    const auto dcp = world.subgroup(both, 2, "dcp");
+    if (world.rank() == 0) {
+      dcp->give_up("its stream stood still");
+      tp->barrier();
+      return;
+    }
+    dcp->check_peers(PeerLook::heard);
+    check(!dcp->poisoned(), "nothing has been taken in");
+    tp->barrier();
+    check_throws<SymmetryError>([&] { dcp->check_peers(PeerLook::heard); }, "rank 0 gave up",
+                                "its stream stood still");
+    tp->check_peers();
+  });
+}
+
 TEST_CASE("what is sent to a group that has ended does not stay") {
   const auto planes = make_thread_control_planes(2, 200ms);
   const auto held = [&](int rank) {

@@ -194,16 +194,31 @@ class MpiMessenger : public Messenger {
     reap();
     detail::PollPause pause(detail::kMpiYieldFor);
     for (int polls = 1;; ++polls) {
-      if (auto message = poll(from)) {
+      match_any();
+      if (auto message = take(from)) {
         return message;
       }
-      // A probe that finds nothing lets MPI look at its network, so the next may find something.
-      constexpr int kFewestPolls = 3;
       if (polls >= kFewestPolls && Clock::now() >= deadline) {
         return std::nullopt;
       }
       pause();
     }
+  }
+
+  /// One question for all ranks.
+  std::optional<Arrival> receive_any() override {
+    check_open("MPI_Improbe");
+    reap();
+    for (int polls = 0; polls < kFewestPolls;) {
+      polls += match_any() ? 0 : 1;  // a long message is not there yet: another may be
+      for (std::size_t step = 0; step < arriving_.size(); ++step) {
+        const auto from = static_cast<int>(next_++ % arriving_.size());
+        if (auto message = take(from)) {
+          return Arrival{from, std::move(*message)};
+        }
+      }
+    }
+    return std::nullopt;
   }
 
   /// Beyond the eager limit MPI moves a message only while both ends are inside of MPI.
@@ -255,6 +270,8 @@ class MpiMessenger : public Messenger {
 
  private:
   static constexpr int kTag = 0;  // the communicator is our own
+  // A probe that finds nothing lets MPI look at its network, so the next may find something.
+  static constexpr int kFewestPolls = 3;
 
   struct Transfer {
     Bytes message;
@@ -284,8 +301,8 @@ class MpiMessenger : public Messenger {
                        [to](const Transfer& transfer) { return transfer.to == to; });
   }
 
-  std::optional<Bytes> poll(int from) {
-    match_any();
+  /// The next message of a rank, if it is whole.
+  std::optional<Bytes> take(int from) {
     auto& arriving = arriving_[static_cast<std::size_t>(from)];
     if (arriving.empty() || !finished(arriving.front())) {
       return std::nullopt;
@@ -297,15 +314,15 @@ class MpiMessenger : public Messenger {
 
   /// Starts to receive the next message from whomever it comes: the body of a long message moves
   /// only once it is asked for, and its sender is not late because this rank waits for another.
-  /// Not MPI_Mrecv, which would wait for the body.
-  void match_any() {
+  /// Not MPI_Mrecv, which would wait for the body. Whether there was one.
+  bool match_any() {
     int found = 0;
     MPI_Message handle = MPI_MESSAGE_NULL;
     MPI_Status status{};
     detail::mpi_check(MPI_Improbe(MPI_ANY_SOURCE, kTag, comm_, &found, &handle, &status),
                       "MPI_Improbe", rank_);
     if (found == 0) {
-      return;
+      return false;
     }
     MPI_Count bytes = 0;
     detail::mpi_check(MPI_Get_elements_x(&status, MPI_BYTE, &bytes), "MPI_Get_elements_x", rank_);
@@ -319,6 +336,7 @@ class MpiMessenger : public Messenger {
       queue.pop_back();
       detail::mpi_check(code, "MPI_Imrecv", rank_, fmt::format("from rank {}", status.MPI_SOURCE));
     }
+    return true;
   }
 
   bool drain() noexcept {
@@ -365,6 +383,7 @@ class MpiMessenger : public Messenger {
   bool abandoned_ = false;
   std::list<Transfer> sent_;
   std::vector<std::list<Transfer>> arriving_;  // by sender, in order
+  std::size_t next_ = 0;                       // whose messages `receive_any` takes first
 };
 
 /// A control plane over all ranks of a communicator, for engines that keep the start and end of MPI

@@ -3,7 +3,6 @@
 
 #include <cuda_runtime_api.h>
 #include <fmt/format.h>
-#include <time.h>
 
 #include <algorithm>
 #include <atomic>
@@ -87,9 +86,9 @@ struct NcclGroup {
   /// Throws what a rank said that has left the group. A kernel of NCCL that is told to stop still
   /// sends what it has, and its peers end as if all were well, so that only words tell them: they
   /// are said before it is told, and looked for behind it.
-  void check_peers() {
+  void check_peers(PeerLook look = PeerLook::now) {
     try {
-      control.check_peers();
+      control.check_peers(look);
     } catch (const Error&) {
       if (communicator != nullptr) {
         communicator->mark_broken();
@@ -100,15 +99,16 @@ struct NcclGroup {
       throw_failed();
     }
   }
-  /// The same where it has not been asked for some milliseconds: a question costs more than a call.
-  void check_peers_now_and_then() {
-    timespec now{};
-    ::clock_gettime(CLOCK_MONOTONIC_COARSE, &now);
-    const std::int64_t tick = std::int64_t{now.tv_sec} * 1000 + now.tv_nsec / 1'000'000;
-    if (tick > checked_) {
-      checked_ = tick;
-      check_peers();
-    }
+
+  /// A call, or a launch of a graph that may hold some, comes on `stream`.
+  void comes_on(cudaStream_t stream) noexcept {
+    last_stream.store(stream, std::memory_order_relaxed);
+    used.store(true, std::memory_order_release);
+  }
+  /// Whether the last one came on `stream`. Any thread.
+  [[nodiscard]] bool came_on(cudaStream_t stream) const noexcept {
+    return used.load(std::memory_order_acquire) &&
+           last_stream.load(std::memory_order_relaxed) == stream;
   }
 
   [[noreturn]] void throw_failed() const {
@@ -161,8 +161,8 @@ struct NcclGroup {
   UniqueMemory barrier_word;
   std::vector<Workspace> workspaces;  ///< By lane.
   std::size_t lane = 0;
-  cudaStream_t last_stream = nullptr;      ///< Of the last call or launch, where `used`.
-  bool used = false;                       ///< Whether there was one.
+  std::atomic<cudaStream_t> last_stream{nullptr};  ///< Of the last call or launch, where `used`.
+  std::atomic<bool> used{false};                   ///< Whether there was one.
   std::unique_ptr<CudaPeerKernels> peers;  ///< Null where the ranks do not map each other's memory.
 
  private:
@@ -202,8 +202,6 @@ struct NcclGroup {
     }
   }
 
-  std::int64_t checked_ = 0;  // when the peers were last looked after, ms
-
   /// Once a process: groups of the same cards have the same reason.
   void warn_without_lines() const {
     static std::atomic<bool> told = false;
@@ -227,9 +225,8 @@ struct NcclCall {
       group.throw_failed();
     }
     if (group.size > 1) {
-      group.check_peers_now_and_then();
-      group.last_stream = stream;
-      group.used = true;
+      group.check_peers(PeerLook::lately);
+      group.comes_on(stream);
     }
   }
 

@@ -276,9 +276,9 @@ class NcclTransport final : public Transport {
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) override {
     waits_.synchronize(stream, limit);
   }
-  void check(StreamRef stream) override {
-    if (group_.used && group_.last_stream == detail::native(stream)) {
-      waits_.check();
+  void check(StreamRef stream, PeerLook look) override {
+    if (group_.came_on(detail::native(stream))) {
+      waits_.check(look);
     }
   }
   void before_launch(StreamRef stream) override {
@@ -286,9 +286,8 @@ class NcclTransport final : public Transport {
       if (group_.failed()) {
         group_.throw_failed();
       }
-      group_.check_peers_now_and_then();
-      group_.last_stream = detail::native(stream);
-      group_.used = true;
+      group_.check_peers(PeerLook::lately);
+      group_.comes_on(detail::native(stream));
     }
   }
   [[nodiscard]] bool failed() const noexcept override { return group_.failed(); }

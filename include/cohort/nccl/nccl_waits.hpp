@@ -82,13 +82,13 @@ class NcclWaits final : private RankWaits {
   }
 
   /// Throws where a call of the group is known to have failed whose streams are idle: what it said
-  /// here, or another rank that has left.
-  void check() {
+  /// here, or another rank that has left. Any thread.
+  void check(PeerLook look = PeerLook::now) {
     if (group_.own_failed()) {
       throw_failure();
     }
     if (group_.size > 1) {
-      group_.check_peers();
+      group_.check_peers(look);
     }
     check_asynchronous();
   }
@@ -139,7 +139,7 @@ class NcclWaits final : private RankWaits {
   /// Ends what the stream waits for, with the words of a rank that has left.
   void end_with_peers(StreamRef stream) {
     try {
-      group_.check_peers();
+      group_.check_peers(PeerLook::lately);
     } catch (const Error&) {
       static_cast<void>(drain(stream, "another rank has left"));
       throw;

@@ -4,6 +4,7 @@
 #include <mpi.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cohort/agreement.hpp>
 #include <cstddef>
@@ -229,6 +230,56 @@ TEST_CASE("a time-out over MPI ends at its limit under signals that come faster 
     CHECK_THROWS_AS(plane.all_gather(message_of(1, 1)), TimeoutError);
     CHECK(Clock::now() - start < 3s);
   }
+  world().barrier();
+}
+
+TEST_CASE("what a rank said before a sign that can be seen here is found, for all groups at once") {
+  if (skip_all_if(world_size() < 2, "needs two ranks")) {
+    return;
+  }
+  MPI_Comm near = MPI_COMM_NULL;
+  MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &near);
+  int here = 0;
+  MPI_Comm_size(near, &here);
+  if (skip_all_if(here < world_size(), "needs all ranks on one machine")) {
+    MPI_Comm_free(&near);
+    return;
+  }
+  void* words = nullptr;
+  MPI_Win window = MPI_WIN_NULL;
+  MPI_Win_allocate_shared(world_rank() == 0 ? sizeof(std::atomic<int>) : 0, 1, MPI_INFO_NULL, near,
+                          &words, &window);
+  MPI_Aint bytes = 0;
+  int unit = 0;
+  MPI_Win_shared_query(window, 0, &bytes, &unit, &words);
+  auto& sign = *static_cast<std::atomic<int>*>(words);
+  if (world_rank() == 0) {
+    sign = 0;
+  }
+  {
+    auto plane = own_plane(20s);
+    std::vector<int> all(static_cast<std::size_t>(world_size()));
+    std::iota(all.begin(), all.end(), 0);
+    for (int round = 1; round <= 50; ++round) {
+      const auto tp = plane.subgroup(all, plane.new_generations(2), "tp");
+      const auto dcp = plane.subgroup(all, plane.new_generations(1), "dcp");
+      plane.barrier();
+      if (world_rank() == 0) {
+        dcp->give_up("its stream stood still");
+        sign.store(round);
+      } else {
+        while (sign.load() < round) {
+          std::this_thread::yield();
+        }
+        tp->check_peers();
+        CHECK_THROWS_MATCHES(dcp->check_peers(PeerLook::heard), SymmetryError,
+                             says("its stream stood still"));
+      }
+      plane.barrier();
+    }
+  }
+  MPI_Win_free(&window);
+  MPI_Comm_free(&near);
   world().barrier();
 }
 
