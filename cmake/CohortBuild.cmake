@@ -23,7 +23,7 @@ target_compile_options(
                             "$<$<COMPILE_LANGUAGE:CUDA>:${cohort_cuda_warnings}>")
 
 # For folders of programs that are run to see that they work: -O1 takes a third of the time of -O2.
-# The tests of the library itself are compiled as its users compile it.
+# Installed consumers and tests of a consumer's flags bring -O2 and -O3, and `--full` runs all at -O2.
 function(cohort_build_quickly)
   if(COHORT_QUICK_BUILD)
     add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-O1>")
