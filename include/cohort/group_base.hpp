@@ -72,6 +72,7 @@ class GroupBase {
     arena_ = SymmetricArena::create(*parts_.backend, parts_.name, audience(), parts_.arena);
     if (parts_.debug_checks && parts_.transport != nullptr) {
       parts_.transport->compare_places();
+      parts_.transport->compare_shapes();
     }
   }
   GroupBase(const GroupBase&) = delete;

@@ -153,7 +153,8 @@ class GroupCoordinator : public GroupBase {
     transport()->send(x, to, call.stream);
     finish(call);
   }
-  /// Fills `x` with what rank `from` sends by `send`, of the same shape and dtype.
+  /// Fills `x` with what rank `from` sends by `send`, of the same shape and dtype. On the host
+  /// another size or dtype is a `SymmetryError`, with debug checks another shape as well.
   void recv(const TensorView& x, int from, StreamRef stream = {}) {
     check_call("recv", x);
     check_peer("recv from", caller(), from);

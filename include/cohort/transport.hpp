@@ -201,6 +201,9 @@ class Transport {
   /// control plane before it enqueues anything, and throws `SymmetryError` where they differ: debug
   /// checks. On all ranks or none.
   virtual void compare_places() noexcept {}
+  /// From here on a `recv` also compares the shape of what it gets with its own, where messages say
+  /// what they are: debug checks.
+  virtual void compare_shapes() noexcept {}
 
   /// Makes room for collectives whose layout the transport has to pack, with up to `bytes` of input
   /// and output together, so that they can be captured without having run before. Local; not within

@@ -56,6 +56,7 @@ class StandInTransport final : public Transport {
     return real_->needs_equal_offsets();
   }
   void compare_places() noexcept override { real_->compare_places(); }
+  void compare_shapes() noexcept override { real_->compare_shapes(); }
   [[nodiscard]] std::unique_ptr<Window> register_segment(Segment& segment) override {
     const auto go_on = [&] { return real_->register_segment(segment); };
     return steps_.register_segment ? steps_.register_segment(group_, go_on) : go_on();

@@ -126,21 +126,25 @@ class ExchangeCollectives {
   }
 
   void send(const ConstTensorView& tensor, int to) {
-    const Call call = message(tensor);
     std::vector<ControlPlane::Outgoing> outgoing;
-    outgoing.push_back({to, pack(call, whole(tensor), tensor)});
+    outgoing.push_back({to, pack(Message::of(tensor), whole(tensor), tensor)});
     guarded("send", [&] { (void)control_.exchange(std::move(outgoing), {}); });
   }
 
   void recv(const TensorView& tensor, int from) {
-    const Call call = message(tensor);
     guarded("recv", [&] {
-      const ControlPlane::Incoming incoming{from, sizeof(Call) + tensor.bytes()};
+      const ControlPlane::Incoming incoming{from, sizeof(Message) + tensor.bytes()};
       const auto arrived = control_.exchange({}, std::span(&incoming, 1));
-      compare(call, arrived.front(), from);
-      unpack(arrived.front(), whole(tensor), tensor.dtype());
+      Message sent;
+      std::memcpy(&sent, arrived.front().data(), sizeof(Message));
+      if (const Message mine = Message::of(tensor); !is_expected(sent, mine, compares_shapes_)) {
+        fail_message(sent, mine, control_.name(), from, rank());
+      }
+      unpack(arrived.front(), whole(tensor), tensor.dtype(), sizeof(Message));
     });
   }
+  /// From here on `recv` compares shapes as well.
+  void compare_shapes() noexcept { compares_shapes_ = true; }
 
  private:
   static std::size_t u(std::int64_t value) noexcept { return static_cast<std::size_t>(value); }
@@ -159,12 +163,6 @@ class ExchangeCollectives {
     for (const auto extent : sizes) {
       call.mix(extent);
     }
-    return call;
-  }
-  /// Shapes of messages between pairs are the callers' affair; their sizes must agree.
-  static Call message(const ConstTensorView& tensor) {
-    Call call;
-    call.bytes = tensor.bytes();
     return call;
   }
 
@@ -198,17 +196,19 @@ class ExchangeCollectives {
     std::memcpy(bytes.data(), &call, sizeof(Call));
     return bytes;
   }
-  template <class Byte>
-  static Bytes pack(const Call& call, const Part<Byte>& part, const ConstTensorView& tensor) {
+  /// `Head` says what it is: a `Call`, or a `Message`.
+  template <class Head, class Byte>
+  static Bytes pack(const Head& head, const Part<Byte>& part, const ConstTensorView& tensor) {
     const std::size_t element = size_of(tensor.dtype());
-    Bytes bytes(sizeof(Call) + u(part.layout.numel) * element);
-    std::memcpy(bytes.data(), &call, sizeof(Call));
-    copy(bytes.data() + sizeof(Call), dense_layout(part.layout.numel), part.base, part.layout,
+    Bytes bytes(sizeof(Head) + u(part.layout.numel) * element);
+    std::memcpy(bytes.data(), &head, sizeof(Head));
+    copy(bytes.data() + sizeof(Head), dense_layout(part.layout.numel), part.base, part.layout,
          element);
     return bytes;
   }
-  static void unpack(const Bytes& bytes, const Part<std::byte>& part, DType dtype) {
-    copy(part.base, part.layout, bytes.data() + sizeof(Call), dense_layout(part.layout.numel),
+  static void unpack(const Bytes& bytes, const Part<std::byte>& part, DType dtype,
+                     std::size_t head = sizeof(Call)) {
+    copy(part.base, part.layout, bytes.data() + head, dense_layout(part.layout.numel),
          size_of(dtype));
   }
 
@@ -274,6 +274,7 @@ class ExchangeCollectives {
 
   ControlPlane& control_;
   bool poisoned_ = false;
+  bool compares_shapes_ = false;
 };
 
 }  // namespace cohort::host

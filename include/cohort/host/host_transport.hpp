@@ -73,6 +73,13 @@ class HostTransport final : public Transport {
   /// Ranks show each other where their tensors lie.
   [[nodiscard]] bool needs_equal_offsets() const noexcept override { return needs_equal_offsets_; }
 
+  void compare_shapes() noexcept override {
+    exchange_.compare_shapes();
+    if (access_ != nullptr) {
+      access_->meeting().compare_shapes();
+    }
+  }
+
   [[nodiscard]] inline std::unique_ptr<Window> register_segment(Segment& segment) override;
 
   void all_gather(const ConstTensorView& in, const TensorView& out, int dim,

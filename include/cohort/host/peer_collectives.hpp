@@ -51,7 +51,8 @@ class PeerCollectives {
   }
   void barrier();
   void send(const ConstTensorView& tensor, int to);
-  /// Takes the message off the channel and throws `SymmetryError` where it has another size.
+  /// Takes the message off the channel and throws `SymmetryError` where it has another size or
+  /// type.
   void recv(const TensorView& tensor, int from);
 
   /// Whether this rank's tensors allow an all_reduce that passes no slot. It takes place if those
@@ -183,7 +184,7 @@ inline void PeerCollectives::barrier() {
 inline void PeerCollectives::send(const ConstTensorView& tensor, int to) {
   const std::size_t element = size_of(tensor.dtype());
   auto reader = whole(tensor).cursor(element);
-  meeting_.send(to, tensor.bytes(), [&](std::size_t, std::size_t bytes, std::byte* parcel) {
+  meeting_.send(to, Message::of(tensor), [&](std::size_t, std::size_t bytes, std::byte* parcel) {
     const auto count = static_cast<std::int64_t>(bytes / element);
     WriteCursor writer(parcel, dense_layout(count), element);
     copy(writer, reader, count);
@@ -193,7 +194,7 @@ inline void PeerCollectives::send(const ConstTensorView& tensor, int to) {
 inline void PeerCollectives::recv(const TensorView& tensor, int from) {
   const std::size_t element = size_of(tensor.dtype());
   auto writer = whole(tensor).cursor(element);
-  meeting_.receive(from, tensor.bytes(),
+  meeting_.receive(from, Message::of(tensor),
                    [&](std::size_t, std::size_t bytes, const std::byte* parcel) {
                      const auto count = static_cast<std::int64_t>(bytes / element);
                      ReadCursor reader(parcel, dense_layout(count), element);

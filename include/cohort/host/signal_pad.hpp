@@ -12,8 +12,10 @@
 #include <string_view>
 
 #include "cohort/dtype.hpp"
+#include "cohort/error.hpp"
 #include "cohort/flight_ring.hpp"
 #include "cohort/hash.hpp"
+#include "cohort/tensor.hpp"
 #include "cohort/transport.hpp"
 
 /// \file
@@ -148,9 +150,45 @@ struct alignas(kSignalAlignment) ChannelEnd {
   std::atomic<std::uint64_t> received{0};  ///< Parcels of the peer that this rank has taken.
 };
 
+/// What a message between two ranks is, as its sender and its receiver each see it.
+struct Message {
+  std::uint64_t bytes = 0;
+  std::uint64_t shape = cohort::detail::kHashSeed;  ///< Hash of the extents.
+  DType dtype = DType::u8;
+  std::array<std::uint8_t, 7> unused{};  ///< It is sent as it lies in memory.
+
+  [[nodiscard]] static Message of(const ConstTensorView& tensor) noexcept {
+    Message message{.bytes = tensor.bytes(), .dtype = tensor.dtype()};
+    for (const auto extent : tensor.shape()) {
+      message.shape = cohort::detail::mix(message.shape, static_cast<std::uint64_t>(extent));
+    }
+    return message;
+  }
+  friend bool operator==(const Message&, const Message&) = default;
+};
+
+/// Whether a message is what its receiver expects; shapes count where debug checks are on.
+[[nodiscard]] inline bool is_expected(const Message& sent, const Message& expected,
+                                      bool compares_shapes) noexcept {
+  return sent.bytes == expected.bytes && sent.dtype == expected.dtype &&
+         (!compares_shapes || sent.shape == expected.shape);
+}
+
+/// Of a message that is not.
+[[noreturn]] inline void fail_message(const Message& sent, const Message& expected,
+                                      std::string_view group, int from, int rank) {
+  const bool alike = is_expected(sent, expected, false);
+  throw SymmetryError(
+      fmt::format("recv in group {}: rank {} sent {} bytes of {}{} where rank {} expected {} "
+                  "bytes of {}{}",
+                  group, from, sent.bytes, to_string(sent.dtype), alike ? " in another shape" : "",
+                  rank, expected.bytes, to_string(expected.dtype), alike ? " in its own" : ""),
+      {from});
+}
+
 /// A piece of a message, in the sender's file.
 struct alignas(64) ParcelHeader {
-  std::uint64_t message_bytes = 0;
+  Message message;
   std::uint64_t first = 0;  ///< Position of the piece in the message.
 };
 
@@ -183,6 +221,7 @@ inline constexpr std::uint64_t kPadProtocol = [] {
                                  sizeof(ChannelEnd),
                                  offsetof(ChannelEnd, received),
                                  sizeof(ParcelHeader),
+                                 offsetof(ParcelHeader, first),
                                  kParcels,
                                  kParcelBytes,
                                  kSignalAlignment,

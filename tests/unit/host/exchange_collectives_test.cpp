@@ -63,3 +63,34 @@ TEST_CASE("a peer in another call is named, and the group is unusable afterwards
     check_throws<TransportError>([&] { site.transport->barrier({}); }, "earlier call");
   });
 }
+
+TEST_CASE("messages of another type or shape are refused", "[host]") {
+  run_ranks(2, [](ControlPlane& plane) {
+    for (const bool by_shape : {false, true}) {
+      const auto group = plane.split(0, plane.rank(), by_shape ? "shape" : "type");
+      Site site(*group, apart(), Memory::ordinary);
+      const auto words = site.tensor(Dims{2, 3}, DType::i32, Form::contiguous);
+      const auto floats = site.tensor(Dims{2, 3}, DType::f32, Form::contiguous);
+      fill(floats, plane.rank());
+      if (plane.rank() == 0) {
+        site.transport->send(floats, 1, {});
+        site.transport->send(floats, 1, {});
+        continue;
+      }
+      site.transport->recv(floats.reshape({3, 2}), 0, {});  // shapes count where it is asked for
+      check_element(DType::f32, static_cast<const std::byte*>(floats.data()) + 20, value_at(0, 5),
+                    "recv");
+      if (by_shape) {
+        site.transport->compare_shapes();
+        check_throws<SymmetryError>(
+            [&] {
+              site.transport->recv(floats.reshape({3, 2}), 0, {});
+            },
+            "rank 0", "another shape");
+      } else {
+        check_throws<SymmetryError>([&] { site.transport->recv(words, 0, {}); }, "of f32",
+                                    "expected 24 bytes of i32");
+      }
+    }
+  });
+}

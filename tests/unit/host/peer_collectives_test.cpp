@@ -141,6 +141,36 @@ TEST_CASE("small messages do not wait for their receivers", "[host]") {
   });
 }
 
+TEST_CASE("messages of another type or shape are refused, and the channel works on", "[host]") {
+  run_ranks(2, [](ControlPlane& plane) {
+    Site site(plane, {}, Memory::ordinary);
+    const auto words = site.tensor(Dims{2, 3}, DType::i32, Form::contiguous);
+    const auto floats = site.tensor(Dims{2, 3}, DType::f32, Form::contiguous);
+    fill(floats, plane.rank());
+    if (plane.rank() == 0) {
+      for (int i = 0; i < 4; ++i) {
+        site.transport->send(floats, 1, {});
+      }
+      return;
+    }
+    const std::int32_t before = words.data_as<std::int32_t>()[5];
+    check_throws<SymmetryError>([&] { site.transport->recv(words, 0, {}); }, "rank 0 sent 24",
+                                "of f32", "expected 24 bytes of i32");
+    check_equal(words.data_as<std::int32_t>()[5], before, "what was there");
+    site.transport->recv(floats.reshape({3, 2}), 0, {});  // shapes count where it is asked for
+    site.transport->compare_shapes();
+    check_throws<SymmetryError>(
+        [&] {
+          site.transport->recv(floats.reshape({3, 2}), 0, {});
+        },
+        "rank 0", "another shape");
+    fill(floats, 1);
+    site.transport->recv(floats, 0, {});
+    check_element(DType::f32, static_cast<const std::byte*>(floats.data()) + 20, value_at(0, 5),
+                  "recv");
+  });
+}
+
 TEST_CASE("messages of another size are refused, and the channel works on", "[host]") {
   run_ranks(2, [](ControlPlane& plane) {
     Site site(plane, {}, Memory::ordinary);

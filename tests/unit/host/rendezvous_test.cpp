@@ -143,14 +143,15 @@ TEST_CASE("messages keep their order and wait only for room", "[host]") {
   meet(2, kRanksTimeLimit, [](Rendezvous& rendezvous) {
     const int peer = 1 - rendezvous.rank();
     const auto send = [&](std::uint64_t word, std::size_t bytes) {
-      rendezvous.send(peer, bytes, [&](std::size_t first, std::size_t count, std::byte* to) {
-        std::fill_n(to, count, static_cast<std::byte>(word + first / kParcelBytes));
-      });
+      rendezvous.send(peer, {.bytes = bytes},
+                      [&](std::size_t first, std::size_t count, std::byte* to) {
+                        std::fill_n(to, count, static_cast<std::byte>(word + first / kParcelBytes));
+                      });
     };
     const auto receive = [&](std::uint64_t word, std::size_t bytes) {
       std::size_t seen = 0;
       rendezvous.receive(
-          peer, bytes, [&](std::size_t first, std::size_t count, const std::byte* from) {
+          peer, {.bytes = bytes}, [&](std::size_t first, std::size_t count, const std::byte* from) {
             check_equal(first, seen, "pieces in order");
             seen += count;
             check(from[count - 1] == static_cast<std::byte>(word + first / kParcelBytes),
@@ -187,11 +188,12 @@ TEST_CASE("a message that changes its size on the way is refused", "[host]") {
   Rendezvous sender(pads, geometry, 0, "test", 1000ms);
   Rendezvous receiver(pads, geometry, 1, "test", 1000ms);
   const std::size_t bytes = 2 * kParcelBytes;
-  sender.send(1, bytes, [](std::size_t, std::size_t, std::byte*) {});
-  new (pads[0]->data() + geometry.parcel(1, 1)) ParcelHeader{3 * kParcelBytes, kParcelBytes};
+  sender.send(1, {.bytes = bytes}, [](std::size_t, std::size_t, std::byte*) {});
+  new (pads[0]->data() + geometry.parcel(1, 1))
+      ParcelHeader{{.bytes = 3 * kParcelBytes}, kParcelBytes};
   CHECK_THROWS_MATCHES(
-      receiver.receive(0, bytes, [](std::size_t, std::size_t, const std::byte*) {}), TransportError,
-      says("byte 65536", "rank 0", "196608"));
+      receiver.receive(0, {.bytes = bytes}, [](std::size_t, std::size_t, const std::byte*) {}),
+      TransportError, says("byte 65536", "rank 0", "196608"));
   CHECK(receiver.poisoned());
 }
 
@@ -202,7 +204,7 @@ TEST_CASE("a message that nobody takes ends at the limit", "[host]") {
       return;
     }
     try {
-      rendezvous.send(1, (kParcels + 1) * kParcelBytes,
+      rendezvous.send(1, {.bytes = (kParcels + 1) * kParcelBytes},
                       [](std::size_t, std::size_t, std::byte*) {});
       check(false, "a TimeoutError is thrown");
     } catch (const TimeoutError& error) {
