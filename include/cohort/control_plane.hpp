@@ -30,7 +30,8 @@
 /// A rank whose call fails tells the others of the group why before it throws. Those that still
 /// wait end at once with the same error, and so does a rank that comes later: it does not go on
 /// alone with a result that the others never had. (A rank that arrives in the very moment, some
-/// microseconds, in which another gives up on it may learn it from its next call only.)
+/// microseconds, in which another gives up on it, or within a millisecond of its last call, may
+/// learn it from its next call only.)
 
 namespace cohort {
 
@@ -127,7 +128,8 @@ class ControlPlane {
 
   /// Local. Leaves the group: poisons it and tells the other ranks why, so that none of them waits
   /// for this one; each gets a `SymmetryError` that names it with the reason. Nothing happens where
-  /// it is poisoned already, because then they have been told. Any thread may call it.
+  /// it is poisoned already, because then they have been told. Any thread may call it: a call under
+  /// way ends at once with the same error, and the others are told that it has not been finished.
   virtual void give_up(std::string_view reason) noexcept = 0;
 
   /// Local, without waiting for peers. Throws what a rank said that has left the group, at

@@ -71,7 +71,7 @@ struct Notice {
   Bytes reason;
 };
 
-/// Whose notices concern a call.
+/// Whose notices concern a call: this rank's always do.
 struct Watch {
   std::uint64_t channel = 0;
   std::span<const int> ranks;  ///< In the messenger.
@@ -153,10 +153,15 @@ class Mailbox {
     }
   }
 
-  /// Takes in what has come by now, from whomever and for whichever group.
+  /// Takes in what has come by now, from whomever and for whichever group, until nothing more is
+  /// there: for `kDraining` at most, where ranks go on sending.
   void look() {
-    const auto lock = enter();
-    take_in();
+    const Deadline end = Clock::now() + kDraining;
+    auto lock = enter();
+    while (take_in() && Clock::now() < end) {
+      lock.unlock();  // others come in between
+      lock = enter();
+    }
   }
 
   /// The same for those who ask all the time: does nothing within some milliseconds of the last
@@ -187,15 +192,24 @@ class Mailbox {
       return std::nullopt;
     }
     const auto concerns = [&](const Notice& notice) {
-      return std::count(watch.ranks.begin(), watch.ranks.end(), notice.from) > 0 &&
-             (!watch.sequence || static_cast<std::int32_t>(notice.sequence - *watch.sequence) <= 0);
+      return notice.from == messenger_->rank() ||
+             (std::count(watch.ranks.begin(), watch.ranks.end(), notice.from) > 0 &&
+              (!watch.sequence ||
+               static_cast<std::int32_t>(notice.sequence - *watch.sequence) <= 0));
     };
     const auto found = std::find_if(of_group->second.begin(), of_group->second.end(), concerns);
     return found != of_group->second.end() ? std::optional(*found) : std::nullopt;
   }
 
-  /// `Messenger::flush`.
-  bool flush(int to, Deadline deadline) {
+  /// Takes in what a rank, or a thread of this one, says. Waits for nobody.
+  void note(Notice notice, std::uint64_t channel) {
+    const std::lock_guard lock(notices_mutex_);
+    notices_[channel].push_back(std::move(notice));
+    has_notices_.store(true, std::memory_order_relaxed);
+  }
+
+  /// `Messenger::flush`. Ends as well as soon as `notice` has something to tell.
+  bool flush(int to, const Watch& watch, Deadline deadline) {
     if (to == messenger_->rank()) {
       return true;
     }
@@ -207,7 +221,7 @@ class Mailbox {
       if (messenger_->flush(to, std::min(deadline, start + (shared ? kMoment : kSlice)))) {
         return true;
       }
-      if (Clock::now() >= deadline) {
+      if (Clock::now() >= deadline || notice(watch)) {
         return false;
       }
       if (shared || waiting_ > 0) {
@@ -253,7 +267,9 @@ class Mailbox {
     }
     const std::lock_guard for_notices(notices_mutex_);
     for (const auto& [channel, notices] : notices_) {
-      count += notices.size();
+      count += static_cast<std::size_t>(
+          std::count_if(notices.begin(), notices.end(),
+                        [&](const Notice& notice) { return notice.from != messenger_->rank(); }));
     }
     return count;
   }
@@ -367,9 +383,7 @@ class Mailbox {
       return;
     }
     if (trailer.call == ControlCall::gave_up) {
-      const std::lock_guard lock(notices_mutex_);
-      notices_[trailer.channel].push_back({from, trailer.sequence, std::move(message)});
-      has_notices_.store(true, std::memory_order_relaxed);
+      note({from, trailer.sequence, std::move(message)}, trailer.channel);
     } else {
       pending_[key(trailer, from)].push_back({trailer, std::move(message)});
     }

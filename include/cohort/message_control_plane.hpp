@@ -63,7 +63,7 @@ class MessageControlPlane : public ControlPlane {
 
   /// Drops what peers have sent to a group that ends before it has taken it.
   ~MessageControlPlane() override {
-    if ((poisoned_ || given_once_) && mailbox_->owner().is_here()) {
+    if ((poisoned() || given_once_) && mailbox_->owner().is_here()) {
       mailbox_->retire(channel_);
     }
   }
@@ -72,7 +72,7 @@ class MessageControlPlane : public ControlPlane {
   [[nodiscard]] int size() const noexcept override { return static_cast<int>(members_.size()); }
   [[nodiscard]] const std::string& name() const noexcept override { return name_; }
   [[nodiscard]] std::chrono::milliseconds limit() const noexcept override { return limit_; }
-  [[nodiscard]] bool poisoned() const noexcept override { return poisoned_; }
+  [[nodiscard]] bool poisoned() const noexcept override { return (progress_.load() & kLeft) != 0; }
 
   Arrivals gather_arrivals(std::span<const std::byte> mine, std::chrono::milliseconds limit,
                            std::string_view excuse = {}) override {
@@ -93,7 +93,7 @@ class MessageControlPlane : public ControlPlane {
   Bytes broadcast(std::span<const std::byte> mine, int root) override {
     check_rank("broadcast root", root);
     const auto trailer = next(detail::ControlCall::broadcast);
-    return leave_on_error(trailer.sequence, {}, [&] {
+    return leave_on_error({}, [&] {
       if (rank_ == root) {
         for (int r = 0; r < size(); ++r) {
           if (r != rank_) {
@@ -101,12 +101,14 @@ class MessageControlPlane : public ControlPlane {
           }
         }
         fail_if_left(trailer, members_, told_ + shortest(limit_));
+        finish(trailer);
         return Bytes(mine.begin(), mine.end());
       }
       Wait wait(limit_);
       auto payload = receive(root, trailer, members_, wait);
       fail_if_missing(trailer, wait);
       fail_if_left(trailer, members_, told_ + shortest(limit_));
+      finish(trailer);
       return payload;
     });
   }
@@ -122,7 +124,7 @@ class MessageControlPlane : public ControlPlane {
     }
     // Pairs count for themselves: the two ends of an exchange need not make the same calls.
     const detail::FrameTrailer trailer{channel_, detail::ControlCall::exchange, 0};
-    return leave_on_error(sequence_, {}, [&] {
+    return leave_on_error({}, [&] {
       for (auto& message : outgoing) {
         mailbox_->send(members_[index(message.to)], trailer, std::move(message.payload));
       }
@@ -140,7 +142,7 @@ class MessageControlPlane : public ControlPlane {
       fail_if_missing(trailer, wait);
       if (!incoming.empty()) {
         for (const auto& message : outgoing) {
-          flush(message.to, wait);
+          flush(message.to, trailer, wait);
         }
         fail_if_missing(trailer, wait);
       }
@@ -150,14 +152,14 @@ class MessageControlPlane : public ControlPlane {
         fail_if_left(trailer, member(message.to), before + shortest(limit_));
         before = wait.time.start();
       }
+      finish(trailer);
       return payloads;
     });
   }
 
   void give_up(std::string_view reason) noexcept override {
     if (mailbox_->owner().is_here()) {
-      leave(sequence_,
-            [&] { return detail::GiveUp::by(rank_, fmt::format("group {}: {}", name_, reason)); });
+      leave([&] { return detail::GiveUp::by(rank_, fmt::format("group {}: {}", name_, reason)); });
     }
   }
 
@@ -191,7 +193,7 @@ class MessageControlPlane : public ControlPlane {
 
  protected:
   void find_who_left(PeerLook look) override {
-    if (size() == 1 || poisoned_ || !mailbox_->owner().is_here()) {
+    if (size() == 1 || poisoned() || !mailbox_->owner().is_here()) {
       return;
     }
     if (look == PeerLook::now) {
@@ -199,12 +201,10 @@ class MessageControlPlane : public ControlPlane {
     } else if (look == PeerLook::lately) {
       mailbox_->look_now_and_then();
     }
-    const std::uint32_t next = sequence_;
     try {
-      throw_if_told({channel_, detail::ControlCall::gave_up, next},
-                    {channel_, members_, std::nullopt});
+      throw_if_told(detail::ControlCall::gave_up, {channel_, members_, std::nullopt});
     } catch (const Error&) {
-      leave(next, [&] { return detail::GiveUp::because(std::current_exception(), rank_, heard_); });
+      leave([&] { return detail::GiveUp::because(std::current_exception(), rank_, heard_); });
       throw;
     }
   }
@@ -235,9 +235,12 @@ class MessageControlPlane : public ControlPlane {
     std::vector<int> missing;
   };
 
-  /// How long the others wait at least, who may have waited in their call before.
+  /// For how long behind its last arrival a rank takes it that nobody has left: no longer than the
+  /// others wait at least, who may have waited in their call before. Any of their threads may leave
+  /// earlier, so calls that do not follow each other at once look as well.
   static Deadline::duration shortest(std::chrono::milliseconds limit) noexcept {
-    return detail::LimitedWait::least(limit);
+    constexpr std::chrono::milliseconds kAtOnce{1};
+    return std::min<Deadline::duration>(detail::LimitedWait::least(limit), kAtOnce);
   }
 
   static std::size_t index(int rank) noexcept { return static_cast<std::size_t>(rank); }
@@ -251,7 +254,7 @@ class MessageControlPlane : public ControlPlane {
 
   void throw_if_poisoned(detail::ControlCall call) const {
     mailbox_->owner().check(name_);
-    if (poisoned_) {
+    if (poisoned()) {
       throw TransportError({.call = std::string(to_string(call)), .rank = rank_, .group = name_},
                            "an earlier call of this control plane failed, so its ranks are no "
                            "longer in step; form a new group");
@@ -260,16 +263,15 @@ class MessageControlPlane : public ControlPlane {
 
   detail::FrameTrailer next(detail::ControlCall call) {
     throw_if_poisoned(call);
-    return {channel_, call, sequence_++};
+    return {channel_, call, static_cast<std::uint32_t>(progress_.load())};
   }
 
   /// Whatever ends a call early leaves the ranks out of step, so this one leaves the group, and
   /// tells so. Ranks that disagree are still there to take what was sent to them.
   template <class Call>
-  std::invoke_result_t<Call&> leave_on_error(std::uint32_t sequence, std::string_view excuse,
-                                             Call&& call) {
+  std::invoke_result_t<Call&> leave_on_error(std::string_view excuse, Call&& call) {
     const auto told = [&] {
-      leave(sequence, [&] {
+      leave([&] {
         return excuse.empty() ? detail::GiveUp::because(std::current_exception(), rank_, heard_)
                               : detail::GiveUp::by(rank_, excuse);
       });
@@ -286,15 +288,35 @@ class MessageControlPlane : public ControlPlane {
     }
   }
 
-  /// Poisons the group and tells the others. They may be dead, and then there is nobody to tell.
+  /// Ends a call on this rank, unless another of its threads has left the group meanwhile: the
+  /// others have been told then that it did not finish this call.
+  void finish(const detail::FrameTrailer& trailer) {
+    std::uint64_t before = trailer.sequence;
+    const bool stays = trailer.call == detail::ControlCall::exchange
+                           ? !poisoned()
+                           : progress_.compare_exchange_strong(
+                                 before, static_cast<std::uint32_t>(trailer.sequence + 1));
+    if (!stays) {
+      throw_if_told(trailer.call, watch(trailer, members_));
+      throw TransportError(
+          {.call = std::string(to_string(trailer.call)), .rank = rank_, .group = name_},
+          "another thread of this rank left the group during the call");
+    }
+  }
+
+  /// Poisons the group and tells the others, and a thread of this rank that is in a call. The
+  /// others may be dead, and then there is nobody to tell.
   template <class Why>
-  void leave(std::uint32_t sequence, const Why& why) noexcept {
-    if (poisoned_.exchange(true)) {
+  void leave(const Why& why) noexcept {
+    const std::uint64_t before = progress_.fetch_or(kLeft);
+    if ((before & kLeft) != 0) {
       return;
     }
     try {
-      const auto reason = why().serialize();
-      const detail::FrameTrailer trailer{channel_, detail::ControlCall::gave_up, sequence};
+      auto reason = why().serialize();
+      const detail::FrameTrailer trailer{channel_, detail::ControlCall::gave_up,
+                                         static_cast<std::uint32_t>(before)};
+      mailbox_->note({members_[index(rank_)], trailer.sequence, reason}, channel_);
       for (int r = 0; r < size(); ++r) {
         try {
           if (r != rank_) {
@@ -326,7 +348,7 @@ class MessageControlPlane : public ControlPlane {
     Wait wait(limit);
     try {
       const auto trailer = next(call);
-      leave_on_error(trailer.sequence, excuse, [&] {
+      leave_on_error(excuse, [&] {
         for (int step = 1; step < size(); ++step) {
           send((rank_ + step) % size(), trailer, mine);
         }
@@ -336,12 +358,13 @@ class MessageControlPlane : public ControlPlane {
         }
         fail_if_missing(trailer, wait);
         for (int r = 0; r < size(); ++r) {
-          flush(r, wait);
+          flush(r, trailer, wait);
         }
         fail_if_missing(trailer, wait);
         // The others have come to this call after they had this rank's last arrival.
         fail_if_left(trailer, members_,
                      std::exchange(told_, wait.time.start()) + shortest(wait.limit));
+        finish(trailer);
       });
     } catch (...) {
       arrivals.absent = std::move(wait.missing);
@@ -373,12 +396,12 @@ class MessageControlPlane : public ControlPlane {
     };
     auto frame = receive_until(wait.notice.due());
     if (!frame && wait.notice.due() < wait.time.deadline()) {
-      throw_if_told(expected, concern);
+      throw_if_told(expected.call, concern);
       wait.notice.say(Clock::now(), [&] { return missing_text(from, expected, watched); });
       frame = receive_until(wait.time.deadline());
     }
     if (!frame) {
-      throw_if_told(expected, concern);
+      throw_if_told(expected.call, concern);
       wait.missing.push_back(from);
       return {};
     }
@@ -412,27 +435,29 @@ class MessageControlPlane : public ControlPlane {
   }
 
   /// The last step of a call: throws where one of `watched` has left without having finished it.
-  /// Nobody's time limit can have ended before `earliest`, and then nothing is looked for.
+  /// Nothing is looked for before `earliest`.
   void fail_if_left(const detail::FrameTrailer& trailer, std::span<const int> watched,
                     Deadline earliest) {
     const auto concern = watch(trailer, watched);
     if (size() > 1 && Clock::now() >= earliest) {
       mailbox_->look();
     }
-    throw_if_told(trailer, concern);
+    throw_if_told(trailer.call, concern);
   }
 
-  void throw_if_told(const detail::FrameTrailer& trailer, const detail::Watch& concern) {
+  void throw_if_told(detail::ControlCall call, const detail::Watch& concern) {
     if (const auto notice = mailbox_->notice(concern)) {
       heard_ = true;
       const auto from = std::find(members_.begin(), members_.end(), notice->from);
       detail::GiveUp::deserialize(notice->reason)
-          .raise(static_cast<int>(from - members_.begin()), to_string(trailer.call), name_);
+          .raise(static_cast<int>(from - members_.begin()), to_string(call), name_);
     }
   }
 
-  void flush(int to, Wait& wait) {
-    if (!mailbox_->flush(members_[index(to)], wait.time.deadline())) {
+  void flush(int to, const detail::FrameTrailer& trailer, Wait& wait) {
+    const detail::Watch own{channel_, {}, std::nullopt};
+    if (!mailbox_->flush(members_[index(to)], own, wait.time.deadline())) {
+      throw_if_told(trailer.call, own);
       wait.missing.push_back(to);
     }
   }
@@ -459,8 +484,10 @@ class MessageControlPlane : public ControlPlane {
   std::vector<Deadline> exchanged_;  // when it last sent to each in an exchange
   // Others may give up, or look who has, while a thread is in a call.
   std::atomic<bool> heard_{false};  // that another rank has left
-  std::atomic<std::uint32_t> sequence_{0};
-  std::atomic<bool> poisoned_{false};
+  static constexpr std::uint64_t kLeft = std::uint64_t{1} << 32;
+  // Calls finished, and above them whether this rank has left: in one word, so that what it tells
+  // the others is the call under way.
+  std::atomic<std::uint64_t> progress_{0};
 };
 
 }  // namespace cohort

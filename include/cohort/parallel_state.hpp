@@ -402,7 +402,8 @@ class ParallelState {
     return *smallest;
   }
 
-  /// Ranks with different options would form groups that never meet.
+  /// Ranks with different options would form groups that never meet, and one with a shorter time
+  /// limit would give up on others that are in time for theirs.
   void agree_on_options(ControlPlane& world) const {
     const auto& symmetric = options_.symmetric;
     std::string selected;
@@ -414,10 +415,11 @@ class ParallelState {
     agree(world,
           {.place = fmt::format(
                "creation of a ParallelState: {}, {} backend, symmetric {} for {}, "
-               "peer mapping {}, merge plan {} in precision {}, debug checks {}",
+               "peer mapping {}, merge plan {} in precision {}, debug checks {}, time limit {} ms",
                to_string(options_.layout), to_string(options_.backend->kind()), symmetric.enabled,
                selected, symmetric.peer_mapping, to_string(options_.merge.plan),
-               static_cast<int>(options_.merge.staged_precision), options_.debug_checks),
+               static_cast<int>(options_.merge.staged_precision), options_.debug_checks,
+               world.limit().count()),
            .bytes = options_.arena.growth_bytes});
   }
 

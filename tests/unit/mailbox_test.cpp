@@ -43,6 +43,7 @@ class DeliveringMessenger : public Messenger {
       }
       return std::nullopt;
     }
+    std::this_thread::sleep_for(takes);
     Bytes message = std::move(queue.front());
     queue.erase(queue.begin());
     return message;
@@ -56,7 +57,8 @@ class DeliveringMessenger : public Messenger {
 
   std::vector<std::vector<Bytes>> arrived{3};
   std::atomic<int> blocking{0};
-  std::atomic<bool> stuck{false};  // whoever waits inside stays there
+  std::atomic<bool> stuck{false};      // whoever waits inside stays there
+  std::chrono::microseconds takes{0};  // each message
   int asked = 0;
   int gone = -1;
 };
@@ -146,6 +148,27 @@ TEST_CASE("one look takes in what was said to any group, from the rank that has 
   CHECK(post.mailbox.notice({7, kOthers, std::nullopt}).value().sequence == 1);
   CHECK(post.mailbox.notice({8, kOthers, std::nullopt}).value().sequence == 4);
   CHECK(post.mailbox.held() == 102);
+}
+
+TEST_CASE("a look goes on until nothing more is there") {
+  Post post;
+  post.messenger->takes = 50us;
+  for (int i = 0; i < 200; ++i) {
+    post.messenger->deliver(1, {9, ControlCall::barrier, 0});
+  }
+  post.messenger->deliver(1, {7, ControlCall::gave_up, 1});
+  post.mailbox.look();
+  CHECK(post.mailbox.notice({7, kOthers, 1}));
+  CHECK(post.mailbox.held() == 201);
+}
+
+TEST_CASE("what a thread of this rank says ends each of its waits in the group") {
+  Post post;
+  post.mailbox.note({0, 5, Bytes(3)}, 7);
+  CHECK(post.mailbox.notice({7, kOthers, 2}).value().reason.size() == 3);
+  CHECK_FALSE(post.mailbox.receive(1, ControlCall::barrier, {7, kOthers, 2}, Clock::now() + 60s));
+  CHECK_FALSE(post.mailbox.notice({8, kOthers, std::nullopt}));
+  CHECK(post.mailbox.held() == 0);
 }
 
 TEST_CASE("who asks all the time looks once in a while, whichever group asks") {

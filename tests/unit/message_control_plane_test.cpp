@@ -329,6 +329,102 @@ TEST_CASE("giving up tells the others at once, whatever they wait for") {
   CHECK(seconds_since(start) < 20);
 }
 
+TEST_CASE("a rank whose other thread gives up ends its call at once, and a late one with it") {
+  struct Case {
+    std::string name;
+    std::function<void(ControlPlane&)> waits;  // of rank 1
+    std::function<void(ControlPlane&)> late;   // of rank 0
+  };
+  const auto& [name, waits, late] = GENERATE(values<Case>({
+      {"barrier", [](ControlPlane& p) { p.barrier(); }, [](ControlPlane& p) { p.barrier(); }},
+      {"broadcast", [](ControlPlane& p) { p.broadcast({}, 0); },
+       [](ControlPlane& p) { p.broadcast(Bytes(3), 0); }},
+      {"exchange",
+       [](ControlPlane& p) {
+         p.exchange({{0, Bytes(4)}}, std::vector<ControlPlane::Incoming>{{0, 4}});
+       },
+       [](ControlPlane& p) {
+         p.exchange({{1, Bytes(4)}}, std::vector<ControlPlane::Incoming>{{1, 4}});
+       }},
+  }));
+  const auto& [first, second] = std::tie(waits, late);
+  CAPTURE(name);
+  const auto start = Clock::now();
+  std::atomic<bool> over{false};
+  run_ranks(2, [&, &first = first, &second = second](ControlPlane& plane) {
+    plane.barrier();
+    if (plane.rank() == 1) {
+      std::thread watchdog([&] {
+        std::this_thread::sleep_for(100ms);
+        plane.give_up("the watchdog saw a dead card");
+      });
+      try {
+        check_throws<SymmetryError>([&] { first(plane); }, "rank 1 gave up", "a dead card");
+      } catch (...) {
+        watchdog.join();
+        throw;
+      }
+      watchdog.join();
+      over = true;
+      check_throws<TransportError>([&] { plane.barrier(); }, "form a new group");
+      return;
+    }
+    while (!over && seconds_since(start) < 30) {
+      std::this_thread::sleep_for(1ms);
+    }
+    check_throws<SymmetryError>([&] { second(plane); }, "rank 1 gave up", "a dead card");
+  });
+  CHECK(seconds_since(start) < 20);
+}
+
+TEST_CASE("a late rank hears who has left behind whatever was sent to other groups") {
+  constexpr int kMessages = 10'000;
+  std::atomic<bool> over{false};
+  run_ranks(
+      2,
+      [&](ControlPlane& plane) {
+        const auto side = plane.subgroup(std::vector{0, 1}, 7, "side");
+        plane.barrier();
+        if (plane.rank() == 0) {
+          while (!over) {
+            std::this_thread::sleep_for(1ms);
+          }
+          check_throws<TimeoutError>([&] { plane.barrier(); }, "rank 0 did not arrive");
+          return;
+        }
+        std::thread sender([&] {
+          std::this_thread::sleep_for(50ms);
+          for (int i = 0; i < kMessages; ++i) {
+            std::vector<ControlPlane::Outgoing> outgoing;
+            outgoing.push_back({0, Bytes(64)});
+            side->exchange(std::move(outgoing), {});
+          }
+        });
+        try {
+          plane.barrier();
+        } catch (const TimeoutError&) {
+          over = true;
+        }
+        sender.join();
+        check(over.exchange(true), "rank 1 has given up");
+      },
+      500ms);
+}
+
+TEST_CASE("ranks with unlike time limits do not go on alone") {
+  const auto hub = std::make_shared<detail::ThreadHub>(2);
+  const auto plane_of = [&](int rank, std::chrono::milliseconds limit) {
+    return MessageControlPlane(std::make_shared<detail::ThreadMessenger>(hub, rank), limit);
+  };
+  auto patient = plane_of(0, 60s);
+  auto hasty = plane_of(1, 100ms);
+  std::thread other([&] { hasty.barrier(); });
+  patient.barrier();
+  other.join();
+  CHECK_THROWS_AS(hasty.barrier(), TimeoutError);
+  CHECK_THROWS_AS(patient.barrier(), TimeoutError);
+}
+
 TEST_CASE("ranks that wait by other means learn who has left, and leave as well") {
   std::atomic<bool> told = false;
   run_ranks(3, [&](ControlPlane& plane) {

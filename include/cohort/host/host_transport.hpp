@@ -185,7 +185,7 @@ class HostTransport final : public Transport {
                                         const TensorView& out, int dim) const override;
 
   /// Host work is done when its call returns. Throws `TransportError` after a failed call, of this
-  /// rank or of a peer.
+  /// rank or of a peer; what a peer said that has left, where it says so over the control plane.
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) override {
     if (stream.valid()) {
       stream.synchronize(limit);
@@ -193,6 +193,8 @@ class HostTransport final : public Transport {
     check_usable("synchronize");
     if (access_ != nullptr) {
       access_->meeting().check_peers();
+    } else {
+      control_.check_peers();
     }
   }
 
