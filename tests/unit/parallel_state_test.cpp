@@ -609,6 +609,18 @@ TEST_CASE("ranks that differ get errors that name them", "[divergence]") {
   run_ranks(4, check_failed_audience);
 }
 
+TEST_CASE("ranks with unlike time limits form no state", "[divergence]") {
+  const auto hub = std::make_shared<detail::ThreadHub>(3);
+  run_ranks(3, [&](ControlPlane& plane) {
+    const std::chrono::milliseconds limit(plane.rank() == 1 ? 40'000 : 60'000);
+    MessageControlPlane world(std::make_shared<detail::ThreadMessenger>(hub, plane.rank()), limit);
+    check_blames(
+        1, [&] { (void)make_state(world, {.tp = 3}); }, "time limit 40000 ms",
+        "time limit 60000 ms");
+    check(!world.poisoned(), "the ranks are in step");
+  });
+}
+
 TEST_CASE("ranks that never come are named within the limit", "[divergence]") {
   for (const int n : {2, 3}) {
     DYNAMIC_SECTION(n << " ranks") {

@@ -186,11 +186,15 @@ TEST_CASE("whoever comes late to memory that a peer gave up learns it, in every 
 
 TEST_CASE("synchronize tells of a peer that gave up, and not of one that has left", "[host]") {
   const bool fails = GENERATE(true, false);
+  const bool mapped = GENERATE(true, false);
   std::atomic<bool> over{false};
   run_ranks(
       2,
-      [&](ControlPlane& plane) {
-        std::optional<Site> site(std::in_place, plane, HostOptions{}, Memory::ordinary);
+      [&](ControlPlane& world) {
+        const auto group = world.subgroup(std::vector{0, 1}, 1, "group");
+        ControlPlane& plane = *group;
+        std::optional<Site> site(std::in_place, plane, mapped ? HostOptions{} : apart(),
+                                 Memory::ordinary);
         site->transport->barrier({});
         if (plane.rank() == 0) {
           if (fails) {
@@ -204,13 +208,16 @@ TEST_CASE("synchronize tells of a peer that gave up, and not of one that has lef
             std::this_thread::sleep_for(1ms);
           }
           const auto synchronize = [&] { site->transport->synchronize({}, 10ms); };
-          if (fails) {
+          if (!fails) {
+            synchronize();
+          } else if (mapped) {
             check_throws<TransportError>(synchronize, "rank 0 gave up");
           } else {
-            synchronize();
+            check_throws<TimeoutError>(synchronize, "rank 0 gave up", "rank 1 did not arrive");
           }
+          check_equal(site->transport->failed(), fails, "failed");
         }
-        plane.barrier();
+        world.barrier();
       },
       300ms);
 }
