@@ -10,6 +10,7 @@
 #include "cohort/dcp/kv_shard.hpp"
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/decode_context_parallel.hpp"
+#include "cohort/dlpack.hpp"
 #include "cohort/dtype.hpp"
 #include "cohort/error.hpp"
 #include "cohort/graph_capture.hpp"

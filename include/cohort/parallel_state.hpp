@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -225,6 +226,31 @@ class ParallelState {
   }
   /// Right behind a launch of a graph of the engine's own; see `order`.
   void launched(StreamRef stream) { mark_launched(*formed_, stream); }
+
+  /// Waits until the stream is idle, watching the peers of all groups as well: for engines whose
+  /// streams carry calls of several. The limit is one for the whole wait. Throws as
+  /// `GroupCoordinator::synchronize`, of the first group, in the order of `groups`, in which
+  /// something was wrong; where that group's own calls are not to blame, the error tells of those
+  /// that are. Goes on without groups that were shut down; `UsageError` where all were.
+  void synchronize(StreamRef stream, std::chrono::milliseconds limit) {
+    const auto deadline = detail::deadline_after(checked_limit("synchronize", limit));
+    throw_if_all_closed("synchronize", *formed_);
+    for (GroupCoordinator* group : *formed_) {
+      if (group->closed()) {
+        continue;
+      }
+      // A stream that came to its end costs the groups that follow no wait.
+      group->synchronize(stream, std::max(std::chrono::milliseconds(1),
+                                          std::chrono::ceil<std::chrono::milliseconds>(
+                                              deadline - std::chrono::steady_clock::now())));
+    }
+  }
+  /// Whether a call of any group is known to have failed, without asking the device; `synchronize`
+  /// says what happened.
+  [[nodiscard]] bool failed() const noexcept {
+    return std::any_of(formed_->begin(), formed_->end(),
+                       [](const GroupCoordinator* group) { return group->failed(); });
+  }
 
   /// Collective. Returns the memory of graphs that every rank has destroyed to the arenas, which
   /// growth and `reserve` also do.
@@ -456,7 +482,7 @@ class ParallelState {
 
   static void order_launch(const std::vector<GroupCoordinator*>& formed,
                            const CaptureDomain& captures, StreamRef stream, CaptureId graph) {
-    throw_if_all_closed(formed);
+    throw_if_all_closed("graph launch", formed);
     for (GroupCoordinator* group : formed) {
       if (!group->closed()) {  // a graph with its calls says so itself
         group->order(stream, graph);
@@ -467,15 +493,16 @@ class ParallelState {
     }
   }
 
-  static void throw_if_all_closed(const std::vector<GroupCoordinator*>& formed) {
+  static void throw_if_all_closed(std::string_view call,
+                                  const std::vector<GroupCoordinator*>& formed) {
     if (std::all_of(formed.begin(), formed.end(),
                     [](const GroupCoordinator* group) { return group->closed(); })) {
-      throw UsageError("graph launch: the ParallelState was used after shutdown");
+      throw UsageError(fmt::format("{}: the ParallelState was used after shutdown", call));
     }
   }
 
   static void mark_launched(const std::vector<GroupCoordinator*>& formed, StreamRef stream) {
-    throw_if_all_closed(formed);
+    throw_if_all_closed("graph launch", formed);
     for (GroupCoordinator* group : formed) {
       if (!group->closed()) {
         group->launched(stream);

@@ -128,6 +128,10 @@ struct RuntimeEnvOptions {
   /// uses it is outstanding, nor two unordered graphs. Off by default: decode in graphs with eager
   /// prefill breaks the promise.
   bool exclusive_graphs = false;
+  /// Nothing is set, whatever is asked for above: for a process in which CUDA has started, so that
+  /// it no longer reads its variables, and threads run, with whose `getenv` setting one races. An
+  /// engine that wants multicast off or exclusive graphs sets their variables before.
+  bool leave_alone = false;
 };
 
 /// One variable that the library wants set.
@@ -138,7 +142,7 @@ struct EnvSetting {
   std::string name;                     ///< The variable.
   std::string wanted;                   ///< What the library would set.
   std::optional<std::string> existing;  ///< The value that was there; an empty one counts as set.
-  Action action = Action::set;          ///< `left` exactly if there was a value.
+  Action action = Action::set;          ///< `left` where there was a value, or all was to be left.
 
   friend bool operator==(const EnvSetting&, const EnvSetting&) = default;
 };
@@ -155,7 +159,8 @@ struct EnvSetting {
   std::vector<EnvSetting> settings;
   const auto want = [&](const char* name, const char* value) {
     auto existing = lookup(name);
-    const auto action = existing ? EnvSetting::Action::left : EnvSetting::Action::set;
+    const auto action =
+        existing || options.leave_alone ? EnvSetting::Action::left : EnvSetting::Action::set;
     settings.push_back({name, value, std::move(existing), action});
   };
   want("CUDA_DEVICE_MAX_CONNECTIONS", "8");
@@ -189,12 +194,16 @@ inline std::vector<EnvSetting> apply(const RuntimeEnvOptions& options) {
   return settings;
 }
 
-/// "NCCL_NVLS_ENABLE=1 left (wanted 0)" or "CUDA_MODULE_LOADING=AUTO set".
+/// "NCCL_NVLS_ENABLE=1 left (wanted 0)", "NCCL_NVLS_ENABLE left unset (wanted 0)" or
+/// "CUDA_MODULE_LOADING=AUTO set".
 [[nodiscard]] inline std::string describe(const EnvSetting& setting) {
   if (setting.action == EnvSetting::Action::set) {
     return fmt::format("{}={} set", setting.name, setting.wanted);
   }
-  const auto& existing = setting.existing.value();
+  if (!setting.existing) {
+    return fmt::format("{} left unset (wanted {})", setting.name, setting.wanted);
+  }
+  const auto& existing = *setting.existing;
   return existing == setting.wanted
              ? fmt::format("{}={} left", setting.name, existing)
              : fmt::format("{}={} left (wanted {})", setting.name, existing, setting.wanted);

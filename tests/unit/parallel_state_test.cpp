@@ -143,6 +143,24 @@ TEST_CASE("a state can be formed after one that failed", "[state]") {
       std::chrono::milliseconds(1500));
 }
 
+TEST_CASE("one wait of the state is for all its groups", "[state]") {
+  run_ranks(2, [](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2, .dcp = 1});
+    HostStream stream;
+    check_throws<UsageError>([&] { state.synchronize(stream, std::chrono::milliseconds(0)); },
+                             "at least 1 ms");
+    state.synchronize(stream, std::chrono::milliseconds::max());
+    int done = 0;
+    stream.ref().submit([&done] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      done = 1;
+    });
+    state.synchronize(stream, std::chrono::seconds(20));
+    check_equal(done, 1, "waited");
+    check(!state.failed(), "failed");
+  });
+}
+
 TEST_CASE("a state can be moved", "[state]") {
   run_ranks(2, [](ControlPlane& world) {
     HostStream stream;
@@ -192,6 +210,7 @@ TEST_CASE("after shutdown every call is refused", "[state]") {
         check_throws<UsageError>([] { (void)empty({1}, DType::f32); }, "arena tp+dcp", "shut down");
       }
       check_throws<UsageError>([&] { state.reclaim_graphs(); }, "shut down");
+      refused([&] { state.synchronize({}, std::chrono::milliseconds(1)); });
       check_values(kept, "a tensor stays readable",
                    [](std::int64_t flat) { return value_at(0, flat); });
     });

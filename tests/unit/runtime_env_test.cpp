@@ -116,6 +116,22 @@ TEST_CASE("apply sets what is unset, once, and leaves the rest", "[runtime_env]"
   }
 }
 
+TEST_CASE("an environment that is to be left alone is, and told of", "[runtime_env]") {
+  const EnvGuard guard({"CUDA_DEVICE_MAX_CONNECTIONS", "CUDA_MODULE_LOADING", "NCCL_NVLS_ENABLE"});
+  ::setenv("CUDA_MODULE_LOADING", "EAGER", 1);
+  const auto settings = apply({.multicast = false, .leave_alone = true});
+  const std::vector<EnvSetting> expected = {
+      {"CUDA_DEVICE_MAX_CONNECTIONS", "8", std::nullopt, Action::left},
+      {"CUDA_MODULE_LOADING", "AUTO", "EAGER", Action::left},
+      {"NCCL_NVLS_ENABLE", "0", std::nullopt, Action::left}};
+  CHECK(settings == expected);
+  CHECK(describe(settings[0]) == "CUDA_DEVICE_MAX_CONNECTIONS left unset (wanted 8)");
+  CHECK(describe(settings[1]) == "CUDA_MODULE_LOADING=EAGER left (wanted AUTO)");
+  CHECK_FALSE(process_env("CUDA_DEVICE_MAX_CONNECTIONS").has_value());
+  CHECK(process_env("CUDA_MODULE_LOADING") == "EAGER");
+  CHECK_FALSE(process_env("NCCL_NVLS_ENABLE").has_value());
+}
+
 TEST_CASE("planning does not touch the environment", "[runtime_env]") {
   const EnvGuard guard({"CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_NVLS_ENABLE"});
   (void)plan({.multicast = false});
