@@ -146,11 +146,14 @@ class MessageControlPlane : public ControlPlane {
         }
         fail_if_missing(trailer, wait);
       }
+      // Who waits for a message has taken the one before, so it began after that was sent.
+      Deadline before = Deadline::max() - shortest(limit_);
       for (const auto& message : outgoing) {
-        // Who waits for a message has taken the one before, so it began after that was sent.
-        auto& before = exchanged_[index(message.to)];
-        fail_if_left(trailer, member(message.to), before + shortest(limit_));
-        before = wait.time.start();
+        before = std::min(before, std::exchange(exchanged_[index(message.to)], wait.time.start()));
+      }
+      look_from(before + shortest(limit_));
+      for (const auto& message : outgoing) {
+        throw_if_told(trailer.call, watch(trailer, member(message.to)));
       }
       finish(trailer);
       return payloads;
@@ -435,14 +438,17 @@ class MessageControlPlane : public ControlPlane {
   }
 
   /// The last step of a call: throws where one of `watched` has left without having finished it.
-  /// Nothing is looked for before `earliest`.
   void fail_if_left(const detail::FrameTrailer& trailer, std::span<const int> watched,
                     Deadline earliest) {
-    const auto concern = watch(trailer, watched);
+    look_from(earliest);
+    throw_if_told(trailer.call, watch(trailer, watched));
+  }
+
+  /// Takes in what has come. Does nothing before `earliest`.
+  void look_from(Deadline earliest) {
     if (size() > 1 && Clock::now() >= earliest) {
       mailbox_->look();
     }
-    throw_if_told(trailer.call, concern);
   }
 
   void throw_if_told(detail::ControlCall call, const detail::Watch& concern) {
