@@ -123,40 +123,29 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// Parts of different types, such as 8-bit floats and their scales, give rows of bytes: q is u8,
   /// and each row holds the bytes of q_nope's and then those of q_pe's. As tensors again, without a
   /// copy: `q.view().slice(2, 0, 576).reinterpret(DType::f8_e4m3)` and
-  /// `q.view().slice(2, 576, 16).reinterpret(DType::f32)`.
+  /// `q.view().slice(2, 576, 16).reinterpret(DType::f32)`. Ranks whose parts differ in type or size
+  /// make different calls, also where their bytes would meet.
   [[nodiscard]] Tensor gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                                     StreamRef stream = {}) {
-    if (q_nope.dtype() != q_pe.dtype()) {
+    const QueryTypes types{q_nope.dtype(), q_pe.dtype()};
+    if (types.nope != types.pe) {
       const QueryBytes bytes(q_nope, q_pe);
-      return gather_query(bytes.nope, bytes.pe, stream);
+      return gather_parts(types, bytes.nope, bytes.pe, stream);
     }
-    check_call("gather_query q_nope", q_nope);
-    const Dims shape = check_query(q_nope, q_pe);
-    const Call call = begin(stream, made_query(q_nope, q_pe));
-    Tensor q = temporary(shape, q_nope.dtype(), call);
-    issue_query(q, q_nope, q_pe, call);
-    finish(call);
-    return q;
+    return gather_parts(types, q_nope, q_pe, stream);
   }
   /// The same into `q`, of any strides with the last dimension without gaps. Where ranks cannot
   /// address each other, a `q` whose heads come first in memory, [H, B, Dn + Dr] transposed, saves
   /// a copy: what a rank sends then lies in one piece in it.
   void gather_query_into(const TensorView& q, const ConstTensorView& q_nope,
                          const ConstTensorView& q_pe, StreamRef stream = {}) {
-    if (q_nope.dtype() != q_pe.dtype()) {
+    const QueryTypes types{q_nope.dtype(), q_pe.dtype()};
+    if (types.nope != types.pe) {
       const QueryBytes bytes(q_nope, q_pe);
-      gather_query_into(q, bytes.nope, bytes.pe, stream);
-      return;
+      gather_parts_into(q, types, bytes.nope, bytes.pe, stream);
+    } else {
+      gather_parts_into(q, types, q_nope, q_pe, stream);
     }
-    check_call("gather_query q_nope", q_nope);
-    check_like("gather_query q", q, q_nope, check_query(q_nope, q_pe));
-    detail::check_rows("gather_query q", q);
-    check_distinct("gather_query q", q);
-    check_apart("gather_query q", q, q_nope);
-    check_apart("gather_query q", q, q_pe);
-    const Call call = begin(stream, made_query(q_nope, q_pe));
-    issue_query(q, q_nope, q_pe, call);
-    finish(call);
   }
 
   /// Merges the ranks' partial attentions exactly and scatters the heads: [B, H/n, D] from this
@@ -348,6 +337,30 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
     detail::check_rows(argument, part);
   }
+  /// `gather_query` of parts that are of one type by now.
+  [[nodiscard]] Tensor gather_parts(QueryTypes types, const ConstTensorView& q_nope,
+                                    const ConstTensorView& q_pe, StreamRef stream) {
+    check_call("gather_query q_nope", q_nope);
+    const Dims shape = check_query(q_nope, q_pe);
+    const Call call = begin(stream, made_query(types, q_nope, q_pe));
+    Tensor q = temporary(shape, q_nope.dtype(), call);
+    issue_query(q, types, q_nope, q_pe, call);
+    finish(call);
+    return q;
+  }
+  /// `gather_query_into` of them.
+  void gather_parts_into(const TensorView& q, QueryTypes types, const ConstTensorView& q_nope,
+                         const ConstTensorView& q_pe, StreamRef stream) {
+    check_call("gather_query q_nope", q_nope);
+    check_like("gather_query q", q, q_nope, check_query(q_nope, q_pe));
+    detail::check_rows("gather_query q", q);
+    check_distinct("gather_query q", q);
+    check_apart("gather_query q", q, q_nope);
+    check_apart("gather_query q", q, q_pe);
+    const Call call = begin(stream, made_query(types, q_nope, q_pe));
+    issue_query(q, types, q_nope, q_pe, call);
+    finish(call);
+  }
   /// Parts whose types differ, as bytes.
   struct QueryBytes {
     ConstTensorView nope, pe;
@@ -389,8 +402,9 @@ class DecodeContextParallelGroup : public GroupCoordinator {
 
   // What ranks compare says nothing of plans and paths, whose messages would not meet either.
 
-  [[nodiscard]] static Made made_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe) {
-    return {TraceCall::gather_query, q_nope, 0, {}, static_cast<int>(q_pe.size(2))};
+  [[nodiscard]] static Made made_query(QueryTypes types, const ConstTensorView& q_nope,
+                                       const ConstTensorView& q_pe) {
+    return {TraceCall::gather_query, q_nope, 0, {}, static_cast<int>(q_pe.size(2)), types};
   }
   [[nodiscard]] static Made made_merge(const MergeArguments& arguments) {
     const Partials& partials = arguments.partials;
@@ -430,15 +444,15 @@ class DecodeContextParallelGroup : public GroupCoordinator {
 
   // From here on the call has begun and its arguments are right.
 
-  void issue_query(const TensorView& q, const ConstTensorView& q_nope, const ConstTensorView& q_pe,
-                   const Call& call) {
+  void issue_query(const TensorView& q, QueryTypes types, const ConstTensorView& q_nope,
+                   const ConstTensorView& q_pe, const Call& call) {
     if (size() == 1) {
       backend().ops().pack_query(q_nope, q_pe, q, call.stream);
       return;
     }
     if (PeerKernels* kernels = peer_kernels();
         kernels != nullptr && kernels->gather_obstacle(q_nope, q_pe).empty()) {
-      kernels->gather_query(q_nope, q_pe, q, call.stream);
+      kernels->gather_query(q_nope, q_pe, q, types, call.stream);
       return;
     }
     // Heads first whatever the strides of `q`, which may differ between the ranks: what arrives is
@@ -446,6 +460,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const std::int64_t own = q_nope.size(1);
     const Tensor packed = temporary({own, q.size(0), q.size(2)}, q.dtype(), call);
     backend().ops().pack_query(q_nope, q_pe, packed.view().transpose(0, 1), call.stream);
+    transport()->agree_also(types.number() + q_nope.size(2) * 0x10000);
     issue_gather(q.transpose(0, 1), packed, equal(own), 0, call);
   }
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -359,6 +360,7 @@ class GroupBase {
     int dim = 0;                               ///< Along which sizes differ.
     std::span<const std::int64_t> sizes = {};  ///< Of all ranks, where they may.
     int variant = 0;                           ///< The op, root, peer or base.
+    std::optional<QueryTypes> types = {};      ///< Of what a query's bytes are.
   };
 
   /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.
@@ -436,6 +438,12 @@ class GroupBase {
     return entry;
   }
 
+  [[nodiscard]] static std::string types_of(const Made& made) {
+    return made.types ? fmt::format(" from {} and {}", to_string(made.types->nope),
+                                    to_string(made.types->pe))
+                      : std::string();
+  }
+
   /// The opt-in comparison of a call's arguments across the ranks, before anything is allocated for
   /// it.
   void debug_compare(const Made& made) {
@@ -447,8 +455,8 @@ class GroupBase {
     const std::string call =
         made.call == TraceCall::barrier
             ? std::string(to_string(made.call))
-            : fmt::format("{} of {}{} dim {} sizes [{}] variant {}", to_string(made.call),
-                          to_string(made.x.dtype()), to_string(shape), made.dim,
+            : fmt::format("{} of {}{}{} dim {} sizes [{}] variant {}", to_string(made.call),
+                          to_string(made.x.dtype()), to_string(shape), types_of(made), made.dim,
                           detail::joined(made.sizes, ","), made.variant);
     agree(*parts_.control, {.place = fmt::format("{} in group {}", call, parts_.name),
                             .sequence = debug_sequence_++,

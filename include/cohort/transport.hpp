@@ -143,6 +143,18 @@ class TensorOps {
                             int rank, StreamRef stream) = 0;
 };
 
+/// The types of a query's parts. Where they differ the parts are moved as bytes, of which ranks
+/// that mean different ones could have equal numbers.
+struct QueryTypes {
+  DType nope = DType::u8;  ///< Of q_nope.
+  DType pe = DType::u8;    ///< Of q_pe.
+
+  /// For what ranks compare.
+  [[nodiscard]] constexpr std::int64_t number() const noexcept {
+    return static_cast<std::int64_t>(nope) * 256 + static_cast<std::int64_t>(pe);
+  }
+};
+
 /// Kernels that address peers' memory themselves. Collective like every call of a transport.
 class PeerKernels {
  public:
@@ -166,9 +178,10 @@ class PeerKernels {
   /// Empty where the fused query gather can run, otherwise why it cannot.
   [[nodiscard]] virtual std::string gather_obstacle(const ConstTensorView& q_nope,
                                                     const ConstTensorView& q_pe) const = 0;
-  /// q [B, H, Dn + Dr] from every rank's q_nope [B, H/n, Dn] and q_pe [B, H/n, Dr].
+  /// q [B, H, Dn + Dr] from every rank's q_nope [B, H/n, Dn] and q_pe [B, H/n, Dr], all of one
+  /// type. The ranks agree on `types` as well: what the parts are that come as bytes.
   virtual void gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
-                            const TensorView& q, StreamRef stream) = 0;
+                            const TensorView& q, QueryTypes types, StreamRef stream) = 0;
 };
 
 /// Moves tensor bytes for one group. Every call but `send` and `recv` is collective: all ranks
@@ -209,6 +222,10 @@ class Transport {
   /// and output together, so that they can be captured without having run before. Local; not within
   /// a capture. A transport that packs nothing has nothing to do.
   virtual void reserve_scratch(std::size_t /*bytes*/) {}
+
+  /// The ranks of the next all-gather have to agree on this as well, where they compare what they
+  /// call: what its bytes are. Local.
+  virtual void agree_also(std::int64_t /*form*/) noexcept {}
 
   /// Rank r's `in` becomes extents [sum(sizes[..r)), + sizes[r]) of `out` along `dim`.
   virtual void all_gather(const ConstTensorView& in, const TensorView& out, int dim,

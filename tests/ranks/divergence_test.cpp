@@ -30,6 +30,7 @@ TEST_CASE("other calls are named") {
   check_other_call(world(), false);
   check_other_call(world(), true);
   check_other_merge(world());
+  check_other_query(world());
 }
 
 // Each ends the use of MPI, so each is a run of its own.

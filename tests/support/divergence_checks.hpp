@@ -242,6 +242,45 @@ inline void check_other_call(ControlPlane& world, bool debug) {
   }
 }
 
+/// Query gathers whose bytes would meet though they mean others: parts of other types, or shared
+/// out otherwise. On every way that queries go.
+inline void check_other_query(ControlPlane& world) {
+  const int last = world.size() - 1;
+  const bool other = world.rank() == last;
+  enum class Way : std::uint8_t { kernels, slots, exchange };
+  const auto differ = [&](Way way, bool debug, const Dims& nope, DType nope_type, const Dims& pe,
+                          DType pe_type) {
+    auto state = ParallelState::create(
+        world, {.layout = {.tp = world.size(), .dcp = world.size()},
+                .backend = host_backend({.map_peers = way != Way::exchange}),
+                .symmetric = {.enabled = way == Way::kernels, .selection = Selection::all()},
+                .debug_checks = debug});
+    auto& dcp = state.dcp();
+    Site site(dcp, Memory::ordinary);
+    const auto rest = site.filled({1, 2, 16}, DType::u8);
+    const auto scales = site.filled({1, 2, 4}, DType::f32);
+    const auto other_rest = site.filled(nope, nope_type);
+    const auto other_scales = site.filled(pe, pe_type);
+    (void)dcp.gather_query(rest, scales);
+    const auto gather = [&] {
+      (void)dcp.gather_query(other ? other_rest : rest, other ? other_scales : scales);
+    };
+    if (way == Way::exchange && !debug) {  // each compares what came to it
+      check_throws<SymmetryError>(gather, "calls all_gather");
+      world.barrier();  // before the state's end is what the others hear of
+    } else {
+      check_blames(last, gather, debug ? "gather_query of u8" : "different calls");
+    }
+  };
+  for (const bool debug : {false, true}) {
+    for (const Way way : {Way::kernels, Way::slots, Way::exchange}) {
+      differ(way, debug, {1, 2, 16}, DType::u8, {1, 2, 8}, DType::bf16);
+      differ(way, debug, {1, 2, 16}, DType::f8_e4m3, {1, 2, 4}, DType::f32);
+      differ(way, debug, {1, 2, 20}, DType::u8, {1, 2, 3}, DType::f32);
+    }
+  }
+}
+
 /// Merges that differ in base or type are found in every plan, though the bytes of some would meet.
 inline void check_other_merge(ControlPlane& world) {
   const int last = world.size() - 1;

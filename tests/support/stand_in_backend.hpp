@@ -57,6 +57,7 @@ class StandInTransport final : public Transport {
   }
   void compare_places() noexcept override { real_->compare_places(); }
   void compare_shapes() noexcept override { real_->compare_shapes(); }
+  void agree_also(std::int64_t form) noexcept override { real_->agree_also(form); }
   [[nodiscard]] std::unique_ptr<Window> register_segment(Segment& segment) override {
     const auto go_on = [&] { return real_->register_segment(segment); };
     return steps_.register_segment ? steps_.register_segment(group_, go_on) : go_on();

@@ -625,6 +625,7 @@ TEST_CASE("ranks that differ get errors that name them", "[divergence]") {
       run_ranks(n, check_graphs_without_windows);
     }
   }
+  run_ranks(3, check_other_query);
   run_ranks(4, check_failed_audience);
 }
 

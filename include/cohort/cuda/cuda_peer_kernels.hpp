@@ -194,14 +194,16 @@ class CudaPeerKernels final : public PeerKernels {
   }
 
   void gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe, const TensorView& q,
-                    StreamRef stream) override {
+                    QueryTypes types, StreamRef stream) override {
     const DeviceGuard guard(device_);
     check_usable("gather_query");
     if (q.numel() == 0) {
       return;
     }
-    cuda::peer_gather_query(table(), detail::query_of(q_nope, q_pe), q.data(), q.strides()[0],
-                            q.strides()[1], detail::native(stream));
+    cuda::Query query = detail::query_of(q_nope, q_pe);
+    query.types = types.number();
+    cuda::peer_gather_query(table(), query, q.data(), q.strides()[0], q.strides()[1],
+                            detail::native(stream));
     ++steps_;
   }
 

@@ -146,6 +146,7 @@ struct Query {
   std::int64_t nope_dim = 0;
   std::int64_t pe_dim = 0;
   DType dtype = DType::bf16;  ///< Any; moved as bytes.
+  std::int64_t types = 0;     ///< What else the ranks agree on: `QueryTypes::number`.
 };
 
 /// out [B,h,Dn+Dr] by strides = nope and pe side by side.

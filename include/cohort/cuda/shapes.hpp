@@ -117,8 +117,9 @@ inline constexpr std::int64_t kMostPeerSplits = 4;
 
 /// Of a query gather.
 [[nodiscard]] constexpr CallSignature signature_of(const Query& q, int blocks) noexcept {
-  return CallSignature::make(PeerCall::gather_query, {static_cast<std::int64_t>(q.dtype), blocks,
-                                                      q.batch, q.heads, q.nope_dim, q.pe_dim});
+  return CallSignature::make(PeerCall::gather_query,
+                             {static_cast<std::int64_t>(q.dtype), blocks, q.batch, q.heads,
+                              q.nope_dim, q.pe_dim, q.types});
 }
 
 /// Of an all-gather or a reduce-scatter. Where the dimension lies decides which bytes of the whole

@@ -37,8 +37,9 @@ class ExchangeCollectives {
   [[nodiscard]] bool poisoned() const noexcept { return poisoned_ || control_.poisoned(); }
 
   void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
-                  std::span<const std::int64_t> sizes) {
+                  std::span<const std::int64_t> sizes, std::int64_t form = 0) {
     Call call = call_of(Operation::all_gather, out, dim, sizes);
+    call.mix(form);
     std::vector<std::size_t> expected;
     for (const auto size : sizes) {
       expected.push_back(part_bytes(out, dim, size));

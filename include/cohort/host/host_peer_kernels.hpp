@@ -58,7 +58,7 @@ class HostPeerKernels final : public PeerKernels {
   [[nodiscard]] inline std::string gather_obstacle(const ConstTensorView& q_nope,
                                                    const ConstTensorView& q_pe) const override;
   inline void gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
-                           const TensorView& q, StreamRef stream) override;
+                           const TensorView& q, QueryTypes types, StreamRef stream) override;
 
  private:
   /// Where a rank's partials of this rank's rows lie, in bytes.
@@ -106,7 +106,8 @@ class HostPeerKernels final : public PeerKernels {
   void merge_rows(const MergeArguments& arguments, PartialRows& rows, const MergeShape& shape,
                   std::int64_t first, std::int64_t count);
 
-  void gather(const ConstTensorView& q_nope, const ConstTensorView& q_pe, const TensorView& q);
+  void gather(const ConstTensorView& q_nope, const ConstTensorView& q_pe, const TensorView& q,
+              QueryTypes types);
   [[nodiscard]] Showing show_query(const ConstTensorView& q_nope,
                                    const ConstTensorView& q_pe) const;
 
@@ -377,12 +378,12 @@ inline void HostPeerKernels::merge(const MergeArguments& arguments) {
 
 inline void HostPeerKernels::gather_query(const ConstTensorView& q_nope,
                                           const ConstTensorView& q_pe, const TensorView& q,
-                                          StreamRef stream) {
+                                          QueryTypes types, StreamRef stream) {
   steps_.issue();
   enqueue_call(
       lifeline_, stream,
-      [this](const ConstTensorView& nope, const ConstTensorView& pe, const TensorView& to) {
-        steps_.run([&] { gather(nope, pe, to); });
+      [this, types](const ConstTensorView& nope, const ConstTensorView& pe, const TensorView& to) {
+        steps_.run([&] { gather(nope, pe, to, types); });
       },
       q_nope, q_pe, q);
 }
@@ -409,12 +410,12 @@ inline Showing HostPeerKernels::show_query(const ConstTensorView& q_nope,
 }
 
 inline void HostPeerKernels::gather(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
-                                    const TensorView& q) {
+                                    const TensorView& q, QueryTypes types) {
   meeting_.check_usable("gather_query");
   const cohort::detail::CallTime time;
   Call call{.operation = Operation::gather_query, .dtype = q.dtype(), .bytes = q.bytes()};
-  for (const std::int64_t extent : {q.shape()[0], q.shape()[1], q_nope.shape()[2]}) {
-    call.mix(extent);
+  for (const std::int64_t word : {q.shape()[0], q.shape()[1], q_nope.shape()[2], types.number()}) {
+    call.mix(word);
   }
   const std::size_t element = size_of(q.dtype());
   const std::int64_t heads = q_nope.shape()[1];

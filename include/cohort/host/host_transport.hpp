@@ -73,6 +73,7 @@ class HostTransport final : public Transport {
   /// Ranks show each other where their tensors lie.
   [[nodiscard]] bool needs_equal_offsets() const noexcept override { return needs_equal_offsets_; }
 
+  void agree_also(std::int64_t form) noexcept override { form_ = form; }
   void compare_shapes() noexcept override {
     exchange_.compare_shapes();
     if (access_ != nullptr) {
@@ -87,10 +88,11 @@ class HostTransport final : public Transport {
     steps_.issue();
     enqueue_call(
         lifeline_, stream,
-        [this, dim = from_front(dim, out.ndim())](const ConstTensorView& from, const TensorView& to,
-                                                  std::span<const std::int64_t> parts) {
+        [this, dim = from_front(dim, out.ndim()), form = std::exchange(form_, 0)](
+            const ConstTensorView& from, const TensorView& to,
+            std::span<const std::int64_t> parts) {
           dispatch(
-              "all_gather", [&](auto& way) { way.all_gather(from, to, dim, parts); },
+              "all_gather", [&](auto& way) { way.all_gather(from, to, dim, parts, form); },
               [&] { copy_view(from, to); });
         },
         in, out, sizes);
@@ -272,6 +274,7 @@ class HostTransport final : public Transport {
   std::optional<HostPeerKernels> kernels_;
   ExchangeCollectives exchange_;
   HostSteps steps_;
+  std::int64_t form_ = 0;               // of the next all-gather
   std::shared_ptr<Lifeline> lifeline_;  // kept by recorded calls
 };
 

@@ -36,8 +36,9 @@ class PeerCollectives {
   PeerCollectives& operator=(const PeerCollectives&) = delete;
   ~PeerCollectives() = default;
 
+  /// @param form  What the ranks have to agree on besides.
   void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
-                  std::span<const std::int64_t> sizes);
+                  std::span<const std::int64_t> sizes, std::int64_t form = 0);
   void reduce_scatter(const ConstTensorView& in, const TensorView& out, int dim,
                       std::span<const std::int64_t> sizes, ReduceOp op) {
     scatter_.reduce_scatter(in, out, dim, sizes, op);
@@ -70,9 +71,10 @@ class PeerCollectives {
 };
 
 inline void PeerCollectives::all_gather(const ConstTensorView& in, const TensorView& out, int dim,
-                                        std::span<const std::int64_t> sizes) {
+                                        std::span<const std::int64_t> sizes, std::int64_t form) {
   Call call = call_of(Operation::all_gather, out);
   call.dim = static_cast<std::uint8_t>(dim);
+  call.mix(form);
   for (const auto size : sizes) {
     call.mix(size);
   }

@@ -122,6 +122,9 @@ TEST_CASE("calls whose payloads have one size differ where their words lie other
   };
   CHECK_FALSE(query(8, 512, 64) == query(16, 224, 64));
   CHECK_FALSE(query(8, 512, 64) == query(8, 448, 128));
+  // Parts of other types with as many bytes.
+  CHECK_FALSE(signature_of(Query{.batch = 4, .nope_dim = 64, .types = 1}, kBlocks) ==
+              signature_of(Query{.batch = 4, .nope_dim = 64, .types = 2}, kBlocks));
   const auto merge = [](std::int64_t batch, std::int64_t heads, std::int64_t dim) {
     return signature_of(MergeShape{.batch = batch, .heads = heads, .dim = dim}, kBlocks);
   };

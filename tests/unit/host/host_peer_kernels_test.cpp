@@ -93,7 +93,7 @@ void check_gather(Site& site, ControlPlane& plane, std::int64_t batch, std::int6
   fill(q_pe, plane.rank() + 100);
   auto& kernels = *site.transport->peer_kernels();
   check(kernels.gather_obstacle(q_nope, q_pe).empty(), "no obstacle");
-  kernels.gather_query(q_nope, q_pe, q, {});
+  kernels.gather_query(q_nope, q_pe, q, {q.dtype(), q.dtype()}, {});
   for_each(q, [&](const Dims& index, const std::byte* address) {
     const auto r = static_cast<int>(index[1] / heads);
     const std::int64_t row = index[0] * heads + index[1] % heads;

@@ -158,7 +158,7 @@ TEST_CASE("whoever comes late to memory that a peer gave up learns it, in every 
         const TensorView nope(in.data(), DType::f32, Dims{8, 4, 512});
         const TensorView pe(in.data(), DType::f32, Dims{8, 4, 64});
         const TensorView q(out.data(), DType::f32, Dims{8, 8, 576});
-        it.peer_kernels()->gather_query(nope, pe, q, {});
+        it.peer_kernels()->gather_query(nope, pe, q, {DType::f32, DType::f32}, {});
       },
   }));
   std::atomic<bool> gave_up{false};
