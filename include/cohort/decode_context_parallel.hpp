@@ -32,7 +32,7 @@ struct DecodeShape {
   DType dtype = DType::bf16;  ///< Of partial outputs, and of queries where nothing else is said.
   std::optional<DType> query_dtype = {};  ///< Of q_nope, and of q_pe where nothing else is said.
   std::optional<DType> rope_dtype = {};   ///< Of q_pe.
-  /// Where merged attentions go. Room for one that is replicated suffices for all.
+  /// Where merged attentions go. Room for one that is replicated suffices by head, not by token.
   MergeResult result = MergeResult::by_head;
   /// By token: most tokens of a rank; where 0, as many as each has where the batch is shared out
   /// evenly, rounded up.
@@ -174,9 +174,10 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// same bits on every rank, and those of the other two.
   ///
   /// All ranks pass equal sizes, types, bases, numbers of splits, results and counts, and a sink or
-  /// none. A difference is found as that of any call is. Whether a rank gives `local_tokens` is its
-  /// own affair. Arithmetic as in dcp/lse_merge.hpp: fp32, splits in their order and then ranks in
-  /// theirs, so that results are repeatable bit by bit, and equal for `packed` and `one_kernel`.
+  /// none. `one_kernel` finds a difference as any call does, the other plans under debug checks.
+  /// Whether a rank gives `local_tokens` is its own affair. Arithmetic as in dcp/lse_merge.hpp:
+  /// fp32, splits in their order and then ranks in theirs, so that results are repeatable bit by
+  /// bit, and equal for `packed` and `one_kernel`.
   [[nodiscard]] Merged merge_attention(const Partials& partials,
                                        MergeResult result = MergeResult::by_head,
                                        StreamRef stream = {},

@@ -104,15 +104,16 @@ inline constexpr std::int64_t kMostPeerSplits = 4;
 /// Of a merge. Blocks of one number wait for each other, so how many a launch may have, `blocks`,
 /// is part of every signature.
 [[nodiscard]] constexpr CallSignature signature_of(const MergeShape& s, int blocks) noexcept {
-  std::int64_t counts = 0;
+  std::uint64_t counts = 0;
   for (const std::int64_t count : s.counts) {
-    counts = counts * 1'000'003 + count;
+    counts = counts * 1'000'003 + static_cast<std::uint64_t>(count);
   }
   const std::int64_t form = static_cast<std::int64_t>(s.base) + (s.sink ? 2 : 0) +
                             (s.gathers_lse ? 4 : 0) + static_cast<std::int64_t>(s.result) * 8 +
                             s.splits * 32;
-  return CallSignature::make(PeerCall::merge, {static_cast<std::int64_t>(s.dtype), blocks, s.batch,
-                                               s.heads, s.dim, form, counts});
+  return CallSignature::make(
+      PeerCall::merge, {static_cast<std::int64_t>(s.dtype), blocks, s.batch, s.heads, s.dim, form,
+                        static_cast<std::int64_t>(counts)});
 }
 
 /// Of a query gather.
