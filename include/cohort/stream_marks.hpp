@@ -35,10 +35,11 @@ class StreamMarks {
   /// A set of streams.
   using Marks = OffsetAllocator::Marks;
 
+  /// How many streams have a mark of their own at a time.
   static constexpr std::size_t kStreams = 63;
   /// Marks that streams have given up.
   struct GivenUp {
-    Marks gone = 0;
+    Marks gone = 0;                                ///< Nobody's any more.
     Marks by = 0;                                  ///< What stands for them now.
     std::array<StreamRef, kStreams> streams = {};  ///< Whose they were, by bit.
 
