@@ -177,6 +177,7 @@ class UnixMessenger final : public cohort::Messenger {
 
   std::optional<Bytes> receive(int from, Deadline deadline) override {
     auto& peer = at(from);
+    cut_messages(peer);  // where there was no memory for them before
     while (true) {
       progress(peer.arrived.empty() ? deadline : Clock::now());
       if (!peer.arrived.empty()) {
@@ -199,6 +200,7 @@ class UnixMessenger final : public cohort::Messenger {
     std::deque<Bytes> outgoing;
     std::size_t written = 0;  // of the first of `outgoing`
     Bytes incoming;           // the message that is arriving, its length in front
+    std::size_t cut = 0;      // of `incoming`, what is in `arrived` already
     std::deque<Bytes> arrived;
     bool gone = false;
   };
@@ -347,10 +349,14 @@ class UnixMessenger final : public cohort::Messenger {
     }
   }
 
-  /// Reads what there is; false at the end of the connection.
+  /// Reads what there is; false at the end of the connection. Nothing is lost where memory is
+  /// short: the room comes before what is read into it.
   bool read_some(Peer& peer) {
-    Bytes chunk(std::size_t{64} << 10);
-    const auto got = ::recv(peer.socket.fd(), chunk.data(), chunk.size(), 0);
+    constexpr std::size_t kChunk = std::size_t{64} << 10;
+    const std::size_t before = peer.incoming.size();
+    peer.incoming.resize(before + kChunk);
+    const auto got = ::recv(peer.socket.fd(), peer.incoming.data() + before, kChunk, 0);
+    peer.incoming.resize(before + static_cast<std::size_t>(std::max<ssize_t>(got, 0)));
     if (got < 0 && (errno == EAGAIN || errno == EINTR)) {
       return true;
     }
@@ -361,7 +367,6 @@ class UnixMessenger final : public cohort::Messenger {
       peer.gone = true;
       return false;
     }
-    peer.incoming.insert(peer.incoming.end(), chunk.begin(), chunk.begin() + got);
     cut_messages(peer);
     return true;
   }
@@ -372,23 +377,23 @@ class UnixMessenger final : public cohort::Messenger {
   }
 
   void cut_messages(Peer& peer) {
-    std::size_t begin = 0;
     std::uint64_t length = 0;
-    while (peer.incoming.size() - begin >= sizeof(length)) {
-      std::memcpy(&length, peer.incoming.data() + begin, sizeof(length));
+    while (peer.incoming.size() - peer.cut >= sizeof(length)) {
+      std::memcpy(&length, peer.incoming.data() + peer.cut, sizeof(length));
       if (length > kLongest) {
         fail("recv", rank_, EBADMSG);
       }
-      const std::size_t body = begin + sizeof(length);
+      const std::size_t body = peer.cut + sizeof(length);
       if (peer.incoming.size() - body < length) {
         break;
       }
       const auto first = peer.incoming.begin() + static_cast<std::ptrdiff_t>(body);
       peer.arrived.emplace_back(first, first + static_cast<std::ptrdiff_t>(length));
-      begin = body + length;
+      peer.cut = body + length;
     }
     peer.incoming.erase(peer.incoming.begin(),
-                        peer.incoming.begin() + static_cast<std::ptrdiff_t>(begin));
+                        peer.incoming.begin() + static_cast<std::ptrdiff_t>(peer.cut));
+    peer.cut = 0;
   }
 
   int rank_;

@@ -127,6 +127,7 @@ class Mailbox {
       if (from == messenger_->rank() || notice(watch)) {
         return std::nullopt;  // own messages are there before anyone can ask for them
       }
+      store_kept();
       const auto start = Clock::now();
       const bool shared = start < shared_until_;
       if (auto message =
@@ -330,7 +331,7 @@ class Mailbox {
 
   std::optional<Frame> take(const Key& wanted) {
     const auto it = pending_.find(wanted);
-    if (it == pending_.end()) {
+    if (it == pending_.end() || it->second.empty()) {
       return std::nullopt;
     }
     Frame frame = std::move(it->second.front());
@@ -354,6 +355,7 @@ class Mailbox {
     const Deadline end = Clock::now() + kSlice;
     bool any = false;
     do {
+      store_kept();
       std::optional<Messenger::Arrival> arrival;
       try {
         arrival = messenger_->receive_any();
@@ -369,24 +371,44 @@ class Mailbox {
     return any;
   }
 
+  /// Of what was taken from the messenger. `store_kept` comes first, so that it can be kept where
+  /// there is no memory to store it, and is stored before anything else.
   void store(int from, Bytes message) {
+    kept_ = Messenger::Arrival{from, std::move(message)};
+    store_kept();
+  }
+  void store_kept() {
+    if (!kept_) {
+      return;
+    }
+    const int from = kept_->from;
+    Bytes& message = kept_->message;
     FrameTrailer trailer;
     if (message.size() < sizeof(trailer)) {
-      throw TransportError({.call = "Messenger::receive", .rank = messenger_->rank()},
-                           fmt::format("a message of {} bytes from rank {} is no control message",
-                                       message.size(), from));
+      const std::size_t size = message.size();
+      kept_.reset();
+      throw TransportError(
+          {.call = "Messenger::receive", .rank = messenger_->rank()},
+          fmt::format("a message of {} bytes from rank {} is no control message", size, from));
     }
     const std::size_t payload = message.size() - sizeof(trailer);
     std::memcpy(&trailer, message.data() + payload, sizeof(trailer));
-    message.resize(payload);
-    if (retired_.count(trailer.channel) > 0) {
-      return;
+    if (retired_.count(trailer.channel) == 0) {
+      if (trailer.call == ControlCall::gave_up) {
+        const std::lock_guard lock(notices_mutex_);
+        auto& notices = notices_[trailer.channel];
+        notices.reserve(notices.size() + 1);
+        message.resize(payload);
+        notices.push_back({from, trailer.sequence, std::move(message)});
+        has_notices_.store(true, std::memory_order_relaxed);
+      } else {
+        auto& frames = pending_[key(trailer, from)];
+        frames.emplace_back();
+        message.resize(payload);
+        frames.back() = {trailer, std::move(message)};
+      }
     }
-    if (trailer.call == ControlCall::gave_up) {
-      note({from, trailer.sequence, std::move(message)}, trailer.channel);
-    } else {
-      pending_[key(trailer, from)].push_back({trailer, std::move(message)});
-    }
+    kept_.reset();
     if (sleepers_ > 0) {
       stored_.notify_all();
     }
@@ -399,6 +421,7 @@ class Mailbox {
   std::atomic<int> waiting_{0};  // threads in front of the mutex
   int sleepers_ = 0;
   Deadline shared_until_{};
+  std::optional<Messenger::Arrival> kept_;  // what there was no memory to store
   std::map<Key, std::deque<Frame>> pending_;
   std::unordered_set<std::uint64_t> retired_;
   std::deque<std::uint64_t> retired_in_order_;
