@@ -16,6 +16,7 @@
 
 #include "cohort/cohort.hpp"
 #include "cohort/cuda.hpp"
+#include "cohort/mpi.hpp"
 #include "cohort/nccl/nccl_transport.hpp"
 #include "gpu/device_tensor.hpp"
 #include "gpu/graph_kernels.hpp"
@@ -1152,9 +1153,10 @@ TEST_CASE("a registration whose peer comes when the limit is over touches nobody
   std::iota(everyone.begin(), everyone.end(), 0);
   const auto group = world().subgroup(everyone, 21, "late registration");
   const auto communicator = Communicator::create(*group, device);
+  MpiControlPlane impatient(MPI_COMM_WORLD, 1s, "late registration, impatient");
   auto segment = std::make_unique<NcclSegment>(device, kBytes);
   if (rank() != ranks() - 1) {
-    CHECK_THROWS_AS(NcclWindow::create(communicator, *segment, 1s), TimeoutError);
+    CHECK_THROWS_AS(NcclWindow::create(communicator, *segment, impatient), TimeoutError);
     segment.reset();
     world().barrier();
     // What has been given back would be here, under the registration that goes on.
@@ -1168,7 +1170,7 @@ TEST_CASE("a registration whose peer comes when the limit is over touches nobody
   } else {
     world().barrier();  // the others' limit is over
     try {
-      static_cast<void>(NcclWindow::create(communicator, *segment, 5s));
+      static_cast<void>(NcclWindow::create(communicator, *segment, impatient));
     } catch (const Error&) {
       // whether a registration that some ranks have given up succeeds is NCCL's to say
     }
