@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cohort/trace_file.hpp"
 #include "statistics.hpp"
 
 /// \file
@@ -39,21 +40,6 @@ struct Row {
   std::optional<std::int64_t> kv_bytes_per_rank = {};  ///< decode_step alone.
 };
 
-[[nodiscard]] inline std::string json_string(std::string_view text) {
-  std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
-      out += '\\';
-      out += c;
-    } else if (static_cast<unsigned char>(c) < 0x20) {
-      out += fmt::format("\\u{:04x}", static_cast<unsigned>(c));
-    } else {
-      out += c;
-    }
-  }
-  return out + "\"";
-}
-
 /// One line, without its end.
 [[nodiscard]] inline std::string to_json(const Row& row) {
   const std::string wrong = row.wrong ? fmt::format("{}", *row.wrong) : "null";
@@ -61,9 +47,10 @@ struct Row {
       R"({{"bench": {}, "path": {}, "plan": {}, "mode": {}, "dtype": {}, "ranks": {}, )"
       R"("bytes": {}, "batch": {}, "us_p50": {:.4f}, "us_p95": {:.4f}, "us_min": {:.4f}, )"
       R"("algbw": {:.3f}, "busbw": {:.3f}, "wrong": {}, "calls": {}, "samples": {})",
-      json_string(row.bench), json_string(row.path), json_string(row.plan), json_string(row.mode),
-      json_string(row.dtype), row.ranks, row.bytes, row.batch, row.us.p50, row.us.p95, row.us.min,
-      row.algbw, row.busbw, wrong, row.calls, row.samples);
+      cohort::detail::json_text(row.bench), cohort::detail::json_text(row.path),
+      cohort::detail::json_text(row.plan), cohort::detail::json_text(row.mode),
+      cohort::detail::json_text(row.dtype), row.ranks, row.bytes, row.batch, row.us.p50, row.us.p95,
+      row.us.min, row.algbw, row.busbw, wrong, row.calls, row.samples);
   if (row.kv_bytes_per_rank) {
     line += fmt::format(R"(, "kv_bytes_per_rank": {})", *row.kv_bytes_per_rank);
   }
@@ -89,12 +76,14 @@ struct Row {
 /// Facts of the run, in order; each value is a text or a list of texts or a number as text.
 class Meta {
  public:
-  void text(std::string_view key, std::string_view value) { put(key, json_string(value)); }
+  void text(std::string_view key, std::string_view value) {
+    put(key, cohort::detail::json_text(value));
+  }
   void number(std::string_view key, std::int64_t value) { put(key, fmt::format("{}", value)); }
   void list(std::string_view key, const std::vector<std::string>& values) {
     std::string out = "[";
     for (const auto& value : values) {
-      out += (out.size() > 1 ? ", " : "") + json_string(value);
+      out += (out.size() > 1 ? ", " : "") + cohort::detail::json_text(value);
     }
     put(key, out + "]");
   }
@@ -104,7 +93,8 @@ class Meta {
 
  private:
   void put(std::string_view key, const std::string& value) {
-    body_ += fmt::format("{}{}: {}", body_.empty() ? "" : ", ", json_string(key), value);
+    body_ +=
+        fmt::format("{}{}: {}", body_.empty() ? "" : ", ", cohort::detail::json_text(key), value);
   }
 
   std::string body_;

@@ -193,29 +193,24 @@ class Communicator {
   void run(const char* call, ControlPlane& group, std::function<void()> work,
            const std::function<void()>& look = {}) {
     try {
-      run(call, group.limit(), std::move(work), [&] {
+      const auto look_around = [&] {
         group.check_peers();
         if (look) {
           look();
         }
-      });
+      };
+      if (!detail::call_within(group.limit(), std::move(work), look_around)) {
+        throw TimeoutError(
+            fmt::format(
+                "{} in group {} on rank {} did not return within {} ms: NCCL waits for a rank and "
+                "does not say for which; it cannot be ended, and its thread is left to itself",
+                call, group_, rank_, group.limit().count()),
+            {});
+      }
     } catch (const Error& error) {
       mark_broken();
       group.give_up(error.what());
       throw;
-    }
-  }
-  /// Runs a call that waits for peers, within the limit.
-  void run(const char* call, std::chrono::milliseconds limit, std::function<void()> work,
-           const std::function<void()>& look = {}) {
-    if (!detail::call_within(limit, std::move(work), look)) {
-      mark_broken();
-      throw TimeoutError(
-          fmt::format(
-              "{} in group {} on rank {} did not return within {} ms: NCCL waits for a rank and "
-              "does not say for which; it cannot be ended, and its thread is left to itself",
-              call, group_, rank_, limit.count()),
-          {});
     }
   }
 

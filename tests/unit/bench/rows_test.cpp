@@ -35,7 +35,7 @@ TEST_CASE("the table's lines are as wide as its head") {
 }
 
 TEST_CASE("texts are escaped") {
-  CHECK(json_string("a\"b\\c\nd") == "\"a\\\"b\\\\c\\u000ad\"");
+  CHECK(cohort::detail::json_text("a\"b\\c\nd") == "\"a\\\"b\\\\c\\u000ad\"");
   Meta meta;
   meta.text("command", "cohort_bench \"x\"");
   meta.number("ranks", 2);
