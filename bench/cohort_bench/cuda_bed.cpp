@@ -63,7 +63,7 @@ class RawNccl final : public RawLibrary {
     owner->segment = std::make_unique<NcclSegment>(
         backend_.device().index, std::max(unit, (bytes + unit - 1) / unit * unit));
     control_->barrier();
-    owner->window = NcclWindow::create(communicator_, *owner->segment, kLimit);
+    owner->window = NcclWindow::create(communicator_, *owner->segment, *control_);
     return {TensorView(owner->segment->data(), dtype, shape, backend_.device()), owner};
   }
 
