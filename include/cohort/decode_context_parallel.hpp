@@ -4,58 +4,28 @@
 #include <fmt/format.h>
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dcp/packed_piece.hpp"
+#include "cohort/decode_room.hpp"
 #include "cohort/group_coordinator.hpp"
 #include "cohort/kv_step.hpp"
 #include "cohort/merge_arguments.hpp"
+#include "cohort/merge_choice.hpp"
 #include "cohort/merge_plan.hpp"
+#include "cohort/query_arguments.hpp"
 
 /// \file
 /// The decode-context-parallel group: its ranks share out the tokens of the KV cache. A decode step
 /// gathers the query heads, attends to the local tokens, and merges the partial attentions.
 
 namespace cohort {
-
-/// The largest decode step that a group must have room for. H = heads of all DCP ranks.
-struct DecodeShape {
-  std::int64_t batch = 0;     ///< B: queries of a step
-  std::int64_t heads = 0;     ///< H
-  std::int64_t latent = 0;    ///< elements of q_nope for each head
-  std::int64_t rope = 0;      ///< elements of q_pe for each head
-  std::int64_t value = 0;     ///< D: elements of the attention's output for each head
-  DType dtype = DType::bf16;  ///< Of partial outputs, and of queries where nothing else is said.
-  std::optional<DType> query_dtype = {};  ///< Of q_nope, and of q_pe where nothing else is said.
-  std::optional<DType> rope_dtype = {};   ///< Of q_pe.
-  /// Where merged attentions go. Room for one that is replicated suffices by head, not by token.
-  MergeResult result = MergeResult::by_head;
-  /// By token: most tokens of a rank; where 0, as many as each has where the batch is shared out
-  /// evenly, rounded up.
-  std::int64_t tokens = 0;
-};
-
-/// In which precision the staged plan corrects and reduces.
-enum class StagedPrecision : std::uint8_t {
-  f32,      ///< Corrected partials in fp32: the reduction adds fp32 and rounds once.
-  partial,  ///< Corrected partials in their own type: half the bytes, rounded before the sum.
-};
-
-/// Which plan a merge takes, and why.
-struct MergeChoice {
-  MergePlan plan = MergePlan::packed;  ///< The plan that was taken.
-  std::string reason;                  ///< Why.
-};
-
-/// How a group merges.
-struct MergeOptions {
-  MergePlan plan = MergePlan::automatic;                    ///< Which plan merges take.
-  StagedPrecision staged_precision = StagedPrecision::f32;  ///< What `staged` adds up in.
-};
 
 /// The ranks that share a KV cache: gathers query heads and merges partial attentions.
 class DecodeContextParallelGroup : public GroupCoordinator {
@@ -83,23 +53,11 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// a shape that cannot be, and as `GroupCoordinator::reserve`.
   void reserve_for(const DecodeShape& shape) {
     throw_if_closed();
-    const std::int64_t least =
-        std::min({shape.batch, shape.heads, shape.latent, shape.rope, shape.value, shape.tokens});
-    if (least < 0 || shape.heads % size() != 0 || !is_attention_dtype(shape.dtype)) {
-      throw UsageError(fmt::format(
-          "reserve_for: expected sizes >= 0, heads that {} ranks divide and f32, f16 or bf16; got "
-          "batch {}, heads {}, latent {}, rope {}, value {}, {}",
-          size(), shape.batch, shape.heads, shape.latent, shape.rope, shape.value,
-          to_string(shape.dtype)));
-    }
-    for (const auto extent : {shape.latent, shape.rope, shape.value}) {
-      static_cast<void>(numel({size(), shape.batch, shape.heads, extent}));  // throws on overflow
-    }
+    const detail::DecodeRoom room(shape, size(), merge_);
     const detail::CallTime time;
-    static_cast<void>(numel({shape.batch, shape.heads, query_row_bytes(shape)}));
-    reserve_room(room_of_step(shape));
+    reserve_room(room.step());
     if (PeerKernels* kernels = peer_kernels()) {
-      kernels->reserve(std::max({query_bytes(shape), pieces_bytes(shape), whole_bytes(shape)}));
+      kernels->reserve(room.inbox_bytes(kernels->most_replicated_bytes()));
     }
   }
 
@@ -127,25 +85,28 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// make different calls, also where their bytes would meet.
   [[nodiscard]] Tensor gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                                     StreamRef stream = {}) {
-    const QueryTypes types{q_nope.dtype(), q_pe.dtype()};
-    if (types.nope != types.pe) {
-      const QueryBytes bytes(q_nope, q_pe);
-      return gather_parts(types, bytes.nope, bytes.pe, stream);
-    }
-    return gather_parts(types, q_nope, q_pe, stream);
+    throw_if_closed();
+    const detail::QueryParts parts(q_nope, q_pe);
+    const Dims shape = parts.gathered_shape(caller(), backend().device());
+    refuse("gather_query", backend().ops().query_obstacle(parts.nope, parts.pe));
+    const Call call = begin(stream, made_query(parts));
+    Tensor q = temporary(shape, parts.nope.dtype(), call);
+    issue_query(q, parts, call);
+    finish(call);
+    return q;
   }
   /// The same into `q`, of any strides with the last dimension without gaps. Where ranks cannot
   /// address each other, a `q` whose heads come first in memory, [H, B, Dn + Dr] transposed, saves
   /// a copy: what a rank sends then lies in one piece in it.
   void gather_query_into(const TensorView& q, const ConstTensorView& q_nope,
                          const ConstTensorView& q_pe, StreamRef stream = {}) {
-    const QueryTypes types{q_nope.dtype(), q_pe.dtype()};
-    if (types.nope != types.pe) {
-      const QueryBytes bytes(q_nope, q_pe);
-      gather_parts_into(q, types, bytes.nope, bytes.pe, stream);
-    } else {
-      gather_parts_into(q, types, q_nope, q_pe, stream);
-    }
+    throw_if_closed();
+    const detail::QueryParts parts(q_nope, q_pe);
+    parts.check_into(q, caller(), backend().device());
+    refuse("gather_query", backend().ops().query_obstacle(parts.nope, parts.pe));
+    const Call call = begin(stream, made_query(parts));
+    issue_query(q, parts, call);
+    finish(call);
   }
 
   /// Merges the ranks' partial attentions exactly and scatters the heads: [B, H/n, D] from this
@@ -205,176 +166,19 @@ class DecodeContextParallelGroup : public GroupCoordinator {
 
   /// The plan that the last merge took. `automatic` takes the one-kernel merge where the ranks can
   /// address each other, otherwise `packed`, which sends fewer bytes than `staged`.
-  [[nodiscard]] MergeChoice last_merge_choice() const { return {last_.plan, reason(last_)}; }
+  [[nodiscard]] MergeChoice last_merge_choice() const {
+    return {last_.plan, last_.reason(why_unmapped())};
+  }
 
  private:
-  [[nodiscard]] static std::int64_t query_row_bytes(const DecodeShape& shape) {
-    const DType nope = shape.query_dtype.value_or(shape.dtype);
-    return shape.latent * static_cast<std::int64_t>(size_of(nope)) +
-           shape.rope * static_cast<std::int64_t>(size_of(shape.rope_dtype.value_or(nope)));
-  }
-  [[nodiscard]] static std::size_t query_bytes(const DecodeShape& shape) {
-    return static_cast<std::size_t>(shape.batch * shape.heads) *
-           static_cast<std::size_t>(query_row_bytes(shape));
-  }
-  /// Most rows of a rank in a merge, whether by head or as the shape says.
-  [[nodiscard]] std::int64_t widest_rows(const DecodeShape& shape) const {
-    if (shape.result == MergeResult::by_token) {
-      const std::int64_t even = dcp::MergeRows::even_count(shape.batch, size(), 0);
-      return (shape.tokens == 0 ? even : std::min(shape.tokens, shape.batch)) * shape.heads;
-    }
-    return shape.batch * (shape.heads / size());
-  }
-  /// Bytes of one piece for each rank.
-  [[nodiscard]] std::size_t pieces_bytes(const DecodeShape& shape) const {
-    return static_cast<std::size_t>(size()) *
-           dcp::packed_piece(widest_rows(shape), 1, shape.value, size_of(shape.dtype)).bytes;
-  }
-  /// The same where every rank merges everything.
-  [[nodiscard]] std::size_t whole_bytes(const DecodeShape& shape) const {
-    if (shape.result != MergeResult::replicated) {
-      return 0;
-    }
-    const std::int64_t row = shape.value * static_cast<std::int64_t>(size_of(shape.dtype));
-    const std::int64_t most = peer_kernels()->most_replicated_bytes();
-    const std::int64_t rows =
-        std::min(shape.batch * shape.heads, most / std::max<std::int64_t>(row, 1));
-    return static_cast<std::size_t>(size()) *
-           dcp::packed_piece(rows, 1, shape.value, size_of(shape.dtype)).bytes;
-  }
-
-  /// The blocks of a step, as the calls below allocate them.
-  [[nodiscard]] StepRoom room_of_step(const DecodeShape& shape) const {
-    const std::int64_t own = shape.heads / size();
-    const std::int64_t query = query_row_bytes(shape);
-    const std::int64_t widest = widest_rows(shape);
-    const bool replicated = shape.result == MergeResult::replicated;
-    StepRoom room;
-    room.add_block({shape.batch, shape.heads, query}, DType::u8);
-    room.add_block({widest, shape.value}, shape.dtype);
-    room.add_block({widest}, DType::f32);
-    if (replicated) {
-      room.add_block({shape.batch, shape.heads, shape.value}, shape.dtype);
-      room.add_block({shape.batch, shape.heads}, DType::f32);
-    }
-    if (size() > 1) {
-      room.add_block({own, shape.batch, query}, DType::u8);
-    }
-    const Dims lses{size(), shape.batch, shape.heads};
-    std::size_t most = std::max(query_bytes(shape), static_cast<std::size_t>(numel(lses)) * 4);
-    if (merge_.plan == MergePlan::staged && size() > 1) {
-      const DType dtype = staged_dtype(shape.dtype);
-      room.add_block(lses, DType::f32);
-      room.add_block({shape.batch, shape.heads}, DType::f32);
-      room.add_block({shape.heads, shape.batch, shape.value}, dtype);
-      room.add_block({widest, shape.value}, dtype);
-    } else {
-      room.blocks.insert(room.blocks.end(), size() > 1 ? 2 : 1, pieces_bytes(shape));
-    }
-    if (replicated) {
-      most = std::max(most, static_cast<std::size_t>(shape.batch * shape.heads * shape.value) *
-                                size_of(shape.dtype));
-    }
-    room.scratch = most + most / static_cast<std::size_t>(size());
-    return room;
-  }
-
-  [[nodiscard]] DType staged_dtype(DType partial) const noexcept {
-    return merge_.staged_precision == StagedPrecision::f32 ? DType::f32 : partial;
-  }
-
   [[nodiscard]] PeerKernels* peer_kernels() const noexcept {
     return transport() != nullptr && decision().peer_mapping.on ? transport()->peer_kernels()
                                                                 : nullptr;
   }
 
-  /// The plan of a merge, and why. The text is made where someone asks for it, not in each merge.
-  struct Chosen {
-    enum class Why : std::uint8_t {
-      nothing_merged,
-      single_rank,
-      by_user,
-      in_reach,
-      no_map,
-      obstacle
-    };
-
-    MergePlan plan = MergePlan::packed;
-    Why why = Why::nothing_merged;
-    std::string obstacle;  ///< The kernels' own words, for `obstacle`.
-  };
-
-  [[nodiscard]] std::string reason(const Chosen& chosen) const {
-    switch (chosen.why) {
-      case Chosen::Why::nothing_merged:
-        return {};
-      case Chosen::Why::single_rank:
-        return "single rank: a local copy";
-      case Chosen::Why::by_user:
-        return "chosen by the user";
-      case Chosen::Why::in_reach:
-        return "every rank can address every other";
-      case Chosen::Why::no_map:
-        return fmt::format("no peer mapping: {}", to_string(decision().peer_mapping.reason));
-      case Chosen::Why::obstacle:
-        return chosen.obstacle;
-    }
-    return {};
+  [[nodiscard]] std::string_view why_unmapped() const noexcept {
+    return to_string(decision().peer_mapping.reason);
   }
-
-  /// Checks the query's parts, of one type; the shape of the whole.
-  [[nodiscard]] Dims check_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe) const {
-    check_part("gather_query q_nope", "[B, H/n, Dn]", q_nope);
-    check_part("gather_query q_pe", "[B, H/n, Dr]", q_pe);
-    check_like("gather_query q_pe", q_pe, q_nope, {q_nope.size(0), q_nope.size(1), q_pe.size(2)});
-    refuse("gather_query", backend().ops().query_obstacle(q_nope, q_pe));
-    return {q_nope.size(0), q_nope.size(1) * size(), q_nope.size(2) + q_pe.size(2)};
-  }
-  static void check_part(std::string_view argument, std::string_view shape,
-                         const ConstTensorView& part) {
-    if (part.ndim() != 3) {
-      throw UsageError(
-          fmt::format("{}: expected {}, got {}", argument, shape, to_string(part.shape())));
-    }
-    detail::check_rows(argument, part);
-  }
-  /// `gather_query` of parts that are of one type by now.
-  [[nodiscard]] Tensor gather_parts(QueryTypes types, const ConstTensorView& q_nope,
-                                    const ConstTensorView& q_pe, StreamRef stream) {
-    check_call("gather_query q_nope", q_nope);
-    const Dims shape = check_query(q_nope, q_pe);
-    const Call call = begin(stream, made_query(types, q_nope, q_pe));
-    Tensor q = temporary(shape, q_nope.dtype(), call);
-    issue_query(q, types, q_nope, q_pe, call);
-    finish(call);
-    return q;
-  }
-  /// `gather_query_into` of them.
-  void gather_parts_into(const TensorView& q, QueryTypes types, const ConstTensorView& q_nope,
-                         const ConstTensorView& q_pe, StreamRef stream) {
-    check_call("gather_query q_nope", q_nope);
-    check_like("gather_query q", q, q_nope, check_query(q_nope, q_pe));
-    detail::check_rows("gather_query q", q);
-    check_distinct("gather_query q", q);
-    check_apart("gather_query q", q, q_nope);
-    check_apart("gather_query q", q, q_pe);
-    const Call call = begin(stream, made_query(types, q_nope, q_pe));
-    issue_query(q, types, q_nope, q_pe, call);
-    finish(call);
-  }
-  /// Parts whose types differ, as bytes.
-  struct QueryBytes {
-    ConstTensorView nope, pe;
-
-    QueryBytes(const ConstTensorView& q_nope, const ConstTensorView& q_pe) {
-      check_part("gather_query q_nope", "[B, H/n, Dn]", q_nope);
-      check_part("gather_query q_pe", "[B, H/n, Dr]", q_pe);
-      check_aligned("gather_query q_nope", q_nope);
-      check_aligned("gather_query q_pe", q_pe);
-      nope = q_nope.reinterpret(DType::u8);
-      pe = q_pe.reinterpret(DType::u8);
-    }
-  };
 
   /// Checks what a rank has and where it goes.
   [[nodiscard]] MergeArguments checked_merge(const Partials& given, MergeResult result,
@@ -403,9 +207,13 @@ class DecodeContextParallelGroup : public GroupCoordinator {
 
   // What ranks compare says nothing of plans and paths, whose messages would not meet either.
 
-  [[nodiscard]] static Made made_query(QueryTypes types, const ConstTensorView& q_nope,
-                                       const ConstTensorView& q_pe) {
-    return {TraceCall::gather_query, q_nope, 0, {}, static_cast<int>(q_pe.size(2)), types};
+  [[nodiscard]] static Made made_query(const detail::QueryParts& parts) {
+    return {TraceCall::gather_query,
+            parts.nope,
+            0,
+            {},
+            static_cast<int>(parts.pe.size(2)),
+            parts.types};
   }
   [[nodiscard]] static Made made_merge(const MergeArguments& arguments) {
     const Partials& partials = arguments.partials;
@@ -445,23 +253,23 @@ class DecodeContextParallelGroup : public GroupCoordinator {
 
   // From here on the call has begun and its arguments are right.
 
-  void issue_query(const TensorView& q, QueryTypes types, const ConstTensorView& q_nope,
-                   const ConstTensorView& q_pe, const Call& call) {
+  void issue_query(const TensorView& q, const detail::QueryParts& parts, const Call& call) {
+    const auto& [types, nope, pe] = parts;
     if (size() == 1) {
-      backend().ops().pack_query(q_nope, q_pe, q, call.stream);
+      backend().ops().pack_query(nope, pe, q, call.stream);
       return;
     }
     if (PeerKernels* kernels = peer_kernels();
-        kernels != nullptr && kernels->gather_obstacle(q_nope, q_pe).empty()) {
-      kernels->gather_query(q_nope, q_pe, q, types, call.stream);
+        kernels != nullptr && kernels->gather_obstacle(nope, pe).empty()) {
+      kernels->gather_query(nope, pe, q, types, call.stream);
       return;
     }
     // Heads first whatever the strides of `q`, which may differ between the ranks: what arrives is
     // then in place where they are heads first as well, and has the same order on every rank.
-    const std::int64_t own = q_nope.size(1);
+    const std::int64_t own = nope.size(1);
     const Tensor packed = temporary({own, q.size(0), q.size(2)}, q.dtype(), call);
-    backend().ops().pack_query(q_nope, q_pe, packed.view().transpose(0, 1), call.stream);
-    transport()->agree_also(types.number() + q_nope.size(2) * 0x10000);
+    backend().ops().pack_query(nope, pe, packed.view().transpose(0, 1), call.stream);
+    transport()->agree_also(types.number() + nope.size(2) * 0x10000);
     issue_gather(q.transpose(0, 1), packed, equal(own), 0, call);
   }
 
@@ -528,26 +336,12 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
   }
 
-  [[nodiscard]] Chosen choose(const MergeArguments& arguments) const {
-    using Why = Chosen::Why;
-    if (size() == 1) {
-      return {MergePlan::packed, Why::single_rank, {}};
-    }
-    if (merge_.plan == MergePlan::staged || merge_.plan == MergePlan::packed) {
-      return {merge_.plan, Why::by_user, {}};
-    }
-    Chosen refused{MergePlan::packed, Why::no_map, {}};
-    if (PeerKernels* kernels = peer_kernels()) {
-      refused = {MergePlan::packed, Why::obstacle, kernels->merge_obstacle(arguments)};
-    }
-    const bool can_run = refused.why == Why::obstacle && refused.obstacle.empty();
-    if (merge_.plan == MergePlan::one_kernel) {
-      if (!can_run) {
-        throw ConfigError(fmt::format("merge plan one_kernel: {}", reason(refused)));
-      }
-      return {MergePlan::one_kernel, Why::by_user, {}};
-    }
-    return can_run ? Chosen{MergePlan::one_kernel, Why::in_reach, {}} : refused;
+  [[nodiscard]] detail::ChosenMerge choose(const MergeArguments& arguments) const {
+    const auto obstacle = [&]() -> std::optional<std::string> {
+      PeerKernels* const kernels = peer_kernels();
+      return kernels == nullptr ? std::nullopt : std::optional(kernels->merge_obstacle(arguments));
+    };
+    return detail::choose_merge(merge_.plan, size(), obstacle, why_unmapped());
   }
 
   void merge_packed(const MergeArguments& arguments, const Call& call) {
@@ -586,7 +380,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const auto scattered_first = [&](const TensorView& x) {
       return by_token ? x : x.transpose(0, 1);
     };
-    const DType dtype = staged_dtype(partials.out.dtype());
+    const DType dtype = merge_.staged_dtype(partials.out.dtype());
     const std::int64_t dim = partials.out.shape()[3];
     const Dims whole =
         by_token ? Dims{rows.batch, rows.heads, dim} : Dims{rows.heads, rows.batch, dim};
@@ -606,7 +400,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   }
 
   MergeOptions merge_;
-  Chosen last_;
+  detail::ChosenMerge last_;
   std::vector<std::int64_t> even_counts_ =
       std::vector<std::int64_t>(static_cast<std::size_t>(size()));
 };

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+
+#include "cohort/collective_arguments.hpp"
+#include "cohort/dcp/merge_rows.hpp"
+#include "cohort/dcp/packed_piece.hpp"
+#include "cohort/dtype.hpp"
+#include "cohort/error.hpp"
+#include "cohort/merge_choice.hpp"
+#include "cohort/tensor.hpp"
+
+/// \file
+/// What decode steps need room for: of the group's arena, of its transport's scratch and of the
+/// library's inboxes. Pure.
+
+namespace cohort {
+
+/// The largest decode step that a group must have room for. H = heads of all DCP ranks.
+struct DecodeShape {
+  std::int64_t batch = 0;     ///< B: queries of a step
+  std::int64_t heads = 0;     ///< H
+  std::int64_t latent = 0;    ///< elements of q_nope for each head
+  std::int64_t rope = 0;      ///< elements of q_pe for each head
+  std::int64_t value = 0;     ///< D: elements of the attention's output for each head
+  DType dtype = DType::bf16;  ///< Of partial outputs, and of queries where nothing else is said.
+  std::optional<DType> query_dtype = {};  ///< Of q_nope, and of q_pe where nothing else is said.
+  std::optional<DType> rope_dtype = {};   ///< Of q_pe.
+  /// Where merged attentions go. Room for one that is replicated suffices by head, not by token.
+  MergeResult result = MergeResult::by_head;
+  /// By token: most tokens of a rank; where 0, as many as each has where the batch is shared out
+  /// evenly, rounded up.
+  std::int64_t tokens = 0;
+};
+
+namespace detail {
+
+/// The room for steps of up to one shape, in a group of n ranks.
+class DecodeRoom {
+ public:
+  /// Throws `UsageError` for a shape that cannot be.
+  DecodeRoom(const DecodeShape& shape, int ranks, const MergeOptions& merge)
+      : shape_(shape), ranks_(ranks), merge_(merge) {
+    const std::int64_t least =
+        std::min({shape.batch, shape.heads, shape.latent, shape.rope, shape.value, shape.tokens});
+    if (least < 0 || shape.heads % ranks != 0 || !is_attention_dtype(shape.dtype)) {
+      throw UsageError(fmt::format(
+          "reserve_for: expected sizes >= 0, heads that {} ranks divide and f32, f16 or bf16; got "
+          "batch {}, heads {}, latent {}, rope {}, value {}, {}",
+          ranks, shape.batch, shape.heads, shape.latent, shape.rope, shape.value,
+          to_string(shape.dtype)));
+    }
+    for (const auto extent : {shape.latent, shape.rope, shape.value}) {
+      static_cast<void>(numel({ranks, shape.batch, shape.heads, extent}));  // throws on overflow
+    }
+    static_cast<void>(numel({shape.batch, shape.heads, query_row_bytes()}));
+  }
+
+  /// The blocks of a step, as the calls of the group allocate them.
+  [[nodiscard]] StepRoom step() const {
+    const std::int64_t own = shape_.heads / ranks_;
+    const std::int64_t query = query_row_bytes();
+    const std::int64_t widest = widest_rows();
+    const bool replicated = shape_.result == MergeResult::replicated;
+    StepRoom room;
+    room.add_block({shape_.batch, shape_.heads, query}, DType::u8);
+    room.add_block({widest, shape_.value}, shape_.dtype);
+    room.add_block({widest}, DType::f32);
+    if (replicated) {
+      room.add_block({shape_.batch, shape_.heads, shape_.value}, shape_.dtype);
+      room.add_block({shape_.batch, shape_.heads}, DType::f32);
+    }
+    if (ranks_ > 1) {
+      room.add_block({own, shape_.batch, query}, DType::u8);
+    }
+    const Dims lses{ranks_, shape_.batch, shape_.heads};
+    std::size_t most = std::max(query_bytes(), static_cast<std::size_t>(numel(lses)) * 4);
+    if (merge_.plan == MergePlan::staged && ranks_ > 1) {
+      const DType dtype = merge_.staged_dtype(shape_.dtype);
+      room.add_block(lses, DType::f32);
+      room.add_block({shape_.batch, shape_.heads}, DType::f32);
+      room.add_block({shape_.heads, shape_.batch, shape_.value}, dtype);
+      room.add_block({widest, shape_.value}, dtype);
+    } else {
+      room.blocks.insert(room.blocks.end(), ranks_ > 1 ? 2 : 1, pieces_bytes(widest));
+    }
+    if (replicated) {
+      most = std::max(most, static_cast<std::size_t>(shape_.batch * shape_.heads * shape_.value) *
+                                size_of(shape_.dtype));
+    }
+    room.scratch = most + most / static_cast<std::size_t>(ranks_);
+    return room;
+  }
+
+  /// Of the largest inbox slot, where every rank merges everything itself up to so many bytes.
+  [[nodiscard]] std::size_t inbox_bytes(std::int64_t most_replicated) const {
+    std::size_t most = std::max(query_bytes(), pieces_bytes(widest_rows()));
+    if (shape_.result == MergeResult::replicated) {
+      const std::int64_t row = shape_.value * static_cast<std::int64_t>(size_of(shape_.dtype));
+      most =
+          std::max(most, pieces_bytes(std::min(shape_.batch * shape_.heads,
+                                               most_replicated / std::max<std::int64_t>(row, 1))));
+    }
+    return most;
+  }
+
+ private:
+  [[nodiscard]] std::int64_t query_row_bytes() const {
+    const DType nope = shape_.query_dtype.value_or(shape_.dtype);
+    return shape_.latent * static_cast<std::int64_t>(size_of(nope)) +
+           shape_.rope * static_cast<std::int64_t>(size_of(shape_.rope_dtype.value_or(nope)));
+  }
+  [[nodiscard]] std::size_t query_bytes() const {
+    return static_cast<std::size_t>(shape_.batch * shape_.heads) *
+           static_cast<std::size_t>(query_row_bytes());
+  }
+  /// Most rows of a rank in a merge, whether by head or as the shape says.
+  [[nodiscard]] std::int64_t widest_rows() const {
+    if (shape_.result == MergeResult::by_token) {
+      const std::int64_t even = dcp::MergeRows::even_count(shape_.batch, ranks_, 0);
+      return (shape_.tokens == 0 ? even : std::min(shape_.tokens, shape_.batch)) * shape_.heads;
+    }
+    return shape_.batch * (shape_.heads / ranks_);
+  }
+  /// Bytes of one piece of so many rows for each rank.
+  [[nodiscard]] std::size_t pieces_bytes(std::int64_t rows) const {
+    return static_cast<std::size_t>(ranks_) *
+           dcp::packed_piece(rows, 1, shape_.value, size_of(shape_.dtype)).bytes;
+  }
+
+  DecodeShape shape_;
+  int ranks_;
+  MergeOptions merge_;
+};
+
+}  // namespace detail
+
+}  // namespace cohort
