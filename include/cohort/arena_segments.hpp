@@ -30,6 +30,7 @@ namespace cohort {
 /// The groups that an arena's segments are registered with, and where their ranks agree.
 struct Audience {
   /// Of a group that holds every rank of each of these groups; of the group itself where it is one.
+  /// Its limit is that of the arena's waits; `kDefaultTimeLimit` where it is null.
   ControlPlane* control = nullptr;
   std::vector<Transport*> transports = {};  ///< In the same order on every rank.
 };
@@ -61,6 +62,10 @@ class ArenaSegments {
   [[nodiscard]] bool has_audience() const noexcept { return !audience_.transports.empty(); }
   /// Where the audience's ranks agree.
   [[nodiscard]] ControlPlane& control() const noexcept { return *audience_.control; }
+  /// Of a wait.
+  [[nodiscard]] std::chrono::milliseconds limit() const noexcept {
+    return audience_.control != nullptr ? audience_.control->limit() : kDefaultTimeLimit;
+  }
   /// Whether one of the groups takes equal offsets for granted.
   [[nodiscard]] bool needs_equal_offsets() const noexcept { return needs_equal_offsets_; }
 

@@ -50,6 +50,7 @@ namespace cohort::detail {
 /// What a thread has waited for other ranks in the call that it is in.
 struct CallClock {
   std::chrono::steady_clock::duration waited{};
+  std::chrono::steady_clock::duration limit{};  ///< The longest of its waits so far.
   std::uint64_t number = 0;           ///< Of the call among those of the thread, 0 for none.
   std::uint64_t calls = 0;            ///< That the thread has made.
   std::uint64_t waits = 0;            ///< For other ranks, since the thread began.
@@ -66,7 +67,7 @@ struct CallClocks {
 };
 
 /// The process's.
-[[nodiscard]] inline CallClocks& call_clocks() { return process_wide<CallClocks>("call clocks 4"); }
+[[nodiscard]] inline CallClocks& call_clocks() { return process_wide<CallClocks>("call clocks 5"); }
 
 /// This thread's, whichever module the call came from.
 [[nodiscard]] inline CallClock& call_clock() noexcept {
@@ -108,6 +109,7 @@ class CallTime {
     if (is_outermost_) {
       CallClock& clock = call_clock();
       clock.waited = {};
+      clock.limit = {};
       clock.number = 0;
     }
   }
@@ -117,16 +119,24 @@ class CallTime {
 };
 
 /// A wait that starts now with what its call has left of a time limit; all of it where no call is
-/// under way. Never less than an eighth, so that ranks which are there, and had waited for each
-/// other so long, can end the call together.
+/// under way. Where little is left it has an eighth, so that ranks which are there, and had waited
+/// for each other so long, can end the call together. Beyond the limit a call has a quarter of it,
+/// of which each wait has half of what is left, so that ranks which come in pulses do not keep the
+/// others for longer.
 class LimitedWait {
  public:
   using Clock = std::chrono::steady_clock;
 
-  explicit LimitedWait(Clock::duration limit) noexcept
-      : start_(Clock::now()),
-        deadline_(start_ + std::max(least(limit), limit - call_clock().waited)) {
-    ++call_clock().waits;
+  explicit LimitedWait(Clock::duration limit) noexcept : LimitedWait(limit, limit) {}
+  /// @param limit_of_call  What the call has that the wait is part of, where the wait has more.
+  LimitedWait(Clock::duration limit, Clock::duration limit_of_call) noexcept
+      : start_(Clock::now()), deadline_(start_ + limit) {
+    CallClock& clock = call_clock();
+    ++clock.waits;
+    if (clock.number != 0) {
+      clock.limit = std::max(clock.limit, limit_of_call);
+      deadline_ = start_ + left(limit, clock.waited, clock.limit);
+    }
   }
   LimitedWait(const LimitedWait&) = delete;
   LimitedWait& operator=(const LimitedWait&) = delete;
@@ -147,9 +157,12 @@ class LimitedWait {
                        : fmt::format("{} ms", limit.count());
   }
 
-  /// The shortest that a wait with this limit can be.
-  [[nodiscard]] static constexpr Clock::duration least(Clock::duration limit) noexcept {
-    return limit / 8;
+  /// What a wait with this limit has in a call that has waited so long, and whose longest limit is
+  /// `most`.
+  [[nodiscard]] static constexpr Clock::duration left(Clock::duration limit, Clock::duration waited,
+                                                      Clock::duration most) noexcept {
+    const auto beyond = std::max(most + most / 4 - waited, Clock::duration::zero());
+    return std::max(limit - waited, std::min(limit / 8, beyond / 2));
   }
 
  private:

@@ -32,8 +32,8 @@ class CaptureMemory : public MemoryOwner {
   /// A tensor of the graph that is being captured, in the order of `stream`.
   [[nodiscard]] virtual Tensor empty(const Dims& shape, DType dtype, StreamRef stream,
                                      CaptureId capture) = 0;
-  /// Hash of where its live blocks lie.
-  [[nodiscard]] virtual std::uint64_t history() const noexcept = 0;
+  /// Hash of where its live blocks lie; nothing where none lives.
+  [[nodiscard]] virtual std::optional<std::uint64_t> history() const noexcept = 0;
   /// Streams have given up marks.
   virtual void replace_marks(const StreamMarks::GivenUp& marks) = 0;
 };
@@ -199,13 +199,14 @@ class GraphMemory {
     before_launch_ = marks.replaced(before_launch_);
   }
 
-  /// Hash of where the live blocks of all parts lie. Of parts with memory only, in no order:
-  /// captures that came to nothing differ between the ranks.
+  /// Hash of where the live blocks of all parts lie. Of parts with live blocks only, in no order:
+  /// captures that came to nothing differ between the ranks, and so does when pools and graphs go.
   [[nodiscard]] std::uint64_t history() const noexcept {
     std::uint64_t sum = 0;
     for (const auto& held : parts_) {
-      if (const auto part = held->part.lock(); part != nullptr && !held->extents.empty()) {
-        sum += detail::mix(number_of(*held), part->history());
+      const auto part = held->part.lock();
+      if (const auto blocks = part != nullptr ? part->history() : std::nullopt) {
+        sum += detail::mix(number_of(*held), *blocks);
       }
     }
     return sum;

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "cohort/graph_memory.hpp"
@@ -90,7 +91,10 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
     return {view, shared_from_this(), *block};
   }
 
-  [[nodiscard]] std::uint64_t history() const noexcept override { return blocks_.mixed(0); }
+  [[nodiscard]] std::optional<std::uint64_t> history() const noexcept override {
+    return blocks_.space().statistics().live_blocks == 0 ? std::nullopt
+                                                         : std::optional(blocks_.mixed(0));
+  }
 
   void replace_marks(const StreamMarks::GivenUp& marks) override { blocks_.replace_marks(marks); }
 

@@ -105,9 +105,11 @@ class GroupBase {
   /// The group alone; nobody where it has no windows.
   [[nodiscard]] Audience audience() const {
     throw_if_closed();
-    return parts_.decision.nccl_windows.on
-               ? Audience{parts_.control.get(), {parts_.transport.get()}}
-               : Audience{};
+    Audience audience{parts_.control.get()};
+    if (parts_.decision.nccl_windows.on) {
+      audience.transports.push_back(parts_.transport.get());
+    }
+    return audience;
   }
 
   /// Collective. Makes room for a block of `bytes` in the group's arena. Nothing is done where one

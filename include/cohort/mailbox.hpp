@@ -115,8 +115,9 @@ class Mailbox {
   /// passed before the call.
   std::optional<Frame> receive(int from, ControlCall call, const Watch& watch, Deadline deadline) {
     const Key wanted = key({watch.channel, call, 0}, from);
-    // A rank that keeps sending to other groups does not keep this one beyond its limit.
-    const Deadline drained = std::max(deadline, Clock::now()) + kDraining;
+    // Ranks that keep sending to other groups do not keep this one beyond its limit, which the
+    // waits for several ranks share.
+    const Deadline drained = std::max(deadline + kDraining, Clock::now() + kSlice);
     Rest rest;
     Deadline next_look{};
     auto lock = enter();
@@ -203,9 +204,10 @@ class Mailbox {
   }
 
   /// Takes in what a rank, or a thread of this one, says. Waits for nobody.
-  void note(Notice notice, std::uint64_t channel) {
+  void note(std::uint64_t channel, int from, std::uint32_t sequence,
+            std::span<const std::byte> reason) {
     const std::lock_guard lock(notices_mutex_);
-    notices_[channel].push_back(std::move(notice));
+    notices_[channel].push_back({from, sequence, Bytes(reason.begin(), reason.end())});
     has_notices_.store(true, std::memory_order_relaxed);
   }
 
@@ -275,7 +277,10 @@ class Mailbox {
     return count;
   }
 
-  void abandon() noexcept { messenger_->abandon(); }
+  void abandon() noexcept {
+    const auto lock = enter();
+    messenger_->abandon();
+  }
 
  private:
   // Waits inside the messenger end this often, so that others can come in.
@@ -395,12 +400,7 @@ class Mailbox {
     std::memcpy(&trailer, message.data() + payload, sizeof(trailer));
     if (retired_.count(trailer.channel) == 0) {
       if (trailer.call == ControlCall::gave_up) {
-        const std::lock_guard lock(notices_mutex_);
-        auto& notices = notices_[trailer.channel];
-        notices.reserve(notices.size() + 1);
-        message.resize(payload);
-        notices.push_back({from, trailer.sequence, std::move(message)});
-        has_notices_.store(true, std::memory_order_relaxed);
+        note(trailer.channel, from, trailer.sequence, std::span(message).first(payload));
       } else {
         auto& frames = pending_[key(trailer, from)];
         frames.emplace_back();

@@ -104,7 +104,7 @@ class MessageControlPlane : public ControlPlane {
         finish(trailer);
         return Bytes(mine.begin(), mine.end());
       }
-      Wait wait(limit_);
+      Wait wait(limit_, limit_);
       auto payload = receive(root, trailer, members_, wait);
       fail_if_missing(trailer, wait);
       fail_if_left(trailer, members_, told_ + shortest(limit_));
@@ -128,7 +128,7 @@ class MessageControlPlane : public ControlPlane {
       for (auto& message : outgoing) {
         mailbox_->send(members_[index(message.to)], trailer, std::move(message.payload));
       }
-      Wait wait(limit_);
+      Wait wait(limit_, limit_);
       std::vector<Bytes> payloads;
       for (const auto& [from, bytes] : incoming) {
         payloads.push_back(receive(from, trailer, member(from), wait));
@@ -229,8 +229,11 @@ class MessageControlPlane : public ControlPlane {
 
   /// One wait for several ranks, which share its time.
   struct Wait {
-    explicit Wait(std::chrono::milliseconds most)
-        : limit(std::min(most, kLongestTimeLimit)), time(limit), notice(time.start(), limit) {}
+    /// @param of_call  The limit of the group's calls, where the wait has more.
+    Wait(std::chrono::milliseconds most, std::chrono::milliseconds of_call)
+        : limit(std::min(most, kLongestTimeLimit)),
+          time(limit, std::min(limit, of_call)),
+          notice(time.start(), limit) {}
 
     std::chrono::milliseconds limit;
     detail::LimitedWait time;
@@ -238,12 +241,12 @@ class MessageControlPlane : public ControlPlane {
     std::vector<int> missing;
   };
 
-  /// For how long behind its last arrival a rank takes it that nobody has left: no longer than the
-  /// others wait at least, who may have waited in their call before. Any of their threads may leave
-  /// earlier, so calls that do not follow each other at once look as well.
+  /// For how long behind its last arrival a rank takes it that nobody has left: less than the
+  /// others' waits last. Any of their threads may leave earlier, so calls that do not follow each
+  /// other at once look as well.
   static Deadline::duration shortest(std::chrono::milliseconds limit) noexcept {
     constexpr std::chrono::milliseconds kAtOnce{1};
-    return std::min<Deadline::duration>(detail::LimitedWait::least(limit), kAtOnce);
+    return std::min<Deadline::duration>(limit / 8, kAtOnce);
   }
 
   static std::size_t index(int rank) noexcept { return static_cast<std::size_t>(rank); }
@@ -319,7 +322,7 @@ class MessageControlPlane : public ControlPlane {
       auto reason = why().serialize();
       const detail::FrameTrailer trailer{channel_, detail::ControlCall::gave_up,
                                          static_cast<std::uint32_t>(before)};
-      mailbox_->note({members_[index(rank_)], trailer.sequence, reason}, channel_);
+      mailbox_->note(channel_, members_[index(rank_)], trailer.sequence, reason);
       for (int r = 0; r < size(); ++r) {
         try {
           if (r != rank_) {
@@ -348,7 +351,7 @@ class MessageControlPlane : public ControlPlane {
     auto& all = arrivals.payloads;
     all.resize(members_.size());
     int next_rank = 0;
-    Wait wait(limit);
+    Wait wait(limit, limit_);
     try {
       const auto trailer = next(call);
       leave_on_error(excuse, [&] {

@@ -6,13 +6,14 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <chrono>
 #include <cstddef>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "cohort/control_plane.hpp"
+#include "cohort/call_time.hpp"
 #include "cohort/error.hpp"
 #include "cohort/offset_allocator.hpp"
 #include "cohort/stream.hpp"
@@ -57,7 +58,9 @@ class StreamMarks {
   };
 
   /// @param owner  Whose memory it is, for messages.
-  explicit StreamMarks(std::string owner) : owner_(std::move(owner)) {}
+  /// @param limit  Of the waits that are made here, for all streams together.
+  StreamMarks(std::string owner, std::chrono::milliseconds limit)
+      : owner_(std::move(owner)), limit_(limit) {}
 
   /// The stream's mark; 0 for none, and for one that nobody has to wait for. Where marks are given
   /// up, `replace(const GivenUp&)` is called: whoever holds one that is gone holds what stands for
@@ -101,28 +104,21 @@ class StreamMarks {
   }
 
   /// Orders what `stream` gets next after what these users have so far; without a stream it waits
-  /// here. Throws `UsageError` where one of them is being captured, for which nothing outside of
-  /// its capture can wait.
+  /// here, for all of them within the limit. Throws `UsageError` where one of them is being
+  /// captured, for which nothing outside of its capture can wait, and `TimeoutError`.
   void order_behind(Marks users, StreamRef stream) {
+    if (!stream.valid()) {
+      wait_here(users);
+      return;
+    }
     if ((users & kPast) != 0) {
-      for (const auto& [user, event] : past_) {
-        if (stream.valid()) {
-          stream.wait(*event);
-        } else {
-          wait_here(user);
-        }
-      }
-      if (!stream.valid()) {
-        past_.clear();  // all of it is over
+      for (const auto& past : past_) {
+        stream.wait(*past.event);
       }
     }
     for_each(users, stream, [&](StreamRef user, Marks) {
-      if (stream.valid()) {
-        check_not_capturing(user);
-        stream.wait_for(user);
-      } else {
-        wait_here(user);
-      }
+      check_not_capturing(user);
+      stream.wait_for(user);
     });
   }
 
@@ -173,9 +169,21 @@ class StreamMarks {
     }
   }
 
-  void wait_here(StreamRef user) const {
-    check_not_capturing(user);
-    user.synchronize(kDefaultTimeLimit);
+  void wait_here(Marks users) {
+    const detail::LimitedWait time(limit_);
+    const auto wait = [&](StreamRef user) {
+      check_not_capturing(user);
+      user.synchronize(std::max(std::chrono::milliseconds(1),
+                                std::chrono::ceil<std::chrono::milliseconds>(
+                                    time.deadline() - std::chrono::steady_clock::now())));
+    };
+    if ((users & kPast) != 0) {
+      for (const auto& past : past_) {
+        wait(past.stream);
+      }
+      past_.clear();  // all of it is over
+    }
+    for_each(users, {}, [&](StreamRef user, Marks) { wait(user); });
   }
 
   /// Frees places.
@@ -209,6 +217,7 @@ class StreamMarks {
   }
 
   std::string owner_;
+  std::chrono::milliseconds limit_;
   std::array<StreamRef, kStreams> streams_;
   std::size_t last_ = 0;  // the place that was asked for last
   std::vector<Past> past_;

@@ -76,7 +76,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
       : name_(std::move(name)),
         options_(options),
         segments_(backend, name_, std::move(audience)),
-        marks_("arena " + name_),
+        marks_("arena " + name_, segments_.limit()),
         graphs_(blocks_.space(), segments_) {}
 
   ~SymmetricArena() override { close(); }
@@ -96,6 +96,8 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// @throw UsageError  in a capture without room or without a scope; when frozen and exhausted;
   ///                    after `close`. Names the bytes needed and left.
   /// @throw SymmetryError, TimeoutError, TransportError  from growth, on every rank that came.
+  /// @throw TimeoutError  without a stream, where those that used the memory do not come to an end
+  ///                      within the time limit of the audience's control plane, all together.
   [[nodiscard]] Tensor empty(const Dims& shape, DType dtype, StreamRef stream) {
     return empty(shape, dtype, stream, stream.valid() ? stream.capture_id() : 0);
   }

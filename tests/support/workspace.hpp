@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -51,8 +52,10 @@ class RecordingDriver : public StreamDriver {
   void retain_in_capture(void*, std::shared_ptr<void>) override {}
   void begin_capture(void*) override {}
   [[nodiscard]] std::unique_ptr<ExecutableGraph> end_capture(void*) override { return nullptr; }
-  void synchronize(void* native, std::chrono::milliseconds) override {
+  void synchronize(void* native, std::chrono::milliseconds limit) override {
+    std::this_thread::sleep_for(busy);
     synchronized.push_back(native);
+    limits.push_back(limit);
   }
 
   bool failing = false;
@@ -61,6 +64,8 @@ class RecordingDriver : public StreamDriver {
   std::vector<Wait> waits;
   std::vector<Wait> behind;  ///< An event of the second.
   std::vector<void*> synchronized;
+  std::vector<std::chrono::milliseconds> limits;  ///< Of these waits.
+  std::chrono::milliseconds busy{0};              ///< How long each stream is.
 };
 
 inline constexpr std::size_t kMiB = std::size_t{1} << 20;

@@ -19,8 +19,8 @@ std::chrono::steady_clock::duration left_of(std::chrono::steady_clock::duration 
   return wait.deadline() - wait.start();
 }
 
-void wait_for(std::chrono::milliseconds time) {
-  const LimitedWait wait(1s);
+void wait_for(std::chrono::milliseconds time, std::chrono::milliseconds limit = 1s) {
+  const LimitedWait wait(limit);
   std::this_thread::sleep_for(time);
 }
 
@@ -37,9 +37,34 @@ TEST_CASE("the waits of a call share its limit", "[call_time]") {
     wait_for(30ms);
   }
   CHECK(left_of(800ms) <= 740ms);
-  CHECK(left_of(40ms) == 5ms);  // never less than an eighth
+  CHECK(left_of(40ms) == 5ms);  // an eighth where nothing is left
   CHECK(left_of(0ms) == 0ms);
   std::thread([] { CHECK(left_of(800ms) == 800ms); }).join();
+}
+
+TEST_CASE("waits that each end in time are over at 1.25 limits", "[call_time]") {
+  using Time = std::chrono::steady_clock::duration;
+  Time waited{};
+  for (int i = 0; i < 1000; ++i) {
+    const Time wait = LimitedWait::left(1s, waited, 1s);
+    CHECK(wait > 0s);
+    waited += i == 0 ? wait : wait * 9 / 10;
+    if (waited <= 1s) {
+      CHECK(wait >= 125ms);
+    }
+  }
+  CHECK(waited <= 1250ms);
+  CHECK(LimitedWait::left(1s, 0s, 1s) == 1s);
+  CHECK(LimitedWait::left(1s, 300ms, 1s) == 700ms);
+  CHECK(LimitedWait::left(1s, 1s, 1s) == 125ms);
+  CHECK(LimitedWait::left(1s, 1150ms, 1s) == 50ms);
+  CHECK(LimitedWait::left(1s, 1250ms, 1s) == 0s);
+  CHECK(LimitedWait::left(1s, 1h, 1s) == 0s);
+  CHECK(LimitedWait::left(40ms, 500ms, 1s) == 5ms);  // others of the call have longer ones
+  const CallTime call;
+  CHECK(left_of(40ms) == 40ms);
+  wait_for(60ms, 50ms);
+  CHECK(left_of(40ms) <= 1250us);  // half of what is left of 62.5 ms
 }
 
 TEST_CASE("a wait says how much of the limit it had", "[call_time]") {

@@ -123,6 +123,28 @@ TEST_CASE("frozen arenas give out what destroyed graphs had, and messages tell o
   }
 }
 
+TEST_CASE("a pool in which nothing lives is as one that is gone", "[arena]") {
+  Workspace work;
+  RecordingDriver driver;
+  RecordingDriver::State state{.capture = 5};
+  auto& arena = *work.arena;
+  arena.reserve(kMiB);
+  auto part = GraphPart::create(work.arena);
+  arena.enter_capture(5, part);
+  part->begin();
+  auto tensor = bytes_of(arena, 4096, {driver, &state});
+  arena.leave_capture(5);
+  const auto with_tensor = arena.history();
+  state.capture = 0;
+  tensor.reset();
+  const auto empty = arena.history();
+  CHECK(empty != with_tensor);
+  part.reset();  // at a moment of its own on each rank; its memory comes back where all have ended
+                 // it
+  CHECK(arena.history() == empty);
+  CHECK(arena.statistics().used == 4096);
+}
+
 TEST_CASE("graphs of a pool cost what the largest costs, whatever came first", "[arena]") {
   Workspace work(16 * kMiB);
   RecordingDriver driver;

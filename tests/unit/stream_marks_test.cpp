@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/stream_marks.hpp"
 
+#include <chrono>
 #include <vector>
 
 #include "cohort/host/host_stream.hpp"
 #include "support/catch.hpp"
 #include "support/counting_driver.hpp"
+#include "support/workspace.hpp"
 
 using namespace cohort;
 using namespace cohort::test;
+using namespace std::chrono_literals;
 
 namespace {
 
@@ -22,7 +25,7 @@ TEST_CASE("a stream has one mark, and none where nobody waits for it", "[marks]"
   CountingDriver driver;
   HostStream a;
   HostStream b;
-  StreamMarks marks("test");
+  StreamMarks marks("test", 1000ms);
   CHECK(unchanged(marks, {}) == 0);
   CHECK(unchanged(marks, a) == 0);
   CHECK(unchanged(marks, driver.ref(a)) == 1);
@@ -38,7 +41,7 @@ TEST_CASE("marks are given up where there are more streams, by those that are no
           "[marks]") {
   CountingDriver driver;
   std::vector<HostStream> streams(128);
-  StreamMarks marks("test");
+  StreamMarks marks("test", 1000ms);
   for (std::size_t i = 0; i < 63; ++i) {
     CHECK(unchanged(marks, driver.ref(streams[i])) == StreamMarks::Marks{1} << i);
   }
@@ -82,4 +85,18 @@ TEST_CASE("marks are given up where there are more streams, by those that are no
   (void)streams[63].end_capture();
   CHECK(marks.of(driver.ref(streams[125]), replace) == 1);
   CHECK(gone == 1);
+}
+
+TEST_CASE("whoever waits here for several streams waits for one limit", "[marks]") {
+  RecordingDriver driver;
+  std::vector<RecordingDriver::State> states(64);
+  StreamMarks marks("test", 600ms);
+  for (auto& state : states) {  // those of the past and one that has a mark
+    static_cast<void>(marks.of({driver, &state}, [](const StreamMarks::GivenUp&) {}));
+  }
+  driver.busy = 5ms;
+  marks.order_behind(~StreamMarks::Marks{0}, {});
+  REQUIRE(driver.limits.size() == 64);
+  CHECK(driver.limits.front() <= 600ms);
+  CHECK(driver.limits.back() <= 600ms - 63 * 5ms);
 }

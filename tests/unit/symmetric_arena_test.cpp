@@ -111,6 +111,19 @@ TEST_CASE("a wait that fails loses no memory", "[arena][streams]") {
   CHECK(work.arena->statistics().used == 4096);
 }
 
+TEST_CASE("an allocation without a stream waits for the limit of its control plane",
+          "[arena][streams]") {
+  const auto planes = make_thread_control_planes(1, std::chrono::milliseconds(700));
+  const auto backend = host_backend();
+  const auto arena = SymmetricArena::create(*backend, "work", {planes[0].get()});
+  RecordingDriver driver;
+  RecordingDriver::State state;
+  bytes_of(*arena, 4096, {driver, &state}).reset();
+  bytes_of(*arena, 4096).reset();
+  REQUIRE(driver.limits.size() == 1);
+  CHECK(driver.limits[0] <= std::chrono::milliseconds(700));
+}
+
 TEST_CASE("a backend without memory says so", "[arena]") {
   Workspace work(kMiB, {.segment_limit = 2 * kMiB});
   const auto first = bytes_of(*work.arena, 10);
