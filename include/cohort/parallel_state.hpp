@@ -16,9 +16,12 @@
 
 #include "cohort/agreement.hpp"
 #include "cohort/call_time.hpp"
+#include "cohort/captured_graph.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/decode_context_parallel.hpp"
+#include "cohort/formed_groups.hpp"
 #include "cohort/graph_capture.hpp"
+#include "cohort/group_audiences.hpp"
 #include "cohort/group_coordinator.hpp"
 #include "cohort/log.hpp"
 #include "cohort/pipeline_parallel.hpp"
@@ -52,30 +55,6 @@ struct ParallelOptions {
   TraceOptions trace = {};
 };
 
-/// A captured graph and the memory that it leases.
-class CapturedGraph {
- public:
-  /// What is called around launches.
-  using Around = std::function<void(StreamRef)>;
-
-  /// `before` and `behind` are called around each launch with its stream.
-  CapturedGraph(std::unique_ptr<ExecutableGraph> graph, Around before, Around behind)
-      : graph_(std::move(graph)), before_(std::move(before)), behind_(std::move(behind)) {}
-
-  /// Enqueues the captured work after the eager calls so far, on whichever streams. All ranks
-  /// launch the same sequence of graphs and calls. Throws `UsageError` after the state's shutdown.
-  void launch(StreamRef stream) {
-    before_(stream);
-    graph_->launch(stream);
-    behind_(stream);
-  }
-
- private:
-  std::unique_ptr<ExecutableGraph> graph_;
-  Around before_;
-  Around behind_;
-};
-
 /// The world, tensor-parallel, pipeline-parallel and decode-context-parallel group of this rank.
 class ParallelState {
  public:
@@ -104,10 +83,9 @@ class ParallelState {
   ParallelState& operator=(const ParallelState&) = delete;
   ~ParallelState() {
     trace_.reset();
-    const std::string reason = reason_to_leave();
-    settle(reason);
-    close_audiences();
     if (formed_ != nullptr) {
+      formed_->settle(formed_->reason_to_leave());
+      audiences_.close();
       formed_->clear();
     }
     const detail::CallTime time;  // which the groups' last waits share
@@ -130,7 +108,7 @@ class ParallelState {
   /// This rank's DCP group.
   [[nodiscard]] DecodeContextParallelGroup& dcp() noexcept { return *dcp_; }
   /// World, TP, PP, DCP: the order in which all ranks form and leave them.
-  [[nodiscard]] const std::vector<GroupCoordinator*>& groups() noexcept { return *formed_; }
+  [[nodiscard]] const std::vector<GroupCoordinator*>& groups() noexcept { return formed_->all(); }
 
   /// One arena whose segments are registered with several groups of this state, so that a buffer
   /// of it is symmetric in each. Groups without windows are left out; where none is left, scopes
@@ -142,34 +120,7 @@ class ParallelState {
   /// state, and after `shutdown`; on every rank `SymmetryError` where the groups that have windows
   /// are not the same ones on all of them; and what an agreement throws.
   [[nodiscard]] ScopeTarget audience(const std::vector<GroupCoordinator*>& wanted) {
-    const auto chosen = in_order(wanted);
-    const std::string name = names_of(chosen);
-    for (const auto& known : audiences_) {
-      if (known.name == name) {
-        return {known.arena.get(), options_.backend.get()};
-      }
-    }
-    GroupCoordinator& covering = smallest_around(chosen);
-    Audience audience{&covering.control()};
-    std::vector<GroupCoordinator*> with_windows;
-    for (GroupCoordinator* group : chosen) {
-      for (Transport* transport : group->audience().transports) {
-        audience.transports.push_back(transport);
-        with_windows.push_back(group);
-      }
-    }
-    const std::string registered = names_of(with_windows);
-    agree(covering.control(),
-          {.place = fmt::format("audience of the groups {}, of which [{}] have windows", name,
-                                registered)});
-    std::shared_ptr<SymmetricArena> arena;
-    if (!with_windows.empty()) {
-      arena = SymmetricArena::create(*options_.backend, registered, std::move(audience),
-                                     options_.arena);
-      captures_->add(arena);
-    }
-    audiences_.push_back({name, arena});
-    return {arena.get(), options_.backend.get()};
+    return audiences_.of(wanted);
   }
 
   /// The arenas that a capture concerns; a `CaptureScope` takes it.
@@ -183,36 +134,7 @@ class ParallelState {
   /// it throws, the capture is ended and dropped. Throws `UsageError` without a stream or function.
   [[nodiscard]] CapturedGraph capture(StreamRef stream, const std::function<void()>& record,
                                       GraphPool* pool = nullptr) {
-    if (!stream.valid()) {
-      throw UsageError("capture stream: expected a stream, got none");
-    }
-    if (!record) {
-      throw UsageError("capture record: expected a function, got an empty one");
-    }
-    auto& driver = stream.driver();
-    driver.begin_capture(stream.native());
-    const CaptureId id = stream.capture_id();
-    try {
-      CaptureScope scope(*captures_, stream, pool);
-      try {
-        record();
-      } catch (...) {
-        scope.drop();
-        throw;
-      }
-    } catch (...) {
-      drop_capture(stream);
-      throw;
-    }
-    return {driver.end_capture(stream.native()),
-            [formed = formed_, captures = std::weak_ptr(captures_), id](StreamRef on) {
-              const auto domain = captures.lock();
-              if (formed->empty() || domain == nullptr) {
-                throw UsageError("graph launch: the ParallelState of the graph was destroyed");
-              }
-              order_launch(*formed, *domain, on, id);
-            },
-            [formed = formed_](StreamRef on) { mark_launched(*formed, on); }};
+    return detail::capture_graph(*captures_, launch_order_, stream, record, pool);
   }
 
   /// For an engine that launches graphs of its own: `order` right before a launch puts it behind
@@ -221,11 +143,9 @@ class ParallelState {
   /// launch and for nothing else. A `CapturedGraph` does both. Throw `UsageError` after `shutdown`.
   /// `graph` is the number of the capture that made the graph (`StreamRef::capture_id` inside it),
   /// for the records; 0 where the engine does not say.
-  void order(StreamRef stream, CaptureId graph = 0) {
-    order_launch(*formed_, *captures_, stream, graph);
-  }
+  void order(StreamRef stream, CaptureId graph = 0) { launch_order_.before(stream, graph); }
   /// Right behind a launch of a graph of the engine's own; see `order`.
-  void launched(StreamRef stream) { mark_launched(*formed_, stream); }
+  void launched(StreamRef stream) { launch_order_.behind(stream); }
 
   /// Waits until the stream is idle, watching the peers of all groups as well: for engines whose
   /// streams carry calls of several. The limit is one for the whole wait. Throws as
@@ -234,8 +154,8 @@ class ParallelState {
   /// that are. Goes on without groups that were shut down; `UsageError` where all were.
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) {
     const auto deadline = detail::deadline_after(checked_limit("synchronize", limit));
-    throw_if_all_closed("synchronize", *formed_);
-    for (GroupCoordinator* group : *formed_) {
+    formed_->throw_if_all_closed("synchronize");
+    for (GroupCoordinator* group : formed_->all()) {
       if (group->closed()) {
         continue;
       }
@@ -247,10 +167,7 @@ class ParallelState {
   }
   /// Whether a call of any group is known to have failed, without asking the device; `synchronize`
   /// says what happened.
-  [[nodiscard]] bool failed() const noexcept {
-    return std::any_of(formed_->begin(), formed_->end(),
-                       [](const GroupCoordinator* group) { return group->failed(); });
-  }
+  [[nodiscard]] bool failed() const noexcept { return formed_->failed(); }
 
   /// Collective. Returns the memory of graphs that every rank has destroyed to the arenas, which
   /// growth and `reserve` also do.
@@ -279,9 +196,9 @@ class ParallelState {
     std::string reason;
     try {
       if (!shut_down_) {
-        if (const std::string why = reason_to_leave(); !why.empty()) {
+        if (const std::string why = formed_->reason_to_leave(); !why.empty()) {
           // Not in the world, where it waits for those who learn it so, or need not.
-          tell(why, [&](const GroupCoordinator* group) { return group != world_.get(); });
+          formed_->tell(why, [&](const GroupCoordinator* group) { return group != world_.get(); });
         }
         detail::reporting(world_->recorder().get(), [&] {
           world_->control().barrier();  // no rank may still be reading what goes away
@@ -292,13 +209,11 @@ class ParallelState {
       reason = error.what();
     }
     shut_down_ = true;
-    settle(reason);
-    close_audiences();
+    formed_->settle(reason);
+    audiences_.close();
     {
       const detail::CallTime time;  // which their last waits share
-      for (auto group = formed_->rbegin(); group != formed_->rend(); ++group) {
-        (*group)->close();
-      }
+      formed_->close();
     }
     if (failure) {
       std::rethrow_exception(failure);
@@ -307,7 +222,10 @@ class ParallelState {
 
  private:
   ParallelState(ControlPlane& world, ParallelOptions options)
-      : options_(std::move(options)), captures_(std::make_shared<CaptureDomain>()) {
+      : options_(std::move(options)),
+        captures_(std::make_shared<CaptureDomain>()),
+        launch_order_(formed_, captures_),
+        audiences_(formed_, captures_, options_.backend, options_.arena) {
     const auto& settings = runtime_settings();
     if (settings.log_level) {
       set_default_log_level(*settings.log_level);
@@ -341,12 +259,12 @@ class ParallelState {
       }
       throw;
     }
-    *formed_ = {world_.get(), tp_.get(), pp_.get(), dcp_.get()};
+    formed_->assign({world_.get(), tp_.get(), pp_.get(), dcp_.get()});
     trace_ = std::make_unique<StateTrace>(options_.trace, world.rank(), generation & kNumber);
-    for (GroupCoordinator* group : *formed_) {
+    for (GroupCoordinator* group : groups()) {
       trace_->add(group->recorder());
       captures_->add(group->arena());
-      std::vector<GroupBase*> others(formed_->begin(), formed_->end());
+      std::vector<GroupBase*> others(groups().begin(), groups().end());
       others.erase(std::find(others.begin(), others.end(), group));
       group->stand_beside(std::move(others));
     }
@@ -381,51 +299,6 @@ class ParallelState {
       }
       throw;
     }
-  }
-
-  /// These groups in the state's order. Throws `UsageError` unless they are different ones of it.
-  [[nodiscard]] std::vector<GroupCoordinator*> in_order(
-      const std::vector<GroupCoordinator*>& wanted) {
-    std::vector<GroupCoordinator*> chosen;
-    for (GroupCoordinator* group : groups()) {
-      if (std::find(wanted.begin(), wanted.end(), group) != wanted.end()) {
-        chosen.push_back(group);
-      }
-    }
-    if (chosen.empty() || chosen.size() != wanted.size()) {
-      throw UsageError("audience groups: expected different groups of this ParallelState");
-    }
-    static_cast<void>(chosen.front()->audience());  // refused after shutdown
-    return chosen;
-  }
-
-  /// "tp+dcp". Of kinds: the names of groups differ between the ranks of another group.
-  [[nodiscard]] static std::string names_of(const std::vector<GroupCoordinator*>& groups) {
-    std::string names;
-    for (const GroupCoordinator* group : groups) {
-      names += fmt::format("{}{}", names.empty() ? "" : "+", to_string(group->kind()));
-    }
-    return names;
-  }
-
-  /// Of the groups that hold every rank of these, the smallest, and the last of equal ones; the
-  /// same kind on every rank.
-  [[nodiscard]] GroupCoordinator& smallest_around(const std::vector<GroupCoordinator*>& inner) {
-    const auto holds = [&](const GroupCoordinator& outer) {
-      return std::all_of(inner.begin(), inner.end(), [&](const GroupCoordinator* group) {
-        return std::all_of(group->ranks().begin(), group->ranks().end(), [&](int rank) {
-          const auto& ranks = outer.ranks();
-          return std::find(ranks.begin(), ranks.end(), rank) != ranks.end();
-        });
-      });
-    };
-    GroupCoordinator* smallest = world_.get();
-    for (GroupCoordinator* group : groups()) {
-      if (group->size() <= smallest->size() && holds(*group)) {
-        smallest = group;
-      }
-    }
-    return *smallest;
   }
 
   /// Ranks with different options would form groups that never meet, and one with a shorter time
@@ -480,102 +353,12 @@ class ParallelState {
     }
   }
 
-  static void order_launch(const std::vector<GroupCoordinator*>& formed,
-                           const CaptureDomain& captures, StreamRef stream, CaptureId graph) {
-    throw_if_all_closed("graph launch", formed);
-    for (GroupCoordinator* group : formed) {
-      if (!group->closed()) {  // a graph with its calls says so itself
-        group->order(stream, graph);
-      }
-    }
-    for (const auto& arena : captures.arenas()) {
-      arena->order_launch(stream);  // those of audiences as well
-    }
-  }
-
-  static void throw_if_all_closed(std::string_view call,
-                                  const std::vector<GroupCoordinator*>& formed) {
-    if (std::all_of(formed.begin(), formed.end(),
-                    [](const GroupCoordinator* group) { return group->closed(); })) {
-      throw UsageError(fmt::format("{}: the ParallelState was used after shutdown", call));
-    }
-  }
-
-  static void mark_launched(const std::vector<GroupCoordinator*>& formed, StreamRef stream) {
-    throw_if_all_closed("graph launch", formed);
-    for (GroupCoordinator* group : formed) {
-      if (!group->closed()) {
-        group->launched(stream);
-      }
-    }
-  }
-
-  static void drop_capture(StreamRef stream) noexcept {
-    try {
-      stream.driver().end_capture(stream.native()).reset();
-    } catch (const std::exception& error) {
-      log(LogLevel::info, fmt::format("a dropped capture had failed: {}", error.what()));
-    }
-  }
-
-  /// All groups within one patience: a call of one holds up the device of all. Where there is a
-  /// reason ranks may be gone, so no group waits for them any longer, each of which would take its
-  /// time; and in no group do others wait for this rank.
-  void settle(const std::string& reason) noexcept {
-    if (formed_ == nullptr) {
-      return;
-    }
-    if (!reason.empty()) {
-      tell(reason, [](const GroupCoordinator*) { return true; });
-    }
-    const auto deadline = Clock::now() + GroupCoordinator::kTeardownPatience;
-    for (auto group = formed_->rbegin(); group != formed_->rend(); ++group) {
-      (*group)->settle(
-          std::max(std::chrono::milliseconds::zero(),
-                   std::chrono::duration_cast<std::chrono::milliseconds>(deadline - Clock::now())));
-    }
-  }
-  template <class Which>
-  void tell(const std::string& reason, const Which& which) noexcept {
-    for (GroupCoordinator* const group : *formed_) {
-      if (which(group) && !group->closed()) {
-        group->forsake_peers(reason);
-      }
-    }
-  }
-  /// What the others of all groups are told where a group has failed; empty where none has.
-  [[nodiscard]] std::string reason_to_leave() const noexcept try {
-    if (formed_ != nullptr) {
-      for (const GroupCoordinator* const group : *formed_) {
-        if (group->failed()) {
-          return fmt::format("its ParallelState ends behind a failure in group {}", group->name());
-        }
-      }
-    }
-    return {};
-  } catch (const std::exception&) {
-    return "failed";  // no memory for more
-  }
-  void close_audiences() noexcept {
-    for (const auto& known : audiences_) {
-      if (known.arena != nullptr) {
-        known.arena->close();
-      }
-    }
-  }
-
-  /// An arena of several groups, or null where none of them has windows.
-  struct KnownAudience {
-    std::string name;
-    std::shared_ptr<SymmetricArena> arena;
-  };
-
   ParallelOptions options_;
   std::shared_ptr<CaptureDomain> captures_;  // keeps its address when the state is moved
   // Shared with captured graphs; empty once the groups are gone.
-  std::shared_ptr<std::vector<GroupCoordinator*>> formed_ =
-      std::make_shared<std::vector<GroupCoordinator*>>();
-  std::vector<KnownAudience> audiences_;
+  std::shared_ptr<detail::FormedGroups> formed_ = std::make_shared<detail::FormedGroups>();
+  detail::LaunchOrder launch_order_;
+  detail::GroupAudiences audiences_;
   bool shut_down_ = false;
   std::unique_ptr<StateTrace> trace_;  // before the groups: they report to it until they are gone
   std::unique_ptr<GroupCoordinator> world_;

@@ -10,6 +10,8 @@
 #include <string_view>
 #include <utility>
 
+#include "support/group_tensors.hpp"
+
 /// \file
 /// A host backend some of whose steps a test replaces, so that one rank can fail in them as the
 /// libraries of other backends do.
@@ -146,5 +148,15 @@ class StandInBackend final : public Backend {
   std::shared_ptr<Backend> real_;
   StandIns steps_;
 };
+
+/// Of all ranks of two stages of two; `steps` replaces parts of the backend.
+[[nodiscard]] inline ParallelState two_by_two(ControlPlane& world, StandIns steps) {
+  return make_state(world, {.tp = 2, .pp = 2, .dcp = 1},
+                    {.backend = std::make_shared<StandInBackend>(std::move(steps))});
+}
+
+/// What a registration throws.
+inline const TransportError kNoMemory({.call = "ncclCommWindowRegister", .native_code = 2},
+                                      "out of memory");
 
 }  // namespace cohort::test

@@ -19,6 +19,11 @@
 
 namespace cohort::test {
 
+/// For bounds on waits.
+[[nodiscard]] inline double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
 /// What a rank's body threw, with the rank; the exception itself is nested.
 class RankFailure : public std::runtime_error {
  public:

@@ -30,10 +30,6 @@ Intent with(Intent intent, const std::function<void(Intent&)>& change) {
   return intent;
 }
 
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
 }  // namespace
 
 TEST_CASE("equal intents agree") {

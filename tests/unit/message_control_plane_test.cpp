@@ -47,10 +47,6 @@ void check_all_gather(ControlPlane& plane, int round) {
 
 std::string ranks_text(const std::vector<int>& ranks) { return fmt::format("{}", ranks); }
 
-double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
-
 }  // namespace
 
 TEST_CASE("all_gather gives every rank's bytes in rank order, whatever their sizes") {

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cohort/formed_groups.hpp"
+
+#include <chrono>
+#include <cohort/host/host_backend.hpp>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "support/arena_checks.hpp"
+#include "support/catch.hpp"
+#include "support/divergence_checks.hpp"
+#include "support/stand_in_backend.hpp"
+#include "support/threads.hpp"
+
+using namespace cohort;
+using namespace cohort::test;
+
+TEST_CASE("teardown closes every group, whatever state the groups are in", "[state]") {
+  const std::string broken = GENERATE("dcp", "world");
+  run_ranks(2, [&](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2, .dcp = 2});
+    auto& out_of_step = broken == "dcp" ? state.dcp().control() : state.world().control();
+    check_throws<SymmetryError>(
+        [&] { world.rank() == 0 ? out_of_step.barrier() : (void)out_of_step.all_gather({}); },
+        "rank");
+    const Tensor x = state.backend().allocate({4}, DType::f32, {});
+    fill(x, 0);
+    if (broken == "dcp") {
+      state.shutdown();
+    } else {
+      check_throws<TransportError>([&] { state.shutdown(); }, "form a new group");
+    }
+    for (GroupCoordinator* group : state.groups()) {
+      check_throws<UsageError>([&] { group->all_reduce(x); }, "after shutdown");
+    }
+    state.shutdown();
+    auto next = make_state(world, {.tp = 2, .dcp = 2});
+    check_works_on(next.dcp());
+  });
+}
+
+TEST_CASE("where the ranks cannot wait for each other no group waits for peers in teardown",
+          "[state]") {
+  const bool out_of_step = GENERATE(false, true);
+  run_ranks(2, [&](ControlPlane& world) {
+    std::vector<std::string> forsaken;
+    const auto backend = std::make_shared<StandInBackend>(
+        StandIns{.forsake_peers = [&](const ControlPlane& g) { forsaken.push_back(g.name()); }});
+    ParallelOptions options;
+    options.layout = {.tp = 2, .dcp = 2};
+    options.backend = backend;
+    auto state = ParallelState::create(world, options);
+    if (!out_of_step) {
+      state.shutdown();
+      check(forsaken.empty(), "all were there");
+      return;
+    }
+    auto& control = state.world().control();
+    check_throws<SymmetryError>(
+        [&] { world.rank() == 0 ? control.barrier() : (void)control.all_gather({}); }, "rank");
+    check_throws<TransportError>([&] { state.shutdown(); }, "form a new group");
+    std::size_t groups = 0;
+    for (const GroupCoordinator* group : state.groups()) {
+      groups += group->size() > 1 ? 1U : 0U;
+    }
+    check_equal(forsaken.size(), groups, "groups that wait no longer");
+  });
+}
+
+TEST_CASE("a rank that leaves behind one group's failure tells all its groups", "[state]") {
+  const bool mapped = GENERATE(true, false);
+  const bool shuts_down = GENERATE(true, false);
+  const auto start = Clock::now();
+  run_ranks(
+      4,
+      [&](ControlPlane& world) {
+        const HostOptions options{.machine = mapped ? "one" : std::to_string(world.rank())};
+        std::optional<ParallelState> state(
+            make_state(world, {.tp = 4, .dcp = 2}, {.backend = host_backend(options)}));
+        if (world.rank() == 3) {
+          state->dcp().forsake_peers("its card fell off the bus");
+          check(state->dcp().failed(), "failed");
+          if (shuts_down) {
+            state->shutdown();  // together with the others
+          } else {
+            state.reset();
+          }
+          return;
+        }
+        check_throws<Error>([&] { state->tp().barrier(); }, mapped ? "rank" : "rank 3",
+                            mapped ? "gave up" : "behind a failure in group dcp[1]");
+        if (shuts_down) {
+          state->shutdown();
+        } else {
+          check_throws<SymmetryError>([&] { state->world().control().check_peers(); },
+                                      "behind a failure in group dcp[1]");
+        }
+      },
+      std::chrono::milliseconds(60'000));
+  CHECK(seconds_since(start) < 30);
+}
+
+TEST_CASE("a rank that leaves in good order tells nobody that it failed", "[state]") {
+  run_ranks(2, [](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2, .dcp = 2});
+    {
+      auto other = make_state(world, {.tp = 2, .dcp = 2});
+      check_works_on(other.dcp());
+      if (world.rank() == 1) {
+        const auto gone = std::move(other);
+      }
+      world.barrier();
+      if (world.rank() == 0) {
+        for (GroupCoordinator* group : other.groups()) {
+          group->control().check_peers();
+          check(!group->control().poisoned(), group->name());
+        }
+      }
+    }
+    state.shutdown();
+  });
+}
