@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "byte_view.cuh"
+#include "cohort/cuda/path_sizes.hpp"
 #include "peer_enter.cuh"
 #include "peer_launch.cuh"
 #include "peer_lines.cuh"
@@ -236,12 +237,6 @@ __global__ void __launch_bounds__(kLlThreads, 1)
   }
 }
 
-/// Bytes that a rank may send to all peers in one step before two steps are taken. One flight costs
-/// about a microsecond and a link carries some 350 bytes a nanosecond with flag words taking half
-/// (peer writes 365-398 GB/s between two H200s), so a second flight pays from about
-/// 1 us * 180 B/ns saved.
-constexpr std::int64_t kOneStepBytesSent = 192 << 10;
-
 void check_sum_view(DType dtype, const void* in, const void* out, std::int64_t bytes) {
   require(dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16, "dtype",
           "expected f32, f16 or bf16, got {}", to_string(dtype));
@@ -338,7 +333,7 @@ void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, co
   const std::int64_t words = std::max<std::int64_t>(words_of(bytes), 1);
   const std::int64_t share = ceil_div(words, table.size);
   const bool one_step =
-      table.size <= 2 || words < table.size || words * 8 * (table.size - 1) <= kOneStepBytesSent;
+      words < table.size || words * 8 * (table.size - 1) <= path_sizes(table.size).one_step_sent;
   const bool one = one_step && words <= table.layout.ll_words;
   check_ll_words(table, one ? words : 2 * share, "peer_all_reduce");
   const ByteView from(in, 1, bytes, bytes, 0);

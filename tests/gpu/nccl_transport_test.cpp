@@ -792,8 +792,8 @@ TEST_CASE("the path can be read back", "[nccl]") {
   auto& transport = *session().transport;
   auto small = tensor(DType::f32, {64});
   auto small_all = tensor(DType::f32, {64 * ranks()});
-  auto large = tensor(DType::f32, {1 << 20});
-  auto large_all = tensor(DType::f32, {ranks(), 1 << 20});
+  auto large = tensor(DType::f32, {5 << 20});
+  auto large_all = tensor(DType::f32, {ranks(), 5 << 20});
   const auto path = [&](const DeviceTensor& in, const DeviceTensor& out, int dim) {
     return transport.path(Collective::all_gather, in.view(), out.view(), dim);
   };
@@ -804,8 +804,8 @@ TEST_CASE("the path can be read back", "[nccl]") {
   const bool own = transport.peer_kernels() != nullptr && runtime_settings().own_max_bytes != 0;
   CHECK(path(small, small_all, 0) == (own ? "own" : "nccl"));
   CHECK(path(large, large_all, 0) == "nccl");
-  auto wide = tensor(DType::f32, {1024, 1024});
-  auto wide_all = tensor(DType::f32, {1024, 1024 * ranks()});
+  auto wide = tensor(DType::f32, {1024, 5 << 10});
+  auto wide_all = tensor(DType::f32, {1024, (5 << 10) * ranks()});
   CHECK(path(wide, wide_all, 1) == "nccl, packed");
   auto nothing = tensor(DType::f32, {0});
   CHECK(path(nothing, nothing, 0) == "none");

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "cohort/call_time.hpp"
+#include "cohort/cuda/path_sizes.hpp"
 #include "cohort/error.hpp"
 #include "cohort/transport.hpp"
 
@@ -18,21 +19,22 @@
 namespace cohort {
 
 /// Total bytes up to which the own kernels take a collective that an inbox has room for, where no
-/// option says otherwise. Between two cards over NVLink they beat NCCL, registered buffers or not,
-/// at every size: bench/results/nvidia-h100-80gb-hbm3-2ranks.json. They hold more multiprocessors
-/// than NCCL does, so calls that take tens of microseconds are left to it. For more ranks, each of
-/// which sends to all others, nothing is measured beyond what two need. Without flag lines, as over
-/// PCIe, every payload travels in flag words, at twice its bytes: until that is measured, only
-/// calls whose time is all latency.
+/// option says otherwise: those of cuda/path_sizes.hpp. Without flag lines, as over PCIe, every
+/// payload travels in flag words, at twice its bytes: until that is measured, only calls whose time
+/// is all latency.
 [[nodiscard]] constexpr std::size_t default_own_max_bytes(Collective collective, int ranks,
                                                           bool whole_lines) noexcept {
-  constexpr std::size_t kKiB = 1024;
+  constexpr std::int64_t kInWords = 64 * 1024;
+  const cuda::PathSizes sizes = cuda::path_sizes(ranks);
+  const auto total = [&](std::int64_t in_lines) {
+    return static_cast<std::size_t>(whole_lines ? in_lines : kInWords);
+  };
   switch (collective) {
     case Collective::all_gather:
     case Collective::reduce_scatter:
-      return (!whole_lines ? 64 : ranks == 2 ? 4096 : 256) * kKiB;
+      return total(sizes.share_total);
     case Collective::all_reduce:
-      return (!whole_lines ? 64 : ranks == 2 ? 512 : 256) * kKiB;
+      return total(sizes.all_reduce_total);
     case Collective::all_to_all:
     case Collective::broadcast:
       return 0;

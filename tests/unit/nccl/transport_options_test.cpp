@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <cohort/cuda/kernels.hpp>
+#include <cohort/cuda/path_sizes.hpp>
 #include <cohort/error.hpp>
 #include <cohort/nccl/cuda_backend.hpp>
 #include <cstddef>
@@ -13,28 +14,28 @@
 
 using namespace cohort;
 
-TEST_CASE("the own kernels take what was measured to be faster, and sums and gathers alone",
+TEST_CASE("the own kernels take sums and gathers alone, in lines up to the sizes of the table",
           "[nccl]") {
   constexpr std::size_t kKiB = 1024;
-  for (const auto collective : {Collective::all_gather, Collective::reduce_scatter}) {
-    CHECK(default_own_max_bytes(collective, 2, true) == 4096 * kKiB);
-    CHECK(default_own_max_bytes(collective, 8, true) == 256 * kKiB);
-  }
-  CHECK(default_own_max_bytes(Collective::all_reduce, 2, true) == 512 * kKiB);
-  CHECK(default_own_max_bytes(Collective::all_reduce, 8, true) == 256 * kKiB);
-  CHECK(default_own_max_bytes(Collective::all_to_all, 2, true) == 0);
-  CHECK(default_own_max_bytes(Collective::broadcast, 2, true) == 0);
-  for (const auto collective :
-       {Collective::all_gather, Collective::reduce_scatter, Collective::all_reduce}) {
-    for (const int ranks : {2, 8}) {  // over PCIe, in flag words alone
-      CHECK(default_own_max_bytes(collective, ranks, false) == 64 * kKiB);
+  for (const int ranks : {2, 3, 8, 16}) {
+    CAPTURE(ranks);
+    const auto sizes = cuda::path_sizes(ranks);
+    for (const auto collective : {Collective::all_gather, Collective::reduce_scatter}) {
+      CHECK(default_own_max_bytes(collective, ranks, true) ==
+            static_cast<std::size_t>(sizes.share_total));
+      CHECK(default_own_max_bytes(collective, ranks, false) == 64 * kKiB);  // over PCIe
     }
+    CHECK(default_own_max_bytes(Collective::all_reduce, ranks, true) ==
+          static_cast<std::size_t>(sizes.all_reduce_total));
+    CHECK(default_own_max_bytes(Collective::all_reduce, ranks, false) == 64 * kKiB);
+    for (const auto collective : {Collective::all_to_all, Collective::broadcast}) {
+      CHECK(default_own_max_bytes(collective, ranks, true) == 0);
+    }
+    // The smallest inbox has room for half a MiB a peer, and for what all-reduce may take.
+    const auto layout = cuda::InboxLayout::make({.ranks = ranks});
+    CHECK(cuda::max_share_bytes(layout) == 512 * 1024);
+    CHECK(sizes.all_reduce_total <= cuda::max_all_reduce_bytes(layout));
   }
-  // The smallest inbox has room for a MiB, and for what all-reduce may take.
-  const auto layout = cuda::InboxLayout::make({.ranks = 2});
-  CHECK(cuda::max_share_bytes(layout) == 512 * 1024);
-  CHECK(default_own_max_bytes(Collective::all_reduce, 2, true) <=
-        static_cast<std::size_t>(cuda::max_all_reduce_bytes(layout)));
 }
 
 TEST_CASE("a transport's own options that cannot be are refused", "[nccl]") {
