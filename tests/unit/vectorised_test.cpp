@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/skip.hpp"
 
 using namespace cohort;
 
@@ -23,6 +24,19 @@ struct ScaleAndAdd {
     for (std::int64_t i = 0; i < count; i += kBlock) {
       for (std::int64_t j = 0; j < kBlock; ++j) {
         out[i + j] = T(scale * a[i + j] + b[i + j]);
+      }
+    }
+  }
+};
+
+/// out = a + b in float, rounded: what reductions do, which add no product.
+template <class T>
+struct Add {
+  [[gnu::always_inline]] static void run(T* __restrict out, const T* __restrict a,
+                                         const T* __restrict b, std::int64_t count) noexcept {
+    for (std::int64_t i = 0; i < count; i += kBlock) {
+      for (std::int64_t j = 0; j < kBlock; ++j) {
+        out[i + j] = T(static_cast<float>(a[i + j]) + static_cast<float>(b[i + j]));
       }
     }
   }
@@ -66,6 +80,46 @@ TEMPLATE_TEST_CASE("a loop gives the bits of its scalar form, whatever the proce
              (std::isnan(found) && std::isnan(static_cast<float>(expected)))));
   }
 }
+
+TEMPLATE_TEST_CASE("a loop that adds no product gives its bits with the widest vectors",
+                   "[vectorised]", float, Half, BFloat16) {
+  std::vector<TestType> a;
+  for (const float value : patterns(65'521)) {
+    a.emplace_back(value);
+  }
+  std::vector<TestType> b(a.rbegin(), a.rend());
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (std::isnan(static_cast<float>(a[i])) && std::isnan(static_cast<float>(b[i]))) {
+      b[i] = TestType(1.0F);  // compilers choose which of two is the sum
+    }
+  }
+  const auto count = static_cast<std::int64_t>(a.size());
+  std::vector<TestType> chosen(a.size());
+  cohort::detail::vectorised_widest<Add<TestType>>(chosen.data(), a.data(), b.data(), count);
+  std::vector<TestType> plain(a.size());
+  cohort::detail::run_for_target<Add<TestType>, TestType*, const TestType*, const TestType*,
+                                 std::int64_t>(plain.data(), a.data(), b.data(), count);
+  CHECK(same_bits(chosen, plain));
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const volatile float sum = static_cast<float>(a[i]) + static_cast<float>(b[i]);
+    const auto expected = static_cast<float>(TestType(sum));
+    const auto found = static_cast<float>(chosen[i]);
+    REQUIRE((found == expected || (std::isnan(found) && std::isnan(expected))));
+  }
+}
+
+#if defined(__x86_64__)
+TEST_CASE("512-bit vectors are tested where the processor has them", "[vectorised]") {
+  if (test::skip_if(!cohort::detail::has_avx512(), "no AVX-512 of Ice Lake, Zen 4 or later")) {
+    return;
+  }
+  const std::vector<float> ones(kBlock, 1.0F);
+  std::vector<float> out(kBlock, -1.0F);
+  cohort::detail::run_for_avx512<Add<float>, float*, const float*, const float*, std::int64_t>(
+      out.data(), ones.data(), ones.data(), kBlock);
+  CHECK(out == std::vector<float>(kBlock, 2.0F));
+}
+#endif
 
 TEST_CASE("a loop writes its blocks and nothing else", "[vectorised]") {
   const std::vector<float> ones(256, 1.0F);

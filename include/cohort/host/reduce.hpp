@@ -154,16 +154,17 @@ struct ReduceLoops {
 
 template <class T, class Op>
 void combine_two(std::byte* sums, const std::byte* a, const std::byte* b, std::int64_t count) {
-  cohort::detail::vectorised<CombineTwo<T, Op>>(as<Accumulator<T>>(sums), as<T>(a), as<T>(b),
-                                                count);
+  cohort::detail::vectorised_widest<CombineTwo<T, Op>>(as<Accumulator<T>>(sums), as<T>(a), as<T>(b),
+                                                       count);
 }
 template <class T, class Op>
 void combine_next(std::byte* sums, const std::byte* from, std::int64_t count) {
-  cohort::detail::vectorised<CombineNext<T, Op>>(as<Accumulator<T>>(sums), as<T>(from), count);
+  cohort::detail::vectorised_widest<CombineNext<T, Op>>(as<Accumulator<T>>(sums), as<T>(from),
+                                                        count);
 }
 template <class T>
 void store_sums(std::byte* out, const std::byte* sums, std::int64_t count) {
-  cohort::detail::vectorised<StoreSums<T>>(as<T>(out), as<Accumulator<T>>(sums), count);
+  cohort::detail::vectorised_widest<StoreSums<T>>(as<T>(out), as<Accumulator<T>>(sums), count);
 }
 
 template <class T, class Op>
