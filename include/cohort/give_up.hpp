@@ -28,20 +28,14 @@ struct GiveUp {
 
   Kind kind = Kind::symmetry;
   std::int32_t native_code = 0;
+  std::int32_t finder = -1;     ///< In the group: who found it.
   std::vector<int> ranks = {};  ///< In the group: who is missing or differs.
   std::string text = {};
 
-  /// @param self   The rank that gives up, to be blamed where the error blames nobody.
-  /// @param heard  Whether the error is what another rank said, which is then passed on as it is.
-  [[nodiscard]] static GiveUp because(const std::exception_ptr& error, int self,
-                                      bool heard = false) {
-    const auto say = [&](const std::exception& what) {
-      GiveUp why = by(self, what.what());
-      if (heard) {
-        why.text = what.what();
-      }
-      return why;
-    };
+  /// Because of an error of its own: what another rank said is passed on as it is.
+  /// @param self  The rank that gives up, to be blamed where the error blames nobody.
+  [[nodiscard]] static GiveUp because(const std::exception_ptr& error, int self) {
+    const auto say = [&](const std::exception& what) { return by(self, what.what()); };
     try {  // told apart by handlers, which sources without run-time type information have as well
       std::rethrow_exception(error);
     } catch (const TimeoutError& late) {
@@ -64,13 +58,13 @@ struct GiveUp {
   }
 
   [[nodiscard]] static GiveUp by(int self, std::string_view why) {
-    return {.ranks = {self}, .text = fmt::format("rank {} gave up: {}", self, why)};
+    return {.finder = self, .ranks = {self}, .text = fmt::format("rank {} gave up: {}", self, why)};
   }
 
   [[nodiscard]] Bytes serialize() const {
     constexpr std::size_t kLongest = 1500;  // within what messengers send without help
     const std::size_t length = std::min(text.size(), kLongest);
-    std::vector<std::int32_t> words{static_cast<std::int32_t>(kind), native_code,
+    std::vector<std::int32_t> words{static_cast<std::int32_t>(kind), native_code, finder,
                                     static_cast<std::int32_t>(ranks.size())};
     words.insert(words.end(), ranks.begin(), ranks.end());
     Bytes out(words.size() * sizeof(std::int32_t) + length);
@@ -81,7 +75,7 @@ struct GiveUp {
   }
 
   [[nodiscard]] static GiveUp deserialize(std::span<const std::byte> in) {
-    std::array<std::int32_t, 3> head{};
+    std::array<std::int32_t, 4> head{};
     GiveUp why;
     if (in.size() < sizeof(head)) {
       return why;
@@ -89,9 +83,10 @@ struct GiveUp {
     std::memcpy(head.data(), in.data(), sizeof(head));
     in = in.subspan(sizeof(head));
     const auto count =
-        std::min(static_cast<std::size_t>(std::max(0, head[2])), in.size() / sizeof(std::int32_t));
+        std::min(static_cast<std::size_t>(std::max(0, head[3])), in.size() / sizeof(std::int32_t));
     why.kind = static_cast<Kind>(head[0]);
     why.native_code = head[1];
+    why.finder = head[2];
     why.ranks.resize(count);
     if (count > 0) {
       std::memcpy(why.ranks.data(), in.data(), count * sizeof(std::int32_t));
@@ -101,14 +96,14 @@ struct GiveUp {
     return why;
   }
 
-  /// Throws what the rank `from` threw, with its words.
-  [[noreturn]] void raise(int from, std::string_view call, const std::string& group) const {
+  /// Throws what the rank that found it threw, with its words.
+  [[noreturn]] void raise(std::string_view call, const std::string& group) const {
     switch (kind) {
       case Kind::timeout:
         throw TimeoutError(text, ranks);
       case Kind::transport:
         throw TransportError(
-            {.call = std::string(call), .native_code = native_code, .rank = from, .group = group},
+            {.call = std::string(call), .native_code = native_code, .rank = finder, .group = group},
             text);
       case Kind::symmetry:
         break;

@@ -248,7 +248,7 @@ class GroupBase {
   void forsake_peers(std::string_view reason) noexcept {
     parts_.control->give_up(reason);
     if (parts_.transport != nullptr) {
-      parts_.transport->forsake_peers();
+      parts_.transport->forsake_peers(reason);
     }
   }
 

@@ -125,8 +125,13 @@ class Mailbox {
       if (auto frame = take(wanted)) {
         return frame;
       }
-      if (from == messenger_->rank() || notice(watch)) {
+      if (from == messenger_->rank()) {
         return std::nullopt;  // own messages are there before anyone can ask for them
+      }
+      if (notice(watch)) {
+        while (take_in() && Clock::now() < drained) {
+        }
+        return take(wanted);  // what has arrived before the notice counts
       }
       store_kept();
       const auto start = Clock::now();
@@ -217,6 +222,7 @@ class Mailbox {
       return true;
     }
     Rest rest;
+    Deadline next_look{};
     auto lock = enter();
     while (true) {
       const auto start = Clock::now();
@@ -224,7 +230,12 @@ class Mailbox {
       if (messenger_->flush(to, std::min(deadline, start + (shared ? kMoment : kSlice)))) {
         return true;
       }
-      if (Clock::now() >= deadline || notice(watch)) {
+      const auto now = Clock::now();
+      if (now >= next_look) {
+        next_look = now + kSlice;
+        take_in();
+      }
+      if (now >= deadline || notice(watch)) {
         return false;
       }
       if (shared || waiting_ > 0) {

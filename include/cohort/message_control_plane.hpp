@@ -105,7 +105,7 @@ class MessageControlPlane : public ControlPlane {
         return Bytes(mine.begin(), mine.end());
       }
       Wait wait(limit_, limit_);
-      auto payload = receive(root, trailer, members_, wait);
+      auto payload = receive(root, trailer, wait);
       fail_if_missing(trailer, wait);
       fail_if_left(trailer, members_, told_ + shortest(limit_));
       finish(trailer);
@@ -131,7 +131,7 @@ class MessageControlPlane : public ControlPlane {
       Wait wait(limit_, limit_);
       std::vector<Bytes> payloads;
       for (const auto& [from, bytes] : incoming) {
-        payloads.push_back(receive(from, trailer, member(from), wait));
+        payloads.push_back(receive(from, trailer, wait));
         if (wait.missing.empty() && payloads.back().size() != bytes) {
           throw SymmetryError(fmt::format("exchange in group {}: rank {} sent {} bytes where rank "
                                           "{} expected {}",
@@ -162,7 +162,9 @@ class MessageControlPlane : public ControlPlane {
 
   void give_up(std::string_view reason) noexcept override {
     if (mailbox_->owner().is_here()) {
-      leave([&] { return detail::GiveUp::by(rank_, fmt::format("group {}: {}", name_, reason)); });
+      leave([&] {
+        return detail::GiveUp::by(rank_, fmt::format("group {}: {}", name_, reason)).serialize();
+      });
     }
   }
 
@@ -207,7 +209,7 @@ class MessageControlPlane : public ControlPlane {
     try {
       throw_if_told(detail::ControlCall::gave_up, {channel_, members_, std::nullopt});
     } catch (const Error&) {
-      leave([&] { return detail::GiveUp::because(std::current_exception(), rank_, heard_); });
+      leave([&] { return said_or_own(std::current_exception()); });
       throw;
     }
   }
@@ -278,8 +280,8 @@ class MessageControlPlane : public ControlPlane {
   std::invoke_result_t<Call&> leave_on_error(std::string_view excuse, Call&& call) {
     const auto told = [&] {
       leave([&] {
-        return excuse.empty() ? detail::GiveUp::because(std::current_exception(), rank_, heard_)
-                              : detail::GiveUp::by(rank_, excuse);
+        return excuse.empty() ? said_or_own(std::current_exception())
+                              : detail::GiveUp::by(rank_, excuse).serialize();
       });
     };
     try {
@@ -310,6 +312,12 @@ class MessageControlPlane : public ControlPlane {
     }
   }
 
+  /// What this rank leaves with behind an error: what another said is passed on as it is.
+  [[nodiscard]] Bytes said_or_own(const std::exception_ptr& error) {
+    const auto said = heard_ ? mailbox_->notice({channel_, members_, std::nullopt}) : std::nullopt;
+    return said ? said->reason : detail::GiveUp::because(error, rank_).serialize();
+  }
+
   /// Poisons the group and tells the others, and a thread of this rank that is in a call. The
   /// others may be dead, and then there is nobody to tell.
   template <class Why>
@@ -319,7 +327,7 @@ class MessageControlPlane : public ControlPlane {
       return;
     }
     try {
-      auto reason = why().serialize();
+      const Bytes reason = why();
       const detail::FrameTrailer trailer{channel_, detail::ControlCall::gave_up,
                                          static_cast<std::uint32_t>(before)};
       mailbox_->note(channel_, members_[index(rank_)], trailer.sequence, reason);
@@ -360,7 +368,7 @@ class MessageControlPlane : public ControlPlane {
         }
         for (; next_rank < size(); ++next_rank) {
           all[index(next_rank)] = next_rank == rank_ ? Bytes(mine.begin(), mine.end())
-                                                     : receive(next_rank, trailer, members_, wait);
+                                                     : receive(next_rank, trailer, wait);
         }
         fail_if_missing(trailer, wait);
         for (int r = 0; r < size(); ++r) {
@@ -392,10 +400,9 @@ class MessageControlPlane : public ControlPlane {
   }
 
   /// The matching payload from a rank of the group; notes the rank as missing at the deadline.
-  /// Throws as soon as one of `watched` says that it has left.
-  Bytes receive(int from, const detail::FrameTrailer& expected, std::span<const int> watched,
-                Wait& wait) {
-    const auto concern = watch(expected, watched);
+  /// Throws as soon as any rank of the group says that it has left.
+  Bytes receive(int from, const detail::FrameTrailer& expected, Wait& wait) {
+    const auto concern = watch(expected, members_);
     const auto receive_until = [&](Deadline end) {
       return mailbox_->receive(members_[index(from)], expected.call, concern,
                                std::min(end, wait.time.deadline()));
@@ -403,7 +410,7 @@ class MessageControlPlane : public ControlPlane {
     auto frame = receive_until(wait.notice.due());
     if (!frame && wait.notice.due() < wait.time.deadline()) {
       throw_if_told(expected.call, concern);
-      wait.notice.say(Clock::now(), [&] { return missing_text(from, expected, watched); });
+      wait.notice.say(Clock::now(), [&] { return missing_text(from, expected); });
       frame = receive_until(wait.time.deadline());
     }
     if (!frame) {
@@ -421,11 +428,11 @@ class MessageControlPlane : public ControlPlane {
     return std::move(frame->payload);
   }
 
-  /// Whom a wait for `from`, which takes the watched ranks in order, misses.
-  [[nodiscard]] std::string missing_text(int from, const detail::FrameTrailer& expected,
-                                         std::span<const int> watched) {
+  /// Whom a wait for `from` misses: calls that wait for all ranks take them in order.
+  [[nodiscard]] std::string missing_text(int from, const detail::FrameTrailer& expected) {
     std::vector<int> missing{from};
-    if (watched.size() > 1) {
+    if (expected.call == detail::ControlCall::all_gather ||
+        expected.call == detail::ControlCall::barrier) {
       mailbox_->look();
       for (int r = from + 1; r < size(); ++r) {
         if (r != rank_ && !mailbox_->has(members_[index(r)], expected.call, channel_)) {
@@ -457,16 +464,14 @@ class MessageControlPlane : public ControlPlane {
   void throw_if_told(detail::ControlCall call, const detail::Watch& concern) {
     if (const auto notice = mailbox_->notice(concern)) {
       heard_ = true;
-      const auto from = std::find(members_.begin(), members_.end(), notice->from);
-      detail::GiveUp::deserialize(notice->reason)
-          .raise(static_cast<int>(from - members_.begin()), to_string(call), name_);
+      detail::GiveUp::deserialize(notice->reason).raise(to_string(call), name_);
     }
   }
 
   void flush(int to, const detail::FrameTrailer& trailer, Wait& wait) {
-    const detail::Watch own{channel_, {}, std::nullopt};
-    if (!mailbox_->flush(members_[index(to)], own, wait.time.deadline())) {
-      throw_if_told(trailer.call, own);
+    const auto concern = watch(trailer, members_);
+    if (!mailbox_->flush(members_[index(to)], concern, wait.time.deadline())) {
+      throw_if_told(trailer.call, concern);
       wait.missing.push_back(to);
     }
   }

@@ -287,9 +287,9 @@ class Transport {
   virtual void settle(std::chrono::milliseconds /*patience*/) noexcept {}
 
   /// Teardown shall not wait for peers, of which some may be gone, and those that still wait for
-  /// this rank by the transport's own means shall not either. Local; the group makes no call
-  /// afterwards.
-  virtual void forsake_peers() noexcept {}
+  /// this rank by the transport's own means shall not either, and learn the reason. Local; the
+  /// group makes no call afterwards.
+  virtual void forsake_peers(std::string_view /*reason*/) noexcept {}
 
   /// Collective. At least so many lanes: a call of one lane needs no order against those of others,
   /// where the transport's own kernels carry it. A transport whose calls block has nothing to do.

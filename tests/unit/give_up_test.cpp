@@ -17,7 +17,7 @@ TEST_CASE("what a transport error says reaches the others with its native code")
                               1);
   const auto told = detail::GiveUp::deserialize(why.serialize());
   try {
-    told.raise(1, "barrier", "tp[0]");
+    told.raise("barrier", "tp[0]");
     FAIL("raise returned");
   } catch (const TransportError& error) {
     CHECK(error.site().native_code == 32);
@@ -25,9 +25,9 @@ TEST_CASE("what a transport error says reaches the others with its native code")
     CHECK_THAT(std::string(error.what()), contains("group tp[0]", "rank 1 gave up", "broken pipe"));
   }
   // Bytes that are no reason are none of anyone's memory.
-  CHECK_THROWS_AS(detail::GiveUp::deserialize(Bytes(5)).raise(0, "barrier", "g"), SymmetryError);
+  CHECK_THROWS_AS(detail::GiveUp::deserialize(Bytes(5)).raise("barrier", "g"), SymmetryError);
   Bytes wild = why.serialize();
-  std::fill(wild.begin() + 8, wild.begin() + 12, std::byte{0x7f});
-  CHECK_THROWS_AS(detail::GiveUp::deserialize(wild).raise(0, "barrier", "g"), Error);
+  std::fill(wild.begin() + 12, wild.begin() + 16, std::byte{0x7f});
+  CHECK_THROWS_AS(detail::GiveUp::deserialize(wild).raise("barrier", "g"), Error);
   CHECK(detail::GiveUp{.text = std::string(100'000, 'x')}.serialize().size() < 4096);
 }

@@ -325,6 +325,44 @@ TEST_CASE("giving up tells the others at once, whatever they wait for") {
   CHECK(seconds_since(start) < 20);
 }
 
+TEST_CASE("an exchange with a rank that does not come ends when another has given up on it") {
+  const auto hub = std::make_shared<detail::ThreadHub>(3);
+  const auto plane_of = [&](int rank, std::chrono::milliseconds limit) {
+    return MessageControlPlane(std::make_shared<detail::ThreadMessenger>(hub, rank), limit);
+  };
+  auto hasty = plane_of(0, 100ms);
+  auto patient = plane_of(1, 60s);
+  const auto ask = [](ControlPlane& plane, int from) {
+    plane.exchange({}, std::vector<ControlPlane::Incoming>{{from, 4}});
+  };
+  const auto start = Clock::now();
+  std::thread other([&] {
+    try {
+      ask(hasty, 2);
+    } catch (const TimeoutError&) {
+    }
+  });
+  try {
+    ask(patient, 2);
+    FAIL("throws");
+  } catch (const TimeoutError& error) {
+    CHECK(error.missing() == std::vector{2});
+    CHECK_THAT(std::string(error.what()),
+               contains("rank 0 gave up", "rank 2 did not arrive within 100 ms"));
+  }
+  other.join();
+  CHECK(seconds_since(start) < 20);
+}
+
+TEST_CASE("an exchange takes what had come before another gave up") {
+  const auto planes = make_thread_control_planes(3, 60s);
+  planes[0]->exchange({{1, Bytes(4)}}, {});
+  planes[2]->give_up("its card fell off the bus");
+  planes[1]->exchange({}, std::vector<ControlPlane::Incoming>{{0, 4}});
+  CHECK_THROWS_MATCHES(planes[1]->exchange({}, std::vector<ControlPlane::Incoming>{{0, 4}}),
+                       SymmetryError, says("rank 2 gave up", "fell off the bus"));
+}
+
 TEST_CASE("a rank whose other thread gives up ends its call at once, and a late one with it") {
   struct Case {
     std::string name;
@@ -427,12 +465,17 @@ TEST_CASE("ranks with unlike time limits do not go on alone") {
 }
 
 TEST_CASE("ranks that wait by other means learn who has left, and leave as well") {
+  std::atomic<int> looked = 0;
   std::atomic<bool> told = false;
   run_ranks(3, [&](ControlPlane& plane) {
     plane.barrier();
     plane.check_peers();
     check(!plane.poisoned(), "nobody has left");
+    ++looked;
     if (plane.rank() == 0) {
+      while (looked < 3) {
+        std::this_thread::yield();
+      }
       std::thread([&] { plane.give_up("its stream stood still"); }).join();
       plane.check_peers();  // its own words are no news
       told = true;

@@ -18,6 +18,7 @@
 #include "cohort/call_time.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
+#include "cohort/give_up.hpp"
 #include "cohort/host/exchange_collectives.hpp"
 #include "cohort/host/host_peer_kernels.hpp"
 #include "cohort/host/host_steps.hpp"
@@ -186,8 +187,8 @@ class HostTransport final : public Transport {
   [[nodiscard]] inline std::string path(Collective collective, const ConstTensorView& in,
                                         const TensorView& out, int dim) const override;
 
-  /// Host work is done when its call returns. Throws `TransportError` after a failed call, of this
-  /// rank or of a peer; what a peer said that has left, where it says so over the control plane.
+  /// Host work is done when its call returns. Throws `TransportError` after a failed call of this
+  /// rank, and what a peer said that has left.
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) override {
     if (stream.valid()) {
       stream.synchronize(limit);
@@ -206,10 +207,13 @@ class HostTransport final : public Transport {
   [[nodiscard]] TransportStand call_begins(TraceCall) noexcept override { return steps_.stand(); }
   [[nodiscard]] TransportStand stand() const noexcept override { return steps_.stand(); }
 
-  void forsake_peers() noexcept override {
-    if (access_ != nullptr) {
-      access_->meeting().poison();  // ranks without one wait over the control plane
+  void forsake_peers(std::string_view reason) noexcept override try {
+    if (access_ != nullptr) {  // ranks without one wait over the control plane
+      access_->meeting().give_up(cohort::detail::GiveUp::by(
+          control_.rank(), fmt::format("group {}: {}", control_.name(), reason)));
     }
+  } catch (const std::exception&) {
+    access_->meeting().give_up({});  // no memory for the reason
   }
 
   [[nodiscard]] bool failed() const noexcept override {

@@ -95,12 +95,11 @@ class PeerAccess {
   [[nodiscard]] const std::byte* peer_memory(const WindowOffset& where, int peer) {
     const std::byte* memory = windows_->at(where, peer);
     if (memory == nullptr) {
-      meeting_->poison();
-      throw SymmetryError(
+      meeting_->fail(SymmetryError(
           fmt::format("group {}: rank {} uses byte {} of window {}, which rank {} has not, or has "
                       "deregistered",
                       meeting_->group(), peer, where.offset, where.window, rank()),
-          {rank()});
+          {rank()}));
     }
     if (peer != rank() && (read_.empty() || read_.back() != peer)) {
       read_.push_back(peer);
@@ -119,8 +118,8 @@ class PeerAccess {
                : Dims(std::span(ticket.strides.data(), static_cast<std::size_t>(shape.size())));
   }
 
-  /// Throws `TransportError` if a peer whose memory this call has read gave up before the reading
-  /// was over: its caller may have written there.
+  /// Throws what a peer said whose memory this call has read, if it gave up before the reading was
+  /// over: its caller may have written there.
   void confirm_read() {
     for (const int peer : read_) {
       meeting_->check_still_exposed(peer);

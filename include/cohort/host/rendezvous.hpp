@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <new>
 #include <span>
@@ -21,6 +22,7 @@
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
 #include "cohort/flight_recorder.hpp"
+#include "cohort/give_up.hpp"
 #include "cohort/host/shared_memory.hpp"
 #include "cohort/host/signal_pad.hpp"
 #include "cohort/joined.hpp"
@@ -85,8 +87,6 @@ class Rendezvous {
   [[nodiscard]] int size() const noexcept { return static_cast<int>(peers_.size()); }
   [[nodiscard]] std::size_t slot_bytes() const noexcept { return geometry_.slot_bytes; }
   [[nodiscard]] const std::string& group() const noexcept { return group_; }
-  [[nodiscard]] bool poisoned() const noexcept { return poisoned_; }
-
   /// Processors on which the ranks may run, all together: a launcher may bind each rank to one of
   /// its own, or a container all to the same.
   [[nodiscard]] int processors() const noexcept {
@@ -115,25 +115,38 @@ class Rendezvous {
   /// `UsageError` in a forked child.
   void check_usable(std::string_view call) const {
     owner_.check(group_);
-    if (poisoned_) {
+    if (failed()) {
       throw TransportError({.call = std::string(call), .rank = rank_, .group = group_},
                            "an earlier call of this group failed; form the group anew");
     }
   }
 
-  [[nodiscard]] bool failed() const noexcept { return poisoned_; }
+  /// Any thread.
+  [[nodiscard]] bool failed() const noexcept { return poisoned_.load(std::memory_order_relaxed); }
 
-  /// No later call can work: the ranks are not at the same step. Peers that wait for this rank
-  /// learn it instead of waiting for the time limit.
-  void poison() noexcept {
-    poisoned_ = true;
-    pad(rank_).presence.store(Presence::gave_up, std::memory_order_release);
-    // The caller may write where peers still read. Whoever sees that sees the word above as well:
-    // pairs with the fence of `check_still_exposed`.
-    std::atomic_thread_fence(std::memory_order_release);
+  /// No later call can work: the ranks are not at the same step. Peers that wait for anyone in the
+  /// group learn why instead of waiting for the time limit. Nothing happens where this rank has
+  /// left already: the first cause stays.
+  void give_up(const cohort::detail::GiveUp& why) noexcept {
+    Farewell farewell;
+    try {
+      const auto reason = why.serialize();
+      const auto bytes = std::min(reason.size(), farewell.reason.size());
+      std::copy_n(reason.begin(), bytes, farewell.reason.begin());
+      farewell.bytes = why.text.empty() ? 0 : static_cast<std::uint32_t>(bytes);
+    } catch (const std::bad_alloc&) {
+      farewell.bytes = 0;
+    }
+    leave(farewell);
+  }
+  /// Gives up because of an error of this rank, and throws it.
+  template <class Error>
+  [[noreturn]] void fail(const Error& error) {
+    give_up(cohort::detail::GiveUp::because(std::make_exception_ptr(error), rank_));
+    throw error;
   }
 
-  /// Throws `TransportError` where a peer has ended its part in the group after an error.
+  /// Throws why a peer has ended its part in the group after an error.
   void check_peers() {
     for (int r = 0; r < size(); ++r) {
       if (const auto presence = presence_of(r); r != rank_ && presence == Presence::gave_up) {
@@ -174,8 +187,8 @@ class Rendezvous {
     pad(rank_).tickets[epoch_ % 2].epoch.store(epoch_, std::memory_order_release);
   }
 
-  /// Waits until a peer has entered the current step. Throws `TransportError` where it has given up
-  /// since: this rank would go on alone.
+  /// Waits until a peer has entered the current step. Throws what the first rank that gave up did,
+  /// where one has; also where the peer has since, because this rank would go on alone.
   const Ticket& await(int peer) {
     const Ticket& ticket = ticket_of(peer);
     wait([&] { return has_entered(ticket); }, [&](int r) { return has_entered(ticket_of(r)); },
@@ -202,10 +215,10 @@ class Rendezvous {
     return peers_[index(peer)] + geometry_.slot(epoch_);
   }
 
-  /// After reading a peer's exposed tensors: throws `TransportError` if the peer stopped waiting
-  /// for its readers meanwhile, or before, so that its caller may have written there.
+  /// After reading a peer's exposed tensors: throws if the peer stopped waiting for its readers
+  /// meanwhile, or before, so that its caller may have written there.
   void check_still_exposed(int peer) {
-    // Orders the loads of the tensors before that of the word; pairs with the fence of `poison`.
+    // Orders the loads of the tensors before that of the word; pairs with the fence of `leave`.
     std::atomic_thread_fence(std::memory_order_acquire);
     if (const auto presence = presence_of(peer); presence != Presence::here) {
       fail_departed(peer, presence);
@@ -233,7 +246,8 @@ class Rendezvous {
 
   // Channels.
 
-  /// Sends a message. Waits only where more than `kParcels` parcels are not taken yet.
+  /// Sends a message. Waits only where more than `kParcels` parcels are not taken yet. Throws where
+  /// the peer has left, so would never take it.
   /// `fill(first, bytes, to)` writes a piece of the message.
   template <class Fill>
   void send(int to, const Message& message, const Fill& fill) {
@@ -241,6 +255,9 @@ class Rendezvous {
     const auto& taken = channel(to, rank_).received;
     std::size_t first = 0;
     do {
+      if (const auto presence = presence_of(to); presence != Presence::here) {
+        fail_departed(to, presence);
+      }
       const std::uint64_t number = sent.load(std::memory_order_relaxed);
       const auto room = [&] {  // acquire: the receiver has read the parcel that lay here
         return number < taken.load(std::memory_order_acquire) + kParcels;
@@ -333,14 +350,21 @@ class Rendezvous {
     const cohort::detail::LimitedWait time(limit_);
     cohort::detail::WaitNotice notice(time.start(), time.deadline() - time.start());
     cohort::detail::PollPause pause(kYieldFor, 0);  // `wait` has spun
+    int other = rank_;
     while (!ready()) {
       const auto now = Clock::now();
-      const auto presence = presence_of(peer);
-      if (ready()) {  // after the look at the peer: it may have come, then left
-        return;
-      }
-      if (presence != Presence::here) {
-        fail_departed(peer, presence);
+      other = other + 1 < size() ? other + 1 : 0;  // one at a time: each look costs the same
+      for (const int r : {peer, other}) {
+        const auto presence = presence_of(r);
+        if (presence == Presence::here) {
+          continue;
+        }
+        if (ready()) {  // after the look at the rank: the peer may have come before that left
+          return;
+        }
+        if (presence == Presence::gave_up || !arrived(r)) {  // others may leave when they are done
+          fail_departed(r, presence);
+        }
       }
       if (now > time.deadline()) {
         fail_late(arrived, time);
@@ -368,28 +392,45 @@ class Rendezvous {
   template <class Arrived>
   [[noreturn]] void fail_late(const Arrived& arrived, const cohort::detail::LimitedWait& time) {
     const std::vector<int> missing = missing_ranks(arrived);
-    poison();
-    throw TimeoutError(
+    fail(TimeoutError(
         fmt::format("step {} of group {} ({} ranks): rank {} did not arrive within {}", epoch_,
                     group_, size(), cohort::detail::joined(missing, ", "), time.describe(limit_)),
-        missing);
+        missing));
   }
 
   [[noreturn]] void fail_channel(int from, const ParcelHeader& header, std::size_t first) {
-    poison();
-    throw TransportError({.call = "recv", .rank = rank_, .group = group_},
-                         fmt::format("byte {} of a message of rank {} was to come, byte {} of {} "
-                                     "did",
-                                     first, from, header.first, header.message.bytes));
+    fail(TransportError({.call = "recv", .rank = rank_, .group = group_},
+                        fmt::format("byte {} of a message of rank {} was to come, byte {} of {} "
+                                    "did",
+                                    first, from, header.first, header.message.bytes)));
   }
 
+  /// Because a rank is not there any more. What that one said is passed on as it is, so that every
+  /// rank throws the first cause, whoever found it.
   [[noreturn]] void fail_departed(int peer, Presence presence) {
-    poison();
-    throw TransportError(
-        {.call = "wait", .rank = rank_, .group = group_},
-        fmt::format("rank {} {}", peer,
-                    presence == Presence::left ? "has destroyed its transport"
-                                               : "gave up after an error of its own"));
+    const Farewell& theirs = pad(peer).farewell;
+    if (presence == Presence::left || theirs.bytes == 0) {
+      fail(TransportError(
+          {.call = "wait", .rank = rank_, .group = group_},
+          fmt::format("rank {} {}", peer,
+                      presence == Presence::left ? "has destroyed its transport"
+                                                 : "gave up after an error of its own")));
+    }
+    leave(theirs);
+    const auto reason =
+        std::span(theirs.reason).first(std::min<std::size_t>(theirs.bytes, theirs.reason.size()));
+    cohort::detail::GiveUp::deserialize(reason).raise("wait", group_);
+  }
+
+  void leave(const Farewell& farewell) noexcept {
+    if (poisoned_.exchange(true)) {
+      return;
+    }
+    pad(rank_).farewell = farewell;
+    pad(rank_).presence.store(Presence::gave_up, std::memory_order_release);
+    // The caller may write where peers still read. Whoever sees that sees the word above as well:
+    // pairs with the fence of `check_still_exposed`.
+    std::atomic_thread_fence(std::memory_order_release);
   }
 
   OwnerProcess owner_;
@@ -403,7 +444,7 @@ class Rendezvous {
   int spins_ = kSpins;
   std::uint64_t epoch_ = 0;
   Operation operation_ = Operation::barrier;  // of the current step
-  bool poisoned_ = false;
+  std::atomic<bool> poisoned_{false};
   bool compares_shapes_ = false;
 };
 

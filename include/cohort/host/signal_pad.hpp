@@ -131,6 +131,13 @@ struct alignas(kSignalAlignment) Ticket {
 /// Whether the owner can still come.
 enum class Presence : std::uint32_t { here, gave_up, left };
 
+/// Why a rank gave up: what the first rank that found it has said. Written once, before the
+/// presence tells of it.
+struct Farewell {
+  std::uint32_t bytes = 0;               ///< Of `reason`; 0 for none.
+  std::array<std::byte, 2044> reason{};  ///< A `GiveUp` as it is sent.
+};
+
 /// The head of a rank's memory file. The file starts as zeros; the owner constructs the head before
 /// it tells its peers where the file is.
 struct SignalPad {
@@ -142,6 +149,7 @@ struct SignalPad {
   alignas(kSignalAlignment) std::atomic<Presence> presence{Presence::here};
   /// Where the owner may run; none where the system does not say. Written once, by `construct`.
   cpu_set_t processors{};
+  Farewell farewell;  ///< To be read where the presence says that the owner gave up.
 };
 
 /// A rank's end of the channel with one peer; both counters only grow.
@@ -206,6 +214,8 @@ inline constexpr std::uint64_t kPadProtocol = [] {
                                  offsetof(SignalPad, finished),
                                  offsetof(SignalPad, presence),
                                  offsetof(SignalPad, processors),
+                                 offsetof(SignalPad, farewell),
+                                 sizeof(Farewell),
                                  sizeof(Ticket),
                                  offsetof(Ticket, call),
                                  offsetof(Ticket, place),

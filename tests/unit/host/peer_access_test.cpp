@@ -62,7 +62,7 @@ TEST_CASE("a window that this rank has given up is an error, not an access", "[h
   rank.access->meeting().enter(Call{}, rank.access->show(tensor));
   rank.window.reset();
   CHECK_THROWS_AS(rank.access->peer_tensor(rank.access->await(0, Call{}), 0), SymmetryError);
-  CHECK(rank.access->meeting().poisoned());
+  CHECK(rank.access->meeting().failed());
 }
 
 TEST_CASE("parts of a view start where they should", "[host]") {

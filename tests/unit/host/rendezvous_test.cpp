@@ -4,6 +4,8 @@
 #include <chrono>
 #include <cohort/host/rendezvous.hpp>
 #include <memory>
+#include <optional>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -91,7 +93,7 @@ TEST_CASE("a wait ends at the limit and names who is missing", "[host]") {
     } catch (const TimeoutError& error) {
       check(error.missing() == std::vector<int>{1, 3}, error.what());
     }
-    check(rendezvous.poisoned(), "poisoned");
+    check(rendezvous.failed(), "failed");
     check_throws<TransportError>([&] { rendezvous.check_usable("barrier"); }, "barrier",
                                  "earlier call");
   });
@@ -100,13 +102,111 @@ TEST_CASE("a wait ends at the limit and names who is missing", "[host]") {
 TEST_CASE("whoever waits for a rank that gave up learns it before the limit", "[host]") {
   meet(2, kRanksTimeLimit, [](Rendezvous& rendezvous) {
     if (rendezvous.rank() == 1) {
-      rendezvous.poison();
+      rendezvous.give_up(cohort::detail::GiveUp::by(1, "its card fell off the bus"));
       return;
     }
     const auto start = Clock::now();
     rendezvous.enter(Call{}, {});
-    check_throws<TransportError>([&] { rendezvous.await(1); }, "rank 1 gave up");
+    check_throws<SymmetryError>([&] { rendezvous.await(1); },
+                                "rank 1 gave up: its card fell off the bus");
     check(Clock::now() - start < kRanksTimeLimit / 2, "long before the limit");
+  });
+}
+
+TEST_CASE("every rank throws the first cause, whomever it waits for", "[host]") {
+  // Rank 3 never comes. Rank 0 finds it first and rank 1 waits for it as well; rank 2 waits for
+  // neither of them, and rank 1 is asked for what it knows.
+  const bool sends = GENERATE(true, false);
+  meet(4, kRanksTimeLimit, [&](Rendezvous& rendezvous) {
+    const auto start = Clock::now();
+    const auto ends = [&](const auto& call) {
+      try {
+        call();
+        check(false, "a TimeoutError is thrown");
+      } catch (const TimeoutError& error) {
+        check(error.missing() == std::vector{3}, error.what());
+        check(std::string_view(error.what()).find("rank 0 gave up: it waited for rank 3") == 0,
+              error.what());
+      }
+      check(Clock::now() - start < kRanksTimeLimit / 2, "long before the limit");
+      check(rendezvous.failed(), "it has left as well");
+    };
+    if (rendezvous.rank() == 0) {
+      std::this_thread::sleep_for(100ms);
+      rendezvous.give_up(cohort::detail::GiveUp::because(
+          std::make_exception_ptr(TimeoutError("it waited for rank 3", {3})), 0));
+      rendezvous.give_up(cohort::detail::GiveUp::by(0, "another thing, later"));
+    } else if (rendezvous.rank() == 1) {
+      rendezvous.enter(Call{}, {});
+      ends([&] { rendezvous.await(3); });
+    } else if (rendezvous.rank() == 2 && sends) {
+      ends([&] {
+        rendezvous.send(3, {.bytes = (kParcels + 1) * kParcelBytes},
+                        [](std::size_t, std::size_t, std::byte*) {});
+      });
+    } else if (rendezvous.rank() == 2) {
+      ends([&] {
+        rendezvous.receive(3, {.bytes = 8}, [](std::size_t, std::size_t, const std::byte*) {});
+      });
+      ends([&] { rendezvous.check_peers(); });
+    }
+  });
+}
+
+TEST_CASE("a rank that has left in good order ends no wait for another", "[host]") {
+  const PadGeometry geometry{.ranks = 3, .slot_bytes = 4096};
+  std::vector<std::shared_ptr<SharedMemory>> pads;
+  for (int r = 0; r < 3; ++r) {
+    pads.push_back(make_shared_memory(geometry.bytes(), Commit::at_first_access));
+    Rendezvous::construct(*pads.back(), geometry);
+  }
+  const auto nothing = [](std::size_t, std::size_t, auto*) {};
+  std::optional<Rendezvous> done(std::in_place, pads, geometry, 0, "test", kRanksTimeLimit);
+  Rendezvous sender(pads, geometry, 1, "test", kRanksTimeLimit);
+  Rendezvous receiver(pads, geometry, 2, "test", kRanksTimeLimit);
+  done->send(2, {.bytes = 8}, nothing);
+  done.reset();
+  std::thread later([&] {
+    std::this_thread::sleep_for(50ms);
+    sender.send(2, {.bytes = 8}, nothing);
+  });
+  receiver.receive(1, {.bytes = 8}, nothing);
+  receiver.receive(0, {.bytes = 8}, nothing);  // what it had sent is there
+  later.join();
+  CHECK_FALSE(receiver.failed());
+  // Who waits for a step that a rank has left without it would wait in vain.
+  receiver.enter(Call{}, {});
+  CHECK_THROWS_MATCHES(receiver.await(1), TransportError, says("rank 0 has destroyed"));
+  try {
+    sender.check_peers();
+    FAIL("check_peers returned");
+  } catch (const TransportError& error) {
+    CHECK(error.site().rank == 2);
+    CHECK_THAT(std::string(error.what()), contains("rank 2 gave up", "rank 0 has destroyed"));
+  }
+  CHECK_THROWS_MATCHES(sender.send(0, {.bytes = 8}, nothing), TransportError,
+                       says("rank 0 has destroyed its transport"));
+}
+
+TEST_CASE("a message to a rank that gave up is refused with its reason", "[host]") {
+  meet(2, kRanksTimeLimit, [](Rendezvous& rendezvous) {
+    if (rendezvous.rank() == 1) {
+      rendezvous.give_up(cohort::detail::GiveUp::by(1, "its card fell off the bus"));
+      return;
+    }
+    const auto send = [&] {
+      rendezvous.send(1, {.bytes = 8}, [](std::size_t, std::size_t, std::byte*) {});
+    };
+    const auto start = Clock::now();
+    while (!rendezvous.failed() && Clock::now() - start < kRanksTimeLimit) {
+      try {
+        send();
+        std::this_thread::sleep_for(1ms);
+      } catch (const SymmetryError& error) {
+        check(error.ranks() == std::vector{1}, error.what());
+      }
+    }
+    check(rendezvous.failed(), "refused");
   });
 }
 
@@ -194,7 +294,7 @@ TEST_CASE("a message that changes its size on the way is refused", "[host]") {
   CHECK_THROWS_MATCHES(
       receiver.receive(0, {.bytes = bytes}, [](std::size_t, std::size_t, const std::byte*) {}),
       TransportError, says("byte 65536", "rank 0", "196608"));
-  CHECK(receiver.poisoned());
+  CHECK(receiver.failed());
 }
 
 TEST_CASE("a message that nobody takes ends at the limit", "[host]") {
@@ -224,7 +324,7 @@ TEST_CASE("ranks that come one after another do not each have the time limit", "
     if (rendezvous.rank() == 0) {
       check_throws<TimeoutError>([&] { rendezvous.await_all(); }, "rank 2, 3 did not arrive");
     } else {  // one that comes in time has waited with it, or hears that it gave up
-      check_throws<Error>([&] { rendezvous.await_all(); });
+      check_throws<TimeoutError>([&] { rendezvous.await_all(); }, "rank 2, 3 did not arrive");
     }
     check(std::chrono::steady_clock::now() - begin < kLimit * 5 / 4 + 500ms, "one limit for all");
   });
@@ -236,10 +336,7 @@ TEST_CASE("a rank that comes when the others have given up does not go on alone"
       std::this_thread::sleep_for(1500ms);
     }
     rendezvous.enter(Call{}, showing(Place::slot));
-    if (rendezvous.rank() == 2) {
-      check_throws<TransportError>([&] { rendezvous.await_all(); }, "rank 0 gave up");
-    } else {
-      check_throws<Error>([&] { rendezvous.await_all(); });
-    }
+    // It may be told so itself, by those that waited for it.
+    check_throws<TimeoutError>([&] { rendezvous.await_all(); }, "rank 2 did not arrive");
   });
 }
