@@ -7,6 +7,7 @@
 #
 # Exit status 3: the GPU parts cannot be built here; the last line says why. COHORT_WERROR=ON makes
 # warnings errors; COHORT_QUICK=ON builds sooner, for programs whose speed does not matter;
+# COHORT_HOST_TESTS=ON builds with the preset gpu also the tests that need no GPU;
 # CUDAARCHS='80;90' builds the preset gpu for other cards than those of compute capability 9.0.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,7 +25,8 @@ if [[ ! -e build/$preset/CMakeCache.txt ]] && command -v ninja >/dev/null; then
 fi
 # Whether CUDA and NCCL are there is CMake's to find out, and no error where a script asks.
 if [[ $preset == gpu ]]; then
-  options+=(-DCOHORT_CUDA=AUTO ${CUDAARCHS:+"-DCMAKE_CUDA_ARCHITECTURES=$CUDAARCHS"})
+  options+=(-DCOHORT_CUDA=AUTO "-DCOHORT_BUILD_HOST_TESTS=${COHORT_HOST_TESTS:-OFF}"
+    ${CUDAARCHS:+"-DCMAKE_CUDA_ARCHITECTURES=$CUDAARCHS"})
 fi
 
 log=build/$preset.configure.log
