@@ -57,12 +57,16 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
 
   /// A capture begins: graphs of one pool are never in flight together, so no free block is in use
   /// by another. Tensors that outlived their captures may have been used eagerly.
-  void begin() noexcept { arena_->graphs_.add_before_launch(blocks_.space().clear_marks()); }
+  void begin() noexcept {
+    arena_->enter();
+    arena_->graphs_.add_before_launch(blocks_.space().clear_marks());
+  }
 
   /// The capture that alone has used the part so far comes to nothing: what it took goes back at
   /// once, so that ranks which try again are where the others are. Where a tensor of it lives it
   /// stays until that is gone and every rank has ended its graph.
   void drop() noexcept {
+    arena_->enter();
     if (blocks_.space().statistics().live_blocks == 0) {
       arena_->graphs_.give_back(*held_);
       blocks_ = {};
@@ -72,6 +76,7 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
   [[nodiscard]] Tensor empty(const Dims& shape, DType dtype, StreamRef stream,
                              CaptureId capture) override {
     const std::size_t bytes = static_cast<std::size_t>(numel(shape)) * size_of(dtype);
+    arena_->enter();
     auto block = blocks_.allocate(bytes);
     if (!block) {
       arena_->extend(*held_, blocks_.space(), bytes);
@@ -99,10 +104,11 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
   void replace_marks(const StreamMarks::GivenUp& marks) override { blocks_.replace_marks(marks); }
 
   void release(std::uint64_t block) noexcept override {
-    arena_->release_from(blocks_, static_cast<OffsetAllocator::Block>(block));
+    arena_->release_of(blocks_, block, weak_from_this());
   }
 
   void record_stream(std::uint64_t block, StreamRef stream) override {
+    arena_->enter();
     blocks_.use_also(static_cast<OffsetAllocator::Block>(block), arena_->mark_of(stream));
   }
 

@@ -20,6 +20,7 @@
 #include "cohort/hash.hpp"
 #include "cohort/log.hpp"
 #include "cohort/offset_allocator.hpp"
+#include "cohort/release_gate.hpp"
 #include "cohort/stream.hpp"
 #include "cohort/stream_marks.hpp"
 #include "cohort/stream_ordered_allocator.hpp"
@@ -56,13 +57,15 @@ class GraphPart;
 ///
 /// Reuse is in stream order. A block that is freed on the stream that allocates it next needs no
 /// driver call; other streams that used it are waited for. Which block is reused never depends on
-/// timing. Used by one thread at a time.
+/// timing. Used by one thread at a time; its tensors may be dropped on any thread at any time, and
+/// those that another thread drops come back with the arena's next call.
 class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<SymmetricArena> {
   struct Private {};
 
  public:
-  /// Local; no segment is allocated yet. The backend outlives the arena and every tensor of it;
-  /// the audience's groups outlive `close`. Throws `UsageError` for groups without a control plane.
+  /// Local; no segment is allocated yet. The backend outlives the arena and every tensor of it,
+  /// which keep one that a shared pointer holds; the audience's groups outlive `close`. Throws
+  /// `UsageError` for groups without a control plane.
   [[nodiscard]] static std::shared_ptr<SymmetricArena> create(Backend& backend, std::string name,
                                                               Audience audience,
                                                               ArenaOptions options = {}) {
@@ -73,7 +76,8 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// Made by `create`.
   SymmetricArena(Private, Backend& backend, std::string name, Audience audience,
                  ArenaOptions options)
-      : name_(std::move(name)),
+      : keeps_backend_(backend.weak_from_this().lock()),
+        name_(std::move(name)),
         options_(options),
         segments_(backend, name_, std::move(audience)),
         marks_("arena " + name_, segments_.limit()),
@@ -108,10 +112,11 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// second reservation does nothing where its block fits into what the first one made.
   /// Throws as growth does, and `UsageError` when frozen.
   void reserve(std::size_t bytes) {
+    enter();
     throw_if_closed();
     segments_.throw_if_too_large(bytes);
     const detail::CallTime time;
-    segments_.agree_before("reservation in", bytes, history_to_agree_on());
+    segments_.agree_before("reservation in", bytes, hash_to_agree_on());
     make_room(bytes);
   }
 
@@ -120,9 +125,10 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
 
   /// Collective. Returns the memory of graphs that every rank has destroyed. Throws as growth does.
   void reclaim() {
+    enter();
     throw_if_closed();
     const detail::CallTime time;
-    segments_.agree_before("reclaiming of graphs in", 0, history_to_agree_on());
+    segments_.agree_before("reclaiming of graphs in", 0, hash_to_agree_on());
     graphs_.reclaim();
   }
 
@@ -132,6 +138,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// allocation. Segments with live tensors are freed with the last of them, those that graphs
   /// lease with the last of these. Called by the owner before the audience's groups go.
   void close() noexcept {
+    enter();
     closed_ = true;
     segments_.deregister();
     if (blocks_.space().statistics().live_blocks == 0) {
@@ -139,8 +146,9 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     }
   }
 
-  /// What it holds now, and held at the peak.
-  [[nodiscard]] ArenaStatistics statistics() const {
+  /// What it holds now, and held at the peak, behind what other threads have dropped.
+  [[nodiscard]] ArenaStatistics statistics() {
+    enter();
     const auto space = blocks_.space().statistics();
     return {.reserved = space.capacity,
             .used = space.used,
@@ -154,18 +162,25 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// A capture begins: allocations on its streams come from `part` until `leave_capture`.
   /// Throws `UsageError` where the capture has entered already.
   void enter_capture(CaptureId capture, std::shared_ptr<CaptureMemory> part) {
+    enter();
     throw_if_closed();
     if (!graphs_.enter(capture, std::move(part))) {
       throw UsageError(fmt::format("arena {}: this capture has a CaptureScope already", name_));
     }
   }
   /// The scope of the capture has ended.
-  void leave_capture(CaptureId capture) noexcept { graphs_.leave(capture); }
+  void leave_capture(CaptureId capture) noexcept {
+    enter();
+    graphs_.leave(capture);
+  }
 
   /// Work that `stream` gets from here on comes after the eager uses of what captures have taken
   /// since the last call. A captured stream cannot wait for them, so the first launch does.
   /// Throws `UsageError` where such a use was on a stream that is being captured now.
-  void order_launch(StreamRef stream) { graphs_.order_launch(marks_, stream); }
+  void order_launch(StreamRef stream) {
+    enter();
+    graphs_.order_launch(marks_, stream);
+  }
 
   /// Where an address lies: bytes from the arena's start, equal on every rank for a symmetric
   /// buffer. Nothing for memory that is not the arena's.
@@ -183,25 +198,66 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// the live blocks in the order of their allocation. Equal on ranks whose live tensors lie at
   /// equal offsets, whatever else they allocated and released and in which order; an arena in which
   /// nothing lives is as new. Takes time in proportion to the live blocks.
-  [[nodiscard]] std::uint64_t history() const noexcept {
-    const auto hash = segments_.mixed(detail::mix(detail::kHashSeed, frozen_ ? 1 : 0));
-    return detail::mix(blocks_.mixed(hash), graphs_.history());
+  [[nodiscard]] std::uint64_t history() noexcept {
+    enter();
+    return hash_of_blocks();
   }
   /// The history where it must agree, otherwise the same number on all ranks.
-  [[nodiscard]] std::uint64_t history_to_agree_on() const noexcept {
-    return needs_equal_offsets() ? history() : 0;
+  [[nodiscard]] std::uint64_t history_to_agree_on() noexcept {
+    enter();
+    return hash_to_agree_on();
   }
 
-  void release(std::uint64_t block) noexcept override {
-    release_from(blocks_, static_cast<OffsetAllocator::Block>(block));
-  }
+  void release(std::uint64_t block) noexcept override { release_of(blocks_, block, {}); }
 
   void record_stream(std::uint64_t block, StreamRef stream) override {
+    enter();
     blocks_.use_also(static_cast<OffsetAllocator::Block>(block), mark_of(stream));
   }
 
  private:
   friend class GraphPart;
+
+  /// A block that another thread dropped.
+  struct Dropped {
+    OffsetAllocator::Block block;
+    StreamOrderedAllocator* of;
+    std::weak_ptr<const CaptureMemory> part;  // whose `of` is, and goes with; of the arena: nobody
+  };
+
+  /// This thread uses the arena and its parts: what others dropped comes back. First in every call
+  /// from outside, and never in the midst of one: what ranks agreed on must still be so when they
+  /// act on it.
+  void enter() noexcept {
+    gate_.enter([this](const Dropped& dropped) {
+      const auto part = dropped.part.lock();
+      if (part != nullptr || dropped.of == &blocks_) {
+        take_back(*dropped.of, dropped.block);
+      }
+    });
+  }
+  /// On any thread.
+  void release_of(StreamOrderedAllocator& blocks, std::uint64_t block,
+                  const std::weak_ptr<const CaptureMemory>& part) noexcept {
+    const auto named = static_cast<OffsetAllocator::Block>(block);
+    gate_.release([&] { take_back(blocks, named); }, [&] { return Dropped{named, &blocks, part}; });
+  }
+  void take_back(StreamOrderedAllocator& blocks, OffsetAllocator::Block block) noexcept {
+    try {
+      blocks.release(block, marks_, [this](const auto& given_up) { replace_marks(given_up); });
+    } catch (const std::exception& error) {
+      log(LogLevel::error,
+          fmt::format("arena {}: a tensor's memory is not used again: {}", name_, error.what()));
+    }
+  }
+
+  [[nodiscard]] std::uint64_t hash_of_blocks() const noexcept {
+    const auto hash = segments_.mixed(detail::mix(detail::kHashSeed, frozen_ ? 1 : 0));
+    return detail::mix(blocks_.mixed(hash), graphs_.history());
+  }
+  [[nodiscard]] std::uint64_t hash_to_agree_on() const noexcept {
+    return needs_equal_offsets() ? hash_of_blocks() : 0;
+  }
 
   void throw_if_closed() const {
     if (closed_) {
@@ -239,16 +295,9 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     blocks_.replace_marks(marks);
     graphs_.replace_marks(marks);
   }
-  void release_from(StreamOrderedAllocator& blocks, OffsetAllocator::Block block) noexcept {
-    try {
-      blocks.release(block, marks_, [this](const auto& given_up) { replace_marks(given_up); });
-    } catch (const std::exception& error) {
-      log(LogLevel::error,
-          fmt::format("arena {}: a tensor's memory is not used again: {}", name_, error.what()));
-    }
-  }
 
   [[nodiscard]] OffsetAllocator::Block allocate(std::size_t bytes, StreamRef stream) {
+    enter();
     throw_if_closed();
     auto block = blocks_.allocate(bytes);
     if (!block) {
@@ -273,7 +322,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
       throw_if_frozen(bytes);  // otherwise destroyed graphs may have left room
     }
     const detail::CallTime time;
-    segments_.agree_before("growth of", bytes, history_to_agree_on());
+    segments_.agree_before("growth of", bytes, hash_to_agree_on());
     make_room(bytes);
   }
 
@@ -283,8 +332,8 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     const auto needed = OffsetAllocator::rounded(bytes);
     if (blocks_.space().statistics().largest_free < needed) {
       throw_if_frozen(bytes);
-      const auto added = segments_.add(std::max<std::size_t>(needed, options_.growth_bytes),
-                                       history_to_agree_on());
+      const auto added =
+          segments_.add(std::max<std::size_t>(needed, options_.growth_bytes), hash_to_agree_on());
       blocks_.space().add_range(added.offset, added.bytes);
     }
   }
@@ -302,6 +351,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     }
   }
 
+  std::shared_ptr<Backend> keeps_backend_;  // goes last; null where nobody shares it
   std::string name_;
   ArenaOptions options_;
   ArenaSegments segments_;
@@ -310,6 +360,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   GraphMemory graphs_;
   bool frozen_ = false;
   bool closed_ = false;
+  detail::ReleaseGate<Dropped> gate_;
 };
 
 inline Tensor SymmetricArena::empty(const Dims& shape, DType dtype, StreamRef stream,

@@ -302,8 +302,9 @@ class Transport {
   virtual void limit_blocks(int /*blocks*/) noexcept {}
 };
 
-/// A kind of device with its memory, streams, transports and arithmetic. Shared by all groups.
-class Backend {
+/// A kind of device with its memory, streams, transports and arithmetic. Shared by all groups, and
+/// by the arenas of its memory, so that tensors may outlive everything else.
+class Backend : public std::enable_shared_from_this<Backend> {
  public:
   Backend() = default;
   Backend(const Backend&) = delete;

@@ -5,6 +5,7 @@
 #include <cohort/collective_arguments.hpp>
 #include <cohort/graph_part.hpp>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -246,4 +247,38 @@ TEST_CASE("a graph's launch waits for the past of streams without marks", "[aren
   arena.order_launch(stream(150));
   CHECK(std::count(driver.behind.begin(), driver.behind.end(),
                    RecordingDriver::Wait{&states[150], &states[151]}) == 1);
+}
+
+TEST_CASE("tensors of a graph may be dropped on any thread, and go with their part", "[arena]") {
+  Workspace work(4096);
+  RecordingDriver driver;
+  RecordingDriver::State states[StreamMarks::kStreams + 2];
+  const StreamRef stream(driver, &states[0]);
+  auto& arena = *work.arena;
+  arena.reserve(kMiB);
+  auto part = GraphPart::create(work.arena);
+  const auto in_capture = [&](std::int64_t bytes) {
+    states[0].capture = 9;
+    arena.enter_capture(9, part);
+    auto tensor = bytes_of(arena, bytes, stream);
+    arena.leave_capture(9);
+    states[0].capture = 0;
+    return tensor;
+  };
+  auto first = in_capture(4096);
+  void* const place = first.data();
+  // The stream gives up its mark while another thread drops: both touch the arena's marks.
+  std::thread dropper([&] { first.reset(); });
+  for (auto& state : states) {
+    bytes_of(arena, 256, StreamRef(driver, &state)).reset();
+  }
+  dropper.join();
+  CHECK(in_capture(4096).data() == place);
+
+  auto last = in_capture(4096);
+  CHECK(arena.statistics().used >= 4096);
+  part.reset();
+  std::thread([&] { last.reset(); }).join();  // the part ends with it, before its block is freed
+  arena.reclaim();
+  CHECK(arena.statistics().used == 0);
 }

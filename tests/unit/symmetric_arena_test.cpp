@@ -4,7 +4,9 @@
 #include <algorithm>
 #include <cohort/graph_part.hpp>
 #include <cstring>
+#include <memory>
 #include <random>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -338,6 +340,53 @@ TEST_CASE("tensors outlive the arena's owner", "[arena]") {
   work.arena.reset();
   std::memset(tensor.data(), 1, 1000);
   tensor.reset();
+}
+
+TEST_CASE("tensors may be dropped on any thread", "[arena]") {
+  Workspace work;
+  auto& arena = *work.arena;
+  auto kept = bytes_of(arena, 512);
+  auto a = bytes_of(arena, 1024);
+  void* const place = a.data();
+  std::thread([&] { a.reset(); }).join();
+  CHECK(arena.statistics().live_blocks == 1);
+  CHECK(bytes_of(arena, 1024).data() == place);
+  // Many at once, while this thread goes on.
+  constexpr int kDroppers = 3;
+  std::vector<std::vector<Tensor>> lots(kDroppers);
+  for (auto& lot : lots) {
+    for (int i = 0; i < 1000; ++i) {
+      lot.push_back(bytes_of(arena, 256));
+    }
+  }
+  std::vector<std::thread> droppers;
+  for (auto& lot : lots) {
+    droppers.emplace_back([&lot] { lot.clear(); });
+  }
+  for (int i = 0; i < 3000; ++i) {
+    auto x = bytes_of(arena, 256);
+    std::memset(x.data(), i, 256);
+  }
+  for (auto& dropper : droppers) {
+    dropper.join();
+  }
+  CHECK(arena.statistics().live_blocks == 1);
+  CHECK(arena.statistics().used == 512);
+}
+
+TEST_CASE("a tensor keeps the backend of its memory, on whichever thread it goes", "[arena]") {
+  std::weak_ptr<Backend> backend;
+  Tensor last;
+  {
+    Workspace work;
+    backend = work.backend;
+    last = bytes_of(*work.arena, 16);
+    work.arena->close();
+  }
+  CHECK_FALSE(backend.expired());
+  std::memset(last.data(), 1, 16);
+  std::thread([&] { last.reset(); }).join();
+  CHECK(backend.expired());
 }
 
 TEST_CASE("arenas of all audiences keep equal offsets on every rank", "[arena]") {
