@@ -131,6 +131,9 @@ class ControlPlane {
   /// it is poisoned already, because then they have been told. Any thread may call it: a call under
   /// way ends at once with the same error, and the others are told that it has not been finished.
   virtual void give_up(std::string_view reason) noexcept = 0;
+  /// The same behind an error of this rank: the others throw one of its type, with its words and
+  /// the ranks that it names.
+  virtual void give_up_because(const std::exception_ptr& error) noexcept = 0;
 
   /// Local, without waiting for peers. Throws what a rank said that has left the group, at
   /// whichever call, and leaves it as well: for ranks that wait for each other by other means. What

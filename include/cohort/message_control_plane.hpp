@@ -168,6 +168,12 @@ class MessageControlPlane : public ControlPlane {
     }
   }
 
+  void give_up_because(const std::exception_ptr& error) noexcept override {
+    if (mailbox_->owner().is_here()) {
+      leave([&] { return detail::GiveUp::because(error, rank_).serialize(); });
+    }
+  }
+
   std::unique_ptr<ControlPlane> subgroup(std::span<const int> ranks, std::uint64_t generation,
                                          std::string name) override {
     std::vector<int> members;

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <numeric>
 #include <span>
 #include <string>
@@ -224,7 +225,8 @@ class ExchangeCollectives {
     }
   }
 
-  /// After an error the messages of a pair may be out of step.
+  /// After an error the messages of a pair may be out of step, and who waits for another need not
+  /// go on.
   template <class Body>
   void guarded(std::string_view call, const Body& body) {
     if (poisoned()) {
@@ -235,6 +237,7 @@ class ExchangeCollectives {
       body();
     } catch (...) {
       poisoned_ = true;
+      control_.give_up_because(std::current_exception());
       throw;
     }
   }

@@ -94,3 +94,27 @@ TEST_CASE("messages of another type or shape are refused", "[host]") {
     }
   });
 }
+
+TEST_CASE("who waits ends when a peer has refused what came from another", "[host]") {
+  const auto start = Clock::now();
+  run_ranks(3, [](ControlPlane& plane) {
+    Site site(plane, apart(), Memory::ordinary);
+    const auto words = site.tensor(Dims{4}, DType::i32, Form::contiguous);
+    const auto floats = site.tensor(Dims{4}, DType::f32, Form::contiguous);
+    if (plane.rank() == 0) {
+      site.transport->send(floats, 1, {});
+    }
+    if (plane.rank() == 1) {
+      check_throws<SymmetryError>([&] { site.transport->recv(words, 0, {}); }, "of f32");
+    } else {
+      try {
+        site.transport->recv(floats, 1, {});
+        check(false, "a SymmetryError is thrown");
+      } catch (const SymmetryError& error) {
+        check(error.ranks() == std::vector{0}, error.what());
+        check_throws<SymmetryError>([] { throw; }, "rank 1 gave up", "of f32");
+      }
+    }
+  });
+  CHECK(Clock::now() - start < kRanksTimeLimit / 2);
+}

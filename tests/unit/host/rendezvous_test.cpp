@@ -330,6 +330,25 @@ TEST_CASE("ranks that come one after another do not each have the time limit", "
   });
 }
 
+TEST_CASE("ranks that come in pulses keep the others for a quarter of the limit more", "[host]") {
+  constexpr auto kLimit = 400ms;
+  meet(2, kLimit, [&](Rendezvous& rendezvous) {
+    const auto begin = std::chrono::steady_clock::now();
+    const cohort::detail::CallTime call;
+    const auto run = [&] {
+      for (int step = 0; step < 40; ++step) {
+        if (rendezvous.rank() == 1) {
+          std::this_thread::sleep_for(kLimit / 9);  // in time for what each wait has at least
+        }
+        rendezvous.enter(Call{}, showing(Place::slot));
+        rendezvous.await_all();
+      }
+    };
+    check_throws<TimeoutError>(run, "rank 1 did not arrive");
+    check(std::chrono::steady_clock::now() - begin < kLimit * 5 / 4 + 500ms, "one limit for all");
+  });
+}
+
 TEST_CASE("a rank that comes when the others have given up does not go on alone", "[host]") {
   meet(3, 500ms, [](Rendezvous& rendezvous) {
     if (rendezvous.rank() == 2) {
