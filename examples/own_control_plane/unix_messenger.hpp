@@ -155,7 +155,7 @@ class UnixMessenger final : public cohort::Messenger {
       cohort::log(cohort::LogLevel::error, error.what());
     }
     if (unsent() && !abandoned_) {
-      cohort::log(cohort::LogLevel::error, fmt::format("rank {}: messages were lost", rank_));
+      cohort::log(cohort::LogLevel::error, "rank {}: messages were lost", rank_);
     }
   }
 
@@ -166,12 +166,10 @@ class UnixMessenger final : public cohort::Messenger {
     auto& peer = at(to);
     throw_if_gone(peer, to, "send");
     const std::uint64_t length = message.size();
-    Bytes header(sizeof(length));
-    std::memcpy(header.data(), &length, sizeof(length));
-    peer.outgoing.push_back(std::move(header));
-    if (!message.empty()) {
-      peer.outgoing.push_back(std::move(message));
-    }
+    Bytes frame(sizeof(length) + message.size());
+    std::memcpy(frame.data(), &length, sizeof(length));
+    std::copy(message.begin(), message.end(), frame.begin() + sizeof(length));
+    peer.outgoing.push_back(std::move(frame));  // whole, or nothing of it where memory is short
     write_some(peer);
   }
 

@@ -66,7 +66,7 @@ inline void drop_capture(StreamRef stream) noexcept {
   try {
     stream.driver().end_capture(stream.native()).reset();
   } catch (const std::exception& error) {
-    log(LogLevel::info, fmt::format("a dropped capture had failed: {}", error.what()));
+    log(LogLevel::info, "a dropped capture had failed: {}", error.what());
   }
 }
 

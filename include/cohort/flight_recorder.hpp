@@ -327,8 +327,7 @@ class FlightRecorder {
       try {
         look_(*own_);
       } catch (const std::exception& error) {
-        log(LogLevel::info,
-            fmt::format("group {}: how far the device has come: {}", group_, error.what()));
+        log(LogLevel::info, "group {}: how far the device has come: {}", group_, error.what());
       }
     }
   }
@@ -355,7 +354,7 @@ class FlightRecorder {
         act(why, late);
       }
     } catch (const std::exception& error) {
-      log(LogLevel::error, fmt::format("group {}: the trace: {}", group_, error.what()));
+      log(LogLevel::error, "group {}: the trace: {}", group_, error.what());
     }
   }
 

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <fmt/format.h>
+
 #include <cstdio>
+#include <exception>
 #include <functional>
 #include <mutex>
 #include <string_view>
@@ -78,6 +81,22 @@ inline void log(LogLevel level, std::string_view text) noexcept {
     }
   } catch (...) {
     std::fputs("cohort: error: the log sink threw\n", stderr);
+  }
+}
+
+/// The same of a format and its arguments; where no text can be made of them, as without memory, of
+/// the format.
+template <class First, class... More>
+void log(LogLevel level, fmt::format_string<First, More...> format, First&& first,
+         More&&... more) noexcept {
+  const fmt::string_view words = format;
+  try {
+    fmt::memory_buffer text;
+    fmt::format_to(fmt::appender(text), format, std::forward<First>(first),
+                   std::forward<More>(more)...);
+    log(level, std::string_view(text.data(), text.size()));
+  } catch (const std::exception&) {
+    log(level, std::string_view(words.data(), words.size()));
   }
 }
 

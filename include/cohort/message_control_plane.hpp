@@ -343,9 +343,10 @@ class MessageControlPlane : public ControlPlane {
             send(r, trailer, reason);
           }
         } catch (const TransportError& error) {
-          log(LogLevel::info, fmt::format("group {}: rank {} could not be told that rank {} has "
-                                          "left: {}",
-                                          name_, r, rank_, error.what()));
+          log(LogLevel::info,
+              "group {}: rank {} could not be told that rank {} has "
+              "left: {}",
+              name_, r, rank_, error.what());
         }
       }
     } catch (const std::exception& error) {

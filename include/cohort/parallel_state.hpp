@@ -346,9 +346,9 @@ class ParallelState {
     }
     parts.decision = decide(options_.symmetric, parts.kind, options_.layout, found);
     if (parts.control->rank() == 0) {
-      log(LogLevel::info, fmt::format("{}: {}", parts.name, describe(parts.decision)));
+      log(LogLevel::info, "{}: {}", parts.name, describe(parts.decision));
       if (warning_due(parts.decision)) {
-        log(LogLevel::warning, fmt::format("{}: {}", parts.name, describe(parts.decision)));
+        log(LogLevel::warning, "{}: {}", parts.name, describe(parts.decision));
       }
     }
   }

@@ -246,8 +246,8 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     try {
       blocks.release(block, marks_, [this](const auto& given_up) { replace_marks(given_up); });
     } catch (const std::exception& error) {
-      log(LogLevel::error,
-          fmt::format("arena {}: a tensor's memory is not used again: {}", name_, error.what()));
+      log(LogLevel::error, "arena {}: a tensor's memory is not used again: {}", name_,
+          error.what());
     }
   }
 

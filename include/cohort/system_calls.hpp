@@ -19,6 +19,7 @@
 #include <chrono>
 #include <csignal>
 #include <cstddef>
+#include <cstring>
 #include <span>
 #include <string>
 #include <system_error>
@@ -64,8 +65,7 @@ class UniqueFd {
   /// have it already (close(2)).
   void reset() noexcept {
     if (descriptor_ >= 0 && ::close(std::exchange(descriptor_, -1)) != 0 && errno != EINTR) {
-      log(LogLevel::warning,
-          "close of a descriptor failed: " + std::generic_category().message(errno));
+      log(LogLevel::warning, "close of a descriptor failed: {}", strerror(errno));
     }
   }
 

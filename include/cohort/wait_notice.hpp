@@ -42,9 +42,9 @@ class WaitNotice {
     due_ = Clock::time_point::max();
     using std::chrono::duration_cast;
     using std::chrono::milliseconds;
-    log(LogLevel::warning, fmt::format("{}, for {} ms of at most {}", text(),
-                                       duration_cast<milliseconds>(now - start_).count(),
-                                       duration_cast<milliseconds>(limit_).count()));
+    log(LogLevel::warning, "{}, for {} ms of at most {}", text(),
+        duration_cast<milliseconds>(now - start_).count(),
+        duration_cast<milliseconds>(limit_).count());
   }
 
  private:

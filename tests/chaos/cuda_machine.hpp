@@ -70,12 +70,14 @@ class CudaMachine final : public Machine, private test::DeviceAccess {
   if (!plan.map_peers) {
     plan.symmetric = false;  // NCCL 2.28's symmetric kernels cannot be told to stop waiting
   }
-  if (plan.fault == Fault::memory) {  // of the process: CUDA reserves addresses as it likes
+  // Of the process: CUDA reserves addresses, and allocates on threads of its own, as it likes.
+  if (plan.fault == Fault::memory || plan.fault == Fault::allocation) {
     plan.fault = Fault::late;
   }
   if (plan.fault == Fault::arguments && plan.phase == Phase::calling) {
     plan.debug_checks = true;  // NCCL compares nothing
   }
+  plan.other = Other::extent;
   return plan;
 }
 

@@ -23,16 +23,20 @@ enum class Fault : std::uint8_t {
   memory,       ///< May not allocate any more.
   descriptors,  ///< May not open any more descriptors.
   signals,      ///< Every rank gets a signal each 200 us.
+  allocation,   ///< An allocation of the engine or the library fails, and perhaps all behind it.
 };
-inline constexpr int kFaults = 9;
+inline constexpr int kFaults = 10;
+
+/// What the victim makes of a call when it passes other arguments.
+enum class Other : std::uint8_t { extent, dtype, call, nothing };
 
 enum class Phase : std::uint8_t { forming, reserving, calling, capturing, replaying, leaving };
 inline constexpr int kPhases = 6;
 
 [[nodiscard]] constexpr std::string_view to_string(Fault fault) noexcept {
-  constexpr std::array<std::string_view, kFaults> kNames{"kill",   "stop",        "hesitate",
-                                                         "late",   "throws",      "arguments",
-                                                         "memory", "descriptors", "signals"};
+  constexpr std::array<std::string_view, kFaults> kNames{
+      "kill",      "stop",   "hesitate",    "late",    "throws",
+      "arguments", "memory", "descriptors", "signals", "allocation"};
   return kNames[static_cast<std::size_t>(fault)];
 }
 
@@ -85,6 +89,10 @@ struct Plan {
   int step = 0;              ///< Of the phase, at which the fault comes.
   int delay_us = 0;          ///< From that step's start, for faults at a random moment.
   bool keeps_state = false;  ///< Survivors form the next state while they still hold the old one.
+  Other other = Other::extent;
+  int allocations = 0;           ///< Until the one that fails.
+  bool allocates_again = false;  ///< Behind the one that failed.
+  bool shuts_down = true;        ///< Or each rank destroys its state when it likes.
 };
 
 [[nodiscard]] constexpr Plan plan_of(std::uint64_t seed, int most_ranks) noexcept {
@@ -106,13 +114,22 @@ struct Plan {
   plan.debug_checks = random.one_in(4);
   plan.mixed_memory = !plan.debug_checks;  // they compare where the ranks' tensors lie
   plan.merge_plan = random.below(3);
-  plan.fault = static_cast<Fault>(random.below(kFaults));
+  plan.fault = static_cast<Fault>(random.below(kFaults - 1));
   plan.phase = static_cast<Phase>(random.below(kPhases));
   plan.victim = random.below(plan.ranks);
   const bool one_step = plan.phase == Phase::forming || plan.phase == Phase::leaving;
   plan.step = one_step ? 0 : random.below(kSteps);
   plan.delay_us = random.below(3) * random.below(1000);
   plan.keeps_state = random.one_in(3);
+  // Apart from the above, which seeds that are kept depend on.
+  Random more(seed * 0xda942042e4dd58b5ULL + 1);
+  plan.other = static_cast<Other>(more.below(4));
+  plan.allocations = more.below(more.one_in(2) ? 12 : 200);
+  plan.allocates_again = more.one_in(2);
+  plan.shuts_down = !more.one_in(4);
+  if (plan.fault == Fault::memory && more.one_in(2)) {
+    plan.fault = Fault::allocation;
+  }
   return plan;
 }
 

@@ -25,6 +25,7 @@
 #include <utility>
 #include <vector>
 
+#include "chaos/allocations.hpp"
 #include "chaos/machine.hpp"
 #include "chaos/plan.hpp"
 #include "own_control_plane/unix_messenger.hpp"
@@ -104,6 +105,9 @@ class Trouble {
         allow(RLIMIT_NOFILE, static_cast<std::size_t>(lowest_free_descriptor()));
         break;
       case Fault::signals:
+        break;
+      case Fault::allocation:
+        allocation_fault() = {.left = plan_.allocations + 1, .again = plan_.allocates_again};
         break;
     }
     return false;
@@ -308,7 +312,10 @@ class Rank {
                                  index, name, took, queued_ms() - queued, outcome, ranks, text));
     };
     try {
-      call();
+      {
+        const FailingAllocations until_here;
+        call();
+      }
       say("ok", "", "");
       return;
     } catch (const EngineFailure&) {
@@ -384,9 +391,13 @@ class Rank {
         call(*state, Phase::calling, i, trouble);
       }
       replay(*state, trouble);
-      step(Phase::leaving, 0, everyone(), "shutdown", [&] {
-        static_cast<void>(trouble.at(Phase::leaving, 0));
-        state->shutdown();
+      step(Phase::leaving, 0, everyone(), plan_.shuts_down ? "shutdown" : "destroy", [&] {
+        const bool other = trouble.at(Phase::leaving, 0);
+        if (plan_.shuts_down != other) {
+          state->shutdown();
+        } else {
+          state.reset();
+        }
       });
     } catch (const Failed&) {
       // reported; the engine goes on to what its supervisor decides
@@ -402,7 +413,17 @@ class Rank {
     };
     switch (i % 3) {
       case 0:
-        return step(Phase::reserving, i, group.ranks(), "reserve", [&] { group.reserve(bytes()); });
+        return step(Phase::reserving, i, group.ranks(), "reserve", [&] {
+          const std::size_t most = bytes();
+          if (i == 0) {
+            group.reserve(most);
+          } else {
+            const CollectiveShape call{.collective = Collective::all_gather,
+                                       .shape = {static_cast<std::int64_t>(most)},
+                                       .dtype = DType::u8};
+            group.reserve_for_calls({&call, 1});
+          }
+        });
       case 1:
         return step(Phase::reserving, i, state.dcp().ranks(), "reserve_for", [&] {
           const std::int64_t batch = static_cast<std::int64_t>(bytes()) / 300'000;
@@ -435,31 +456,47 @@ class Rank {
     step(phase, i, kind == 7 ? state.dcp().ranks() : group.ranks(),
          fmt::format("call {} of {}", kind, kind == 7 ? state.dcp().name() : group.name()), [&] {
            Dims mine = shape;
+           int mine_kind = kind;
+           DType mine_dtype = dtype;
            if (trouble.at(phase, i)) {
-             mine[2] += 7;
+             switch (plan_.other) {
+               case Other::extent:
+                 mine[2] += 7;
+                 break;
+               case Other::dtype:
+                 mine_dtype = dtype == DType::f32 ? DType::bf16 : DType::f32;
+                 mine[2] += kind == 7 ? 1 : 0;  // whose partials have one type
+                 break;
+               case Other::call:
+                 mine_kind = kind == 7 ? 3 : (kind + 2) % 6;
+                 break;
+               case Other::nothing:
+                 return;
+             }
            }
            const StreamRef stream = machine_->stream();
            machine_->follow(group);
            test::Site site(group, memory, stream);
-           switch (kind) {
+           switch (mine_kind) {
              case 0:
-               return test::check_all_gather(group, site, mine, dim, equal(group, mine[dim]), dtype,
-                                             form, stream);
+               return test::check_all_gather(group, site, mine, dim, equal(group, mine[dim]),
+                                             mine_dtype, form, stream);
              case 1:
                return test::check_all_gather(group, site, mine, dim,
                                              test::uneven(mine[dim] * group.size(), group.size()),
-                                             dtype, form, stream);
+                                             mine_dtype, form, stream);
              case 2:
-               return test::check_reduce_scatter(group, site, mine, 1, equal(group, 2), dtype, form,
-                                                 stream);
+               return test::check_reduce_scatter(group, site, mine, 1, equal(group, 2), mine_dtype,
+                                                 form, stream);
              case 3:
-               return test::check_all_reduce(group, site, mine, dtype, form, ReduceOp::sum, stream);
+               return test::check_all_reduce(group, site, mine, mine_dtype, form, ReduceOp::sum,
+                                             stream);
              case 4:
-               return test::check_broadcast(group, site, mine, dtype, form, root, stream);
+               return test::check_broadcast(group, site, mine, mine_dtype, form, root, stream);
              case 5:
-               return test::check_all_to_all(group, site, mine, dtype, form, stream);
+               return test::check_all_to_all(group, site, mine, mine_dtype, form, stream);
              case 6:
-               return test::check_send_recv(group, site, mine, dtype, form, stream);
+               return test::check_send_recv(group, site, mine, mine_dtype, form, stream);
              default:
                return decode(state, mine[0] + mine[2] % 9, memory);
            }
@@ -470,7 +507,26 @@ class Rank {
     auto& dcp = state.dcp();
     machine_->follow(dcp);
     const test::DecodeCase c{.batch = batch, .heads = 4 * dcp.size(), .dim = 24, .memory = memory};
+    gather_query(dcp, batch, memory);
     static_cast<void>(test::merge_once(state, c, "merge", false, machine_->stream()));
+  }
+
+  /// [B, 2 n, 8] of latents and 4 of positions from every rank's part.
+  void gather_query(DecodeContextParallelGroup& dcp, std::int64_t batch, test::Memory memory) {
+    constexpr std::int64_t kOwn = 2;
+    constexpr std::int64_t kLatent = 8;
+    constexpr std::int64_t kRope = 4;
+    test::Site site(dcp, memory, machine_->stream());
+    const auto nope = site.filled({batch, kOwn, kLatent}, DType::f32);
+    const auto pe = site.filled({batch, kOwn, kRope}, DType::f32);
+    const Tensor q = dcp.gather_query(nope, pe, machine_->stream());
+    test::check_values(q, "gather_query", [&](std::int64_t flat) {
+      const std::int64_t d = flat % (kLatent + kRope);
+      const std::int64_t head = flat / (kLatent + kRope) % (kOwn * dcp.size());
+      const std::int64_t row = flat / (kLatent + kRope) / (kOwn * dcp.size()) * kOwn + head % kOwn;
+      return test::value_at(static_cast<int>(head / kOwn),
+                            d < kLatent ? row * kLatent + d : row * kRope + d - kLatent);
+    });
   }
 
   static std::vector<std::int64_t> equal(const GroupCoordinator& group, std::int64_t extent) {
@@ -496,7 +552,9 @@ class Rank {
     });
     for (int launch = 0; launch < kSteps; ++launch) {
       step(Phase::replaying, launch, everyone(), "launch", [&] {
-        static_cast<void>(trouble.at(Phase::replaying, launch));
+        if (trouble.at(Phase::replaying, launch)) {
+          return;  // makes one launch less than its peers
+        }
         test::fill_with(x.view(), [](std::int64_t k) { return k % 3 == 0 ? 1 : 0; });
         graph->launch(stream);
         state.world().synchronize(stream, limit_);
@@ -508,6 +566,10 @@ class Rank {
                            [expected](std::int64_t k) { return k % 96 % 3 == 0 ? expected : 0; });
       });
     }
+    step(Phase::replaying, kSteps, everyone(), "reclaim_graphs", [&] {
+      graph.reset();
+      state.reclaim_graphs();
+    });
   }
 
   /// The supervisor tells who is left; those form a new state and use it.

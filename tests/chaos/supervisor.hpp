@@ -387,7 +387,8 @@ class Round {
       return say("those that live could not go on", true);
     }
     const bool slow = victim && (plan_.fault == Fault::stop || plan_.fault == Fault::late);
-    const bool forms = step.name == "create" || step.name == "recover" || step.name == "shutdown";
+    const bool forms = step.name == "create" || step.name == "recover" || step.name == "shutdown" ||
+                       step.name == "destroy";
     const std::chrono::duration<double, std::milli> bound =
         1.25 * limit_ + (forms ? kind_.forming_slack : kind_.slack);
     if (!slow && step.took_ms > bound.count()) {
@@ -399,7 +400,9 @@ class Round {
     if (!may_fail()) {
       return say("nothing had failed", true);
     }
-    if (step.outcome == "bad_alloc" && !(victim && plan_.fault == Fault::memory)) {
+    const bool has_no_memory =
+        victim && (plan_.fault == Fault::memory || plan_.fault == Fault::allocation);
+    if (step.outcome == "bad_alloc" && !has_no_memory) {
       say("not a typed error");
     }
     if (!victim && names(step)) {

@@ -28,6 +28,19 @@ using Lines = std::vector<std::pair<LogLevel, std::string>>;
 
 }  // namespace
 
+TEST_CASE("a format takes its arguments, and is all that is said where they make no text",
+          "[log]") {
+  Lines lines;
+  const SinkGuard guard(
+      [&](LogLevel level, std::string_view text) { lines.emplace_back(level, std::string(text)); });
+  log(LogLevel::info, "rank {} of group {}", 3, std::string("dcp[0]"));
+  log(LogLevel::info, "{}", std::string(2000, 'x'));
+  log(LogLevel::error, "a destructor failed: {:{}}", 1, -1);
+  CHECK(lines == Lines{{LogLevel::info, "rank 3 of group dcp[0]"},
+                       {LogLevel::info, std::string(2000, 'x')},
+                       {LogLevel::error, "a destructor failed: {:{}}"}});
+}
+
 TEST_CASE("levels have names", "[log]") {
   STATIC_REQUIRE(to_string(LogLevel::info) == "info");
   STATIC_REQUIRE(to_string(LogLevel::warning) == "warning");

@@ -86,7 +86,7 @@ class SharedMemory {
   SharedMemory& operator=(const SharedMemory&) = delete;
   ~SharedMemory() {
     if (munmap(data_, bytes_) != 0) {
-      log(LogLevel::warning, "munmap of a memory file failed: " + std::string(strerror(errno)));
+      log(LogLevel::warning, "munmap of a memory file failed: {}", strerror(errno));
     }
   }
 
@@ -224,7 +224,7 @@ class PrivateMemory {
   PrivateMemory& operator=(const PrivateMemory&) = delete;
   ~PrivateMemory() {
     if (munmap(data_, bytes_) != 0) {
-      log(LogLevel::warning, "munmap of memory failed: " + std::string(strerror(errno)));
+      log(LogLevel::warning, "munmap of memory failed: {}", strerror(errno));
     }
   }
 

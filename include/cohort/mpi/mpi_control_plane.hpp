@@ -345,9 +345,8 @@ class MpiMessenger : public Messenger {
       detail::PollPause pause(detail::kMpiYieldFor);
       for (reap(); !sent_.empty(); reap()) {
         if (Clock::now() >= deadline) {
-          log(LogLevel::error,
-              fmt::format("rank {}: {} control messages were not received within {} ms", rank_,
-                          sent_.size(), limit_.count()));
+          log(LogLevel::error, "rank {}: {} control messages were not received within {} ms", rank_,
+              sent_.size(), limit_.count());
           return false;
         }
         pause();

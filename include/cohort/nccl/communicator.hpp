@@ -114,15 +114,14 @@ class Communicator {
       const auto code = static_cast<ncclResult_t>(result.value_or(ncclSuccess));
       if (!result) {
         log(LogLevel::error,
-            fmt::format(
-                "{} in group {} on rank {} did not return in time, and is left to itself: {}", call,
-                group_, rank_, why_teardown_waits(nccl_runtime_version(), aborts)));
+            "{} in group {} on rank {} did not return in time, and is left to itself: {}", call,
+            group_, rank_, why_teardown_waits(nccl_runtime_version(), aborts));
       } else if (code != ncclSuccess) {
-        log(LogLevel::error, fmt::format("{} in group {} on rank {}: {}", call, group_, rank_,
-                                         nccl_error_text(code)));
+        log(LogLevel::error, "{} in group {} on rank {}: {}", call, group_, rank_,
+            nccl_error_text(code));
       }
     } catch (const std::exception& error) {
-      log(LogLevel::error, fmt::format("{} in group {}: {}", call, group_, error.what()));
+      log(LogLevel::error, "{} in group {}: {}", call, group_, error.what());
     }
   }
 
@@ -258,7 +257,7 @@ class Communicator {
         return ncclCommAbort(comm);
       });
     } catch (const std::exception& error) {
-      log(LogLevel::error, fmt::format("ncclCommAbort in group {}: {}", group_, error.what()));
+      log(LogLevel::error, "ncclCommAbort in group {}: {}", group_, error.what());
     }
   }
 

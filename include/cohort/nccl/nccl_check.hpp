@@ -44,9 +44,8 @@ inline void nccl_check(ncclResult_t code, const char* call, int rank = -1,
   nccl_check(ncclGetVersion(&version), "ncclGetVersion");
   static std::atomic<bool> told = false;
   if (version != NCCL_VERSION_CODE && !told.exchange(true)) {
-    log(LogLevel::warning,
-        fmt::format("built with NCCL {}, but {} was loaded; decisions follow the loaded one",
-                    nccl_version_string(NCCL_VERSION_CODE), nccl_version_string(version)));
+    log(LogLevel::warning, "built with NCCL {}, but {} was loaded; decisions follow the loaded one",
+        nccl_version_string(NCCL_VERSION_CODE), nccl_version_string(version));
   }
   return version;
 }

@@ -207,10 +207,10 @@ struct NcclGroup {
     static std::atomic<bool> told = false;
     if (!told.exchange(true)) {
       log(LogLevel::warning,
-          fmt::format("group {}: NVLink joins the cards, but flag lines are not known to arrive "
-                      "whole between these (NCCL's rule for LL128): larger merges take the plan "
-                      "packed, and larger collectives NCCL",
-                      control.name()));
+          "group {}: NVLink joins the cards, but flag lines are not known to arrive "
+          "whole between these (NCCL's rule for LL128): larger merges take the plan "
+          "packed, and larger collectives NCCL",
+          control.name());
     }
   }
 };

@@ -360,7 +360,7 @@ class NcclTransport final : public Transport {
   void warn_of_lanes(int lanes) {
     const std::string text = cuda::lanes_warning(lanes, group_.options.kernels_at_once);
     if (!text.empty() && group_.rank == 0 && !std::exchange(warned_of_lanes_, true)) {
-      log(LogLevel::warning, fmt::format("group {}: {}", group_.control.name(), text));
+      log(LogLevel::warning, "group {}: {}", group_.control.name(), text);
     }
   }
   void require_peer(const char* what, int peer) const {

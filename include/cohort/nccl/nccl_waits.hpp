@@ -253,9 +253,9 @@ class NcclWaits final : private RankWaits {
       return;
     }
     log(LogLevel::error,
-        fmt::format("teardown of group {} on rank {}: cuda:{} did not become idle; what its "
-                    "kernels may use stays mapped",
-                    group_.control.name(), group_.rank, group_.device));
+        "teardown of group {} on rank {}: cuda:{} did not become idle; what its "
+        "kernels may use stays mapped",
+        group_.control.name(), group_.rank, group_.device);
     for (Workspace& workspace : group_.workspaces) {
       workspace.abandon();
     }

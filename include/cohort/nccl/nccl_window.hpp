@@ -87,8 +87,7 @@ class NcclSegment final : public Segment {
       try {
         // It is unmapped without waiting (NCCL, src/include/alloc.h, ncclCuMemFree).
         if (!device_idle_within(device, kDrainLimit)) {
-          log(LogLevel::error,
-              fmt::format("cuda:{} does not become idle: a segment stays mapped", device));
+          log(LogLevel::error, "cuda:{} does not become idle: a segment stays mapped", device);
           return;
         }
         const DeviceGuard guard(device);

@@ -28,8 +28,7 @@ namespace cohort {
   std::shared_ptr<host::SharedMemory> mine;
   host::MemoryHandle handle{};
   const auto without = [&group](const Error& error) {
-    log(LogLevel::info,
-        fmt::format("group {}: records that others cannot see: {}", group.name(), error.what()));
+    log(LogLevel::info, "group {}: records that others cannot see: {}", group.name(), error.what());
   };
   try {
     mine = host::make_shared_memory(sizeof(TraceRing), host::Commit::at_first_access);
