@@ -20,13 +20,19 @@
 namespace cohort {
 
 /// What a rank of a DCP group has of a decode step: B sequences, each with q new tokens, the last
-/// of it. All lie on the device, with any strides; q is 1 where nothing is [B, q].
+/// of it, or up to q where `new_tokens` says how many. All lie on the device, with any strides; q
+/// is 1 where nothing is [B, q].
 struct KvStep {
   /// [B] i32: all ranks' tokens of each sequence, the new ones included; 0 or less where a batch is
   /// padded.
   ConstTensorView lengths;
+  /// [B] i32: the new tokens k of each sequence, where drafts are ragged. Its first k rows are
+  /// theirs, the last k tokens of G; its other rows are padding, with a count of 0 and
+  /// `dcp::kNoSlot`. Numbers below 0 are taken as 0, those above q as q.
+  std::optional<ConstTensorView> new_tokens = {};
   /// [B, q] i32, written: the rank's tokens among those that row j attends to, the first
-  /// G - (q - 1 - j) of G. Or [B] i32: those of the whole sequence.
+  /// G - (k - 1 - j) of G, where k is q unless `new_tokens` says otherwise. Or [B] i32: those of
+  /// the whole sequence.
   std::optional<TensorView> counts = {};
   /// [B, q] i64, written: where the rank writes the new tokens, `dcp::kNoSlot` for those that it
   /// does not write. A position in the sequence's shard, or with `pages`, in all pages.
@@ -52,6 +58,10 @@ struct KvStep {
                      .queries = queries(),
                      .lengths = lengths.data_as<std::int32_t>(),
                      .length_stride = lengths.strides()[0]};
+    if (new_tokens) {
+      rows.new_tokens = new_tokens->data_as<std::int32_t>();
+      rows.new_token_stride = new_tokens->strides()[0];
+    }
     if (counts) {
       rows.counts = counts->data_as<std::int32_t>();
       rows.count_batch_stride = counts->strides()[0];
@@ -91,6 +101,9 @@ void check_array(std::string_view argument, const Caller& caller, Device device,
 inline void check_result(std::string_view argument, const KvStep& step, const TensorView& x) {
   check_distinct(argument, x);
   check_apart(argument, x, step.lengths);
+  if (step.new_tokens) {
+    check_apart(argument, x, *step.new_tokens);
+  }
   if (step.pages) {
     check_apart(argument, x, *step.pages);
   }
@@ -102,7 +115,7 @@ inline void check_result(std::string_view argument, const KvStep& step, const Te
 /// and the placement is for as many ranks as the caller's group has.
 inline void check_step(const Caller& caller, Device device, const dcp::KvShard& shard,
                        const KvStep& step) {
-  const auto& [lengths, counts, slots, pages, page_tokens] = step;
+  const auto& [lengths, new_tokens, counts, slots, pages, page_tokens] = step;
   if (shard.ranks() != caller.size) {
     throw UsageError(fmt::format("place_step shard: expected a placement for {} ranks, got {}",
                                  caller.size, shard.ranks()));
@@ -126,6 +139,9 @@ inline void check_step(const Caller& caller, Device device, const dcp::KvShard& 
   }
   const std::int64_t batch = lengths.size(0);
   detail::check_array("place_step lengths", caller, device, lengths, DType::i32, {batch});
+  if (new_tokens) {
+    detail::check_array("place_step new_tokens", caller, device, *new_tokens, DType::i32, {batch});
+  }
   if (slots && (slots->ndim() != 2 || slots->size(1) < 1)) {
     throw UsageError(
         fmt::format("place_step slots: expected [B, q], got {}", to_string(slots->shape())));

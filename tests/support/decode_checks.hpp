@@ -464,7 +464,14 @@ inline void check_placed_steps(ControlPlane& world) {
       const auto counts = site.tensor({kBatch, q}, DType::i32, Form::transposed);
       const auto whole = site.tensor({kBatch}, DType::i32);
       const auto slots = site.tensor({kBatch, q}, DType::i64, Form::sliced);
+      const auto fresh = site.tensor({kBatch}, DType::i32);
+      const auto ragged = site.tensor({kBatch, q}, DType::i32);
+      const auto ragged_slots = site.tensor({kBatch, q}, DType::i64);
       const auto place = [&] {
+        dcp.place_step(
+            shard,
+            {.lengths = lengths, .new_tokens = fresh, .counts = ragged, .slots = ragged_slots},
+            stream);
         dcp.place_step(shard, {.lengths = lengths, .counts = counts, .slots = slots}, stream);
         dcp.place_step(shard, {.lengths = lengths, .counts = whole}, stream);
       };
@@ -482,12 +489,25 @@ inline void check_placed_steps(ControlPlane& world) {
           const std::int64_t token = visible(flat) - 1;
           return token >= 0 && shard.owner(token) == dcp.rank() ? shard.local_index(token) : -1;
         });
+        const auto visible_ragged = [&](std::int64_t flat) {
+          const std::int64_t k = (flat / q + round) % (q + 1);
+          const std::int64_t to = length(flat / q) - (k - 1 - flat % q);
+          return flat % q < k ? std::max<std::int64_t>(to, 0) : 0;
+        };
+        check_values(ragged, "ragged counts", [&](std::int64_t flat) {
+          return shard.local_count(visible_ragged(flat), dcp.rank());
+        });
+        check_values(ragged_slots, "ragged slots", [&](std::int64_t flat) {
+          const std::int64_t token = visible_ragged(flat) - 1;
+          return token >= 0 && shard.owner(token) == dcp.rank() ? shard.local_index(token) : -1;
+        });
         Tensor sum = dcp.backend().allocate({kBatch, q}, DType::i32, stream);
         dcp.all_reduce_into(sum, counts, stream);
         check_values(sum, "all ranks' counts", visible);
       };
       const auto set = [&](int round) {
         fill_with(lengths, [&](std::int64_t b) { return (b * 7 + round) % 23; });
+        fill_with(fresh, [&](std::int64_t b) { return (b + round) % (q + 1); });
       };
       set(0);
       place();

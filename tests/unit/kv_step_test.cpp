@@ -31,6 +31,7 @@ TEST_CASE("what a step needs is refused by name where it is something else", "[k
   CHECK_NOTHROW(check([](KvStep&) {}));
   CHECK_NOTHROW(check([](KvStep& s) { s.slots.reset(), s.pages.reset(), s.page_tokens = 0; }));
   CHECK_NOTHROW(check([](KvStep& s) { s.counts.reset(); }));
+  CHECK_NOTHROW(check([&](KvStep& s) { s.new_tokens = view(80, DType::i32, {3}); }));
   CHECK_NOTHROW(check([&](KvStep& s) { s.counts = view(20, DType::i32, {3}); }));
   CHECK_NOTHROW(check([&](KvStep& s) { s.pages = view(60, DType::i32, {3, 0}); }));
   CHECK(good.queries() == 2);
@@ -53,6 +54,10 @@ TEST_CASE("what a step needs is refused by name where it is something else", "[k
         s.lengths = ConstTensorView(memory.data(), DType::i32, {3}, {DeviceKind::cuda, 0});
       },
       "lengths", "works on");
+  refused([&](KvStep& s) { s.new_tokens = view(80, DType::i64, {3}); }, "new_tokens", "i64");
+  refused([&](KvStep& s) { s.new_tokens = view(80, DType::i32, {2}); }, "new_tokens", "(3)");
+  refused([&](KvStep& s) { s.new_tokens = view(21, DType::i32, {3}); }, "counts", "overlap");
+  refused([&](KvStep& s) { s.new_tokens = view(41, DType::i32, {3}); }, "slots", "overlap");
   refused([&](KvStep& s) { s.counts = view(20, DType::i64, {3, 2}); }, "counts", "i64");
   refused([&](KvStep& s) { s.counts = view(20, DType::i32, {3, 3}); }, "counts", "(3,2)");
   refused([&](KvStep& s) { s.counts = view(20, DType::i32, {2}); }, "counts", "(3)");

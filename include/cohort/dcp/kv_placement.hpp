@@ -14,6 +14,9 @@
 /// rank 0 has 2 tokens of all and 2 of the first 3, while 2 - 1 is 1. So each row's is computed
 /// from its own global length.
 ///
+/// Where drafts are ragged, sequence b has k of those q rows: its first k are the last k tokens of
+/// its length, and the others are padding, which attends to nothing and writes nothing.
+///
 /// The counts equal those of vLLM's `get_dcp_local_seq_lens` (vllm/v1/attention/backends/utils.py)
 /// with `interleave` as its `cp_kv_cache_interleave_size`, and the slots in pages those of
 /// `_compute_slot_mapping_kernel` (vllm/v1/worker/block_table.py), whose padding is -1 as well, and
@@ -71,6 +74,9 @@ struct KvRows {
   const std::int32_t* lengths = nullptr;  ///< [B]
   std::int64_t length_stride = 1;         ///< Of `lengths`.
 
+  const std::int32_t* new_tokens = nullptr;  ///< [B]: k of each, or null where all have q.
+  std::int64_t new_token_stride = 1;         ///< Of `new_tokens`.
+
   std::int32_t* counts = nullptr;       ///< [B, q], or [B] for the whole sequences, or null.
   std::int64_t count_batch_stride = 0;  ///< Of `counts`, along B.
   std::int64_t count_query_stride = 0;  ///< Along q.
@@ -88,11 +94,15 @@ struct KvRows {
 
   /// Writes what belongs to row j of sequence b.
   constexpr void place(std::int64_t b, std::int64_t j) const noexcept {
-    const std::int64_t last = queries - 1;
-    const std::int64_t visible = lengths[b * length_stride] - (last - j);
-    if (counts != nullptr && (!whole_counts || j == last)) {
-      counts[b * count_batch_stride + (whole_counts ? 0 : j * count_query_stride)] =
+    const std::int64_t length = lengths[b * length_stride];
+    const std::int64_t fresh = rows_of(b);
+    const std::int64_t visible = j < fresh ? length - (fresh - 1 - j) : 0;
+    if (counts != nullptr && !whole_counts) {
+      counts[b * count_batch_stride + j * count_query_stride] =
           static_cast<std::int32_t>(placement.local_count(visible, rank));
+    } else if (counts != nullptr && j == 0) {
+      counts[b * count_batch_stride] =
+          static_cast<std::int32_t>(placement.local_count(length, rank));
     }
     if (slots != nullptr) {
       slots[b * slot_batch_stride + j * slot_query_stride] =
@@ -101,6 +111,14 @@ struct KvRows {
   }
 
  private:
+  /// k, of 0 to q.
+  [[nodiscard]] constexpr std::int64_t rows_of(std::int64_t b) const noexcept {
+    if (new_tokens == nullptr) {
+      return queries;
+    }
+    const std::int64_t fresh = new_tokens[b * new_token_stride];
+    return fresh < 0 ? 0 : fresh < queries ? fresh : queries;
+  }
   [[nodiscard]] constexpr std::int64_t in_pages(std::int64_t b, std::int64_t local) const noexcept {
     if (pages == nullptr || local == kNoSlot) {
       return local;

@@ -136,6 +136,53 @@ TEST_CASE("each row of a step counts what it attends to and writes its own token
   });
 }
 
+TEST_CASE("ragged drafts: a sequence's first rows are its new tokens, the others padding",
+          "[kv_placement]") {
+  for_each_placement([](const KvPlacement& placement, const HandedOut& handed) {
+    constexpr std::int64_t kRows = 4;
+    const std::vector<std::int32_t> lengths = {7, 7, 7, 7, 7, 2, 3, 0, -5, 7, 7};
+    const std::vector<std::int32_t> fresh = {0, 1, 2, 3, 4, 3, 4, 2, 4, 9, -2};
+    const std::vector<std::int64_t> rows_of = {0, 1, 2, 3, 4, 3, 4, 2, 4, 4, 0};
+    const auto batch = static_cast<std::int64_t>(lengths.size());
+    int wrong = 0;
+    for (std::int64_t rank = 0; rank < placement.ranks; ++rank) {
+      std::vector<std::int32_t> gaps(2 * fresh.size(), 99);
+      std::vector<std::int32_t> counts(lengths.size() * kRows, -7);
+      std::vector<std::int32_t> whole(lengths.size(), -7);
+      std::vector<std::int64_t> slots(counts.size(), -7);
+      KvRows rows{.placement = placement, .rank = rank, .batch = batch, .queries = kRows};
+      for (std::size_t b = 0; b < fresh.size(); ++b) {
+        gaps[2 * b] = fresh[b];
+      }
+      rows.lengths = lengths.data();
+      rows.new_tokens = gaps.data();
+      rows.new_token_stride = 2;
+      rows.counts = counts.data();
+      rows.count_batch_stride = kRows;
+      rows.count_query_stride = 1;
+      rows.slots = slots.data();
+      rows.slot_batch_stride = kRows;
+      rows.slot_query_stride = 1;
+      KvRows of_whole = rows;
+      of_whole.counts = whole.data();
+      of_whole.count_batch_stride = 1;
+      of_whole.whole_counts = true;
+      of_whole.slots = nullptr;
+      for (std::size_t i = 0; i < counts.size(); ++i) {
+        const std::size_t b = i / kRows;
+        const auto j = static_cast<std::int64_t>(i % kRows);
+        rows.place(static_cast<std::int64_t>(b), j);
+        of_whole.place(static_cast<std::int64_t>(b), j);
+        const std::int64_t visible = j < rows_of[b] ? lengths[b] - (rows_of[b] - 1 - j) : 0;
+        wrong += counts[i] != handed.count(visible, rank) ? 1 : 0;
+        wrong += slots[i] != handed.slot(visible - 1, rank) ? 1 : 0;
+        wrong += whole[b] != handed.count(lengths[b], rank) ? 1 : 0;
+      }
+    }
+    CHECK(wrong == 0);
+  });
+}
+
 TEST_CASE("slots in pages", "[kv_placement]") {
   // Rank 1 of 2 has tokens 1, 3, 5 ...: the new tokens 7 and 9 are its 3rd and 4th, from 0.
   const std::vector<std::int32_t> lengths = {10, 10, 10};
