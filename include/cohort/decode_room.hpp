@@ -32,10 +32,11 @@ struct DecodeShape {
   DType dtype = DType::bf16;  ///< Of partial outputs, and of queries where nothing else is said.
   std::optional<DType> query_dtype = {};  ///< Of q_nope, and of q_pe where nothing else is said.
   std::optional<DType> rope_dtype = {};   ///< Of q_pe.
-  /// Where merged attentions go. Room for one that is replicated suffices by head, not by token.
+  /// Where merged attentions go. Each has room for those before it as well: by head, by token,
+  /// replicated. By token alone, and without a query, the ranks need not divide the heads.
   MergeResult result = MergeResult::by_head;
-  /// By token: most tokens of a rank; where 0, as many as each has where the batch is shared out
-  /// evenly, rounded up.
+  /// By token and replicated: most tokens of a rank in a merge by token; where 0, as many as each
+  /// has where the batch is shared out evenly, rounded up.
   std::int64_t tokens = 0;
 };
 
@@ -49,12 +50,16 @@ class DecodeRoom {
       : shape_(shape), ranks_(ranks), merge_(merge) {
     const std::int64_t least =
         std::min({shape.batch, shape.heads, shape.latent, shape.rope, shape.value, shape.tokens});
-    if (least < 0 || shape.heads % ranks != 0 || !is_attention_dtype(shape.dtype)) {
+    const bool by_token_alone =
+        shape.result == MergeResult::by_token && shape.latent == 0 && shape.rope == 0;
+    if (least < 0 || (shape.heads % ranks != 0 && !by_token_alone) ||
+        !is_attention_dtype(shape.dtype)) {
       throw UsageError(fmt::format(
-          "reserve_for: expected sizes >= 0, heads that {} ranks divide and f32, f16 or bf16; got "
-          "batch {}, heads {}, latent {}, rope {}, value {}, {}",
-          ranks, shape.batch, shape.heads, shape.latent, shape.rope, shape.value,
-          to_string(shape.dtype)));
+          "reserve_for: expected sizes >= 0, heads that {} ranks divide for a result {}{} and f32, "
+          "f16 or bf16; got batch {}, heads {}, latent {}, rope {}, value {}, tokens {}, {}",
+          ranks, to_string(shape.result),
+          shape.result == MergeResult::by_token ? " with a query" : "", shape.batch, shape.heads,
+          shape.latent, shape.rope, shape.value, shape.tokens, to_string(shape.dtype)));
     }
     for (const auto extent : {shape.latent, shape.rope, shape.value}) {
       static_cast<void>(numel({ranks, shape.batch, shape.heads, extent}));  // throws on overflow
@@ -120,13 +125,15 @@ class DecodeRoom {
     return static_cast<std::size_t>(shape_.batch * shape_.heads) *
            static_cast<std::size_t>(query_row_bytes());
   }
-  /// Most rows of a rank in a merge, whether by head or as the shape says.
+  /// Most rows of a rank in a merge by any of the results that there is room for.
   [[nodiscard]] std::int64_t widest_rows() const {
-    if (shape_.result == MergeResult::by_token) {
-      const std::int64_t even = dcp::MergeRows::even_count(shape_.batch, ranks_, 0);
-      return (shape_.tokens == 0 ? even : std::min(shape_.tokens, shape_.batch)) * shape_.heads;
+    const std::int64_t by_head = shape_.batch * (shape_.heads / ranks_);
+    if (shape_.result == MergeResult::by_head) {
+      return by_head;
     }
-    return shape_.batch * (shape_.heads / ranks_);
+    const std::int64_t even = dcp::MergeRows::even_count(shape_.batch, ranks_, 0);
+    const std::int64_t tokens = shape_.tokens == 0 ? even : std::min(shape_.tokens, shape_.batch);
+    return std::max(by_head, tokens * shape_.heads);
   }
   /// Bytes of one piece of so many rows for each rank.
   [[nodiscard]] std::size_t pieces_bytes(std::int64_t rows) const {

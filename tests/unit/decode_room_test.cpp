@@ -52,15 +52,38 @@ TEST_CASE("by token the rank with most tokens counts", "[dcp]") {
     return DecodeRoom(with(MergeResult::by_token, tokens), 2, {}).step().blocks[1];
   };
   CHECK(merged(0) == 2 * 4 * 32 * 2);  // shared out evenly, rounded up
-  CHECK(merged(1) == 1 * 4 * 32 * 2);
+  CHECK(merged(1) == 3 * 2 * 32 * 2);  // by head
   CHECK(merged(3) == 3 * 4 * 32 * 2);
   CHECK(merged(9) == 3 * 4 * 32 * 2);  // no rank has more than there are
 }
 
 TEST_CASE("a replicated result needs its own rows as well as all", "[dcp]") {
   const StepRoom room = DecodeRoom(with(MergeResult::replicated), 2, {}).step();
-  CHECK(room.blocks == Blocks{576, 384, 24, 768, 48, 288, 832, 832});
+  CHECK(room.blocks == Blocks{576, 512, 32, 768, 48, 288, 1088, 1088});
   CHECK(room.scratch == 768 + 384);
+}
+
+TEST_CASE("there is room for the results before the one that is asked for", "[dcp]") {
+  const auto rows = [](MergeResult result, std::int64_t tokens) {
+    return DecodeRoom(with(result, tokens), 2, {}).step().blocks[1] / (32 * 2);
+  };
+  CHECK(rows(MergeResult::by_head, 3) == 3 * 2);
+  CHECK(rows(MergeResult::by_token, 1) == 3 * 2);
+  CHECK(rows(MergeResult::by_token, 0) == 2 * 4);
+  CHECK(rows(MergeResult::replicated, 1) == 3 * 2);
+  CHECK(rows(MergeResult::replicated, 0) == 2 * 4);
+  CHECK(rows(MergeResult::replicated, 3) == 3 * 4);
+}
+
+TEST_CASE("by token and without a query the ranks need not divide the heads", "[dcp]") {
+  DecodeShape shape{
+      .batch = 4, .heads = 3, .value = 8, .dtype = DType::f32, .result = MergeResult::by_token};
+  CHECK(DecodeRoom(shape, 2, {}).step().blocks[1] == 2 * 3 * 8 * 4);
+  shape.rope = 16;
+  CHECK_THROWS_MATCHES(DecodeRoom(shape, 2, {}), UsageError, says("2 ranks", "with a query"));
+  shape.rope = 0;
+  shape.result = MergeResult::replicated;
+  CHECK_THROWS_MATCHES(DecodeRoom(shape, 2, {}), UsageError, says("2 ranks", "replicated"));
 }
 
 TEST_CASE("a query has the bytes of its parts' types", "[dcp]") {
@@ -84,7 +107,7 @@ TEST_CASE("an inbox slot holds the query, pieces, or as much as every rank merge
   const DecodeRoom replicated(with(MergeResult::replicated), 2, {});
   CHECK(replicated.inbox_bytes(1 << 20) == 2 * 816);  // all rows
   CHECK(replicated.inbox_bytes(10 * 64) == 2 * 688);  // ten of them
-  CHECK(replicated.inbox_bytes(100) == 832);          // of one row less than of its own
+  CHECK(replicated.inbox_bytes(100) == 1088);         // of one row less than of its own
 }
 
 TEST_CASE("shapes that cannot be are refused", "[dcp]") {
