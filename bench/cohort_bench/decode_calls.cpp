@@ -77,10 +77,9 @@ struct RawMerge {
     TensorOps& ops = session.bed.backend().ops();
     const StreamRef stream = session.bed.stream();
     session.raw.all_gather(lse.view.data(), lses.view.data(), lse.view.bytes());
-    ops.correct_partial({.out = dcp::as_one_split(out.view),
-                         .lse = dcp::as_one_split(lse.view),
-                         .base = LseBase::two},
-                        lses.view, session.rank(), corrected.view.transpose(0, 1), stream);
+    ops.correct_partial(
+        {.out = out.view.unsqueeze(), .lse = lse.view.unsqueeze(), .base = LseBase::two}, lses.view,
+        session.rank(), corrected.view.transpose(0, 1), stream);
     session.raw.reduce_scatter(corrected.view.data(), sums.view.data(),
                                static_cast<std::size_t>(sums.view.numel()), dtype);
     if (converts) {

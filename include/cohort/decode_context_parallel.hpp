@@ -112,8 +112,8 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// Merges the ranks' partial attentions exactly and scatters the heads: [B, H/n, D] from this
   /// rank's `out` [B, H, D] and `lse` [B, H] in f32, of any strides with D without gaps. Ranks
   /// without tokens have lse = -inf; their `out` is never read. See dcp/lse_merge.hpp. On cards D
-  /// is a multiple of 8, at most 1024, and a split of `out` has less than 2 GiB; anything else is a
-  /// `UsageError`, on every plan.
+  /// is a multiple of 8, at most 1024, a split of `out` has less than 2 GiB, and there are at most
+  /// 256 splits; anything else is a `UsageError`, on every plan.
   [[nodiscard]] Tensor merge_attention(const ConstTensorView& out, const ConstTensorView& lse,
                                        LseBase base = LseBase::e, StreamRef stream = {}) {
     return merge_new({.out = out, .lse = lse, .base = base}, MergeResult::by_head, stream, {},
@@ -131,14 +131,16 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// are empty because a rank has no tokens. Where the result goes is `result`'s: a rank's heads
   /// [B, H/n, D] and [B, H/n], its tokens [counts[rank], H, D] and [counts[rank], H], or all
   /// [B, H, D] and [B, H]. `counts`, by token only, has the tokens of every rank, B in all; without
-  /// it they are shared out evenly, the first ranks having one more. Replicated results are the
+  /// it they are shared out evenly, the first ranks having one more; in `packed` every rank sends
+  /// every other as many bytes as the rank with most tokens needs. Replicated results are the
   /// same bits on every rank, and those of the other two.
   ///
   /// All ranks pass equal sizes, types, bases, numbers of splits, results and counts, and a sink or
-  /// none. `one_kernel` finds a difference as any call does, the other plans under debug checks.
-  /// Whether a rank gives `local_tokens` is its own affair. Arithmetic as in dcp/lse_merge.hpp:
-  /// fp32, splits in their order and then ranks in theirs, so that results are repeatable bit by
-  /// bit, and equal for `packed` and `one_kernel`.
+  /// none. A difference is found as in any call: by every plan on the host, on cards by
+  /// `one_kernel` and, as NCCL compares nothing, by the other plans under debug checks. Whether a
+  /// rank gives `local_tokens` is its own affair. Arithmetic as in dcp/lse_merge.hpp: fp32, splits
+  /// in their order and then ranks in theirs, so that results are repeatable bit by bit, and equal
+  /// for `packed` and `one_kernel`.
   [[nodiscard]] Merged merge_attention(const Partials& partials,
                                        MergeResult result = MergeResult::by_head,
                                        StreamRef stream = {},
@@ -345,6 +347,9 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   }
 
   void merge_packed(const MergeArguments& arguments, const Call& call) {
+    if (size() == 1 && backend().ops().merge_alone(arguments, call.stream)) {
+      return;
+    }
     const ConstTensorView& out = arguments.partials.out;
     const auto piece =
         dcp::packed_piece(arguments.rows.widest(), 1, out.shape()[3], size_of(out.dtype()));
@@ -354,6 +359,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     Tensor theirs;
     if (size() > 1) {
       theirs = temporary(shape, DType::u8, call);
+      transport()->agree_also(dcp::merge_form(arguments));
       issue_all_to_all(theirs, mine, call);
     }
     backend().ops().merge_pieces(size() > 1 ? theirs : mine, arguments, rank(), call.stream);
@@ -369,6 +375,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
       backend().ops().local_lse(partials, own_lse.view().reshape({rows.batch, rows.heads}),
                                 call.stream);
     }
+    transport()->agree_also(dcp::merge_form(arguments));
     issue_gather(lses, partials.is_plain() ? partials.lse : ConstTensorView(own_lse), equal(1), 0,
                  call);
     if (arguments.lse) {

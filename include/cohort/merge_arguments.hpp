@@ -65,14 +65,14 @@ inline void check_partials(const Caller& caller, Device device, Partials& partia
   check_on_device("merge_attention out", caller, device, partials.out);
   const Dims given = partials.out.shape();
   if (given.size() == 3 && partials.lse.ndim() == 2) {
-    partials.out = dcp::as_one_split(partials.out);
-    partials.lse = dcp::as_one_split(partials.lse);
+    partials.out = partials.out.unsqueeze();
+    partials.lse = partials.lse.unsqueeze();
   }
   const Dims& shape = partials.out.shape();
-  if (shape.size() != 4 || shape[0] < 1) {
+  if (shape.size() != 4 || shape[0] < 1 || shape[3] < 1) {
     throw UsageError(fmt::format(
-        "merge_attention out: expected [B, H, D] or [S, B, H, D] with S >= 1 and an lse of as many "
-        "but the last, got {} and {}",
+        "merge_attention out: expected [B, H, D] or [S, B, H, D] with S >= 1 and D >= 1 and an lse "
+        "of as many but the last, got {} and {}",
         to_string(given), to_string(partials.lse.shape())));
   }
   if (!is_attention_dtype(partials.out.dtype())) {

@@ -63,6 +63,20 @@ class Dims {
     return values_.data() + size_;
   }
 
+  /// The list with one more in front. Throws `UsageError` where it has `kMaxDims` already.
+  [[nodiscard]] constexpr Dims behind(std::int64_t value) const {
+    if (size_ == kMaxDims) {
+      throw UsageError(fmt::format("a tensor has at most {} dimensions", kMaxDims));
+    }
+    Dims longer;
+    longer.values_[0] = value;
+    for (int i = 0; i < size_; ++i) {
+      longer[i + 1] = (*this)[i];
+    }
+    longer.size_ = size_ + 1;
+    return longer;
+  }
+
   friend constexpr bool operator==(const Dims& a, const Dims& b) noexcept {
     if (a.size_ != b.size_) {
       return false;
@@ -236,6 +250,14 @@ class BasicTensorView {
     BasicTensorView view = *this;
     std::swap(view.shape_[da], view.shape_[db]);
     std::swap(view.strides_[da], view.strides_[db]);
+    return view;
+  }
+
+  /// The view with a dimension of one element in front, along which nothing is stepped over.
+  [[nodiscard]] BasicTensorView unsqueeze() const {
+    BasicTensorView view = *this;
+    view.shape_ = shape_.behind(1);
+    view.strides_ = strides_.behind(0);
     return view;
   }
 

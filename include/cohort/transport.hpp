@@ -141,6 +141,13 @@ class TensorOps {
   /// Merges the pieces that all ranks packed for this one, in rank order.
   virtual void merge_pieces(const ConstTensorView& pieces, const MergeArguments& arguments,
                             int rank, StreamRef stream) = 0;
+
+  /// Merges what a group's only rank has, with the bits of the two above, where that needs no
+  /// pieces. Where it does, does nothing and returns false.
+  [[nodiscard]] virtual bool merge_alone(const MergeArguments& /*arguments*/,
+                                         StreamRef /*stream*/) {
+    return false;
+  }
 };
 
 /// The types of a query's parts. Where they differ the parts are moved as bytes, of which ranks
@@ -223,8 +230,8 @@ class Transport {
   /// a capture. A transport that packs nothing has nothing to do.
   virtual void reserve_scratch(std::size_t /*bytes*/) {}
 
-  /// The ranks of the next all-gather have to agree on this as well, where they compare what they
-  /// call: what its bytes are. Local.
+  /// The ranks of the next all-gather or all-to-all have to agree on this as well, where they
+  /// compare what they call: what its bytes are. Local.
   virtual void agree_also(std::int64_t /*form*/) noexcept {}
 
   /// Rank r's `in` becomes extents [sum(sizes[..r)), + sizes[r]) of `out` along `dim`.

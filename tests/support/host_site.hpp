@@ -35,7 +35,7 @@ inline Dims dims(std::vector<std::int64_t> values) {
 inline MergeArguments by_head(int ranks, const ConstTensorView& out, const ConstTensorView& lse,
                               const TensorView& merged, std::optional<TensorView> merged_lse = {},
                               LseBase base = LseBase::e) {
-  return {.partials = {.out = dcp::as_one_split(out), .lse = dcp::as_one_split(lse), .base = base},
+  return {.partials = {.out = out.unsqueeze(), .lse = lse.unsqueeze(), .base = base},
           .rows = {.batch = out.size(0), .heads = out.size(1), .ranks = ranks},
           .merged = merged,
           .lse = std::move(merged_lse)};

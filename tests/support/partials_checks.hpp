@@ -26,7 +26,8 @@ namespace cohort::test {
 struct PartialsCase {
   std::int64_t splits = 1;
   std::int64_t batch = 2;
-  std::int64_t own_heads = 1;  ///< H/n
+  std::int64_t own_heads = 1;   ///< H/n
+  std::int64_t more_heads = 0;  ///< By token: heads that the ranks do not divide.
   std::int64_t dim = 16;
   DType dtype = DType::f32;
   LseBase base = LseBase::e;
@@ -43,10 +44,10 @@ struct PartialsCase {
 
 [[nodiscard]] inline std::string to_string(const PartialsCase& c) {
   return fmt::format(
-      "S {} B {} H/n {} D {} {} base {} {} sink {} tokens {} lse {} strided {} empty {} [{}]",
-      c.splits, c.batch, c.own_heads, c.dim, to_string(c.dtype), c.base == LseBase::e ? "e" : "2",
-      to_string(c.result), c.sink, c.local_tokens, c.lse, c.strided, c.all_empty,
-      fmt::join(c.counts, ","));
+      "S {} B {} H/n {} + {} D {} {} base {} {} sink {} tokens {} lse {} strided {} empty {} [{}]",
+      c.splits, c.batch, c.own_heads, c.more_heads, c.dim, to_string(c.dtype),
+      c.base == LseBase::e ? "e" : "2", to_string(c.result), c.sink, c.local_tokens, c.lse,
+      c.strided, c.all_empty, fmt::join(c.counts, ","));
 }
 
 /// What the ranks have, by place: every rank can tell for every other.
@@ -130,7 +131,7 @@ struct PartialsRow {
 class PartialsSite {
  public:
   PartialsSite(GroupCoordinator& group, Site& site, const PartialsCase& given)
-      : c(given), values{given, given.own_heads * group.size()} {
+      : c(given), values{given, given.own_heads * group.size() + given.more_heads} {
     const std::int64_t heads = values.heads;
     partials.base = c.base;
     const TensorView out = tensor(site, {c.splits, c.batch, heads, c.dim}, c.dtype);
@@ -288,36 +289,41 @@ inline std::vector<std::byte> merge_partials_once(DecodeContextParallelGroup& dc
   return counts;
 }
 
-/// Every allowed combination in turn, each with sizes, type and layout drawn.
-[[nodiscard]] inline std::vector<PartialsCase> partials_cases(int n, unsigned seed) {
+/// Every allowed combination in turn, each with sizes and layout drawn and one of the types, which
+/// is another with the next seed. `any_size`: of rows and splits, as the host takes them.
+[[nodiscard]] inline std::vector<PartialsCase> partials_cases(int n, unsigned seed,
+                                                              bool any_size = false) {
   std::mt19937 random(seed);
   const auto pick = [&]<class T>(std::initializer_list<T> values) {
     return values.begin()[random() % values.size()];
   };
   std::vector<PartialsCase> cases;
-  for (const std::int64_t splits : {1, 2, 3, 4}) {
+  for (const std::int64_t most : {1, 2, 3, 4}) {
+    const std::int64_t splits = any_size && most == 4 ? pick({4, 5, 19}) : most;
     for (const MergeResult result :
          {MergeResult::by_head, MergeResult::by_token, MergeResult::replicated}) {
       for (unsigned flags = 0; flags < 16; ++flags) {
-        PartialsCase c{.splits = splits,
-                       .batch = pick({1, 2, 3, 5, 9}),
-                       .own_heads = pick({1, 2, 3}),
-                       .dim = pick({8, 16, 40, 64, 104}),
-                       .dtype = pick({DType::f32, DType::f16, DType::bf16}),
-                       .base = (flags & 8) != 0 ? LseBase::e : LseBase::two,
-                       .result = result,
-                       .sink = (flags & 1) != 0,
-                       .local_tokens = (flags & 2) != 0,
-                       .lse = (flags & 4) != 0,
-                       .without_dimension = splits == 1 && random() % 2 == 0,
-                       .all_empty = random() % 12 == 0,
-                       .strided = random() % 2 == 0,
-                       .memory = pick({Memory::arena, Memory::ordinary, Memory::mixed})};
+        PartialsCase c{
+            .splits = splits,
+            .batch = pick({1, 2, 3, 5, 9}),
+            .own_heads = pick({1, 2, 3}),
+            .dim = any_size ? pick({1, 7, 33, 63, 64, 65, 129}) : pick({8, 16, 40, 64, 104}),
+            .dtype = std::array{DType::f32, DType::f16, DType::bf16}[(cases.size() + seed) % 3],
+            .base = (flags & 8) != 0 ? LseBase::e : LseBase::two,
+            .result = result,
+            .sink = (flags & 1) != 0,
+            .local_tokens = (flags & 2) != 0,
+            .lse = (flags & 4) != 0,
+            .without_dimension = splits == 1 && random() % 2 == 0,
+            .all_empty = random() % 12 == 0,
+            .strided = random() % 2 == 0,
+            .memory = pick({Memory::arena, Memory::ordinary, Memory::mixed})};
         if (random() % 24 == 0) {
           c.batch = 0;
         }
         if (result == MergeResult::by_token) {
           c.counts = draw_counts(random, c.batch, n);
+          c.more_heads = static_cast<std::int64_t>(random() % static_cast<unsigned>(n));
         }
         cases.push_back(c);
       }
@@ -350,16 +356,18 @@ struct PartialsPlan {
            false}};
 }
 
-/// Every combination by every plan; by many ranks in the short run some of them.
+/// Every combination by every plan; in the short run by one rank in every type, by two in two of
+/// them, and by more ranks some of them, others by each number.
 inline void check_partials(ControlPlane& world) {
   const int n = world.size();
-  const std::size_t step = full_run() || n <= 2 ? 1 : n == 3 ? 3 : 11;
-  for (int round = 0; round < (full_run() ? 4 : 1); ++round) {
-    const auto cases = partials_cases(n, static_cast<unsigned>(100 * n + round));
+  const std::size_t step = full_run() || n <= 2 ? 1 : n == 3 ? 5 : 23;
+  for (int round = 0; round < (full_run() ? 6 : n < 3 ? 4 - n : 1); ++round) {
+    const auto cases =
+        partials_cases(n, static_cast<unsigned>(100 * n + round), n <= 2 || round % 2 == 0);
     std::vector<std::vector<std::byte>> packed(cases.size());
     for (const auto& plan : partials_plans()) {
       auto state = decode_state(world, plan.merge, plan.host);
-      for (std::size_t i = 0; i < cases.size(); i += step) {
+      for (std::size_t i = (u(n) * 4 + u(round)) % step; i < cases.size(); i += step) {
         const std::string what = fmt::format("{}: {}", plan.name, to_string(cases[i]));
         auto bits = merge_partials_once(state.dcp(), cases[i], what, plan.narrow);
         if (packed[i].empty()) {
@@ -486,9 +494,29 @@ inline void check_reserved_partials(ControlPlane& world) {
           }
           cases.push_back(c);
         }
+        if (result == MergeResult::replicated) {
+          tokens = 9;  // all of them on one rank
+        }
         std::vector<PartialsSite> sites;
         for (const auto& c : cases) {
           sites.emplace_back(dcp, site, c);
+        }
+        // There is room for the results before it as well.
+        std::vector<PartialsCase> lesser;
+        for (const MergeResult before : {MergeResult::by_head, MergeResult::by_token}) {
+          if (before < result) {
+            lesser.push_back(cases.front());
+            lesser.back().result = before;
+            lesser.back().counts.clear();
+            if (before == MergeResult::by_token) {
+              lesser.back().counts.assign(u(n), 0);
+              lesser.back().counts.back() = lesser.back().batch;
+            }
+          }
+        }
+        std::vector<PartialsSite> lesser_sites;
+        for (const auto& c : lesser) {
+          lesser_sites.emplace_back(dcp, site, c);
         }
         dcp.reserve_for({.batch = 9,
                          .heads = 2 * n,
@@ -520,6 +548,12 @@ inline void check_reserved_partials(ControlPlane& world) {
           sites[i].check_merged(n, captured[i].out, captured[i].lse.view(), plan.narrow, what);
           check(bits_of(eager.out) == bits_of(captured[i].out), what + ": eager and captured");
         }
+        for (const PartialsSite& it : lesser_sites) {
+          const std::string what = fmt::format("{}: {}, with room for {}", plan.name,
+                                               to_string(it.c), to_string(result));
+          const Merged merged = dcp.merge_attention(it.partials, it.c.result, stream, it.c.counts);
+          it.check_merged(n, merged.out, merged.lse.view(), plan.narrow, what);
+        }
         check_equal(dcp.arena()->statistics().segments, segments, "segments");
       }
     }
@@ -544,6 +578,7 @@ inline void check_wrong_partials(DecodeContextParallelGroup& dcp, StreamRef stre
     return other;
   };
   refused({merged}, with([&](Partials& x) { x.out = f32({0, 3, 2 * n, 8}); }), "out", "S >= 1");
+  refused({merged}, with([&](Partials& x) { x.out = f32({2, 3, 2 * n, 0}); }), "out", "D >= 1");
   refused({merged}, with([&](Partials& x) { x.lse = f32({3, 2 * n}); }), "lse", "expected f32");
   refused({merged}, with([&](Partials& x) { x.lse = f32({1, 3, 2 * n}); }), "lse", "expected f32");
   refused({merged}, with([&](Partials& x) { x.sink = f32({n}); }), "sink", "expected f32");
@@ -575,14 +610,16 @@ inline void check_wrong_partials(DecodeContextParallelGroup& dcp, StreamRef stre
   check_values(merged, "afterwards", [](std::int64_t) { return 2; });
 }
 
-/// A rank that asks for something else is found, by the kernels themselves where they merge.
-inline void check_other_partials(ControlPlane& world, bool debug) {
+/// A rank that asks for something else is found, whatever merges and carries its bytes.
+inline void check_other_partials(ControlPlane& world, MergePlan plan, bool map_peers, bool debug) {
   const int last = world.size() - 1;
   const bool other = world.rank() == last;
   const int n = world.size();
-  for (int kind = 0; kind < 6; ++kind) {
+  for (int kind = 0; kind < 7; ++kind) {
     auto state = make_state(world, {.tp = n, .dcp = n},
-                            {.merge = {.plan = MergePlan::one_kernel}, .debug_checks = debug});
+                            {.backend = host_backend({.map_peers = map_peers}),
+                             .merge = {.plan = plan},
+                             .debug_checks = debug});
     auto& dcp = state.dcp();
     Site site(dcp, Memory::ordinary);
     const auto out = site.filled({2, 2 * n, 2 * n, 8}, DType::f32);
@@ -612,17 +649,36 @@ inline void check_other_partials(ControlPlane& world, bool debug) {
           p.lse = lse.slice(0, 0, 1);
         }
         break;
-      default:
+      case 5:
         result = MergeResult::by_token;
         counts.assign(u(n), 2);
         if (other) {
           --counts[0];
           ++counts[u(n - 1)];
         }
+        break;
+      default:
+        result = MergeResult::replicated;
     }
-    check_throws<SymmetryError>([&] { (void)dcp.merge_attention(p, result, {}, counts); },
-                                "merge_attention");
-    (void)dcp.merge_attention({out, lse, LseBase::e, sink}, MergeResult::by_token);
+    const auto call = [&] {
+      if (kind < 6) {
+        (void)dcp.merge_attention(p, result, {}, counts);
+        return;
+      }
+      MergeInto into{site.tensor({2 * n, 2 * n, 8}, DType::f32), {}, result};
+      if (other) {
+        into.lse = site.tensor({2 * n, 2 * n}, DType::f32);
+      }
+      dcp.merge_attention_into(into, p);
+    };
+    if (plan == MergePlan::one_kernel) {
+      check_throws<SymmetryError>(call, "merge_attention");
+    } else {
+      check_throws<SymmetryError>(call);
+    }
+    if (map_peers) {  // over the control plane a group ends with its first error
+      (void)dcp.merge_attention({out, lse, LseBase::e, sink}, MergeResult::by_token);
+    }
   }
 }
 

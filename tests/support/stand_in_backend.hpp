@@ -37,6 +37,9 @@ struct StandIns {
   using Check = std::function<void(const ControlPlane& group)>;
   Check check = {};
   Check end = {};
+
+  /// Before a reduce-scatter is issued.
+  Check reduce_scatter = {};
 };
 
 class StandInTransport final : public Transport {
@@ -70,6 +73,9 @@ class StandInTransport final : public Transport {
   }
   void reduce_scatter(const ConstTensorView& in, const TensorView& out, int dim,
                       std::span<const std::int64_t> sizes, ReduceOp op, StreamRef stream) override {
+    if (steps_.reduce_scatter) {
+      steps_.reduce_scatter(group_);
+    }
     real_->reduce_scatter(in, out, dim, sizes, op, stream);
   }
   void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,

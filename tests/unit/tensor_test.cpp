@@ -82,6 +82,12 @@ TEST_CASE("views address what they say", "[tensor]") {
   CHECK(slice.shape() == Dims{2, 2, 4});
   CHECK(*slice.data_as<float>() == 4.0F);
   CHECK_FALSE(slice.is_contiguous());
+  const auto one_more = view.transpose(0, 1).unsqueeze();
+  CHECK(one_more.shape() == Dims{1, 3, 2, 4});
+  CHECK(one_more.strides() == Dims{0, 4, 12, 1});
+  CHECK(one_more.data() == view.data());
+  CHECK(one_more.numel() == 24);
+  CHECK_THROWS_AS(one_more.unsqueeze().unsqueeze().unsqueeze().unsqueeze().unsqueeze(), UsageError);
   const auto transposed = view.transpose(0, -1);
   CHECK(transposed.shape() == Dims{4, 3, 2});
   CHECK(transposed.strides() == Dims{1, 4, 12});

@@ -7,6 +7,7 @@
 
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dcp/merge_rows.hpp"
+#include "cohort/hash.hpp"
 #include "cohort/tensor.hpp"
 
 /// \file
@@ -18,19 +19,20 @@ namespace cohort {
 /// S of them: splits of the local KV cache, chunks and new tokens, levels of a cascade. Splits are
 /// combined while they are read, in their order, by the rules of dcp/lse_merge.hpp, and rounded
 /// once to their type, and their LSE to fp32, as if a kernel had combined them before: then the
-/// ranks' are merged.
+/// ranks' are merged. On cards S is at most 256.
 struct Partials {
-  ConstTensorView out;        ///< [B, H, D] or [S, B, H, D] in f32, f16 or bf16; D without gaps
+  ConstTensorView out;        ///< [B, H, D] or [S, B, H, D] in f32, f16 or bf16; D without gaps.
   ConstTensorView lse;        ///< [B, H] or [S, B, H] in f32, any strides
   LseBase base = LseBase::e;  ///< Of the LSEs and the sinks.
-  /// [H] in f32: a score that takes part in the softmax and has no value, counted once in the group
+  /// [H] in f32, in the base of the LSEs: a score x of natural logarithms is x * log2(e) where
+  /// `base` is two. It takes part in the softmax and has no value, counted once in the group
   /// whatever the number of ranks and splits. It adds to the merged LSE; where all else is empty it
   /// is the merged LSE. -inf, +inf and NaN are no sink. All ranks give one, with the same values,
   /// or none does: each reads those of the rows that it merges.
   std::optional<ConstTensorView> sink = {};
   /// [B] in i32, of the device: the tokens of the KV cache that this rank attended to. Where it is
   /// 0 or less the row is empty, whatever its LSEs and outputs hold, which are not read into
-  /// anything.
+  /// anything. Where a sequence has q rows, `KvStep::counts` [B, q] are those, as [B * q].
   std::optional<ConstTensorView> local_tokens = {};
 
   /// S.
@@ -53,15 +55,24 @@ struct MergeArguments {
 
 namespace dcp {
 
-/// [B, H, D] or [B, H] as [1, B, H, D] or [1, B, H].
-template <class Void>
-[[nodiscard]] BasicTensorView<Void> as_one_split(const BasicTensorView<Void>& view) {
-  const auto behind = [&](std::int64_t first, const Dims& rest) {
-    return rest.size() == 2 ? Dims{first, rest[0], rest[1]}
-                            : Dims{first, rest[0], rest[1], rest[2]};
+/// What the ranks have to agree on of a merge, as a number that they compare.
+[[nodiscard]] inline std::int64_t merge_form(const MergeArguments& arguments) noexcept {
+  const Partials& partials = arguments.partials;
+  const MergeRows& rows = arguments.rows;
+  std::uint64_t form = cohort::detail::kHashSeed;
+  const auto add = [&](std::int64_t word) {
+    form = cohort::detail::mix(form, static_cast<std::uint64_t>(word));
   };
-  return {view.data(), view.dtype(), behind(1, view.shape()), behind(0, view.strides()),
-          view.device()};
+  for (const std::int64_t extent : partials.out.shape()) {
+    add(extent);
+  }
+  add(static_cast<std::int64_t>(partials.out.dtype()) * 64 +
+      static_cast<std::int64_t>(rows.result) * 16 + static_cast<std::int64_t>(partials.base) * 4 +
+      (partials.sink ? 2 : 0) + (rows.result == MergeResult::replicated && arguments.lse ? 1 : 0));
+  for (const std::int64_t count : rows.counts) {
+    add(count);
+  }
+  return static_cast<std::int64_t>(form);
 }
 
 }  // namespace dcp

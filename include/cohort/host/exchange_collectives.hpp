@@ -104,8 +104,9 @@ class ExchangeCollectives {
     }
   }
 
-  void all_to_all(const ConstTensorView& in, const TensorView& out) {
-    const Call call = call_of(Operation::all_to_all, in, 0, {});
+  void all_to_all(const ConstTensorView& in, const TensorView& out, std::int64_t form = 0) {
+    Call call = call_of(Operation::all_to_all, in, 0, {});
+    call.mix(form);
     const std::int64_t extent = in.shape()[0] / size();
     const auto arrived = trade(
         call, [&](int r) { return pack(call, part_of(in, 0, r * extent, extent), in); }, everyone(),

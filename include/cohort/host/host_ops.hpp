@@ -112,6 +112,12 @@ class HostOps final : public TensorOps {
         pieces, arguments, arguments.rows.counts);
   }
 
+  [[nodiscard]] bool merge_alone(const MergeArguments& arguments, StreamRef stream) override {
+    enqueue(
+        stream, [](const MergeArguments& given) { alone_now(given); }, arguments);
+    return true;
+  }
+
  private:
   static std::size_t u(std::int64_t value) noexcept { return static_cast<std::size_t>(value); }
   static std::int64_t s(std::size_t value) noexcept { return static_cast<std::int64_t>(value); }
@@ -161,6 +167,7 @@ class HostOps final : public TensorOps {
   static void merge_lse_now(const ConstTensorView& lses, const MergeArguments& arguments, int rank);
   static void pack_now(const MergeArguments& arguments, const TensorView& pieces);
   static void merge_now(const ConstTensorView& pieces, const MergeArguments& arguments, int rank);
+  static void alone_now(const MergeArguments& arguments);
 };
 
 inline void HostOps::copy_now(const ConstTensorView& from, const TensorView& to) {
@@ -282,6 +289,26 @@ inline void HostOps::merge_now(const ConstTensorView& pieces, const MergeArgumen
                    at<std::byte>(merged, {b, j}), dim);
     if (arguments.lse) {
       *at<float>(*arguments.lse, {b, j}) = lse;
+    }
+  });
+}
+
+inline void HostOps::alone_now(const MergeArguments& arguments) {
+  const DefaultFloatMode mode;
+  const Partials& partials = arguments.partials;
+  const TensorView& merged = arguments.merged;
+  const DType dtype = merged.dtype();
+  const std::int64_t dim = merged.shape()[2];
+  PartialRows rows(partials);
+  std::vector<std::byte> room(partials.splits() == 1 ? 0 : u(dim) * size_of(dtype));
+  for_each_row(merged.shape(), [&](std::int64_t b, std::int64_t h) {
+    const auto row = rows.at(b, h, room.data());
+    float scale = 0.0F;
+    float lse = 0.0F;
+    dcp::merge_weights(&row.lse, 1, partials.base, &scale, &lse, sink_of(partials, h));
+    dcp::merge_row(dtype, &row.out, &scale, 1, at<std::byte>(merged, {b, h}), dim);
+    if (arguments.lse) {
+      *at<float>(*arguments.lse, {b, h}) = lse;
     }
   });
 }

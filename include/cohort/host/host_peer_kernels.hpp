@@ -271,8 +271,9 @@ inline void HostPeerKernels::merge_rows(const MergeArguments& arguments, Partial
     const auto place = shape.own.place(first + i, b);
     for (int r = 0; r < n; ++r) {
       if (r == access_.rank() && !plain) {
-        lses_[u(r)] = rows.read(place.token, place.head, own_row_.data());
-        rows_[u(r)] = own_row_.data();
+        const auto own = rows.at(place.token, place.head, own_row_.data());
+        lses_[u(r)] = own.lse;
+        rows_[u(r)] = own.out;
         continue;
       }
       const Source& source = sources_[u(r)];
@@ -304,15 +305,7 @@ inline Call HostPeerKernels::merge_call(const MergeArguments& arguments) const {
             .dtype = partials.out.dtype(),
             .variant = static_cast<std::uint8_t>(partials.base),
             .bytes = partials.out.bytes()};
-  const dcp::MergeRows& rows = arguments.rows;
-  for (const auto extent : partials.out.shape()) {
-    call.mix(extent);
-  }
-  call.mix(static_cast<std::int64_t>(rows.result) * 4 + (partials.sink ? 2 : 0) +
-           (rows.result == MergeResult::replicated && arguments.lse ? 1 : 0));
-  for (const auto count : rows.counts) {
-    call.mix(count);
-  }
+  call.mix(dcp::merge_form(arguments));
   return call;
 }
 

@@ -142,9 +142,9 @@ class HostTransport final : public Transport {
     steps_.issue();
     enqueue_call(
         lifeline_, stream,
-        [this](const ConstTensorView& from, const TensorView& to) {
+        [this, form = std::exchange(form_, 0)](const ConstTensorView& from, const TensorView& to) {
           dispatch(
-              "all_to_all", [&](auto& way) { way.all_to_all(from, to); },
+              "all_to_all", [&](auto& way) { way.all_to_all(from, to, form); },
               [&] { copy_view(from, to); });
         },
         in, out);
@@ -278,7 +278,7 @@ class HostTransport final : public Transport {
   std::optional<HostPeerKernels> kernels_;
   ExchangeCollectives exchange_;
   HostSteps steps_;
-  std::int64_t form_ = 0;               // of the next all-gather
+  std::int64_t form_ = 0;               // of the next all-gather or all-to-all
   std::shared_ptr<Lifeline> lifeline_;  // kept by recorded calls
 };
 

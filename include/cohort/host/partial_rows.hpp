@@ -44,20 +44,33 @@ class PartialRows {
   /// Writes a row, [D] of the partials' type, and returns its LSE. An empty row may be left
   /// unwritten, as none is read.
   [[nodiscard]] float read(std::int64_t token, std::int64_t head, void* row) {
+    const Row found = at(token, head, row);
+    if (found.out != nullptr && found.out != row) {
+      std::memcpy(row, found.out, row_bytes_);
+    }
+    return found.lse;
+  }
+
+  /// A row and its LSE.
+  struct Row {
+    const void* out = nullptr;  ///< Null where it is empty.
+    float lse = dcp::kEmptyLse;
+  };
+  /// A row where it lies, or combined in `room`, [D] of the partials' type.
+  [[nodiscard]] Row at(std::int64_t token, std::int64_t head, void* room) {
     if (is_empty(token)) {
-      return dcp::kEmptyLse;
+      return {};
     }
     if (splits_ == 1) {
-      std::memcpy(row, split_row(0, token, head), row_bytes_);
-      return split_lse(0, token, head);
+      return {split_row(0, token, head), split_lse(0, token, head)};
     }
     const float lse = weigh(token, head);
     for (std::int64_t s = 0; s < splits_; ++s) {
       rows_[static_cast<std::size_t>(s)] = split_row(s, token, head);
     }
     dcp::merge_row(partials_.out.dtype(), rows_.data(), lses_.data(), static_cast<int>(splits_),
-                   row, partials_.out.shape()[3]);
-    return lse;
+                   room, partials_.out.shape()[3]);
+    return {room, lse};
   }
 
  private:

@@ -47,8 +47,8 @@ class PeerCollectives {
     all_reduce_.all_reduce(in, out, op);
   }
   void broadcast(const TensorView& tensor, int root);
-  void all_to_all(const ConstTensorView& in, const TensorView& out) {
-    scatter_.all_to_all(in, out);
+  void all_to_all(const ConstTensorView& in, const TensorView& out, std::int64_t form = 0) {
+    scatter_.all_to_all(in, out, form);
   }
   void barrier();
   void send(const ConstTensorView& tensor, int to);

@@ -29,7 +29,7 @@ class PeerScatter {
 
   void reduce_scatter(const ConstTensorView& in, const TensorView& out, int dim,
                       std::span<const std::int64_t> sizes, ReduceOp op);
-  void all_to_all(const ConstTensorView& in, const TensorView& out);
+  void all_to_all(const ConstTensorView& in, const TensorView& out, std::int64_t form);
 
  private:
   template <class Consume>
@@ -212,18 +212,20 @@ inline void PeerScatter::reduce_scatter(const ConstTensorView& in, const TensorV
   });
 }
 
-inline void PeerScatter::all_to_all(const ConstTensorView& in, const TensorView& out) {
+inline void PeerScatter::all_to_all(const ConstTensorView& in, const TensorView& out,
+                                    std::int64_t form) {
   const std::size_t element = size_of(in.dtype());
   const int n = access_.size();
   const std::int64_t extent = in.shape()[0] / n;
   sizes_.assign(to_size(n), extent);
-  scatter(call_of(Operation::all_to_all, in), in, 0, sizes_,
-          [&](std::int64_t first, std::int64_t count) {
-            for (int r = 0; r < n; ++r) {
-              auto writer = part_of(out, 0, r * extent, extent).cursor(element, first);
-              copy(writer, steps_.sources[to_size(r)], count);
-            }
-          });
+  Call call = call_of(Operation::all_to_all, in);
+  call.mix(form);
+  scatter(call, in, 0, sizes_, [&](std::int64_t first, std::int64_t count) {
+    for (int r = 0; r < n; ++r) {
+      auto writer = part_of(out, 0, r * extent, extent).cursor(element, first);
+      copy(writer, steps_.sources[to_size(r)], count);
+    }
+  });
 }
 
 }  // namespace cohort::host

@@ -1,21 +1,56 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <cohort/dcp/partials.hpp>
+#include <cstdint>
 #include <vector>
 
 #include "support/catch.hpp"
 
 using namespace cohort;
 
-TEST_CASE("one split gets the dimension of the splits, with its strides", "[dcp]") {
+TEST_CASE("whatever ranks have to agree on of a merge changes what they compare", "[dcp]") {
   std::vector<float> memory(64);
-  const TensorView out(memory.data(), DType::f32, {2, 3, 4}, {4, 8, 1});
-  const TensorView split = dcp::as_one_split(out);
-  CHECK(split.shape() == Dims{1, 2, 3, 4});
-  CHECK(split.strides() == Dims{0, 4, 8, 1});
-  CHECK(split.data() == out.data());
-  const TensorView lse = dcp::as_one_split(TensorView(memory.data(), DType::f32, {2, 3}));
-  CHECK(lse.shape() == Dims{1, 2, 3});
-  CHECK(lse.strides() == Dims{0, 3, 1});
+  const std::vector<std::int64_t> counts{1, 1};
+  const std::vector<std::int64_t> others{2, 0};
+  const auto floats = [&](const Dims& shape) {
+    return TensorView(memory.data(), DType::f32, shape);
+  };
+  const MergeArguments good{
+      .partials = {floats({1, 2, 2, 4}), floats({1, 2, 2})},
+      .rows = {MergeResult::by_token, 2, 2, 2, counts},
+  };
+  const auto form = [&](const auto& change) {
+    MergeArguments other = good;
+    change(other);
+    return dcp::merge_form(other);
+  };
+  const std::int64_t same = dcp::merge_form(good);
+  // A rank's own affairs: where its tensors lie, whether it gives tokens, and most LSEs.
+  CHECK(same == form([&](auto& x) {
+          x.partials.out = TensorView(memory.data() + 4, DType::f32, {1, 2, 2, 4}, {0, 4, 8, 1});
+        }));
+  CHECK(same == form([&](auto& x) {
+          x.partials.local_tokens = TensorView(memory.data(), DType::i32, {2});
+        }));
+  CHECK(same == form([&](auto& x) { x.lse = floats({1, 2}); }));
+
+  std::vector<std::int64_t> forms{same};
+  forms.push_back(form([&](auto& x) { x.partials.out = floats({2, 2, 2, 4}); }));
+  forms.push_back(form([&](auto& x) { x.partials.out = floats({1, 2, 4, 2}); }));
+  forms.push_back(form([&](auto& x) {
+    x.partials.out = TensorView(memory.data(), DType::bf16, {1, 2, 2, 4});
+  }));
+  forms.push_back(form([](auto& x) { x.partials.base = LseBase::two; }));
+  forms.push_back(form([&](auto& x) { x.partials.sink = floats({2}); }));
+  forms.push_back(form([&](auto& x) { x.rows.counts = others; }));
+  forms.push_back(form([](auto& x) { x.rows.counts = {}, x.rows.result = MergeResult::by_head; }));
+  forms.push_back(
+      form([](auto& x) { x.rows.counts = {}, x.rows.result = MergeResult::replicated; }));
+  forms.push_back(form([&](auto& x) {
+    x.rows.counts = {}, x.rows.result = MergeResult::replicated, x.lse = floats({2, 2});
+  }));
+  std::sort(forms.begin(), forms.end());
+  CHECK(std::adjacent_find(forms.begin(), forms.end()) == forms.end());
 }
 
 TEST_CASE("partials are plain where rows can be taken as they are", "[dcp]") {

@@ -142,6 +142,56 @@ TEST_CASE("pieces carry each rank's heads, and merge to the weighted mean", "[ho
   CHECK(again == merged);
 }
 
+TEST_CASE("what a group's only rank has is merged without pieces to the same bits", "[host]") {
+  HostOps ops;
+  const std::int64_t batch = 5;
+  const std::int64_t heads = 3;
+  const std::int64_t dim = 71;
+  const auto piece = dcp::packed_piece(batch, heads, dim, sizeof(float));
+  for (const std::int64_t splits : {1, 3}) {
+    for (int kind = 0; kind < 8; ++kind) {
+      const auto rows = static_cast<std::size_t>(splits * batch * heads);
+      auto out = counted(rows * static_cast<std::size_t>(dim));
+      std::vector<float> lse(rows);
+      for (std::size_t i = 0; i < rows; ++i) {
+        lse[i] = i % 7 == 2 ? kNone : static_cast<float>(i % 5) * 0.3F;
+      }
+      std::vector<float> sink = {0.25F, kNone, -1.0F};
+      std::vector<std::int32_t> tokens = {1, 0, 3, -1, 9};
+      Partials partials{.out = view(out, {splits, batch, heads, dim}),
+                        .lse = view(lse, {splits, batch, heads}),
+                        .base = (kind & 4) != 0 ? LseBase::two : LseBase::e};
+      if ((kind & 1) != 0) {
+        partials.sink = view(sink, {heads});
+      }
+      if ((kind & 2) != 0) {
+        partials.local_tokens = TensorView(tokens.data(), DType::i32, {batch});
+      }
+      std::vector<float> merged[2];
+      std::vector<float> merged_lse[2];
+      std::vector<std::byte> pieces(piece.bytes);
+      const TensorView pieces_view(pieces.data(), DType::u8,
+                                   Dims{1, static_cast<std::int64_t>(piece.bytes)});
+      for (std::size_t way = 0; way < 2; ++way) {
+        merged[way].assign(static_cast<std::size_t>(batch * heads * dim), -5.0F);
+        merged_lse[way].assign(static_cast<std::size_t>(batch * heads), -5.0F);
+        const MergeArguments arguments{.partials = partials,
+                                       .rows = {MergeResult::by_head, batch, heads, 1},
+                                       .merged = view(merged[way], {batch, heads, dim}),
+                                       .lse = view(merged_lse[way], {batch, heads})};
+        if (way == 0) {
+          ops.pack_partial(arguments, pieces_view, {});
+          ops.merge_pieces(pieces_view, arguments, 0, {});
+        } else {
+          CHECK(ops.merge_alone(arguments, {}));
+        }
+      }
+      CHECK(merged[1] == merged[0]);
+      CHECK(merged_lse[1] == merged_lse[0]);
+    }
+  }
+}
+
 TEST_CASE("operations are captured with their arguments", "[host]") {
   HostOps ops;
   HostStream stream;
