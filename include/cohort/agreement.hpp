@@ -265,7 +265,9 @@ inline void agree(ControlPlane& control, Intent intent, const std::exception_ptr
                   std::chrono::milliseconds patience = {}) {
   FlightRecorder* const recorder = control.recorder();
   const detail::TracedAgreement traced(recorder, intent.place, intent.bytes);
-  detail::reporting(recorder, [&] { detail::agree(control, std::move(intent), own, patience); });
+  // A time-out that this rank brings along may be that of another group.
+  detail::reporting(
+      recorder, [&] { detail::agree(control, std::move(intent), own, patience); }, own == nullptr);
 }
 
 }  // namespace cohort

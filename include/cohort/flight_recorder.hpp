@@ -8,6 +8,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -16,6 +17,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -84,8 +86,16 @@ struct TraceEntry {
   std::uint64_t steps = 0;     ///< Of the transport, when it began.
   std::uint64_t waits = 0;     ///< Of the thread, when it began.
   std::size_t bytes = 0;       ///< Of the tensor that it was called with.
-  bool captured = false;       ///< It is of a graph's list.
+  CaptureId capture = 0;       ///< Whose list it is of; 0 for none.
   std::uint8_t inbox = 0;      ///< That counts its steps.
+};
+
+/// How a call of a group failed.
+struct TraceFailure {
+  std::string why;                ///< What was thrown.
+  bool late = false;              ///< Ranks did not come in time.
+  std::vector<int> missing = {};  ///< Those, in the group.
+  std::uint64_t ended = 0;        ///< Calls of the group that had come to their end before.
 };
 
 /// Calls are recorded by the thread that makes them; others may read. No call allocates, outside of
@@ -146,19 +156,10 @@ class FlightRecorder {
                      .steps = stand.steps,
                      .waits = waits,
                      .bytes = bytes,
-                     .captured = capture != 0,
+                     .capture = capture,
                      .inbox = stand.inbox};
     if (capture != 0) {
-      Capture& list = of(capture);
-      list.signature.mix(record.signature);
-      entry.sequence = own_->listed + 1;
-      TraceRing::push(own_->captured, own_->listed, record,
-                      {.sequence = entry.sequence,
-                       .ticks = trace_ticks(),
-                       .where = list.number,
-                       .number = ++list.calls,
-                       .flags = TraceRecord::kCaptured,
-                       .inbox = stand.inbox});
+      entry.sequence = list_call(record, collective, capture, stand.inbox);
       return entry;
     }
     entry.sequence = own_->calls + 1;
@@ -166,25 +167,21 @@ class FlightRecorder {
                     {.sequence = entry.sequence,
                      .ticks = trace_ticks(),
                      .where = reinterpret_cast<std::uintptr_t>(stream.native()),
-                     .number = collective ? ++number_ : 0,
+                     .number = collective ? next_number() : 0,
+                     .flags = collective ? TraceRecord::kNumbered : std::uint8_t{0},
                      .inbox = stand.inbox});
     TraceRing::store(own_->open, entry.sequence);
     return entry;
   }
 
   /// All of it has been enqueued.
-  void end(const TraceEntry& entry, const TransportStand& stand, std::uint64_t waits) noexcept {
+  void end(const TraceEntry& entry, const TransportStand& stand, std::uint64_t waits) {
     const std::uint64_t steps = stand.steps - entry.steps;
-    auto& records = entry.captured ? own_->captured : own_->records;
-    TraceRecord& at = records[TraceRing::slot(entry.sequence)];
-    if (at.sequence == entry.sequence) {  // a call within may have pushed a thousand others
-      std::atomic_ref<CallPath>(at.path).store(stand.path, std::memory_order_relaxed);
-      std::atomic_ref<std::uint16_t>(at.steps).store(static_cast<std::uint16_t>(steps),
-                                                     std::memory_order_relaxed);
-    }
+    note_end(entry, stand.path, steps, 0);
     const auto path = static_cast<std::size_t>(stand.path);
-    if (entry.captured) {
-      Capture& list = captures_.back();
+    if (entry.capture != 0) {
+      const std::lock_guard lock(lists_mutex_);
+      Capture& list = of(entry.capture);
       list.add_steps(entry.inbox, steps);
       ++list.counters[path].calls;
       list.counters[path].bytes += entry.bytes;
@@ -198,39 +195,65 @@ class FlightRecorder {
     TraceRing::store(own_->open, entry.before);
   }
 
+  /// It was left by an exception. What it had enqueued is there.
+  void abandon(const TraceEntry& entry, const TransportStand& stand) noexcept {
+    if (!writes()) {
+      return;
+    }
+    const std::uint64_t steps = stand.steps - entry.steps;
+    note_end(entry, stand.path, steps, TraceRecord::kFailed);
+    if (entry.capture == 0) {
+      TraceRing::add(own_->progress[entry.inbox].issued, steps);
+      TraceRing::store(own_->open, entry.before);
+    }
+  }
+
   /// A graph is launched on `stream`: the one that `capture` made, or where that is 0 the engine's
-  /// own, of which nothing is known. Nothing is recorded of graphs without calls of the group.
+  /// own, of which nothing is known. Nothing is recorded of graphs without calls of the group. It
+  /// is compared with the others' launches where all ranks make calls in the graph.
   void launch(const StreamRef& stream, CaptureId capture) noexcept {
     if (captures_.empty() || !writes()) {
       return;
     }
     TraceRecord record{.ticks = trace_ticks(),
-                       .where = 0,
                        .signature = TraceSignature(TraceCall::launch).word(),
                        .call = TraceCall::launch};
-    if (capture != 0) {
-      const auto found = find(capture);
-      if (found == captures_.end()) {
-        return;
-      }
-      record.where = found->number;
-      record.signature = found->signature.word();
-      record.extents = {found->calls};
-      for (const auto& [inbox, steps] : found->steps) {
+    const auto found = captures_.find(capture);
+    if (found == captures_.end() && capture != 0 && !forgot_) {
+      return;
+    }
+    if (found != captures_.end()) {
+      const Capture& list = found->second;
+      record.where = list.number;
+      record.signature = list.signature.word();
+      record.extents[0] = list.calls;
+      record.extents[2] = static_cast<std::uint32_t>(list.steps.size());
+      for (const auto& [inbox, steps] : list.steps) {
         record.inbox = inbox;
         record.extents[1] += static_cast<std::uint32_t>(steps);
         TraceRing::add(own_->progress[inbox].issued, steps);
       }
       for (std::size_t path = 0; path < kCallPaths; ++path) {
-        TraceRing::add(own_->counters[path].calls, found->counters[path].calls);
-        TraceRing::add(own_->counters[path].bytes, found->counters[path].bytes);
+        TraceRing::add(own_->counters[path].calls, list.counters[path].calls);
+        TraceRing::add(own_->counters[path].bytes, list.counters[path].bytes);
+      }
+      if (list.collectives != 0) {
+        record.number = next_number();
+        record.flags = TraceRecord::kNumbered;
       }
     }
-    record.number = ++number_;
     record.variant = static_cast<std::int32_t>(reinterpret_cast<std::uintptr_t>(stream.native()));
     record.sequence = own_->calls + 1;
     TraceRing::push(own_->records, own_->calls, record);
   }
+
+  /// The calls in graphs' lists, in the order of capture: the last `kMostListed` of them.
+  [[nodiscard]] std::vector<TraceRecord> listed() const {
+    const std::lock_guard lock(lists_mutex_);
+    return {lists_.begin(), lists_.end()};
+  }
+  /// Enough for the graphs of all batch sizes of a large model.
+  static constexpr std::size_t kMostListed = 65'536;
 
   /// The ranks begin to agree on something; to be ended by `agreed`.
   [[nodiscard]] std::uint64_t agree(std::string_view place, std::uint64_t bytes) noexcept {
@@ -249,9 +272,10 @@ class FlightRecorder {
     TraceRecord record{
         .sequence = own_->calls + 1,
         .ticks = trace_ticks(),
-        .number = ++number_,
+        .number = next_number(),
         .signature = signature.word(),
         .call = TraceCall::agreement,
+        .flags = TraceRecord::kNumbered,
         .ndim = 1,
         .variant = static_cast<std::int32_t>(note.sequence),
         .extents = {static_cast<std::uint32_t>(std::min<std::uint64_t>(bytes, 0xffffffffU))}};
@@ -284,7 +308,11 @@ class FlightRecorder {
   }
   /// What a record is, in a few words.
   [[nodiscard]] static std::string describe(const TraceRing& ring, const TraceRecord& record) {
-    std::string text = fmt::format("{} #{}", to_string(record.call), record.number);
+    const std::uint64_t number = TraceRing::full_number(TraceRing::load(ring.numbered), record);
+    std::string text(to_string(record.call));
+    if (number != 0) {
+      text += fmt::format(" #{}", number);
+    }
     if (record.call == TraceCall::agreement) {
       const TraceNote note = detail::load_words(
           ring.notes[(static_cast<std::size_t>(record.variant) - 1) % TraceRing::kNotes]);
@@ -302,9 +330,12 @@ class FlightRecorder {
     std::string text;
     const auto mine = last_numbered(*own_);
     for (int r = 0; mine && r < static_cast<int>(ranks_.size()); ++r) {
-      const TraceRing* const other = ring(r);
-      const auto theirs = r == rank_ || other == nullptr ? std::nullopt : last_numbered(*other);
-      if (r == rank_ || other == nullptr || (theirs && theirs->number >= mine->number)) {
+      const TraceRing* const other = r == rank_ ? nullptr : ring(r);
+      if (other == nullptr) {
+        continue;
+      }
+      const auto theirs = last_numbered(*other);
+      if (number_of(*other, theirs) >= number_of(*own_, mine)) {
         continue;
       }
       text += fmt::format("{}rank {} has not come to {}; its last call is {}{}",
@@ -326,6 +357,9 @@ class FlightRecorder {
     if (look_) {
       try {
         look_(*own_);
+        if (own_->looked != TraceRing::kLive) {
+          TraceRing::store(own_->looked, trace_ticks());
+        }
       } catch (const std::exception& error) {
         log(LogLevel::info, "group {}: how far the device has come: {}", group_, error.what());
       }
@@ -338,36 +372,60 @@ class FlightRecorder {
   }
 
   /// What to do when a call fails other than by its arguments.
-  void on_failure(std::function<void(std::string_view why, bool late)> act) noexcept {
+  void on_failure(std::function<void(const FlightRecorder&, const TraceFailure&)> act) noexcept {
     const std::lock_guard lock(mutex_);
-    failed_ = std::move(act);
+    act_ = std::move(act);
   }
-  /// A call has failed; `late` where ranks did not come in time.
-  void failed(std::string_view why, bool late) noexcept {
+  /// A call has failed; `late` where ranks did not come in time, of whom `missing` are known.
+  void failed(std::string_view why, bool late, std::vector<int> missing = {}) noexcept {
     try {
-      std::function<void(std::string_view, bool)> act;
+      std::function<void(const FlightRecorder&, const TraceFailure&)> act;
+      TraceFailure failure{std::string(why), late, std::move(missing), ended_calls()};
       {
         const std::lock_guard lock(mutex_);
-        act = failed_;
+        // What follows a failure tells less, but for the first time-out.
+        if (!failure_ || failure.ended > failure_->ended || (late && !failure_->late)) {
+          failure_ = failure;
+        }
+        act = act_;
       }
       if (act) {
-        act(why, late);
+        act(*this, failure);
       }
     } catch (const std::exception& error) {
       log(LogLevel::error, "group {}: the trace: {}", group_, error.what());
     }
+  }
+  /// The failure that tells most of those since a call last came to its end.
+  [[nodiscard]] std::optional<TraceFailure> failure() const {
+    const std::lock_guard lock(mutex_);
+    return failure_;
+  }
+  /// Calls that have come to their end, on all paths.
+  [[nodiscard]] std::uint64_t ended_calls() const noexcept {
+    std::uint64_t sum = 0;
+    for (std::size_t path = 0; path < kCallPaths; ++path) {
+      sum += counters(static_cast<CallPath>(path)).calls;
+    }
+    return sum;
   }
 
  private:
   /// Whether the ring is this process's: a forked child would write into its parent's.
   [[nodiscard]] bool writes() const noexcept { return alone_ != nullptr || owner_.is_here(); }
 
+  /// The low half of the number of a call that all ranks make.
+  [[nodiscard]] std::uint32_t next_number() noexcept {
+    TraceRing::add(own_->numbered, 1);
+    return static_cast<std::uint32_t>(own_->numbered);
+  }
+
   /// A graph's list of calls.
   struct Capture {
-    CaptureId id = 0;
-    std::uint64_t number = 0;  ///< From 1 on.
-    std::uint32_t calls = 0;
-    TraceSignature signature{TraceCall::launch};
+    std::uint64_t number = 0;                                        ///< From 1 on.
+    std::uint32_t calls = 0;                                         ///< All of them.
+    std::uint32_t collectives = 0;                                   ///< Those that all ranks make.
+    TraceSignature signature{TraceCall::launch};                     ///< Of the collectives.
     std::vector<std::pair<std::uint8_t, std::uint64_t>> steps = {};  ///< By inbox.
     std::array<PathCounters, kCallPaths> counters = {};
 
@@ -378,27 +436,78 @@ class FlightRecorder {
           return;
         }
       }
-      steps.emplace_back(inbox, more);
+      if (more != 0) {
+        steps.emplace_back(inbox, more);
+      }
     }
   };
-  static constexpr std::size_t kMostCaptures = 1024;
+  static constexpr std::size_t kMostCaptures = 16'384;
 
-  [[nodiscard]] std::vector<Capture>::iterator find(CaptureId id) noexcept {
-    return std::find_if(captures_.begin(), captures_.end(),
-                        [id](const Capture& capture) { return capture.id == id; });
-  }
-  /// The list of a capture, made where there is none; the last of all from then on.
+  /// The list of a capture, made where there is none.
   [[nodiscard]] Capture& of(CaptureId id) {
-    if (const auto found = find(id); found != captures_.end()) {
-      std::rotate(found, found + 1, captures_.end());
-      return captures_.back();
+    if (const auto found = captures_.find(id); found != captures_.end()) {
+      return found->second;
     }
     if (captures_.size() == kMostCaptures) {
-      captures_.erase(captures_.begin());
+      captures_.erase(std::min_element(
+          captures_.begin(), captures_.end(),
+          [](const auto& a, const auto& b) { return a.second.number < b.second.number; }));
+      forgot_ = true;
     }
     TraceRing::store(own_->captures, own_->captures + 1);
-    captures_.push_back({.id = id, .number = own_->captures});
-    return captures_.back();
+    return captures_.emplace(id, Capture{.number = own_->captures}).first->second;
+  }
+
+  /// A call is captured: it gets into the graph's list, and into the ring, which other ranks see.
+  [[nodiscard]] std::uint64_t list_call(const TraceRecord& record, bool collective,
+                                        CaptureId capture, std::uint8_t inbox) {
+    const std::lock_guard lock(lists_mutex_);
+    Capture& list = of(capture);
+    ++list.calls;
+    TraceRecord listed = record;
+    listed.sequence = own_->listed + 1;
+    listed.ticks = trace_ticks();
+    listed.where = list.number;
+    listed.flags = TraceRecord::kCaptured;
+    listed.inbox = inbox;
+    if (collective) {  // what only some ranks do is in their lists alone
+      list.signature.mix(record.signature);
+      listed.number = ++list.collectives;
+      listed.flags |= TraceRecord::kNumbered;
+    }
+    lists_.push_back(listed);
+    if (lists_.size() > kMostListed) {
+      lists_.pop_front();
+    }
+    TraceRing::push(own_->captured, own_->listed, listed);
+    return listed.sequence;
+  }
+
+  /// Completes a record, unless it was overwritten: a call may push a thousand others.
+  void note_end(const TraceEntry& entry, CallPath path, std::uint64_t steps,
+                std::uint8_t flags) noexcept {
+    const auto complete = [&](TraceRecord& at) {
+      if (at.sequence != entry.sequence) {
+        return;
+      }
+      std::atomic_ref<CallPath>(at.path).store(path, std::memory_order_relaxed);
+      std::atomic_ref<std::uint16_t>(at.steps).store(
+          static_cast<std::uint16_t>(std::min<std::uint64_t>(steps, 0xffff)),
+          std::memory_order_relaxed);
+      if (flags != 0) {
+        std::atomic_ref<std::uint8_t>(at.flags).store(at.flags | flags, std::memory_order_relaxed);
+      }
+    };
+    if (entry.capture == 0) {
+      complete(own_->records[TraceRing::slot(entry.sequence)]);
+      return;
+    }
+    complete(own_->captured[TraceRing::slot(entry.sequence)]);
+    const std::lock_guard lock(lists_mutex_);
+    const std::uint64_t first = lists_.empty() ? entry.sequence + 1 : lists_.front().sequence;
+    if (entry.sequence >= first) {
+      complete(lists_[static_cast<std::size_t>(entry.sequence - first)]);
+    }
   }
 
   /// The last record of a call that all ranks make.
@@ -407,11 +516,15 @@ class FlightRecorder {
     for (std::uint64_t back = 0; back < std::min<std::uint64_t>(last, TraceRing::kRecords);
          ++back) {
       const auto record = TraceRing::at(ring.records, last - back);
-      if (record && record->number != 0) {
+      if (record && (record->flags & TraceRecord::kNumbered) != 0) {
         return record;
       }
     }
     return std::nullopt;
+  }
+  [[nodiscard]] static std::uint64_t number_of(const TraceRing& ring,
+                                               const std::optional<TraceRecord>& record) noexcept {
+    return record ? TraceRing::full_number(TraceRing::load(ring.numbered), *record) : 0;
   }
 
   OwnerProcess owner_;
@@ -421,11 +534,14 @@ class FlightRecorder {
   TraceRings rings_;
   std::unique_ptr<TraceRing> alone_;  // where no other rank can see it
   TraceRing* own_ = nullptr;
-  std::uint32_t number_ = 0;  // of calls that all ranks make
-  std::vector<Capture> captures_;
-  std::mutex mutex_;  // of what follows
+  std::unordered_map<CaptureId, Capture> captures_;
+  bool forgot_ = false;             // a capture, for want of room
+  mutable std::mutex lists_mutex_;  // of writing captures and lists, and of reading lists
+  std::deque<TraceRecord> lists_;   // of all captures, by sequence
+  mutable std::mutex mutex_;        // of what follows
   std::function<void(TraceRing&)> look_;
-  std::function<void(std::string_view, bool)> failed_;
+  std::function<void(const FlightRecorder&, const TraceFailure&)> act_;
+  std::optional<TraceFailure> failure_;
 };
 
 namespace detail {
@@ -449,8 +565,9 @@ class TracedAgreement {
 };
 
 /// Runs `body`; what it throws other than for its arguments is reported to the recorder first.
+/// @param others  Whether ranks that are missing in a time-out are those of the recorder's group.
 template <class Body>
-auto reporting(FlightRecorder* recorder, const Body& body) {
+auto reporting(FlightRecorder* recorder, const Body& body, bool others = true) {
   try {
     return body();
   } catch (const UsageError&) {
@@ -459,7 +576,7 @@ auto reporting(FlightRecorder* recorder, const Body& body) {
     throw;
   } catch (const TimeoutError& error) {
     if (recorder != nullptr) {
-      recorder->failed(error.what(), true);
+      recorder->failed(error.what(), true, others ? error.missing() : std::vector<int>{});
     }
     throw;
   } catch (const Error& error) {

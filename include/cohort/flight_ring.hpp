@@ -76,22 +76,25 @@ inline constexpr std::size_t kCallPaths = 7;
 /// One call.
 struct TraceRecord {
   static constexpr std::uint8_t kCaptured = 1;  ///< It is of a graph's list.
+  static constexpr std::uint8_t kNumbered = 2;  ///< All ranks make it: it has a number.
+  static constexpr std::uint8_t kFailed = 4;    ///< It was left by an exception.
   static constexpr int kExtents = 5;            ///< That a record has room for.
 
   std::uint64_t sequence = 0;  ///< From 1 on; 0 in a record that is being written.
   std::uint64_t ticks = 0;     ///< See `trace_ticks`.
   std::uint64_t where = 0;     ///< The stream; of captured calls and launches the capture's number.
-  std::uint32_t number = 0;    ///< Of a call that all ranks make: the same on all of them.
+  std::uint32_t number = 0;    ///< With `kNumbered`: the same on all ranks; see `full_number`.
   std::uint32_t signature = 0;        ///< Of what has to be equal on all ranks.
   TraceCall call = TraceCall::none;   ///< What it is.
   DType dtype = DType::u8;            ///< Of the tensor that it was called with.
   CallPath path = CallPath::unknown;  ///< Known at its end.
-  std::uint8_t flags = 0;             ///< `kCaptured` or 0.
+  std::uint8_t flags = 0;             ///< Of `kCaptured`, `kNumbered` and `kFailed`.
   std::uint8_t ndim = 0;              ///< Dimensions of the tensor.
   std::uint8_t inbox = 0;             ///< Which of the group's inboxes counts its steps.
   std::uint16_t steps = 0;   ///< Of the transport: what the device counts. Known at its end.
   std::int32_t variant = 0;  ///< The op, root, peer or base; the number of an agreement's note.
-  std::array<std::uint32_t, kExtents> extents{};  ///< The first ones.
+  /// The first ones. Of a launch: the graph's calls, its steps, and the inboxes that count these.
+  std::array<std::uint32_t, kExtents> extents{};
 };
 static_assert(sizeof(TraceRecord) == 64 && std::is_trivially_copyable_v<TraceRecord>);
 
@@ -158,10 +161,11 @@ template <class Value>
 
 /// What a rank writes. Zeros are an empty ring.
 struct TraceRing {
-  static constexpr std::uint32_t kProtocol = 1;  ///< Changes with the layout.
-  static constexpr std::size_t kRecords = 1024;  ///< Of each kind.
-  static constexpr std::size_t kNotes = 32;      ///< The last ones.
-  static constexpr std::size_t kInboxes = 64;    ///< That a group has at most.
+  static constexpr std::uint32_t kProtocol = 2;              ///< Changes with the layout.
+  static constexpr std::size_t kRecords = 1024;              ///< Of each kind.
+  static constexpr std::size_t kNotes = 32;                  ///< The last ones.
+  static constexpr std::size_t kInboxes = 64;                ///< That a group has at most.
+  static constexpr std::uint64_t kLive = ~std::uint64_t{0};  ///< See `looked`.
 
   // Written once, by `begin`.
   std::uint32_t protocol = 0;           ///< `kProtocol` once the rank has begun.
@@ -176,6 +180,10 @@ struct TraceRing {
   std::uint64_t noted = 0;     ///< Sequence of the last note.
   std::uint64_t open = 0;      ///< Sequence of the record in which the host is; 0 for none.
   std::uint64_t ended = 0;     ///< 1 where the group was closed.
+  std::uint64_t numbered = 0;  ///< The last number that a record got; records have its low half.
+  /// When `progress` was last asked of the device, in ticks; `kLive` where it is written as it
+  /// happens, 0 for never.
+  std::uint64_t looked = 0;
   std::array<PathCounters, kCallPaths> counters{};  ///< By path.
   std::array<TraceProgress, kInboxes> progress{};   ///< By inbox.
   std::array<TraceNote, kNotes> notes{};            ///< Note n at n - 1 modulo their number.
@@ -224,7 +232,7 @@ struct TraceRing {
     std::uint64_t ticks = 0;     ///< When.
     std::uint64_t where = 0;     ///< Where.
     std::uint32_t number = 0;    ///< Among those that all ranks make.
-    std::uint8_t flags = 0;      ///< Whether captured.
+    std::uint8_t flags = 0;      ///< Of the record's.
     std::uint8_t inbox = 0;      ///< That counts its steps.
   };
   /// The same with a stamp in place of the record's own, so that the record need not be copied.
@@ -254,6 +262,15 @@ struct TraceRing {
     set(7, pair(record.extents[3], record.extents[4]));
     store(at.sequence, stamp.sequence);
     store(last, stamp.sequence);
+  }
+  /// The whole number of a record that has the low half of one; 0 where it has none.
+  [[nodiscard]] static std::uint64_t full_number(std::uint64_t last,
+                                                 const TraceRecord& record) noexcept {
+    // Signed: the record may be younger than `last`.
+    const auto back = static_cast<std::int32_t>(static_cast<std::uint32_t>(last) - record.number);
+    return (record.flags & TraceRecord::kNumbered) == 0
+               ? 0
+               : last - static_cast<std::uint64_t>(std::int64_t{back});
   }
   /// The record of that sequence, unless it was overwritten, then or meanwhile.
   [[nodiscard]] static std::optional<TraceRecord> at(const std::array<TraceRecord, kRecords>& from,

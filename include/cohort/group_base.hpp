@@ -322,38 +322,47 @@ class GroupBase {
   // The steps of each call: check the arguments, `begin`, compare them across the ranks, allocate,
   // issue, `finish`.
 
-  /// Ends what the transport has begun.
-  struct BegunCall {
-    /// With a transport, or null.
-    explicit BegunCall(Transport* of) noexcept : transport(of) {}
+  /// Ends what the transport and the recorder have begun, in whichever way the call is left.
+  class BegunCall {
+   public:
+    /// A call of `group`, with nothing recorded yet.
+    explicit BegunCall(GroupBase& group) noexcept : group_(&group) {}
     BegunCall(const BegunCall&) = delete;
     BegunCall& operator=(const BegunCall&) = delete;
+    /// Takes it over.
+    BegunCall(BegunCall&& other) noexcept
+        : group_(std::exchange(other.group_, nullptr)),
+          entry_(other.entry_),
+          recorded_(other.recorded_) {}
+    BegunCall& operator=(BegunCall&&) = delete;
     ~BegunCall() {
-      if (transport != nullptr) {
-        transport->call_ends();
+      if (group_ == nullptr) {
+        return;
+      }
+      if (recorded_) {
+        group_->recorder_->abandon(entry_, group_->stand());
+      }
+      if (group_->parts_.transport != nullptr) {
+        group_->parts_.transport->call_ends();
       }
     }
 
-    Transport* transport;  ///< Null for nothing.
+    /// Its record.
+    void recorded(const TraceEntry& entry) noexcept {
+      entry_ = entry;
+      recorded_ = true;
+    }
+    /// All of it has been enqueued.
+    void finish() const {
+      recorded_ = false;
+      group_->recorder_->end(entry_, group_->stand(), detail::call_clock().waits);
+    }
+
+   private:
+    GroupBase* group_;
+    TraceEntry entry_ = {};
+    mutable bool recorded_ = false;  // and not ended
   };
-
-  /// A call's place in the order of the group's calls, and its time.
-  struct Call : StreamOrder::Call {
-    /// In this place; the time begins.
-    Call(const StreamOrder::Call& ordered, const TraceEntry& recorded, Transport* of) noexcept
-        : StreamOrder::Call(ordered), entry(recorded), begun(of) {}
-
-    detail::CallTime time;  ///< From here to the call's end.
-    TraceEntry entry;       ///< Its record.
-    BegunCall begun;        ///< With the transport, if there is one.
-  };
-
-  /// The group is up, and `x` lies on its device.
-  template <class Void>
-  void check_call(std::string_view call, const BasicTensorView<Void>& x) const {
-    throw_if_closed();
-    check_device(call, x);
-  }
 
   /// What a call is, for its record and for those who compare it across the ranks.
   struct Made {
@@ -365,6 +374,23 @@ class GroupBase {
     std::optional<QueryTypes> types = {};      ///< Of what a query's bytes are.
   };
 
+  /// A call's place in the order of the group's calls, and its time.
+  struct Call : StreamOrder::Call {
+    /// In this place; once it is recorded, the time begins.
+    Call(GroupBase& group, const StreamOrder::Call& ordered, const Made& made)
+        : StreamOrder::Call(ordered), begun(group.record(made, ordered)) {}
+
+    BegunCall begun;        ///< With the transport and the recorder.
+    detail::CallTime time;  ///< From here to the call's end.
+  };
+
+  /// The group is up, and `x` lies on its device.
+  template <class Void>
+  void check_call(std::string_view call, const BasicTensorView<Void>& x) const {
+    throw_if_closed();
+    check_device(call, x);
+  }
+
   /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.
   /// The call is recorded, and where debug checks are on compared across the ranks.
   [[nodiscard]] Call begin(StreamRef stream, const Made& made) {
@@ -373,11 +399,11 @@ class GroupBase {
       // Not each piece of work: local arithmetic belongs to the backend, which outlives the group.
       call.stream.check_at_launch(lifeline_);
     }
-    return Call(call, record(made, call), transport());
+    return Call(*this, call, made);
   }
   /// All of the call has been enqueued.
   void finish(const Call& call) {
-    recorder_->end(call.entry, stand(), detail::call_clock().waits);
+    call.begun.finish();
     lanes_[lane_].after(call);
   }
 
@@ -425,19 +451,18 @@ class GroupBase {
   }
 
   /// Of a call that begins.
-  [[nodiscard]] TraceEntry record(const Made& made, const StreamOrder::Call& call) {
+  [[nodiscard]] BegunCall record(const Made& made, const StreamOrder::Call& call) {
     const bool collective = made.call != TraceCall::send && made.call != TraceCall::recv;
     const TransportStand before =
         parts_.transport != nullptr ? parts_.transport->call_begins(made.call) : TransportStand{};
-    BegunCall begun(parts_.transport.get());
-    const TraceEntry entry = recorder_->begin(
+    BegunCall begun(*this);
+    begun.recorded(recorder_->begin(
         trace_record(made.call, made.x, made.dim, made.sizes, made.variant), made.x.bytes(),
-        collective, call.stream, call.capture, before, detail::call_clock().waits);
+        collective, call.stream, call.capture, before, detail::call_clock().waits));
     if (parts_.debug_checks && size_ > 1 && collective) {
       debug_compare(made);
     }
-    begun.transport = nullptr;  // ends with the call
-    return entry;
+    return begun;
   }
 
   [[nodiscard]] static std::string types_of(const Made& made) {

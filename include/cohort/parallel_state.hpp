@@ -11,6 +11,7 @@
 #include <memory>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -29,6 +30,7 @@
 #include "cohort/symmetric_policy.hpp"
 #include "cohort/tensor_parallel.hpp"
 #include "cohort/topology.hpp"
+#include "cohort/trace_run.hpp"
 #include "cohort/trace_writer.hpp"
 
 /// \file
@@ -236,11 +238,20 @@ class ParallelState {
     }
     options_.debug_checks = settings.debug_checks.value_or(options_.debug_checks);
     const detail::CallTime time;
-    agree_on_options(world);
-    const std::uint64_t generation = world.new_generations(kKinds.size());
     std::exception_ptr failure;
     try {
-      form_all(world, generation);
+      trace_ = std::make_unique<StateTrace>(options_.trace, world.rank(), world.size());
+    } catch (const std::exception&) {
+      failure = std::current_exception();
+      trace_ = std::make_unique<StateTrace>(TraceOptions{}, world.rank(), world.size());
+    }
+    detail::TracedFormation formation(*trace_, world);
+    agree_on_options(world, failure);
+    trace_->belongs_to(formation.part(
+        "the number of the run", [&] { return detail::agree_on_trace_run(world); }, true));
+    const std::uint64_t generation = world.new_generations(kKinds.size());
+    try {
+      form_all(world, generation, formation);
     } catch (const std::exception&) {
       failure = std::current_exception();
     }
@@ -260,9 +271,7 @@ class ParallelState {
       throw;
     }
     formed_->assign({world_.get(), tp_.get(), pp_.get(), dcp_.get()});
-    trace_ = std::make_unique<StateTrace>(options_.trace, world.rank(), generation & kNumber);
     for (GroupCoordinator* group : groups()) {
-      trace_->add(group->recorder());
       captures_->add(group->arena());
       std::vector<GroupBase*> others(groups().begin(), groups().end());
       others.erase(std::find(others.begin(), others.end(), group));
@@ -278,21 +287,28 @@ class ParallelState {
 
   /// A rank that fails leaves the groups that it has not formed at once: their other ranks would
   /// wait for it.
-  void form_all(ControlPlane& world, std::uint64_t generation) {
+  void form_all(ControlPlane& world, std::uint64_t generation, detail::TracedFormation& formation) {
     std::vector<GroupParts> parts;
     for (const GroupKind kind : kKinds) {
       parts.push_back(prepare(world, kind, generation++));
     }
     std::size_t next = 0;
     try {
-      const auto formed = [&]() -> GroupParts {
-        connect(parts[next]);
-        return std::move(parts[next++]);
+      const auto form = [&](auto& group, const auto&... more) {
+        formation.part(
+            fmt::format("formation of the {} group", to_string(kKinds[next])),
+            [&] {
+              connect(parts[next]);
+              using Group = typename std::remove_reference_t<decltype(group)>::element_type;
+              group = std::make_unique<Group>(std::move(parts[next++]), more...);
+              trace_->add(group->recorder());
+            },
+            false);
       };
-      world_ = std::make_unique<GroupCoordinator>(formed());
-      tp_ = std::make_unique<TensorParallelGroup>(formed());
-      pp_ = std::make_unique<PipelineParallelGroup>(formed());
-      dcp_ = std::make_unique<DecodeContextParallelGroup>(formed(), options_.merge);
+      form(world_);
+      form(tp_);
+      form(pp_);
+      form(dcp_, options_.merge);
     } catch (const std::exception& error) {
       for (; next < parts.size(); ++next) {
         parts[next].control->give_up(error.what());
@@ -303,7 +319,7 @@ class ParallelState {
 
   /// Ranks with different options would form groups that never meet, and one with a shorter time
   /// limit would give up on others that are in time for theirs.
-  void agree_on_options(ControlPlane& world) const {
+  void agree_on_options(ControlPlane& world, const std::exception_ptr& failure) const {
     const auto& symmetric = options_.symmetric;
     std::string selected;
     for (const GroupKind kind :
@@ -319,7 +335,8 @@ class ParallelState {
                selected, symmetric.peer_mapping, to_string(options_.merge.plan),
                static_cast<int>(options_.merge.staged_precision), options_.debug_checks,
                world.limit().count()),
-           .bytes = options_.arena.growth_bytes});
+           .bytes = options_.arena.growth_bytes},
+          failure);
   }
 
   /// Local.

@@ -53,18 +53,46 @@ class TraceClock {
 
 namespace detail {
 
-/// A text in quotes.
+/// How many bytes the UTF-8 character at the front of a text takes; 0 where there is none.
+/// Source: RFC 3629, section 4.
+[[nodiscard]] constexpr std::size_t utf8_length(std::string_view text) noexcept {
+  const auto byte = [text](std::size_t i) { return static_cast<unsigned char>(text[i]); };
+  const unsigned char lead = byte(0);
+  const std::size_t length = lead < 0x80                   ? 1
+                             : lead >= 0xc2 && lead < 0xe0 ? 2
+                             : lead >= 0xe0 && lead < 0xf0 ? 3
+                             : lead >= 0xf0 && lead < 0xf5 ? 4
+                                                           : 0;
+  if (length == 0 || length > text.size()) {
+    return 0;
+  }
+  for (std::size_t i = 1; i < length; ++i) {
+    if ((byte(i) & 0xc0U) != 0x80) {
+      return 0;
+    }
+  }
+  const bool too_long = (lead == 0xe0 && byte(1) < 0xa0) || (lead == 0xf0 && byte(1) < 0x90);
+  const bool beyond = (lead == 0xed && byte(1) >= 0xa0) || (lead == 0xf4 && byte(1) >= 0x90);
+  return too_long || beyond ? 0 : length;
+}
+
+/// A text in quotes. What is no UTF-8 becomes the replacement character.
 [[nodiscard]] inline std::string json_text(std::string_view text) {
   std::string out = "\"";
-  for (const char c : text) {
-    if (c == '"' || c == '\\') {
+  for (std::size_t i = 0; i < text.size();) {
+    const std::size_t length = utf8_length(text.substr(i));
+    const char c = text[i];
+    if (length == 0) {
+      out += "\\ufffd";
+    } else if (c == '"' || c == '\\') {
       out += '\\';
       out += c;
     } else if (static_cast<unsigned char>(c) < 0x20) {
       out += fmt::format("\\u{:04x}", static_cast<unsigned>(c));
     } else {
-      out += c;
+      out += text.substr(i, length);
     }
+    i += std::max<std::size_t>(1, length);
   }
   return out + '"';
 }
@@ -91,43 +119,58 @@ class JsonArray {
   bool first_ = true;
 };
 
+/// What becomes of ticks, and of halves of numbers.
+struct TraceUnits {
+  const TraceClock& clock;
+  TraceClock::Moment end;      ///< Of all records.
+  std::uint64_t numbered = 0;  ///< The ring's last number.
+};
+
+inline void write_record(std::string& out, const TraceRecord& record, const TraceUnits& units) {
+  const bool captured = (record.flags & TraceRecord::kCaptured) != 0;
+  fmt::format_to(std::back_inserter(out), R"([{},{},"{}",{},{},"{}","{}",{},{},{},{},{},{},[)",
+                 record.sequence, units.clock.ns(record.ticks, units.end), to_string(record.call),
+                 captured ? record.number : TraceRing::full_number(units.numbered, record),
+                 record.signature, to_string(record.dtype), to_string(record.path), record.flags,
+                 record.inbox, record.steps, record.where, record.variant, record.ndim);
+  const int shown =
+      record.call == TraceCall::launch ? 3 : std::min<int>(record.ndim, TraceRecord::kExtents);
+  for (int d = 0; d < shown; ++d) {
+    fmt::format_to(std::back_inserter(out), "{}{}", d == 0 ? "" : ",",
+                   record.extents[static_cast<std::size_t>(d)]);
+  }
+  out += "]]";
+}
+
 inline void write_records(std::string& out,
                           const std::array<TraceRecord, TraceRing::kRecords>& records,
-                          std::uint64_t last, std::uint64_t most, const TraceClock& clock,
-                          const TraceClock::Moment& end) {
+                          std::uint64_t last, std::uint64_t most, const TraceUnits& units) {
   JsonArray array(out);
   const std::uint64_t count = std::min(last, most);
   for (std::uint64_t sequence = last - count + 1; sequence <= last; ++sequence) {
-    const auto record = TraceRing::at(records, sequence);
-    if (!record) {
-      continue;
+    if (const auto record = TraceRing::at(records, sequence)) {
+      write_record(array.next(), *record, units);
     }
-    fmt::format_to(
-        std::back_inserter(array.next()), R"([{},{},"{}",{},{},"{}","{}",{},{},{},{},{},{},[)",
-        record->sequence, clock.ns(record->ticks, end), to_string(record->call), record->number,
-        record->signature, to_string(record->dtype), to_string(record->path), record->flags,
-        record->inbox, record->steps, record->where, record->variant, record->ndim);
-    const int shown =
-        record->call == TraceCall::launch ? 2 : std::min<int>(record->ndim, TraceRecord::kExtents);
-    for (int d = 0; d < shown; ++d) {
-      out += fmt::format("{}{}", d == 0 ? "" : ",", record->extents[static_cast<std::size_t>(d)]);
-    }
-    out += "]]";
   }
 }
 
-/// What one ring says.
-inline void write_ring(std::string& out, const TraceRing& ring, bool own, const TraceClock& clock,
-                       const TraceClock::Moment& end) {
+/// What one ring says. `own` is the recorder of the ring, or null for another rank's.
+inline void write_ring(std::string& out, const TraceRing& ring, const FlightRecorder* own,
+                       const TraceClock& clock, const TraceClock::Moment& end) {
   constexpr std::uint64_t kFew = 64;
-  const bool gone = !own && FlightRecorder::ended(ring);
-  const std::uint64_t most = own || gone ? TraceRing::kRecords : kFew;
+  const std::uint64_t calls = TraceRing::load(ring.calls);  // before what it may not overtake
+  const TraceUnits units{clock, end, TraceRing::load(ring.numbered)};
+  const std::uint64_t looked = TraceRing::load(ring.looked);
+  const bool live = looked == TraceRing::kLive;
+  const bool gone = own == nullptr && FlightRecorder::ended(ring);
+  const std::uint64_t most = own != nullptr || gone ? TraceRing::kRecords : kFew;
   fmt::format_to(std::back_inserter(out),
                  R"({{"rank":{},"own":{},"process":{},"gone":{},"calls":{},"listed":{},)"
-                 R"("captures":{},"open":{},"ended":{},"progress":)",
-                 ring.rank, own, ring.process, gone, TraceRing::load(ring.calls),
-                 TraceRing::load(ring.listed), TraceRing::load(ring.captures),
-                 TraceRing::load(ring.open), TraceRing::load(ring.ended) != 0);
+                 R"("captures":{},"open":{},"ended":{},"live":{},"looked":{},"progress":)",
+                 ring.rank, own != nullptr, ring.process, gone, calls, TraceRing::load(ring.listed),
+                 TraceRing::load(ring.captures), TraceRing::load(ring.open),
+                 TraceRing::load(ring.ended) != 0, live,
+                 live || looked == 0 ? 0 : clock.ns(looked, end));
   {
     JsonArray array(out);
     for (std::size_t inbox = 0; inbox < TraceRing::kInboxes; ++inbox) {
@@ -160,23 +203,44 @@ inline void write_ring(std::string& out, const TraceRing& ring, bool own, const 
     }
   }
   out += R"(,"records":)";
-  write_records(out, ring.records, TraceRing::load(ring.calls), most, clock, end);
+  write_records(out, ring.records, calls, most, units);
   out += R"(,"captured":)";
-  write_records(out, ring.captured, TraceRing::load(ring.listed), most, clock, end);
+  if (own == nullptr) {
+    write_records(out, ring.captured, TraceRing::load(ring.listed), most, units);
+  } else {
+    JsonArray array(out);
+    for (const TraceRecord& record : own->listed()) {
+      write_record(array.next(), record, units);
+    }
+  }
   out += '}';
+}
+
+/// How the group failed, or null.
+inline void write_failure(std::string& out, const FlightRecorder& recorder) {
+  const auto failure = recorder.failure();
+  if (!failure) {
+    out += "null";
+    return;
+  }
+  fmt::format_to(std::back_inserter(out), R"({{"why":{},"late":{},"missing":[{}],"over":{}}})",
+                 json_text(failure->why), failure->late, joined(failure->missing, ","),
+                 recorder.ended_calls() > failure->ended);
 }
 
 /// A group with the rings that this rank can read.
 inline void write_group(std::string& out, FlightRecorder& recorder, const TraceClock& clock,
                         const TraceClock::Moment& end) {
   recorder.look_at_device();
-  out += fmt::format(R"({{"name":{},"rank":{},"ranks":[{}],"rings":)", json_text(recorder.group()),
-                     recorder.rank(), joined(recorder.ranks(), ","));
+  out += fmt::format(R"({{"name":{},"rank":{},"ranks":[{}],"failure":)",
+                     json_text(recorder.group()), recorder.rank(), joined(recorder.ranks(), ","));
+  write_failure(out, recorder);
+  out += R"(,"rings":)";
   {
     JsonArray rings(out);
     for (int r = 0; r < static_cast<int>(recorder.ranks().size()); ++r) {
       if (const TraceRing* const ring = recorder.ring(r)) {
-        write_ring(rings.next(), *ring, r == recorder.rank(), clock, end);
+        write_ring(rings.next(), *ring, r == recorder.rank() ? &recorder : nullptr, clock, end);
       }
     }
   }

@@ -3,13 +3,10 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
-#include <poll.h>
-#include <pthread.h>
-#include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cerrno>
 #include <csignal>
@@ -17,20 +14,22 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <string_view>
-#include <thread>
 #include <utility>
 #include <vector>
 
 #include "cohort/error.hpp"
 #include "cohort/flight_recorder.hpp"
 #include "cohort/log.hpp"
-#include "cohort/process_state.hpp"
+#include "cohort/machine.hpp"
+#include "cohort/owner_process.hpp"
 #include "cohort/system_calls.hpp"
 #include "cohort/trace_file.hpp"
+#include "cohort/trace_signals.hpp"
 
 /// \file
 /// When a rank's last calls are written, and where: at the first call that fails, on a signal that
@@ -41,70 +40,157 @@ namespace cohort {
 /// How a `ParallelState` writes its traces.
 struct TraceOptions {
   /// An existing folder; "" for none. COHORT_TRACE_DIR wins where it is set. Each rank writes one
-  /// file into it, `cohort.rank<rank>.<process>.<state>.json`, which a later one replaces.
+  /// file of each state into it, `cohort.rank<rank>.<run>.json`, which a later one replaces. The
+  /// run is a random number that the state's ranks share.
   std::string folder = {};
   /// A signal on which every rank that gets it writes its trace, by a thread that the library
-  /// starts; 0 for none. A handler that the engine has set for it runs as well, before.
+  /// starts; 0 for none. Whatever else the signal does it still does: a handler that the engine has
+  /// set runs as well, and one that ends a process, such as SIGSEGV or SIGTERM, ends it once the
+  /// trace is written, or could not be in 3 s. Only SIGUSR1, SIGUSR2 and the real-time signals do
+  /// not end a process that hears them. The state gives the signal back when it goes.
   int signal = 0;
 };
 
-/// The rings of all groups of a state.
-class StateTrace {
+/// What the traces of one state have in common.
+struct TraceRun {
+  std::uint64_t id = 0;         ///< Random; 0 where the ranks have not agreed on it yet.
+  std::vector<int> hosts = {};  ///< By rank in the world: equal numbers are one machine.
+};
+
+namespace detail {
+
+/// Has no write of this thread end the process where a limit on the size of files is reached.
+class NoFileSizeSignal {
  public:
-  /// @param rank   In the world.
-  /// @param state  The same on all ranks of a state, and of no other.
-  StateTrace(TraceOptions options, int rank, std::uint64_t state);
+  NoFileSizeSignal() noexcept {
+    sigset_t pending;
+    sigemptyset(&only_);
+    sigaddset(&only_, SIGXFSZ);
+    sigpending(&pending);
+    was_pending_ = sigismember(&pending, SIGXFSZ) == 1;
+    pthread_sigmask(SIG_BLOCK, &only_, &before_);
+  }
+  NoFileSizeSignal(const NoFileSizeSignal&) = delete;
+  NoFileSizeSignal& operator=(const NoFileSizeSignal&) = delete;
+  ~NoFileSizeSignal() {
+    const timespec now{};
+    if (!was_pending_) {
+      static_cast<void>(::sigtimedwait(&only_, nullptr, &now));
+    }
+    pthread_sigmask(SIG_SETMASK, &before_, nullptr);
+  }
+
+ private:
+  sigset_t only_{};
+  sigset_t before_{};
+  bool was_pending_ = false;
+};
+
+/// Writes a file anew: who reads it sees the old one or all of the new, and nothing is left of what
+/// could not be finished. Throws `TransportError` where the system refuses.
+inline void replace_file(const std::string& path, std::string_view text) {
+  const NoFileSizeSignal quiet;
+  const std::string unfinished = path + ".part";
+  const auto refused = [&](const char* call) {
+    const int code = errno;
+    ::unlink(unfinished.c_str());
+    throw TransportError({.call = call, .native_code = code},
+                         fmt::format("the trace {}: {}", path, os::error_text(call, code)));
+  };
+  const int file = os::repeat(
+      [&] { return ::open(unfinished.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644); });
+  if (file < 0) {
+    refused("open");
+  }
+  for (std::size_t done = 0; done < text.size();) {
+    const auto wrote =
+        os::repeat([&] { return ::write(file, text.data() + done, text.size() - done); });
+    if (wrote < 0) {
+      const int code = errno;
+      ::close(file);
+      errno = code;
+      refused("write");
+    }
+    done += static_cast<std::size_t>(wrote);
+  }
+  if (::close(file) != 0 && errno != EINTR) {  // where file systems may say that they are full
+    refused("close");
+  }
+  if (std::rename(unfinished.c_str(), path.c_str()) != 0) {
+    refused("rename");
+  }
+}
+
+}  // namespace detail
+
+/// The rings of all groups of a state.
+class StateTrace final : private detail::SignalListener {
+ public:
+  /// @param rank   In the world, of `ranks`.
+  /// @param state  The same on all ranks of a state.
+  /// Throws `ConfigError` for a folder that is none, and as `TraceSignals::add`.
+  StateTrace(TraceOptions options, int rank, int ranks)
+      : options_(std::move(options)), rank_(rank), ranks_(ranks) {
+    struct stat status {};
+    if (!options_.folder.empty() &&
+        (::stat(options_.folder.c_str(), &status) != 0 || !S_ISDIR(status.st_mode))) {
+      throw ConfigError(
+          fmt::format("TraceOptions.folder: expected an existing folder, got {}", options_.folder));
+    }
+    if (options_.signal != 0) {
+      detail::TraceSignals::instance().add(options_.signal, *this);
+    }
+  }
   StateTrace(const StateTrace&) = delete;
   StateTrace& operator=(const StateTrace&) = delete;
-  ~StateTrace();
+  ~StateTrace() override {
+    if (options_.signal != 0 && owner_.is_here()) {
+      detail::TraceSignals::instance().remove(options_.signal, *this);
+    }
+    for (const auto& recorder : recorders_) {
+      recorder->on_failure({});
+    }
+  }
+
+  /// What the ranks have agreed on.
+  void belongs_to(TraceRun run) {
+    const std::lock_guard lock(mutex_);
+    run_ = std::move(run);
+  }
 
   /// Adds a group.
   void add(std::shared_ptr<FlightRecorder> recorder) {
     const std::lock_guard lock(mutex_);
-    recorder->on_failure([this](std::string_view why, bool late) { failed(why, late); });
     recorders_.push_back(std::move(recorder));
+    recorders_.back()->on_failure([this](const FlightRecorder& group, const TraceFailure& failure) {
+      failed(group, failure);
+    });
+  }
+  /// Leaves out a group from now on.
+  void remove(FlightRecorder& recorder) noexcept {
+    const std::lock_guard lock(mutex_);
+    recorder.on_failure({});
+    std::erase_if(recorders_, [&recorder](const auto& one) { return one.get() == &recorder; });
   }
 
   /// Writes a file anew. Any thread. Throws `TransportError` where the system refuses.
   void write(const std::string& path, std::string_view reason, bool late = false) const {
-    const std::string text = to_json(reason, late);
-    const std::string unfinished = path + ".part";  // readers never see half a file
-    UniqueFd file(os::repeat([&] {
-      return ::open(unfinished.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-    }));
-    const auto fail = [&](const char* call) {
-      throw TransportError({.call = call, .native_code = errno},
-                           fmt::format("the trace {}: {}", path, std::strerror(errno)));
-    };
-    if (!file) {
-      fail("open");
-    }
-    for (std::size_t done = 0; done < text.size();) {
-      const auto wrote =
-          os::repeat([&] { return ::write(file.get(), text.data() + done, text.size() - done); });
-      if (wrote < 0) {
-        fail("write");
-      }
-      done += static_cast<std::size_t>(wrote);
-    }
-    file.reset();
-    if (std::rename(unfinished.c_str(), path.c_str()) != 0) {
-      fail("rename");
-    }
+    const std::lock_guard lock(writing_);
+    detail::replace_file(path, to_json(reason, late));
   }
 
   /// Writes into the folder, where there is one.
   void write_into_folder(std::string_view reason, bool late = false) const noexcept {
-    if (options_.folder.empty()) {
+    if (options_.folder.empty() || !owner_.is_here()) {
       return;
     }
     try {
-      const std::string path =
-          fmt::format("{}/cohort.rank{}.{}.{}.json", options_.folder, rank_, ::getpid(), state_);
+      const std::string path = file_name();
       write(path, reason, late);
       log(LogLevel::warning, fmt::format("rank {} has written its last calls to {}", rank_, path));
     } catch (const std::exception& error) {
       log(LogLevel::error, error.what());
+      say_calls();
     }
   }
 
@@ -119,8 +205,10 @@ class StateTrace {
     const std::lock_guard lock(mutex_);
     const auto end = TraceClock::now();
     std::string out = fmt::format(
-        R"({{"cohort_trace":1,"rank":{},"process":{},"state":{},"written":{},"late":{},"reason":{},"groups":)",
-        rank_, ::getpid(), state_, end.ns, late, detail::json_text(reason));
+        R"({{"cohort_trace":2,"run":"{:016x}","rank":{},"ranks":{},"hosts":[{}],"machine":{},)"
+        R"("process":{},"written":{},"late":{},"reason":{},"groups":)",
+        run_.id, rank_, ranks_, detail::joined(run_.hosts, ","), detail::json_text(machine_),
+        ::getpid(), end.ns, late, detail::json_text(reason));
     {
       detail::JsonArray groups(out);
       for (const auto& recorder : recorders_) {
@@ -132,133 +220,68 @@ class StateTrace {
   }
 
  private:
-  /// What follows the first failure tells less, but for the first time-out.
-  void failed(std::string_view why, bool late) noexcept {
-    if (late ? !late_.exchange(true) : !failed_.exchange(true) && !late_) {
-      write_into_folder(why, late);
+  // detail::SignalListener
+  void heard() noexcept override { write_into_folder("a signal"); }
+
+  /// What follows the first failure tells less, but for the first time-out. When the group that
+  /// failed has ended calls since, that failure is over.
+  void failed(const FlightRecorder& group, const TraceFailure& failure) noexcept {
+    {
+      const std::lock_guard lock(incident_mutex_);
+      if (incident_.group == &group && failure.ended > incident_.ended) {
+        incident_ = {};
+      }
+      if (incident_.group != nullptr && (incident_.late || !failure.late)) {
+        return;
+      }
+      incident_ = {.group = &group, .ended = failure.ended, .late = failure.late};
     }
+    write_into_folder(failure.why, failure.late);
   }
+
+  [[nodiscard]] std::string file_name() const {
+    const std::lock_guard lock(mutex_);
+    return run_.id != 0
+               ? fmt::format("{}/cohort.rank{}.{:016x}.json", options_.folder, rank_, run_.id)
+               : fmt::format("{}/cohort.rank{}.forming.{}.json", options_.folder, rank_,
+                             ::getpid());
+  }
+
+  /// Where no file could be written, what matters most of it.
+  void say_calls() const noexcept try {
+    const std::lock_guard lock(mutex_);
+    for (const auto& recorder : recorders_) {
+      if (const std::string open = recorder->open_call(); !open.empty()) {
+        log(LogLevel::error,
+            fmt::format("rank {} is in {} of group {}", rank_, open, recorder->group()));
+      }
+      if (const std::string behind = recorder->behind(); !behind.empty()) {
+        log(LogLevel::error, fmt::format("group {}: {}", recorder->group(), behind));
+      }
+    }
+  } catch (const std::exception& error) {
+    log(LogLevel::error, error.what());
+  }
+
+  /// The failure for which the file was written.
+  struct Incident {
+    const FlightRecorder* group = nullptr;  ///< Null for none.
+    std::uint64_t ended = 0;                ///< Calls of the group, then.
+    bool late = false;                      ///< A time-out.
+  };
 
   TraceOptions options_;
   int rank_;
-  std::uint64_t state_;
+  int ranks_;
+  OwnerProcess owner_;
+  std::string machine_ = boot_id();
   TraceClock clock_;
-  std::atomic<bool> failed_{false};
-  std::atomic<bool> late_{false};
-  mutable std::mutex mutex_;
+  std::mutex incident_mutex_;
+  Incident incident_;
+  mutable std::mutex writing_;  // one file at a time
+  mutable std::mutex mutex_;    // of what follows
+  TraceRun run_;
   std::vector<std::shared_ptr<FlightRecorder>> recorders_;
 };
-
-namespace detail {
-
-/// The states of the process, for signals. A handler may do next to nothing, so it wakes a thread.
-class TraceSignals {
- public:
-  void add(StateTrace& state) {
-    const std::lock_guard lock(mutex_);
-    states_.push_back(&state);
-  }
-  void remove(const StateTrace& state) noexcept {
-    const std::lock_guard lock(mutex_);
-    std::erase(states_, &state);
-  }
-
-  /// From now on the signal has all states write. Throws `ConfigError` for what is no signal that
-  /// can be caught, `TransportError`.
-  void listen(int signal) {
-    if (signal < 1 || signal >= NSIG) {
-      throw ConfigError(
-          fmt::format("TraceOptions.signal: expected 0 or a signal's number, got {}", signal));
-    }
-    const std::lock_guard lock(mutex_);
-    handling_ = this;  // of this module's handler
-    if (heard_[static_cast<std::size_t>(signal)]) {
-      return;
-    }
-    if (wake_.load() < 0) {
-      start();
-    }
-    struct sigaction mine {};
-    mine.sa_sigaction = on_signal;
-    mine.sa_flags = SA_SIGINFO | SA_RESTART;
-    sigemptyset(&mine.sa_mask);
-    if (::sigaction(signal, nullptr, &before_[static_cast<std::size_t>(signal)]) != 0 ||
-        ::sigaction(signal, &mine, nullptr) != 0) {
-      throw ConfigError(fmt::format("TraceOptions.signal: {} cannot be caught: {}", signal,
-                                    std::strerror(errno)));
-    }
-    heard_[static_cast<std::size_t>(signal)] = true;
-  }
-
-  static TraceSignals& instance() { return process_wide<TraceSignals>("trace signals 1"); }
-
- private:
-  /// Only what signal-safety(7) allows: a write, and the engine's own handler.
-  static void on_signal(int signal, siginfo_t* info, void* context) {
-    const int error = errno;
-    const TraceSignals* const self = handling_.load();
-    if (self == nullptr) {
-      return;
-    }
-    const struct sigaction& before = self->before_[static_cast<std::size_t>(signal)];
-    if ((before.sa_flags & SA_SIGINFO) != 0) {
-      before.sa_sigaction(signal, info, context);
-    } else if (before.sa_handler != SIG_DFL && before.sa_handler != SIG_IGN) {
-      before.sa_handler(signal);
-    }
-    const std::uint64_t one = 1;
-    static_cast<void>(!::write(self->wake_.load(), &one, sizeof(one)));
-    errno = error;
-  }
-
-  void start() {
-    const int wake = ::eventfd(0, EFD_CLOEXEC);
-    if (wake < 0) {
-      throw TransportError({.call = "eventfd", .native_code = errno}, std::strerror(errno));
-    }
-    wake_ = wake;
-    sigset_t all;
-    sigset_t before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);  // the thread takes none of the engine's signals
-    std::thread([this, wake] {
-      std::uint64_t count = 0;
-      while (os::repeat([&] { return ::read(wake, &count, sizeof(count)); }) == sizeof(count)) {
-        const std::lock_guard lock(mutex_);
-        for (const StateTrace* const state : states_) {
-          state->write_into_folder("a signal");
-        }
-      }
-    }).detach();
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
-  }
-
-  inline static std::atomic<const TraceSignals*> handling_{nullptr};
-
-  std::mutex mutex_;
-  std::vector<StateTrace*> states_;
-  std::array<bool, NSIG> heard_{};
-  std::array<struct sigaction, NSIG> before_{};
-  std::atomic<int> wake_{-1};
-};
-
-}  // namespace detail
-
-inline StateTrace::StateTrace(TraceOptions options, int rank, std::uint64_t state)
-    : options_(std::move(options)), rank_(rank), state_(state) {
-  if (options_.signal != 0) {
-    detail::TraceSignals::instance().listen(options_.signal);
-    detail::TraceSignals::instance().add(*this);
-  }
-}
-
-inline StateTrace::~StateTrace() {
-  if (options_.signal != 0) {
-    detail::TraceSignals::instance().remove(*this);
-  }
-  for (const auto& recorder : recorders_) {
-    recorder->on_failure({});
-  }
-}
 
 }  // namespace cohort

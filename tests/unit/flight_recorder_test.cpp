@@ -93,7 +93,42 @@ TEST_CASE("calls between pairs have no number", "[flight_recorder]") {
   recorder.end(entry, {}, 0);
   call(recorder, 0, 1);
   CHECK(TraceRing::at(recorder.own().records, 1)->number == 0);
+  CHECK(TraceRing::at(recorder.own().records, 1)->flags == 0);
   CHECK(TraceRing::at(recorder.own().records, 2)->number == 1);
+  CHECK(TraceRing::at(recorder.own().records, 2)->flags == TraceRecord::kNumbered);
+}
+
+TEST_CASE("numbers go on behind 32 bits", "[flight_recorder]") {
+  TwoRanks two;
+  constexpr std::uint64_t kWide = std::uint64_t{1} << 32;
+  for (const auto& rank : two.ranks) {
+    rank->own().numbered = kWide - 2;
+    call(*rank, 0, 1);
+  }
+  call(*two.ranks[0], 0, 1);
+  TraceRing& ring = two.ranks[0]->own();
+  const auto number = [&ring](std::uint64_t sequence) {
+    return TraceRing::full_number(ring.numbered, *TraceRing::at(ring.records, sequence));
+  };
+  CHECK(number(1) == kWide - 1);
+  CHECK(number(2) == kWide);
+  CHECK(two.ranks[0]->behind() ==
+        "rank 1 has not come to all_reduce #4294967296; its last call is all_reduce #4294967295");
+  CHECK(two.ranks[1]->behind().empty());
+  // A reader that looked at the last number before the record was written.
+  CHECK(TraceRing::full_number(kWide - 1, *TraceRing::at(ring.records, 2)) == kWide);
+}
+
+TEST_CASE("a call that is left by an exception is under way no longer", "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  const TraceEntry entry = recorder.begin(kReduce, 100, true, {}, 0, {.steps = 10}, 2);
+  recorder.abandon(entry, {.steps = 11, .path = CallPath::mapped});
+  CHECK(recorder.open_call().empty());
+  CHECK(recorder.ended_calls() == 0);
+  CHECK(recorder.own().progress[0].issued == 1);
+  const auto record = TraceRing::at(recorder.own().records, 1);
+  CHECK(record->flags == (TraceRecord::kNumbered | TraceRecord::kFailed));
+  CHECK(record->steps == 1);
 }
 
 TEST_CASE("a graph's calls are listed once and counted at each launch", "[flight_recorder]") {
@@ -118,8 +153,74 @@ TEST_CASE("a graph's calls are listed once and counted at each launch", "[flight
   CHECK(launch->number == 2);
   CHECK(launch->extents[0] == 2);
   CHECK(launch->extents[1] == 3);
+  CHECK(launch->extents[2] == 1);
   recorder.launch({}, 0);  // the engine's own
-  CHECK(TraceRing::at(recorder.own().records, 3)->where == 0);
+  const auto unknown = TraceRing::at(recorder.own().records, 3);
+  CHECK(unknown->where == 0);
+  CHECK(unknown->flags == 0);
+}
+
+TEST_CASE("what only some ranks do in a graph has no number, nor does a graph of nothing else",
+          "[flight_recorder]") {
+  FlightRecorder sender("world", 0, {0, 1, 2}, {});
+  FlightRecorder other("world", 2, {0, 1, 2}, {});
+  const auto send = [&](CaptureId capture) {
+    const TraceEntry entry =
+        sender.begin({.signature = 8, .call = TraceCall::send}, 4, false, {}, capture, {}, 0);
+    sender.end(entry, {.steps = 1, .path = CallPath::own}, 0);
+  };
+  send(5);
+  call(sender, 5, 1);
+  call(other, 5, 1);
+  sender.launch({}, 5);
+  other.launch({}, 5);
+  const auto last = [](FlightRecorder& recorder) {
+    return *TraceRing::at(recorder.own().records, recorder.own().calls);
+  };
+  CHECK(last(sender).number == 1);
+  CHECK(last(sender).signature == last(other).signature);
+  CHECK(last(sender).extents[0] == 2);
+  CHECK(sender.listed()[0].number == 0);
+  CHECK(sender.listed()[1].number == 1);
+  send(6);  // in a graph of its own
+  sender.launch({}, 6);
+  CHECK(last(sender).flags == 0);
+  call(sender, 0, 1);
+  call(other, 0, 1);
+  CHECK(last(sender).number == last(other).number);
+}
+
+TEST_CASE("each inbox of a graph is counted", "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  for (const std::uint8_t inbox : {std::uint8_t{0}, std::uint8_t{1}}) {
+    const TraceEntry entry = recorder.begin(kReduce, 4, true, {}, 5, {.inbox = inbox}, 0);
+    recorder.end(entry, {.steps = 1, .inbox = inbox, .path = CallPath::own}, 0);
+  }
+  recorder.launch({}, 5);
+  CHECK(recorder.own().progress[0].issued == 1);
+  CHECK(recorder.own().progress[1].issued == 1);
+  CHECK(TraceRing::at(recorder.own().records, 1)->extents[2] == 2);
+}
+
+TEST_CASE("lists of captured calls are longer than the ring that other ranks see",
+          "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  constexpr std::size_t kCalls = 3 * TraceRing::kRecords;
+  for (std::size_t i = 0; i < kCalls; ++i) {
+    call(recorder, 1 + i % 7, 1);
+  }
+  auto listed = recorder.listed();
+  REQUIRE(listed.size() == kCalls);
+  CHECK(listed.front().sequence == 1);
+  CHECK(listed.front().path == CallPath::mapped);
+  CHECK(listed.front().steps == 1);
+  CHECK(listed.back().where == 1 + (kCalls - 1) % 7);
+  for (std::size_t i = kCalls; i <= FlightRecorder::kMostListed; ++i) {
+    call(recorder, 1, 1);
+  }
+  listed = recorder.listed();
+  CHECK(listed.size() == FlightRecorder::kMostListed);
+  CHECK(listed.front().sequence == 2);
 }
 
 TEST_CASE("agreements say on what, within the call that needs them", "[flight_recorder]") {
@@ -176,8 +277,9 @@ TEST_CASE("a forked child leaves its parent's records alone", "[flight_recorder]
 TEST_CASE("failures are reported, wrong arguments are not", "[flight_recorder]") {
   FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
   std::vector<std::string> reported;
-  recorder.on_failure([&](std::string_view why, bool late) {
-    reported.push_back(std::string(why) + (late ? " late" : ""));
+  recorder.on_failure([&](const FlightRecorder& of, const TraceFailure& failure) {
+    CHECK(&of == &recorder);
+    reported.push_back(failure.why + (failure.late ? " late" : ""));
   });
   const auto fail = [&](const auto& error) {
     CHECK_THROWS_AS(detail::reporting(&recorder, [&]() { throw error; }),
@@ -188,6 +290,16 @@ TEST_CASE("failures are reported, wrong arguments are not", "[flight_recorder]")
   fail(TimeoutError("time", {1}));
   fail(SymmetryError("symmetry", {1}));
   CHECK(reported == std::vector<std::string>{"time late", "symmetry"});
+  CHECK(recorder.failure()->why == "time");  // which tells more than what follows
+  CHECK(recorder.failure()->missing == std::vector{1});
+  call(recorder, 0, 1);  // it works again
+  fail(SymmetryError("symmetry", {1}));
+  CHECK(recorder.failure()->why == "symmetry");
+  CHECK_THROWS_AS(detail::reporting(
+                      &recorder, []() { throw TimeoutError("of others", {1}); }, false),
+                  TimeoutError);
+  CHECK(recorder.failure()->why == "of others");
+  CHECK(recorder.failure()->missing.empty());
   CHECK(detail::reporting(&recorder, [] { return 5; }) == 5);
   CHECK_THROWS_AS(detail::reporting(nullptr, []() { throw TimeoutError("time", {1}); }),
                   TimeoutError);
@@ -203,6 +315,7 @@ TEST_CASE("the device is asked until the group closes", "[flight_recorder]") {
   });
   recorder.look_at_device();
   CHECK(recorder.own().progress[0].left == 9);
+  CHECK(recorder.own().looked != 0);
   recorder.close();
   recorder.look_at_device();
   CHECK(asked == 1);

@@ -1,21 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/trace_writer.hpp"
 
+#include <sys/resource.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <chrono>
 #include <csignal>
+#include <cstdint>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
 #include "cohort/error.hpp"
+#include "cohort/log.hpp"
 #include "support/catch.hpp"
 
 using namespace cohort;
@@ -34,10 +37,8 @@ class Folder {
   ~Folder() { std::filesystem::remove_all(path_); }
 
   [[nodiscard]] const std::string& path() const noexcept { return path_; }
-  /// Of rank 3's state 17.
-  [[nodiscard]] std::string file() const {
-    return path_ + "/cohort.rank3." + std::to_string(::getpid()) + ".17.json";
-  }
+  /// Of rank 3 in run 17.
+  [[nodiscard]] std::string file() const { return path_ + "/cohort.rank3.0000000000000011.json"; }
   [[nodiscard]] std::string content() const {
     std::ifstream file(this->file());
     return {std::istreambuf_iterator<char>(file), {}};
@@ -47,7 +48,19 @@ class Folder {
   std::string path_;
 };
 
-std::atomic<int> engines_handler_ran{0};
+constexpr std::uint64_t kRun = 17;
+
+/// Of rank 3 of 5.
+std::unique_ptr<StateTrace> make_trace(const TraceOptions& options) {
+  auto trace = std::make_unique<StateTrace>(options, 3, 5);
+  trace->belongs_to({.id = kRun, .hosts = {0, 0, 0, 1, 1}});
+  return trace;
+}
+
+void call(FlightRecorder& recorder) {
+  const TraceEntry entry = recorder.begin({.call = TraceCall::all_reduce}, 4, true, {}, 0, {}, 0);
+  recorder.end(entry, {}, 0);
+}
 
 }  // namespace
 
@@ -56,8 +69,8 @@ TEST_CASE("the first failure is written, and the first time-out", "[trace_writer
   const auto recorder =
       std::make_shared<FlightRecorder>("tp[0]", 0, std::vector{3, 4}, TraceRings{});
   {
-    StateTrace trace({.folder = folder.path()}, 3, 17);
-    trace.add(recorder);
+    const auto trace = make_trace({.folder = folder.path()});
+    trace->add(recorder);
     CHECK(folder.content().empty());
     recorder->failed("a cable", false);
     CHECK_THAT(folder.content(), contains(R"("late":false,"reason":"a cable")"));
@@ -77,32 +90,90 @@ TEST_CASE("without a folder nothing is written, but on demand", "[trace_writer]"
   const Folder folder;
   const auto recorder =
       std::make_shared<FlightRecorder>("tp[0]", 0, std::vector{3, 4}, TraceRings{});
-  StateTrace trace({}, 3, 17);
-  trace.add(recorder);
+  const auto trace = make_trace({});
+  trace->add(recorder);
   recorder->failed("a cable", true);
   CHECK(std::filesystem::is_empty(folder.path()));
-  trace.write(folder.file(), "on demand");
+  trace->write(folder.file(), "on demand");
   CHECK_THAT(folder.content(),
-             contains(R"({"cohort_trace":1,"rank":3,)", R"("state":17,)", R"("name":"tp[0]")"));
-  CHECK_THROWS_AS(trace.write(folder.path() + "/absent/file", "on demand"), TransportError);
+             contains(R"({"cohort_trace":2,"run":"0000000000000011","rank":3,"ranks":5,)",
+                      R"("hosts":[0,0,0,1,1],)", R"("name":"tp[0]")"));
+  CHECK_THROWS_AS(trace->write(folder.path() + "/absent/file", "on demand"), TransportError);
 }
 
-TEST_CASE("a signal has the trace written, and the engine's handler runs", "[trace_writer]") {
+TEST_CASE("when a group works again, its next failure is written", "[trace_writer]") {
   const Folder folder;
-  struct sigaction engines {};
-  engines.sa_handler = [](int) { ++engines_handler_ran; };
-  REQUIRE(::sigaction(SIGUSR2, &engines, nullptr) == 0);
-  StateTrace trace({.folder = folder.path(), .signal = SIGUSR2}, 3, 17);
+  const auto make = [](const char* name) {
+    return std::make_shared<FlightRecorder>(name, 0, std::vector{3, 4}, TraceRings{});
+  };
+  const auto first = make("tp[0]");
+  const auto second = make("dp[0]");
+  const auto trace = make_trace({.folder = folder.path()});
+  trace->add(first);
+  trace->add(second);
+  first->failed("a time-out", true);
+  call(*second);
+  second->failed("what follows", true);
+  CHECK_THAT(folder.content(), contains("a time-out"));
+  call(*first);
+  first->failed("another day", false);
+  CHECK_THAT(folder.content(), contains(R"("late":false,"reason":"another day")"));
+}
+
+TEST_CASE("before ranks have agreed on a run the file says so", "[trace_writer]") {
+  const Folder folder;
+  const auto recorder =
+      std::make_shared<FlightRecorder>("forming", 0, std::vector{3, 4}, TraceRings{});
+  StateTrace trace({.folder = folder.path()}, 3, 5);
+  trace.add(recorder);
+  recorder->failed("rank 1 did not come", true);
+  const std::string path =
+      folder.path() + "/cohort.rank3.forming." + std::to_string(::getpid()) + ".json";
+  REQUIRE(std::filesystem::exists(path));
+  trace.remove(*recorder);
+  std::filesystem::remove(path);
+  recorder->failed("nobody listens", true);
+  CHECK(std::filesystem::is_empty(folder.path()));
+}
+
+TEST_CASE("what cannot be written leaves nothing, and what matters is in the log",
+          "[trace_writer]") {
+  const Folder folder;
+  const auto recorder =
+      std::make_shared<FlightRecorder>("tp[0]", 0, std::vector{3, 4}, TraceRings{});
+  const auto trace = make_trace({.folder = folder.path()});
+  trace->add(recorder);
+  for (int i = 0; i < 500; ++i) {
+    call(*recorder);
+  }
+  const TraceEntry entry = recorder->begin({.call = TraceCall::barrier}, 0, true, {}, 0, {}, 0);
+  std::string said;
+  const LogSink sink =
+      set_log_sink([&said](LogLevel, std::string_view text) { said += std::string(text) + '\n'; });
+  rlimit before{};
+  REQUIRE(::getrlimit(RLIMIT_FSIZE, &before) == 0);
+  const rlimit small{.rlim_cur = 4096, .rlim_max = before.rlim_max};
+  REQUIRE(::setrlimit(RLIMIT_FSIZE, &small) == 0);
+  recorder->failed("a time-out", true);
+  REQUIRE(::setrlimit(RLIMIT_FSIZE, &before) == 0);
+  set_log_sink(sink);
+  recorder->end(entry, {}, 0);
+  CHECK(std::filesystem::is_empty(folder.path()));
+  CHECK_THAT(said, contains("write: File too large", "rank 3 is in barrier #501 of group tp[0]"));
+}
+
+TEST_CASE("a folder that is none is refused at once", "[trace_writer]") {
+  const Folder folder;
+  CHECK_THROWS_MATCHES(make_trace({.folder = folder.path() + "/absent"}), ConfigError,
+                       test::says("expected an existing folder"));
+}
+
+TEST_CASE("a signal has the trace written", "[trace_writer]") {
+  const Folder folder;
+  const auto trace = make_trace({.folder = folder.path(), .signal = SIGUSR2});
   REQUIRE(::raise(SIGUSR2) == 0);
-  CHECK(engines_handler_ran == 1);
   for (int i = 0; i < 500 && !std::filesystem::exists(folder.file()); ++i) {
     std::this_thread::sleep_for(std::chrono::milliseconds(10));
   }
   CHECK_THAT(folder.content(), contains(R"("reason":"a signal")"));
-}
-
-TEST_CASE("what is no signal to be caught is refused", "[trace_writer]") {
-  CHECK_THROWS_AS(StateTrace({.signal = -1}, 3, 17), ConfigError);
-  CHECK_THROWS_AS(StateTrace({.signal = 1000}, 3, 17), ConfigError);
-  CHECK_THROWS_AS(StateTrace({.signal = SIGKILL}, 3, 17), ConfigError);
 }

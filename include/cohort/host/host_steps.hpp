@@ -18,7 +18,11 @@ class HostSteps {
  public:
   /// @param ring  This rank's, or null where the group has none in shared memory.
   HostSteps(ControlPlane& control, TraceRing* ring, CallPath path) noexcept
-      : control_(control), ring_(ring), path_(path) {}
+      : control_(control), path_(path) {
+    if (ring != nullptr) {
+      count_in(*ring);
+    }
+  }
 
   /// A step is enqueued, or captured.
   void issue() noexcept { ++issued_; }
@@ -39,13 +43,18 @@ class HostSteps {
       if (recorder == nullptr) {
         return;  // a transport without a group
       }
-      ring_ = &recorder->own();
+      count_in(recorder->own());
     }
     TraceRing::add(ring_->progress[0].*word, 1);
   }
 
+  void count_in(TraceRing& ring) noexcept {
+    ring_ = &ring;
+    TraceRing::store(ring.looked, TraceRing::kLive);
+  }
+
   ControlPlane& control_;
-  TraceRing* ring_;
+  TraceRing* ring_ = nullptr;
   CallPath path_;
   std::uint64_t issued_ = 0;
 };

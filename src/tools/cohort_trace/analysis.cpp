@@ -4,39 +4,67 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <set>
+#include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "findings.hpp"
 
 namespace cohort::trace {
-namespace {
 
-using nlohmann::json;
-
-}  // namespace
+std::vector<int> unknown_ranks(const State& state) {
+  std::set<int> known;
+  std::set<int> all;
+  for (const auto& [rank, reason] : state.reasons) {
+    known.insert(rank);
+  }
+  for (const Group& group : state.groups) {
+    all.insert(group.ranks.begin(), group.ranks.end());
+    for (const auto& [rank, ring] : group.rings) {
+      known.insert(world_rank(group, rank));
+    }
+  }
+  for (int rank = 0; rank < static_cast<int>(state.hosts.size()); ++rank) {
+    all.insert(rank);
+  }
+  std::vector<int> unknown;
+  std::set_difference(all.begin(), all.end(), known.begin(), known.end(),
+                      std::back_inserter(unknown));
+  return unknown;
+}
 
 std::vector<Finding> findings(const State& state) {
   std::vector<Finding> all;
+  std::vector<Judged> groups;
   std::set<int> waits;
-  for (const Group& group : state.groups) {
-    waits.merge(waiting_in(group));
-  }
   for (const Group& group : state.groups) {
     const bool over = std::all_of(group.rings.begin(), group.rings.end(),
                                   [](const auto& ring) { return ring.second.ended; });
     if (group.ranks.size() < 2 || over) {
       continue;
     }
-    auto found = difference(group);
-    if (!found) {
-      found = behind(state, group, waits);
+    groups.push_back(judge(state, group));
+    waits.merge(waiting_in(groups.back()));
+  }
+  for (const Judged& judged : groups) {
+    auto found = difference(*judged.group);
+    if (found && found->kind == Finding::Kind::differed) {
+      all.push_back(*std::exchange(found, std::nullopt));
     }
-    if (!found) {
-      found = behind_on_device(state, group);
-    }
+    const auto otherwise = [&found](const auto& look) {
+      if (!found) {
+        found = look();
+      }
+    };
+    otherwise([&] { return behind(state, judged, waits); });
+    otherwise([&] { return fewer_steps(*judged.group); });
+    otherwise([&] { return unknown(state, judged); });
+    otherwise([&] { return together(state, judged); });
     if (found) {
       all.push_back(std::move(*found));
     }
@@ -45,7 +73,9 @@ std::vector<Finding> findings(const State& state) {
   const auto rank = [&waits](const Finding& finding) {
     const bool is_cause = std::any_of(finding.ranks.begin(), finding.ranks.end(),
                                       [&waits](int one) { return waits.count(one) == 0; });
-    return std::tuple(static_cast<int>(finding.kind), !is_cause, finding.since);
+    const bool differs = finding.kind == Finding::Kind::differs;
+    const bool last = finding.kind == Finding::Kind::differed;
+    return std::tuple(!differs, last, !is_cause, static_cast<int>(finding.kind), finding.since);
   };
   std::stable_sort(all.begin(), all.end(),
                    [&](const Finding& a, const Finding& b) { return rank(a) < rank(b); });
@@ -54,8 +84,13 @@ std::vector<Finding> findings(const State& state) {
 
 std::string verdict(const State& state) {
   const auto found = findings(state);
-  if (found.empty()) {
-    return "no rank is behind another, and no calls differ, as far as is known";
+  if (found.empty() || found.front().kind == Finding::Kind::differed) {
+    const auto unknown = unknown_ranks(state);
+    const std::string but = found.empty() ? "" : ", now; " + found.front().text;
+    return "no rank is behind another, and no calls differ, as far as is known" + but +
+           (unknown.empty() ? ""
+                            : fmt::format("; nothing is known of {}, of which no trace was found",
+                                          listed(unknown)));
   }
   const Finding& first = found.front();
   // Where every rank that is missed waits itself, they wait for one another.
@@ -77,8 +112,10 @@ std::string verdict(const State& state) {
 }
 
 std::string to_json(const State& state) {
-  static constexpr const char* kKinds[] = {"differs", "behind", "behind on the device"};
-  json j{{"state", state.id}, {"verdict", verdict(state)}, {"findings", json::array()}};
+  static constexpr const char* kKinds[] = {"differs", "behind",          "behind on the device",
+                                           "unknown", "all in one call", "differed once"};
+  nlohmann::json j{
+      {"run", state.run}, {"verdict", verdict(state)}, {"findings", nlohmann::json::array()}};
   for (const Finding& finding : findings(state)) {
     j["findings"].push_back({{"kind", kKinds[static_cast<int>(finding.kind)]},
                              {"group", finding.group},
@@ -87,6 +124,7 @@ std::string to_json(const State& state) {
                              {"since_ns", finding.since},
                              {"text", finding.text}});
   }
+  j["unknown"] = unknown_ranks(state);
   for (const auto& [rank, reason] : state.reasons) {
     j["reasons"][std::to_string(rank)] = reason;
   }

@@ -2,208 +2,198 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <ctime>
+#include <cstdint>
 #include <iterator>
-#include <limits>
 #include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
 
+#include "analysis.hpp"
 #include "findings.hpp"
+#include "place.hpp"
 
 namespace cohort::trace {
 namespace {
 
-std::string clock_time(std::int64_t ns) {
-  const std::time_t seconds = ns / 1'000'000'000;
-  std::tm broken{};
-  gmtime_r(&seconds, &broken);
-  return fmt::format("{:02}:{:02}:{:02}.{:03} UTC", broken.tm_hour, broken.tm_min, broken.tm_sec,
-                     ns / 1'000'000 % 1000);
-}
-
-std::string duration(std::int64_t ns) {
-  return ns < 1'000'000'000 ? fmt::format("{} ms", ns / 1'000'000)
-                            : fmt::format("{:.1f} s", static_cast<double>(ns) / 1e9);
-}
-
-const Record* numbered(const Ring& ring, std::uint32_t number) {
-  const auto found =
-      std::find_if(ring.records.rbegin(), ring.records.rend(),
-                   [number](const Record& record) { return record.number == number; });
-  return found == ring.records.rend() ? nullptr : &*found;
-}
-const Record* last_numbered(const Ring& ring) {
-  const auto found = std::find_if(ring.records.rbegin(), ring.records.rend(),
-                                  [](const Record& record) { return record.number != 0; });
-  return found == ring.records.rend() ? nullptr : &*found;
-}
-std::uint32_t last_number(const Ring& ring) {
-  const Record* const last = last_numbered(ring);
-  return last == nullptr ? 0 : last->number;
-}
-const Record* open_record(const Ring& ring) {
-  const auto found =
-      std::find_if(ring.records.begin(), ring.records.end(),
-                   [&ring](const Record& record) { return record.sequence == ring.open; });
-  return ring.open == 0 || found == ring.records.end() ? nullptr : &*found;
-}
-
-/// The calls of a graph, in order.
-std::vector<const Record*> list_of(const Ring& ring, std::uint64_t graph) {
-  std::vector<const Record*> list;
-  for (const Record& record : ring.captured) {
-    if (record.where == graph) {
-      list.push_back(&record);
-    }
+/// What is known of a rank that ranks wait for.
+std::string whereabouts(const State& state, const Group& group, int rank) {
+  const auto mine = group.rings.find(rank);
+  if (mine == group.rings.end()) {
+    return "it left no trace, nor did another rank of its machine";
   }
-  return list;
-}
-
-/// Steps that a record takes of an inbox.
-std::uint64_t steps_of(const Record& record) {
-  return record.call == "launch" && record.extents.size() > 1 ? record.extents[1] : record.steps;
-}
-
-/// Where the device, or the host in a replay, is: "" where all has run.
-std::string place_on_device(const Ring& ring) {
-  for (const auto& [inbox, progress] : ring.progress) {
-    if (progress.left >= progress.issued) {
-      continue;
-    }
-    const std::uint64_t pending = progress.issued - progress.left;
-    std::uint64_t seen = 0;
-    for (auto record = ring.records.rbegin(); record != ring.records.rend(); ++record) {
-      const std::uint64_t steps = record->inbox == inbox ? steps_of(*record) : 0;
-      if (steps == 0 || (seen += steps) < pending) {
-        continue;
-      }
-      if (record->call != "launch") {
-        return describe(ring, *record);
-      }
-      std::uint64_t done = seen - pending;
-      const auto list = list_of(ring, record->where);
-      for (const Record* const call : list) {
-        if (call->inbox == inbox && call->steps > done) {
-          return fmt::format("call {} of {} of graph {}, {}", call->number,
-                             std::max<std::uint64_t>(list.size(), record->extents.at(0)),
-                             record->where, describe(ring, *call));
-        }
-        done -= call->inbox == inbox ? call->steps : 0;
-      }
-      return fmt::format("graph {}", record->where);
-    }
+  if (mine->second.gone) {
+    return "its process is gone";
   }
-  return "";
-}
-
-std::string whereabouts(const State& state, const Group& group, int world) {
+  std::string text;
+  bool wrote = false;
+  const int world = world_rank(group, rank);
   for (const Group& other : state.groups) {
-    for (const auto& [rank, ring] : other.rings) {
-      if (other.ranks.at(static_cast<std::size_t>(rank)) != world) {
+    for (const auto& [r, ring] : other.rings) {
+      if (world_rank(other, r) != world) {
         continue;
       }
-      if (ring.gone) {
-        return "its process is gone";
-      }
-      const Record* const open = open_record(ring);
-      if (open != nullptr && &other != &group) {
-        return fmt::format("it is in {} of {}", describe(ring, *open), other.name);
+      wrote = wrote || ring.own;
+      if (const Record* const open = open_record(ring)) {
+        text = fmt::format("it is in {} of {}", describe(ring, *open), other.name);
+      } else if (const auto stand = stand_of(other, ring);
+                 text.empty() && stand.pending && &other != &group) {
+        text = fmt::format("its device is in {} of {}", describe(ring, *stand.pending), other.name);
       }
     }
   }
-  return "it is in no call of the library";
+  if (text.empty()) {
+    text = wrote ? "it is in no call of the library"
+                 : "as it wrote no trace itself, nothing else is known of it";
+  }
+  if (mine->second.left >= 0) {
+    text += fmt::format("; its process was there when the first rank wrote, and gone within {}",
+                        duration(mine->second.left));
+  }
+  return text;
+}
+
+/// Of ranks those that wait for nobody come first: whoever waits in another group is late for a
+/// reason that is told there. Gives the others.
+std::vector<int> excuse(const Group& group, std::vector<int>& ranks, const std::set<int>& waits) {
+  const auto waits_too = [&](int rank) { return waits.count(world_rank(group, rank)) > 0; };
+  std::vector<int> excused;
+  if (!std::all_of(ranks.begin(), ranks.end(), waits_too)) {
+    std::copy_if(ranks.begin(), ranks.end(), std::back_inserter(excused), waits_too);
+    std::erase_if(ranks, waits_too);
+  }
+  return excused;
+}
+
+std::string excuse_text(const Group& group, const std::vector<int>& excused) {
+  const auto ranks = world_ranks(group, excused);
+  return excused.empty()
+             ? ""
+             : fmt::format("; {} {} not come either, but {} in another group", listed(ranks),
+                           verb(ranks, "has", "have"), verb(ranks, "waits", "wait"));
+}
+
+/// Ranks whose device has not come as far as that of others, although their hosts enqueued the
+/// work.
+Finding behind_on_device(const State& state, const Judged& judged, const std::vector<int>& ranks,
+                         const std::vector<int>& excused) {
+  const Group& group = *judged.group;
+  const int rank = ranks.front();
+  const Ring& ring = group.rings.at(rank);
+  const Stand& stand = judged.stands.by_rank.at(rank);
+  Finding found{.kind = Finding::Kind::behind_on_device,
+                .group = group.name,
+                .ranks = world_ranks(group, ranks),
+                .waiting = world_ranks(group, judged.order.ahead),
+                .since = stand.pending->record.ns};
+  const int further = judged.order.ahead.front();
+  const Stand& other = judged.stands.by_rank.at(further);
+  const auto other_ring = group.rings.find(further);
+  std::string theirs = "have ended theirs";
+  if (other.pending && other_ring != group.rings.end()) {
+    theirs = fmt::format("{} in {}", judged.order.ahead.size() == 1 ? "is" : "are",
+                         describe(other_ring->second, *other.pending));
+  }
+  const Record* const last = last_numbered(ring);
+  found.text = fmt::format(
+      "the {} of {} {} behind in {}: {} {} {}, while {} of {} {}; {} made all calls up to {}",
+      ranks.size() == 1 ? "device" : "devices", listed(found.ranks), verb(found.ranks, "is", "are"),
+      group.name, verb(found.ranks, "it", "they"),
+      stand.pending->begun ? verb(found.ranks, "is in", "are in")
+                           : verb(found.ranks, "has not begun", "have not begun"),
+      describe(ring, *stand.pending), judged.order.ahead.size() == 1 ? "that" : "those",
+      listed(found.waiting), theirs, verb(found.ranks, "its host has", "their hosts have"),
+      last == nullptr ? "none" : describe(ring, *last));
+  found.text += excuse_text(group, excused);
+  static_cast<void>(state);
+  return found;
+}
+
+/// Ranks whose host has not made a call which others have.
+Finding behind_on_host(const State& state, const Judged& judged, const std::vector<int>& ranks,
+                       const std::vector<int>& excused) {
+  const Group& group = *judged.group;
+  Finding found{.kind = Finding::Kind::behind,
+                .group = group.name,
+                .ranks = world_ranks(group, ranks),
+                .waiting = world_ranks(group, judged.order.ahead)};
+  const Ring* came = nullptr;
+  const Record* const next = next_record(group, judged.order, &came);
+  const auto late = group.rings.find(ranks.front());
+  found.text = fmt::format("{} {} behind in {}", listed(found.ranks),
+                           verb(found.ranks, "is", "are"), group.name);
+  if (next != nullptr) {
+    found.since = next->ns;
+    std::string inside;
+    if (const Stand stand = stand_of(group, *came); next->call == "launch" && stand.pending) {
+      inside = ", and wait in " + describe(*came, *stand.pending);
+    }
+    found.text += fmt::format(": {} not come to {}, to which {} came at {}, {} before the end{}",
+                              verb(found.ranks, "it has", "they have"), describe(*came, *next),
+                              listed(found.waiting), clock_time(found.since),
+                              duration(end_of(state, *came) - found.since), inside);
+  }
+  if (late == group.rings.end()) {
+    found.text += "; " + verb(found.ranks, "it", "they") +
+                  " left no trace, nor did another rank of " +
+                  verb(found.ranks, "its machine", "their machines");
+    return found;
+  }
+  const std::uint64_t number = judged.stands.by_rank.at(ranks.front()).host;
+  const Record* const last = numbered(late->second, number);
+  found.text +=
+      fmt::format("; {} last call there is {}", verb(found.ranks, "its", "their"),
+                  last == nullptr || number == 0 ? "none" : describe(late->second, *last));
+  if (found.ranks.size() == 1) {
+    found.text += fmt::format(", and {}", whereabouts(state, group, ranks.front()));
+  }
+  found.text += excuse_text(group, excused);
+  return found;
 }
 
 }  // namespace
 
-std::set<int> waiting_in(const Group& group) {
-  std::uint32_t least = std::numeric_limits<std::uint32_t>::max();
-  for (const auto& [rank, ring] : group.rings) {
-    least = std::min(least, last_number(ring));
-  }
-  std::set<int> waiting;
-  for (const auto& [rank, ring] : group.rings) {
-    if (last_number(ring) > least) {
-      waiting.insert(group.ranks.at(static_cast<std::size_t>(rank)));
-    }
-  }
-  return waiting;
-}
-
-std::optional<Finding> behind(const State& state, const Group& group, const std::set<int>& waits) {
-  std::uint32_t furthest = 0;
-  std::uint32_t least = std::numeric_limits<std::uint32_t>::max();
-  for (const auto& [rank, ring] : group.rings) {
-    furthest = std::max(furthest, last_number(ring));
-    least = std::min(least, last_number(ring));
-  }
-  if (group.rings.size() < 2 || least == furthest) {
+std::optional<Finding> behind(const State& state, const Judged& judged,
+                              const std::set<int>& waits) {
+  if (!judged.order.waited) {
     return std::nullopt;
   }
-  Finding found{.kind = Finding::Kind::behind,
-                .group = group.name,
-                .since = std::numeric_limits<std::int64_t>::max()};
-  const Record* next = nullptr;
-  const Ring* came = nullptr;
-  const Ring* late = nullptr;
-  for (const auto& [rank, ring] : group.rings) {
-    const int world = group.ranks.at(static_cast<std::size_t>(rank));
-    if (last_number(ring) == least) {
-      found.ranks.push_back(world);
-      late = late == nullptr ? &ring : late;
-      continue;
-    }
-    found.waiting.push_back(world);
-    if (const Record* const record = numbered(ring, least + 1)) {
-      if (next == nullptr || record->ns < next->ns) {
-        next = record;
-        came = &ring;
-      }
-      found.since = std::min(found.since, record->ns);
-    }
+  const Group& group = *judged.group;
+  std::vector<int> ranks = judged.order.behind;
+  const auto excused = excuse(group, ranks, waits);
+  const auto on_device = [&](int rank) {
+    const Stand& stand = judged.stands.by_rank.at(rank);
+    return stand.pending && group.rings.count(rank) > 0;
+  };
+  // Devices first: what a host enqueues behind them does not help.
+  std::vector<int> devices;
+  std::copy_if(ranks.begin(), ranks.end(), std::back_inserter(devices), on_device);
+  if (!devices.empty() && devices.size() == ranks.size()) {
+    return behind_on_device(state, judged, devices, excused);
   }
-  // Whoever waits in another group is late for a reason that is told there.
-  std::vector<int> excused;
-  const auto waits_too = [&waits](int rank) { return waits.count(rank) > 0; };
-  if (!std::all_of(found.ranks.begin(), found.ranks.end(), waits_too)) {
-    std::copy_if(found.ranks.begin(), found.ranks.end(), std::back_inserter(excused), waits_too);
-    std::erase_if(found.ranks, waits_too);
-    for (const auto& [rank, ring] : group.rings) {
-      late = group.ranks.at(static_cast<std::size_t>(rank)) == found.ranks.front() ? &ring : late;
-    }
-  }
-  const Record* const last = last_numbered(*late);
-  found.text = fmt::format("{} {} behind in {}", listed(found.ranks),
-                           verb(found.ranks, "is", "are"), group.name);
-  if (next != nullptr) {
-    std::string inside = next->call == "launch" ? place_on_device(*came) : "";
-    found.text += fmt::format(": {} not come to {}, to which {} came at {}, {} before the end{}",
-                              verb(found.ranks, "it has", "they have"), describe(*came, *next),
-                              listed(found.waiting), clock_time(found.since),
-                              duration(state.end - found.since),
-                              inside.empty() ? "" : ", and wait in " + inside);
-  } else {
-    found.since = state.end;
-  }
-  found.text += fmt::format("; {} last call there is {}", verb(found.ranks, "its", "their"),
-                            last == nullptr ? "none" : describe(*late, *last));
-  if (found.ranks.size() == 1) {
-    found.text += fmt::format(", and {}", whereabouts(state, group, found.ranks.front()));
-  }
-  if (!excused.empty()) {
-    found.text += fmt::format("; {} {} not come either, but {} in another group", listed(excused),
-                              verb(excused, "has", "have"), verb(excused, "waits", "wait"));
-  }
-  return found;
+  std::erase_if(ranks, on_device);
+  return behind_on_host(state, judged, ranks, excused);
 }
 
-std::optional<Finding> behind_on_device(const State& state, const Group& group) {
+std::optional<Finding> fewer_steps(const Group& group) {
   std::map<int, std::uint64_t> done;
+  bool graphs = false;
   for (const auto& [rank, ring] : group.rings) {
+    const auto pairs = [](const Record& record) {
+      return record.call == "send" || record.call == "recv";
+    };
+    if (!ring.device_known || std::any_of(ring.records.begin(), ring.records.end(), pairs) ||
+        std::any_of(ring.captured.begin(), ring.captured.end(), pairs)) {
+      return std::nullopt;
+    }
+    graphs = graphs || stand_of(group, ring).steps_differ;
     for (const auto& [inbox, progress] : ring.progress) {
-      done[rank] += progress.left;
+      done[rank] += progress.entered;
     }
   }
-  if (done.size() < 2) {
+  if (!graphs || done.size() < 2) {
     return std::nullopt;
   }
   const auto order = [](const auto& a, const auto& b) { return a.second < b.second; };
@@ -211,19 +201,96 @@ std::optional<Finding> behind_on_device(const State& state, const Group& group) 
   if (least->second == most->second) {
     return std::nullopt;
   }
-  Finding found{.kind = Finding::Kind::behind_on_device, .group = group.name, .since = state.end};
+  Finding found{.kind = Finding::Kind::behind_on_device, .group = group.name};
   for (const auto& [rank, steps] : done) {
-    (steps == least->second ? found.ranks : found.waiting)
-        .push_back(group.ranks.at(static_cast<std::size_t>(rank)));
+    (steps == least->second ? found.ranks : found.waiting).push_back(world_rank(group, rank));
   }
-  const std::string at = place_on_device(group.rings.at(least->first));
+  const std::uint64_t fewer = most->second - least->second;
   found.text = fmt::format(
-      "{} {} behind in {}: {} made the same calls as {}, but ended {} {} fewer{}",
+      "{} {} behind in {}: {} made the same calls as {}, as far as is known, but begun {} {} "
+      "fewer, "
+      "in graphs whose launches the engine does not number",
       listed(found.ranks), verb(found.ranks, "is", "are"), group.name,
-      verb(found.ranks, "it has", "they have"), listed(found.waiting), most->second - least->second,
-      most->second - least->second == 1 ? "step" : "steps",
-      at.empty() ? "" : fmt::format(", and {} in {}", verb(found.ranks, "is", "are"), at));
+      verb(found.ranks, "it has", "they have"), listed(found.waiting), fewer,
+      fewer == 1 ? "step" : "steps");
   return found;
+}
+
+namespace {
+
+/// Where ranks wait that have all come equally far, and in which call.
+struct Waiting {
+  std::vector<int> ranks = {};  ///< World ranks.
+  std::string text = {};        ///< "all_reduce #5 of f32(16)"
+  std::int64_t since = 0;
+  std::int64_t for_ns = 0;
+};
+
+std::optional<Waiting> waiting_together(const State& state, const Judged& judged) {
+  const Group& group = *judged.group;
+  std::optional<Waiting> waiting;
+  for (const auto& [rank, stand] : judged.stands.by_rank) {
+    const auto ring = group.rings.find(rank);
+    if (!stand.waits || ring == group.rings.end()) {
+      continue;
+    }
+    const Record* const open = open_record(ring->second);
+    const Record* const record = stand.pending     ? &stand.pending->record
+                                 : open != nullptr ? open
+                                                   : last_numbered(ring->second);
+    if (record == nullptr) {
+      continue;
+    }
+    const std::int64_t for_ns = end_of(state, ring->second) - record->ns;
+    if (!waiting) {
+      waiting = Waiting{.text = stand.pending ? describe(ring->second, *stand.pending)
+                                              : describe(ring->second, *record),
+                        .since = record->ns};
+    }
+    waiting->ranks.push_back(world_rank(group, rank));
+    waiting->for_ns = std::max(waiting->for_ns, for_ns);
+  }
+  const bool failed =
+      std::any_of(group.failures.begin(), group.failures.end(),
+                  [](const auto& one) { return one.second.late && !one.second.over; });
+  return waiting && (failed || waiting->for_ns >= kPatience) ? waiting : std::nullopt;
+}
+
+}  // namespace
+
+std::optional<Finding> unknown(const State& state, const Judged& judged) {
+  const Group& group = *judged.group;
+  const auto waiting = waiting_together(state, judged);
+  if (group.forsaken.empty() || !waiting) {
+    return std::nullopt;
+  }
+  Finding found{.kind = Finding::Kind::unknown,
+                .group = group.name,
+                .ranks = world_ranks(group, {group.forsaken.begin(), group.forsaken.end()}),
+                .waiting = waiting->ranks,
+                .since = waiting->since};
+  found.text = fmt::format(
+      "nothing is known of {} in {}, of which no trace was found, nor one of another rank of {}: "
+      "{} {} in {} for {}, to which no other rank is known to be late",
+      listed(found.ranks), group.name, verb(found.ranks, "its machine", "their machines"),
+      listed(found.waiting), verb(found.waiting, "has waited", "have waited"), waiting->text,
+      duration(waiting->for_ns));
+  return found;
+}
+
+std::optional<Finding> together(const State& state, const Judged& judged) {
+  const Group& group = *judged.group;
+  const auto waiting = waiting_together(state, judged);
+  if (!waiting || waiting->ranks.size() < group.ranks.size() || !judged.order.ahead.empty()) {
+    return std::nullopt;
+  }
+  return Finding{.kind = Finding::Kind::together,
+                 .group = group.name,
+                 .ranks = waiting->ranks,
+                 .since = waiting->since,
+                 .text = fmt::format("{} are all in {} of {} for {}, and none has come to its end",
+                                     listed(waiting->ranks), waiting->text, group.name,
+                                     duration(waiting->for_ns))};
 }
 
 }  // namespace cohort::trace

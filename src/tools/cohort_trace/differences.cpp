@@ -2,10 +2,18 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <map>
+#include <optional>
+#include <string>
+#include <tuple>
 #include <utility>
+#include <vector>
 
+#include "analysis.hpp"
 #include "findings.hpp"
+#include "place.hpp"
 
 namespace cohort::trace {
 namespace {
@@ -42,91 +50,138 @@ std::string differences(const Record& mine, const Record& theirs) {
   return text;
 }
 
-std::string with_differences(const Ring& mine, const Record& a, const Ring& theirs,
-                             const Record& b) {
-  const std::string what = a.call == b.call ? differences(a, b) : "";
-  return fmt::format("{} where the others made {}{}", describe(mine, a), describe(theirs, b),
-                     what.empty() ? "" : "; what differs: " + what);
-}
-
-/// The rank whose signature most have, the lowest of them.
-int majority(const std::map<int, const Record*>& records) {
-  int best = records.begin()->first;
-  std::ptrdiff_t most = 0;
+/// The signature that more than half have, or nothing.
+std::optional<std::uint32_t> majority(const std::map<int, const Record*>& records) {
+  std::map<std::uint32_t, std::size_t> votes;
   for (const auto& [rank, record] : records) {
-    const std::uint32_t wanted = record->signature;
-    const auto votes = std::count_if(records.begin(), records.end(), [wanted](const auto& other) {
-      return other.second->signature == wanted;
-    });
-    if (votes > most) {
-      most = votes;
-      best = rank;
+    ++votes[record->signature];
+  }
+  for (const auto& [signature, count] : votes) {
+    if (2 * count > records.size()) {
+      return signature;
     }
   }
-  return best;
+  return std::nullopt;
 }
 
-/// Calls of one place that are not alike; nothing where they are.
+/// Of two launches whose graphs' lists differ, the first calls that do.
+std::optional<std::pair<Record, Record>> first_in_lists(const Group& group, const Ring& a,
+                                                        const Record& launch_a, const Ring& b,
+                                                        const Record& launch_b) {
+  const auto list_a = list_of(group, a, launch_a);
+  const auto list_b = list_of(group, b, launch_b);
+  std::map<std::uint64_t, const Record*> by_number;
+  for (const Record* const record : list_b) {
+    by_number[record->number] = record;
+  }
+  for (const Record* const record : list_a) {
+    const auto other = by_number.find(record->number);
+    if (record->number != 0 && other != by_number.end() &&
+        other->second->signature != record->signature) {
+      return std::pair(*record, *other->second);
+    }
+  }
+  return std::nullopt;
+}
+
+/// "it made A where the others made B; what differs: ..."
+std::string contrast(const Group& group, int rank, const Record& mine, int other,
+                     const Record& theirs, const std::string& who, const std::string& others) {
+  const Ring& ring = group.rings.at(rank);
+  const Ring& other_ring = group.rings.at(other);
+  Record a = mine;
+  Record b = theirs;
+  std::string in_graphs;
+  if (a.call == "launch" && b.call == "launch") {
+    if (const auto calls = first_in_lists(group, ring, a, other_ring, b)) {
+      in_graphs = fmt::format(" in {}", describe(ring, mine));
+      std::tie(a, b) = *calls;
+    }
+  }
+  std::string what = a.call == b.call ? differences(a, b) : "";
+  if (what.empty() && a.call == "launch" && b.call == "launch") {
+    what = fmt::format("the graphs' lists, of {} and {} calls", a.extents[0], b.extents[0]);
+  }
+  return fmt::format("{} made {}{} where {} made {}{}", who, describe(ring, a), in_graphs, others,
+                     describe(other_ring, b), what.empty() ? "" : "; what differs: " + what);
+}
+
+/// Calls of one number that are not alike; nothing where they are.
 std::optional<Finding> compare(const Group& group, const std::map<int, const Record*>& records) {
-  if (records.size() < 2) {
+  const auto alike = [](const auto& a, const auto& b) {
+    return a.second->signature == b.second->signature;
+  };
+  const auto odd = std::find_if(records.begin(), records.end(),
+                                [&](const auto& one) { return !alike(one, *records.begin()); });
+  if (odd == records.end()) {
     return std::nullopt;
   }
-  const int like = majority(records);
-  Finding found{.kind = Finding::Kind::differs, .group = group.name};
-  const Record* other = nullptr;
-  int other_rank = 0;
-  for (const auto& [rank, record] : records) {
-    const auto world = group.ranks.at(static_cast<std::size_t>(rank));
-    if (record->signature == records.at(like)->signature) {
-      found.waiting.push_back(world);
-    } else {
-      found.ranks.push_back(world);
-      other = other == nullptr ? record : other;
-      other_rank = other == record ? rank : other_rank;
+  Finding found{.kind = Finding::Kind::differs, .group = group.name, .since = odd->second->ns};
+  const auto most = majority(records);
+  if (!most) {  // nobody knows who is right
+    for (const auto& [rank, record] : records) {
+      found.ranks.push_back(world_rank(group, rank));
     }
+    const auto& [first, record] = *records.begin();
+    const auto who = [&](const Record& like) {
+      std::vector<int> same;
+      for (const auto& [rank, one] : records) {
+        if (one->signature == like.signature) {
+          same.push_back(world_rank(group, rank));
+        }
+      }
+      return listed(same);
+    };
+    found.text = fmt::format(
+        "{} make different calls in {}: {}", listed(found.ranks), group.name,
+        contrast(group, first, *record, odd->first, *odd->second, who(*record), who(*odd->second)));
+    return found;
   }
-  if (other == nullptr) {
-    return std::nullopt;
+  std::optional<int> other;
+  std::optional<int> like;
+  for (const auto& [rank, record] : records) {
+    const bool same = record->signature == *most;
+    (same ? found.waiting : found.ranks).push_back(world_rank(group, rank));
+    auto& example = same ? like : other;
+    example = example ? *example : rank;
   }
-  found.since = other->ns;
-  const std::string in_graph =
-      other->captured ? fmt::format(", in the list of graph {}", other->where) : "";
-  found.text = fmt::format("{} {} in {}{}: {} made {}", listed(found.ranks),
-                           verb(found.ranks, "differs", "differ"), group.name, in_graph,
-                           verb(found.ranks, "it", "they"),
-                           with_differences(group.rings.at(other_rank), *other,
-                                            group.rings.at(like), *records.at(like)));
+  found.text = fmt::format("{} {} in {}: {}", listed(found.ranks),
+                           verb(found.ranks, "differs", "differ"), group.name,
+                           contrast(group, *other, *records.at(*other), *like, *records.at(*like),
+                                    verb(found.ranks, "it", "they"), "the others"));
   return found;
 }
 
 }  // namespace
 
 std::optional<Finding> difference(const Group& group) {
-  std::map<std::pair<std::uint64_t, std::uint32_t>, std::map<int, const Record*>> lists;
-  std::map<std::uint32_t, std::map<int, const Record*>> calls;
+  std::map<std::uint64_t, std::map<int, const Record*>> calls;
   for (const auto& [rank, ring] : group.rings) {
-    for (const Record& record : ring.captured) {
-      if (record.call != "send" && record.call != "recv") {
-        lists[{record.where, record.number}][rank] = &record;
-      }
-    }
     for (const Record& record : ring.records) {
       if (record.number != 0) {
         calls[record.number][rank] = &record;
       }
     }
   }
-  for (const auto& [place, records] : lists) {
-    if (auto found = compare(group, records)) {
-      return found;
-    }
-  }
+  std::optional<Finding> first;
+  int differ = 0;
+  bool alike_later = false;
   for (const auto& [number, records] : calls) {
-    if (auto found = compare(group, records)) {
-      return found;
+    if (records.size() < 2) {
+      continue;
+    }
+    auto found = compare(group, records);
+    differ += found ? 1 : 0;
+    alike_later = alike_later || (first && !found && records.size() == group.rings.size());
+    if (!first) {
+      first = std::move(found);
     }
   }
-  return std::nullopt;
+  if (first && differ == 1 && alike_later) {
+    first->kind = Finding::Kind::differed;
+    first->text += "; later calls are alike";
+  }
+  return first;
 }
 
 }  // namespace cohort::trace

@@ -7,9 +7,12 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -27,49 +30,91 @@ struct Options {
   std::vector<std::string> paths;
   std::string svg;
   bool json = false;
+  bool all = false;
   int width = 100;
 };
 
-std::string content(const std::filesystem::path& path) {
-  std::ifstream file(path);
-  std::ostringstream text;
-  if (!file || !(text << file.rdbuf())) {
-    throw std::runtime_error(path.string() + ": cannot be read");
-  }
-  return text.str();
-}
+/// What lies at the paths.
+struct Found {
+  std::vector<std::pair<std::string, std::string>> files;  ///< Names and texts.
+  std::vector<std::string> notes;
+};
 
-std::vector<std::pair<std::string, std::string>> files_at(const std::vector<std::string>& paths) {
-  std::vector<std::filesystem::path> found;
+Found files_at(const std::vector<std::string>& paths) {
+  std::vector<std::filesystem::path> names;
+  Found found;
   for (const std::filesystem::path path : paths) {
     if (!std::filesystem::is_directory(path)) {
-      found.push_back(path);
+      names.push_back(path);
       continue;
     }
     for (const auto& entry : std::filesystem::directory_iterator(path)) {
       const std::string name = entry.path().filename().string();
       if (name.starts_with("cohort.rank") && name.ends_with(".json")) {
-        found.push_back(entry.path());
+        names.push_back(entry.path());
+      } else if (name.starts_with("cohort.rank") && name.ends_with(".json.part")) {
+        found.notes.push_back(
+            fmt::format("left out: {}: unfinished; its rank was stopped while it wrote",
+                        entry.path().string()));
       }
     }
   }
-  std::sort(found.begin(), found.end());
-  std::vector<std::pair<std::string, std::string>> files;
-  for (const auto& path : found) {
-    files.emplace_back(path.string(), content(path));
+  std::sort(names.begin(), names.end());
+  for (const auto& path : names) {
+    std::ifstream file(path);
+    std::ostringstream text;
+    if (!file || !(text << file.rdbuf())) {
+      found.notes.push_back(fmt::format("left out: {}: cannot be read", path.string()));
+      continue;
+    }
+    found.files.emplace_back(path.string(), text.str());
   }
-  return files;
+  return found;
+}
+
+std::string ranks_of(const trace::State& state) {
+  std::vector<int> ranks;
+  for (const auto& [rank, reason] : state.reasons) {
+    ranks.push_back(rank);
+  }
+  return fmt::format("rank{} {}", ranks.size() == 1 ? "" : "s", fmt::join(ranks, ", "));
+}
+
+/// One line about a state that is not the newest.
+std::string in_short(const trace::State& state, const trace::State& newest) {
+  return fmt::format("run {}, {} before, of {}: {}\n", state.run,
+                     trace::duration(newest.written - state.written), ranks_of(state),
+                     trace::verdict(state));
 }
 
 int run(const Options& options) {
-  const auto files = files_at(options.paths);
-  if (files.empty()) {
+  Found found = files_at(options.paths);
+  trace::Reading reading = trace::read(found.files);
+  std::move(reading.notes.begin(), reading.notes.end(), std::back_inserter(found.notes));
+  const auto& states = reading.states;
+  if (states.empty()) {
+    for (const auto& note : found.notes) {
+      fmt::print(stderr, "{}\n", note);
+    }
     throw std::runtime_error("no traces: expected files cohort.rank*.json");
   }
-  const auto states = trace::read(files);
-  for (const trace::State& state : states) {
-    fmt::print("{}{}", options.json ? trace::to_json(state) : trace::to_text(state, options.width),
-               options.json ? "\n" : "");
+  const std::size_t first = options.all ? 0 : states.size() - 1;
+  for (std::size_t i = states.size(); i-- > first;) {
+    fmt::print("{}{}",
+               options.json ? trace::to_json(states[i]) : trace::to_text(states[i], options.width),
+               options.json || i > first ? "\n" : "");
+  }
+  // JSON is alone on the standard output.
+  std::FILE* const aside = options.json ? stderr : stdout;
+  if (first > 0) {
+    fmt::print(aside, "\nthis is the newest run, {}, of {}; --all shows the others as well:\n",
+               states.back().run, ranks_of(states.back()));
+    for (std::size_t i = first; i-- > 0;) {
+      fmt::print(aside, "  {}", in_short(states[i], states.back()));
+    }
+  }
+  for (const auto& note : found.notes) {
+    fmt::print(aside, "{}\n", note);
   }
   if (!options.svg.empty()) {
     std::ofstream file(options.svg);
@@ -93,6 +138,7 @@ int main(int argc, char** argv) {
   app.add_option("--width", options.width, "Columns of the picture")
       ->check(CLI::Range(20, 1000))
       ->capture_default_str();
+  app.add_flag("--all", options.all, "Every run whose traces lie there, not only the newest");
   app.add_flag("--json", options.json, "JSON instead of a page of text");
   try {
     app.parse(argc, argv);

@@ -34,9 +34,19 @@ const Drawn& drawn(const std::string& call) {
   return found == kDrawn.end() ? kOther : *found;
 }
 
+/// The latest end of a group's rings.
+std::int64_t end_of(const State& state, const Group& group) {
+  std::int64_t last = 0;
+  for (const auto& [rank, ring] : group.rings) {
+    const auto end = state.ends.find(ring.machine);
+    last = std::max(last, end == state.ends.end() ? ring.written : end->second);
+  }
+  return last;
+}
+
 /// The moments of a group's last calls, in order, and the end: each gets as much room as any other,
 /// because calls take microseconds and waits seconds.
-std::vector<std::int64_t> moments(const State& state, const Group& group) {
+std::vector<std::int64_t> moments(const Group& group, std::int64_t end) {
   constexpr std::size_t kLast = 24;
   std::vector<std::int64_t> all;
   for (const auto& [rank, ring] : group.rings) {
@@ -45,7 +55,7 @@ std::vector<std::int64_t> moments(const State& state, const Group& group) {
       all.push_back(ring.records[i].ns);
     }
   }
-  all.push_back(state.end);
+  all.push_back(end);
   std::sort(all.begin(), all.end());
   all.erase(std::unique(all.begin(), all.end()), all.end());
   return all;
@@ -59,6 +69,12 @@ double place_of(const std::vector<std::int64_t>& all, std::int64_t ns) {
 
 double span(const std::vector<std::int64_t>& all) {
   return static_cast<double>(all.back() - all.front()) / 1e6;
+}
+
+bool several_machines(const Group& group) {
+  return std::any_of(group.rings.begin(), group.rings.end(), [&group](const auto& ring) {
+    return ring.second.machine != group.rings.begin()->second.machine;
+  });
 }
 
 bool is_open(const Ring& ring, const Record& record) {
@@ -85,12 +101,17 @@ std::string to_text(const State& state, int width) {
   for (std::size_t i = 1; i < found.size(); ++i) {
     out += fmt::format("also: {}\n", found[i].text);
   }
+  if (const auto unknown = unknown_ranks(state); !unknown.empty()) {
+    out += fmt::format("no trace was found of rank{} {}\n", unknown.size() == 1 ? "" : "s",
+                       fmt::join(unknown, ", "));
+  }
   for (const auto& [rank, reason] : state.reasons) {
     out += fmt::format("rank {} wrote for: {}\n", rank, reason);
   }
   bool legend = false;
   for (const Group& group : state.groups) {
-    const auto all = moments(state, group);
+    const std::int64_t end = end_of(state, group);
+    const auto all = moments(group, end);
     if (!shown(group) || all.size() < 2) {
       continue;
     }
@@ -113,6 +134,9 @@ std::string to_text(const State& state, int width) {
       out += fmt::format("  rank {:>3} {} {}\n", group.ranks.at(static_cast<std::size_t>(rank)),
                          line, ring.gone ? "gone" : "");
     }
+    if (several_machines(group)) {
+      out += "  clocks of different machines: only each rank's own order is certain\n";
+    }
   }
   if (legend) {
     out += "\n ";
@@ -131,7 +155,8 @@ std::string to_svg(const State& state) {
   std::string body;
   int y = 40;
   for (const Group& group : state.groups) {
-    const auto all = moments(state, group);
+    const std::int64_t end = end_of(state, group);
+    const auto all = moments(group, end);
     if (!shown(group) || all.size() < 2) {
       continue;
     }
@@ -151,7 +176,7 @@ std::string to_svg(const State& state) {
           continue;
         }
         const double x = place(record.ns);
-        const double wide = is_open(ring, record) ? std::max(4.0, place(state.end) - x) : 4.0;
+        const double wide = is_open(ring, record) ? std::max(4.0, place(end) - x) : 4.0;
         body += fmt::format(
             "<rect x='{:.1f}' y='{}' width='{:.1f}' height='14' fill='{}'><title>{}</title>"
             "</rect>\n",

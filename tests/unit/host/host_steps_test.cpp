@@ -15,7 +15,8 @@ TEST_CASE("steps are counted when they are issued, begin and end", "[host_steps]
   ControlPlane& control = *planes[0];
   const auto recorder = std::make_shared<FlightRecorder>("tp[0]", 0, std::vector{0}, TraceRings{});
   bool reported = false;
-  recorder->on_failure([&](std::string_view, bool late) { reported = late; });
+  recorder->on_failure(
+      [&](const FlightRecorder&, const TraceFailure& failure) { reported = failure.late; });
   HostSteps steps(control, nullptr, CallPath::exchange);
   steps.run([] {});  // of no group
   control.record_in(recorder);

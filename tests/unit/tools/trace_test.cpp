@@ -18,7 +18,7 @@ constexpr std::int64_t kSecond = 1'000'000'000;
 constexpr std::int64_t kStart = 1'700'000'000 * kSecond;  // 22:13:20 UTC
 
 /// Record of an all-reduce that all ranks make, in second `at`.
-json reduce(int number, std::int64_t at, unsigned signature = 1, int rows = 8) {
+json reduce(std::uint64_t number, std::int64_t at, unsigned signature = 1, int rows = 8) {
   return {number,
           kStart + at * kSecond,
           "all_reduce",
@@ -26,7 +26,7 @@ json reduce(int number, std::int64_t at, unsigned signature = 1, int rows = 8) {
           signature,
           "bf16",
           "own",
-          0,
+          2,
           0,
           1,
           0,
@@ -34,22 +34,45 @@ json reduce(int number, std::int64_t at, unsigned signature = 1, int rows = 8) {
           2,
           {rows, 4}};
 }
-/// Call `place` of the list of graph 1.
-json listed(int place, const char* call, unsigned signature = 1) {
-  return {place, kStart, call, place, signature, "f32", "own", 1, 0, 1, 1, 0, 1, {16}};
+/// So many of them, one each second.
+json reduces(std::uint64_t count, std::int64_t first = 0) {
+  json records = json::array();
+  for (std::uint64_t i = 1; i <= count; ++i) {
+    records.push_back(reduce(i, first + static_cast<std::int64_t>(i) - 1));
+  }
+  return records;
 }
-json launch(int number, std::int64_t at, unsigned signature = 7) {
-  return {
-      number, kStart + at * kSecond, "launch", number, signature, "u8", "unknown", 0, 0, 0, 1, 0, 0,
-      {2, 2}};
+/// Call `sequence` of all lists, of that of a graph; `number` among those that all ranks make.
+json listed(int sequence, const char* call, unsigned signature = 1, int graph = 1, int number = -1,
+            int inbox = 0) {
+  return {sequence,  kStart, call,  number < 0 ? sequence : number,
+          signature, "f32",  "own", 3,
+          inbox,     1,      graph, 0,
+          1,         {16}};
+}
+json launch(int number, std::int64_t at, unsigned signature = 7, int graph = 1, int calls = 2,
+            int steps = 2, int inboxes = 1) {
+  return {number,    kStart + at * kSecond,
+          "launch",  number,
+          signature, "u8",
+          "unknown", 2,
+          0,         0,
+          graph,     0,
+          0,         {calls, steps, inboxes}};
+}
+/// Inbox 0.
+json progress(std::uint64_t issued, std::uint64_t entered, std::uint64_t left) {
+  return json::array({json::array({0, issued, entered, left})});
 }
 
-json ring(int rank, bool own, json records, int open = 0) {
+json ring(int rank, bool own, json records, std::uint64_t open = 0) {
   return {{"rank", rank},
           {"own", own},
           {"gone", false},
           {"ended", false},
           {"open", open},
+          {"live", false},
+          {"looked", own ? kStart : 0},
           {"progress", json::array()},
           {"counters", json::array()},
           {"notes", json::array({json::array({1, "growth of arena tp[0]"})})},
@@ -57,28 +80,58 @@ json ring(int rank, bool own, json records, int open = 0) {
           {"captured", json::array()}};
 }
 
+/// What is the same in all files of a test, unless it says otherwise.
+struct Common {
+  std::string run = "00000000000000aa";
+  std::string machine = "here";
+  std::vector<int> ranks = {0, 1, 2};
+  std::vector<int> hosts = {0, 0, 0};
+  json failure = nullptr;  ///< Of every group.
+};
+
 /// What a rank wrote in second `at`, of groups with these rings.
 std::string file(int rank, std::int64_t at,
                  const std::vector<std::pair<std::string, std::vector<json>>>& groups,
-                 bool late = true) {
-  json j{{"cohort_trace", 1},  {"rank", rank}, {"process", 100 + rank},
-         {"state", 5},         {"late", late}, {"written", kStart + at * kSecond},
-         {"reason", "a test"}, {"groups", {}}};
+                 bool late = true, const Common& common = {}) {
+  json j{{"cohort_trace", 2},
+         {"run", common.run},
+         {"rank", rank},
+         {"ranks", common.ranks.size()},
+         {"hosts", common.hosts},
+         {"machine", common.machine},
+         {"process", 100 + rank},
+         {"late", late},
+         {"written", kStart + at * kSecond},
+         {"reason", "a test"},
+         {"groups", {}}};
   for (const auto& [name, rings] : groups) {
-    j["groups"].push_back(
-        {{"name", name}, {"rank", rank}, {"ranks", {0, 1, 2}}, {"rings", json(rings)}});
+    j["groups"].push_back({{"name", name},
+                           {"rank", rank},
+                           {"ranks", common.ranks},
+                           {"failure", common.failure},
+                           {"rings", json(rings)}});
   }
   return j.dump();
 }
+json missing(const std::vector<int>& ranks, bool over = false) {
+  return {{"why", "late"}, {"late", true}, {"missing", ranks}, {"over", over}};
+}
 
-State one(const std::vector<std::string>& texts) {
+Reading reading(const std::vector<std::string>& texts) {
   std::vector<std::pair<std::string, std::string>> files;
   for (const auto& text : texts) {
-    files.emplace_back("file", text);
+    files.emplace_back("file " + std::to_string(files.size()), text);
   }
-  const auto states = read(files);
-  REQUIRE(states.size() == 1);
-  return states.front();
+  return read(files);
+}
+State one(const std::vector<std::string>& texts) {
+  Reading all = reading(texts);
+  for (const auto& note : all.notes) {
+    UNSCOPED_INFO(note);
+  }
+  REQUIRE(all.notes.empty());
+  REQUIRE(all.states.size() == 1);
+  return all.states.front();
 }
 
 }  // namespace
@@ -129,20 +182,122 @@ TEST_CASE("graphs whose lists differ are told by the first call that does", "[co
     return file(r, 5, {{"tp[0]", {mine}}});
   };
   const State state = one({rank(0, "barrier", 4), rank(1, "barrier", 4), rank(2, "broadcast", 5)});
-  CHECK_THAT(verdict(state), contains("rank 2 differs in tp[0], in the list of graph 1: it made "
-                                      "broadcast of f32(16) where the others made barrier"));
+  CHECK(verdict(state) ==
+        "rank 2 differs in tp[0]: it made broadcast of f32(16) in launch #1 of graph 1 where the "
+        "others made barrier");
+}
+
+TEST_CASE("a capture that was thrown away on one rank is no difference", "[cohort_trace]") {
+  const auto rank = [](int r, std::uint64_t calls) {
+    json mine = ring(r, true, reduces(calls), calls == 4 ? 4 : 0);
+    mine["captured"] = {listed(1, "all_reduce", 11, 1, 1), listed(2, "all_gather", 12, 1, 2)};
+    int at = 2;
+    if (r == 1) {  // graph 1 again, as graph 2
+      mine["captured"].push_back(listed(3, "all_reduce", 11, 2, 1));
+      mine["captured"].push_back(listed(4, "all_gather", 12, 2, 2));
+      at = 4;
+    }
+    mine["captured"].push_back(listed(at + 1, "all_gather", 12, r == 1 ? 3 : 2, 1));
+    return file(r, 9, {{"tp[0]", {mine}}});
+  };
+  CHECK_THAT(verdict(one({rank(0, 4), rank(1, 4), rank(2, 3)})),
+             contains("rank 2 is behind in tp[0]: it has not come to all_reduce #4"));
+}
+
+TEST_CASE("graphs with calls of some ranks only are told by those of all", "[cohort_trace]") {
+  // Rank 2 takes no part in the send from rank 0 to 1, in front of the reduction of all.
+  const auto rank = [](int r, int open) {
+    json mine = ring(r, true, json::array({launch(1, 3, 7, 1, r == 2 ? 1 : 2, r == 2 ? 1 : 2)}), 0);
+    mine["captured"] = json::array();
+    if (r != 2) {
+      mine["captured"].push_back(listed(1, r == 0 ? "send" : "recv", 20U + unsigned(r), 1, 0));
+    }
+    mine["captured"].push_back(listed(r == 2 ? 1 : 2, "all_reduce", 5, 1, 1));
+    mine["progress"] = r == 2 ? progress(1, 0, 0) : progress(2, 2, 1);
+    return file(r, 5 + open, {{"pp[0]", {mine}}});
+  };
+  CHECK(verdict(one({rank(0, 0), rank(1, 0), rank(2, 0)})) ==
+        "the device of rank 2 is behind in pp[0]: it has not begun call 1 of 1 of graph 1, "
+        "all_reduce of f32(16), while those of ranks 0 and 1 are in call 2 of 2 of graph 1, "
+        "all_reduce of f32(16); its host has made all calls up to launch #1 of graph 1");
 }
 
 TEST_CASE("how far a replay came is told by its steps", "[cohort_trace]") {
   const auto rank = [](int r, std::uint64_t left) {
     json mine = ring(r, true, {launch(1, 1), launch(2, 3)}, 0);
     mine["captured"] = {listed(1, "all_reduce"), listed(2, "all_gather")};
-    mine["progress"] = json::array({json::array({0, 4, left, left})});
+    mine["progress"] = progress(4, left + (r == 1 ? 0 : 1), left);
     return file(r, 5, {{"tp[0]", {mine}}});
   };
   CHECK(verdict(one({rank(0, 3), rank(1, 2), rank(2, 3)})) ==
-        "rank 1 is behind in tp[0]: it has made the same calls as ranks 0 and 2, but ended 1 step "
-        "fewer, and is in call 1 of 2 of graph 1, all_reduce of f32(16)");
+        "the device of rank 1 is behind in tp[0]: it has not begun call 1 of 2 of graph 1, "
+        "all_reduce of f32(16), while those of ranks 0 and 2 are in call 2 of 2 of graph 1, "
+        "all_gather of f32(16); its host has made all calls up to launch #2 of graph 1");
+}
+
+TEST_CASE("a list that lost its beginning names no wrong call", "[cohort_trace]") {
+  const auto rank = [](int r, std::uint64_t left, int first) {
+    json mine = ring(r, true, json::array({launch(1, 1, 7, 1, 100, 100)}), 0);
+    for (int i = first; i <= 100; ++i) {
+      mine["captured"].push_back(listed(i, i % 2 != 0 ? "all_reduce" : "all_gather", 1, 1, i));
+    }
+    mine["progress"] = progress(100, left + 1, left);
+    return file(r, 5, {{"tp[0]", {mine}}});
+  };
+  CHECK_THAT(verdict(one({rank(0, 10, 51), rank(1, 11, 51)})),
+             contains("the device of rank 0 is behind in tp[0]: it is in launch #1 of graph 1 "
+                      "behind 10 of its 100 steps, in a part of its list of calls that was not "
+                      "kept"));
+  // Another rank has the whole list of the same launch.
+  CHECK_THAT(verdict(one({rank(0, 10, 51), rank(1, 11, 1)})),
+             contains("rank 0 is behind in tp[0]: it is in call 11 of 100 of graph 1, all_reduce"));
+  CHECK_THAT(verdict(one({rank(0, 60, 51), rank(1, 61, 51)})),
+             contains("rank 0 is behind in tp[0]: it is in call 61 of 100 of graph 1, all_reduce"));
+}
+
+TEST_CASE("the inboxes of a graph are told apart", "[cohort_trace]") {
+  const auto rank = [](int r, std::uint64_t first, std::uint64_t second) {
+    json mine = ring(r, true, json::array({launch(1, 1, 7, 1, 2, 2, 2)}), 0);
+    mine["captured"] = {listed(1, "all_reduce", 1, 1, 1, 0), listed(2, "all_gather", 1, 1, 2, 1)};
+    mine["progress"] = json::array({json::array({0, 1, 1, first}), json::array({1, 1, 1, second})});
+    return file(r, 5, {{"tp[0]", {mine}}});
+  };
+  CHECK_THAT(verdict(one({rank(0, 0, 0), rank(1, 1, 0)})),
+             contains("rank 0 is behind in tp[0]: it is in call 1 of 2 of graph 1, all_reduce of "
+                      "f32(16), while that of rank 1 is in call 2 of 2 of graph 1, all_gather"));
+}
+
+TEST_CASE("where hosts ran ahead, devices say who is behind", "[cohort_trace]") {
+  const auto rank = [](int r, std::uint64_t calls, std::uint64_t entered, std::uint64_t left) {
+    json mine = ring(r, true, reduces(calls));
+    mine["progress"] = progress(calls, entered, left);
+    return file(r, 60, {{"tp[0]", {mine}}});
+  };
+  // Rank 1's host is one call behind, which matters to nobody: the card of rank 2 stands still.
+  CHECK(verdict(one({rank(0, 10, 5, 4), rank(1, 9, 5, 4), rank(2, 10, 4, 4)})) ==
+        "the device of rank 2 is behind in tp[0]: it has not begun all_reduce #5 of bf16(8,4), "
+        "while those of ranks 0 and 1 are in all_reduce #5 of bf16(8,4); its host has made all "
+        "calls up to all_reduce #10 of bf16(8,4)");
+  // All cards are in one call.
+  CHECK(verdict(one({rank(0, 10, 5, 4), rank(1, 9, 5, 4), rank(2, 10, 5, 4)})) ==
+        "ranks 0, 1 and 2 are all in all_reduce #5 of bf16(8,4) of tp[0] for 56.0 s, and none has "
+        "come to its end");
+  // A card that has done all that its host gave it waits for its host.
+  CHECK_THAT(verdict(one({rank(0, 10, 5, 4), rank(1, 4, 4, 4), rank(2, 10, 5, 4)})),
+             contains("rank 1 is behind in tp[0]: it has not come to all_reduce #5 of bf16(8,4), "
+                      "to which ranks 0 and 2 came"));
+}
+
+TEST_CASE("what another rank saw of a device is old", "[cohort_trace]") {
+  const auto rank = [](int r, std::uint64_t entered) {
+    json mine = ring(r, true, reduces(10));
+    mine["progress"] = progress(10, entered, entered - 1);
+    json third = ring(2, false, reduces(10));
+    third["progress"] = progress(10, 0, 0);
+    return file(r, 60, {{"tp[0]", {mine, third}}});
+  };
+  CHECK_THAT(verdict(one({rank(0, 9), rank(1, 10)})),
+             contains("the device of rank 0 is behind in tp[0]: it is in all_reduce #9"));
 }
 
 TEST_CASE("the cause is a rank that waits for nobody", "[cohort_trace]") {
@@ -193,7 +348,8 @@ TEST_CASE("agreements are told with what they are on", "[cohort_trace]") {
 TEST_CASE("nothing is found where nothing is wrong", "[cohort_trace]") {
   const json come = {reduce(1, 0), reduce(2, 3)};
   const State state = one({file(0, 5, {{"tp[0]", {ring(0, true, come)}}}),
-                           file(1, 5, {{"tp[0]", {ring(1, true, come)}}})});
+                           file(1, 5, {{"tp[0]", {ring(1, true, come)}}}),
+                           file(2, 5, {{"tp[0]", {ring(2, true, come)}}})});
   CHECK(findings(state).empty());
   CHECK_THAT(verdict(state), contains("no rank is behind"));
   const std::string text = to_text(state, 40);
@@ -202,9 +358,201 @@ TEST_CASE("nothing is found where nothing is wrong", "[cohort_trace]") {
   CHECK_THAT(to_svg(state), contains("<svg", "all_reduce #2 of bf16(8,4)"));
 }
 
-TEST_CASE("what is no trace is refused with its name", "[cohort_trace]") {
-  for (const char* text : {"", "{}", "[]", R"({"cohort_trace":2})", R"({"cohort_trace":1})"}) {
-    CHECK_THROWS_MATCHES(read({{"some file", text}}), std::runtime_error,
-                         cohort::test::says("some file: "));
+TEST_CASE("what is no trace is left out with its name", "[cohort_trace]") {
+  const std::string good = file(0, 5, {{"tp[0]", {ring(0, true, reduces(2))}}});
+  std::string rank_of_nobody = file(0, 5, {{"tp[0]", {ring(7, true, reduces(2))}}});
+  for (const std::string& text :
+       {std::string(), std::string("{}"), std::string("[]"), std::string("[1]"),
+        std::string(R"({"cohort_trace":1})"), std::string(R"({"cohort_trace":2})"),
+        good.substr(0, good.size() / 2), rank_of_nobody}) {
+    const Reading all = reading({good, text});
+    CHECK(all.states.size() == 1);
+    REQUIRE(all.notes.size() == 1);
+    CHECK_THAT(all.notes.front(), contains("left out: file 1: "));
   }
+}
+
+TEST_CASE("runs in one folder are told apart", "[cohort_trace]") {
+  const Common yesterday{.run = "00000000000000bb"};
+  const Reading all =
+      reading({file(0, 10, {{"tp[0]", {ring(0, true, reduces(9))}}}, true, yesterday),
+               file(0, 86400, {{"tp[0]", {ring(0, true, reduces(3), 3)}}}),
+               file(1, 86400, {{"tp[0]", {ring(1, true, reduces(2))}}})});
+  REQUIRE(all.states.size() == 2);
+  CHECK(all.states[0].run == yesterday.run);
+  CHECK_THAT(verdict(all.states[1]), contains("rank 1 is behind", "not come to all_reduce #3"));
+  CHECK(all.states[1].reasons.size() == 2);
+}
+
+TEST_CASE("of two files of a rank the newer counts", "[cohort_trace]") {
+  const State state = one({file(0, 5, {{"tp[0]", {ring(0, true, reduces(1))}}}),
+                           file(0, 9, {{"tp[0]", {ring(0, true, reduces(4), 4)}}}),
+                           file(1, 9, {{"tp[0]", {ring(1, true, reduces(3))}}})});
+  CHECK_THAT(verdict(state), contains("rank 1 is behind", "not come to all_reduce #4"));
+}
+
+TEST_CASE("a machine that left no trace is named", "[cohort_trace]") {
+  const Common common{.ranks = {0, 1, 2, 3}, .hosts = {0, 0, 1, 1}, .failure = missing({})};
+  const auto rank = [&](int r) {
+    return file(r, 30,
+                {{"tp[0]", {ring(0, r == 0, reduces(5), 5), ring(1, r == 1, reduces(5), 5)}}}, true,
+                common);
+  };
+  const State state = one({rank(0), rank(1)});
+  CHECK(unknown_ranks(state) == std::vector{2, 3});
+  CHECK(verdict(state) ==
+        "nothing is known of ranks 2 and 3 in tp[0], of which no trace was found, nor one of "
+        "another rank of their machines: ranks 0 and 1 have waited in all_reduce #5 of bf16(8,4) "
+        "for 26.0 s, to which no other rank is known to be late");
+  CHECK_THAT(to_text(state, 40), contains("no trace was found of ranks 2, 3"));
+
+  // A time-out that names them says more.
+  Common named = common;
+  named.failure = missing({2, 3});
+  CHECK_THAT(verdict(one({file(0, 30, {{"tp[0]", {ring(0, true, reduces(5), 5)}}}, true, named)})),
+             contains("ranks 2 and 3 are behind in tp[0]: they have not come to all_reduce #5",
+                      "they left no trace, nor did another rank of their machines"));
+
+  // Nobody waits for them.
+  CHECK(verdict(one({file(0, 30, {{"tp[0]", {ring(0, true, reduces(5))}}}, false,
+                          {.hosts = {0, 1, 1}})})) ==
+        "no rank is behind another, and no calls differ, as far as is known; nothing is known of "
+        "ranks 1 and 2, of which no trace was found");
+}
+
+TEST_CASE("clocks of different machines are not compared", "[cohort_trace]") {
+  const auto on = [](int r, std::int64_t at, std::int64_t shift, std::uint64_t calls, bool late,
+                     const json& failure = nullptr) {
+    const std::uint64_t open = late ? calls : 0;
+    return file(
+        r, at + shift, {{"tp[0]", {ring(r, true, reduces(calls, shift), open)}}}, late,
+        {.machine = "machine " + std::to_string(r), .hosts = {0, 1, 2}, .failure = failure});
+  };
+  // Rank 1's clock is an hour ahead; it waits for rank 0.
+  for (const std::int64_t shift : {-3600, 0, 3600}) {
+    CHECK_THAT(verdict(one({on(0, 30, 0, 3, false), on(1, 30, shift, 4, true)})),
+               contains("rank 0 is behind in tp[0]: it has not come to all_reduce #4 of bf16(8,4), "
+                        "to which rank 1 came at ",
+                        ", 27.0 s before the end; its last call there is all_reduce #3"));
+  }
+  // Rank 0 came after all, when the others had given up: they say so.
+  CHECK_THAT(verdict(one({on(0, 60, 0, 5, false), on(1, 30, 3600, 4, true, missing({0})),
+                          on(2, 30, -3600, 4, true, missing({0}))})),
+             contains("rank 0 is behind in tp[0]: it has not come to all_reduce #4 of bf16(8,4), "
+                      "to which ranks 1 and 2 came"));
+}
+
+TEST_CASE("ranks that run are not behind for being looked at later", "[cohort_trace]") {
+  for (const bool same : {true, false}) {
+    const auto rank = [&](int r, std::uint64_t first, std::int64_t at) {
+      json records = json::array();
+      for (std::uint64_t i = 0; i < 100; ++i) {
+        json call = reduce(first + i, 0);
+        call[1] = kStart + at * kSecond - std::int64_t(100 - i) * 1'000'000;
+        records.push_back(call);
+      }
+      std::vector<json> rings{ring(r, true, records)};
+      if (r == 0 && same) {
+        rings.push_back(ring(1, false, records));
+      }
+      return file(r, at, {{"tp[0]", rings}}, false,
+                  {.machine = same ? "here" : "machine " + std::to_string(r)});
+    };
+    CHECK(findings(one({rank(0, 1000, 10), rank(1, 3000, 12)})).empty());
+  }
+}
+
+TEST_CASE("a rank that is still in an earlier call is said to be in it", "[cohort_trace]") {
+  const auto rank = [](int r, std::uint64_t calls) {
+    return file(r, 30, {{"tp[0]", {ring(r, true, reduces(calls), calls)}}});
+  };
+  CHECK_THAT(verdict(one({rank(0, 4), rank(1, 4), rank(2, 3)})),
+             contains("rank 2 is behind", "and it is in all_reduce #3 of bf16(8,4) of tp[0]"));
+}
+
+TEST_CASE("of a rank without a file nothing is made up", "[cohort_trace]") {
+  const auto rank = [](int r, bool gone_later) {
+    json third = ring(2, false, reduces(3));
+    third["gone"] = gone_later && r == 1;
+    return file(r, 30 + r, {{"tp[0]", {ring(r, true, reduces(4), 4), third}}});
+  };
+  CHECK_THAT(verdict(one({rank(0, false), rank(1, false)})),
+             contains("and as it wrote no trace itself, nothing else is known of it"));
+  // The launcher killed it after the first rank had given up.
+  CHECK_THAT(verdict(one({rank(0, true), rank(1, true)})),
+             contains("; its process was there when the first rank wrote, and gone within 1.0 s"));
+}
+
+TEST_CASE("a process that has not quite ended when its connections close is gone",
+          "[cohort_trace]") {
+  const auto rank = [](int r) {
+    json third = ring(2, false, reduces(3));
+    third["gone"] = r == 1;
+    json text = json::parse(file(r, 30, {{"tp[0]", {ring(r, true, reduces(4), 4), third}}}, false));
+    text["written"] = text["written"].get<std::int64_t>() + r * 1'000'000;
+    text["groups"][0]["failure"] = {
+        {"why", "closed"}, {"late", false}, {"missing", json::array()}, {"over", false}};
+    return text.dump();
+  };
+  CHECK_THAT(verdict(one({rank(0), rank(1)})),
+             contains("rank 2 is behind in tp[0]", "and its process is gone"));
+}
+
+TEST_CASE("where ranks are evenly split nobody is blamed", "[cohort_trace]") {
+  const auto rank = [](int r, unsigned signature, int rows) {
+    json records = reduces(3);
+    records.push_back(reduce(4, 3, signature, rows));
+    return file(r, 9, {{"tp[0]", {ring(r, true, records, 4)}}});
+  };
+  const State state = one({rank(0, 9, 6), rank(1, 1, 8)});
+  CHECK(verdict(state) ==
+        "ranks 0 and 1 make different calls in tp[0]: rank 0 made all_reduce #4 of bf16(6,4) where "
+        "rank 1 made all_reduce #4 of bf16(8,4); what differs: extent 0 of x, 6 and 8");
+  CHECK(findings(state).front().ranks == std::vector{0, 1});
+}
+
+TEST_CASE("a difference behind which all went on is not why they hang", "[cohort_trace]") {
+  const auto rank = [](int r, unsigned signature, std::uint64_t calls) {
+    json records = reduces(calls);
+    records[1] = reduce(2, 1, signature, signature == 1 ? 8 : 6);
+    return file(r, 30, {{"tp[0]", {ring(r, true, records, calls == 9 ? 9 : 0)}}});
+  };
+  const State state = one({rank(0, 1, 9), rank(1, 5, 9), rank(2, 1, 8)});
+  CHECK_THAT(verdict(state), contains("rank 2 is behind in tp[0]", "all_reduce #9"));
+  REQUIRE(findings(state).size() == 2);
+  CHECK_THAT(findings(state)[1].text, contains("rank 1 differs", "later calls are alike"));
+}
+
+TEST_CASE("numbers beyond 32 bits are told apart", "[cohort_trace]") {
+  const std::uint64_t wide = std::uint64_t{1} << 32;
+  const auto rank = [&](int r, std::uint64_t calls) {
+    json records = json::array();
+    for (std::uint64_t i = 0; i < calls; ++i) {
+      records.push_back(reduce(wide - 1 + i, static_cast<std::int64_t>(i)));
+    }
+    return file(r, 30, {{"tp[0]", {ring(r, true, records)}}});
+  };
+  CHECK_THAT(verdict(one({rank(0, 3), rank(1, 2)})),
+             contains("rank 1 is behind in tp[0]: it has not come to all_reduce #4294967297"));
+}
+
+TEST_CASE("graphs that the engine does not number are told by steps", "[cohort_trace]") {
+  const auto rank = [](int r, std::uint64_t entered) {
+    json mine = ring(r, true, reduces(3));
+    mine["progress"] = progress(3, entered, entered - 1);
+    return file(r, 30, {{"tp[0]", {mine}}});
+  };
+  CHECK_THAT(verdict(one({rank(0, 40), rank(1, 39), rank(2, 40)})),
+             contains("rank 1 is behind in tp[0]: it has made the same calls as ranks 0 and 2, as "
+                      "far as is known, but begun 1 step fewer"));
+}
+
+TEST_CASE("the end of a wait that was over does not count", "[cohort_trace]") {
+  const auto rank = [](int r, std::uint64_t calls, const json& failure) {
+    return file(r, 30, {{"tp[0]", {ring(r, true, reduces(calls), calls)}}}, true,
+                {.failure = failure});
+  };
+  CHECK_THAT(
+      verdict(one({rank(0, 9, missing({1}, true)), rank(1, 9, nullptr), rank(2, 8, nullptr)})),
+      contains("rank 2 is behind in tp[0]", "all_reduce #9"));
 }
