@@ -272,7 +272,10 @@ class GroupBase {
       return;
     }
     try {
-      parts_.control->barrier();  // no rank may still be reading what goes away
+      const detail::TracedAgreement traced(recorder_.get(), "shutdown of the group", 0);
+      detail::reporting(recorder_.get(), [&] {
+        parts_.control->barrier();  // no rank may still be reading what goes away
+      });
     } catch (const std::exception& error) {
       forsake_peers(error.what());
       close();

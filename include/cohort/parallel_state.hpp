@@ -202,6 +202,7 @@ class ParallelState {
           // Not in the world, where it waits for those who learn it so, or need not.
           formed_->tell(why, [&](const GroupCoordinator* group) { return group != world_.get(); });
         }
+        const detail::TracedAgreement traced(world_->recorder().get(), "shutdown of the state", 0);
         detail::reporting(world_->recorder().get(), [&] {
           world_->control().barrier();  // no rank may still be reading what goes away
         });

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cohort/cohort.hpp>
 #include <csignal>
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <string>
@@ -101,6 +102,25 @@ inline void hang_after_a_death(ControlPlane& world) {
     static_cast<void>(std::raise(SIGKILL));
   }
   expect_failure([&] { group.tp.all_reduce(group.x); });
+  std::this_thread::sleep_for(std::chrono::milliseconds(300));  // the other survivor writes as well
+  std::_Exit(EXIT_SUCCESS);                                     // MPI would wait for the dead one
+}
+
+/// The creation of a state, to which the last rank comes too late.
+inline void hang_in_formation(ControlPlane& world) {
+  if (world.rank() == world.size() - 1) {
+    keep_away(world);
+  }
+  expect_failure([&] { static_cast<void>(make_state(world, {.tp = world.size()})); });
+}
+
+/// The state's end, to which the last rank comes too late.
+inline void hang_in_shutdown(ControlPlane& world) {
+  TracedGroup group(world);
+  if (group.last) {
+    keep_away(world);
+  }
+  expect_failure([&] { group.state.shutdown(); });
 }
 
 /// all_reduce #4, which the last rank makes with half of the rows.

@@ -13,13 +13,12 @@
 namespace cohort::trace {
 namespace {
 
-/// The call in which a rank's own failed.
+/// The call in which a rank failed; 0 where it was in none, as far as is known.
 std::uint64_t failed_in(const Ring& ring, const Stand& stand) {
   if (const Record* const open = open_record(ring); open != nullptr && open->number != 0) {
     return open->number;
   }
-  return stand.pending && stand.pending->record.number != 0 ? stand.pending->record.number
-                                                            : stand.host;
+  return stand.pending ? stand.pending->record.number : 0;
 }
 
 /// What a time-out says of those that it missed holds whatever they did later: they had not come.
