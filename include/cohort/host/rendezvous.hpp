@@ -423,7 +423,7 @@ class Rendezvous {
   }
 
   void leave(const Farewell& farewell) noexcept {
-    if (poisoned_.exchange(true)) {
+    if (!owner_.is_here() || poisoned_.exchange(true)) {
       return;
     }
     pad(rank_).farewell = farewell;
