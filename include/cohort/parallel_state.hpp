@@ -1,21 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <fmt/format.h>
-
 #include <algorithm>
-#include <array>
+#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
-#include "cohort/agreement.hpp"
 #include "cohort/call_time.hpp"
 #include "cohort/captured_graph.hpp"
 #include "cohort/control_plane.hpp"
@@ -24,38 +20,17 @@
 #include "cohort/graph_capture.hpp"
 #include "cohort/group_audiences.hpp"
 #include "cohort/group_coordinator.hpp"
-#include "cohort/log.hpp"
+#include "cohort/group_formation.hpp"
 #include "cohort/pipeline_parallel.hpp"
 #include "cohort/runtime_env.hpp"
-#include "cohort/symmetric_policy.hpp"
 #include "cohort/tensor_parallel.hpp"
 #include "cohort/topology.hpp"
-#include "cohort/trace_run.hpp"
 #include "cohort/trace_writer.hpp"
 
 /// \file
 /// All groups of one rank: what an engine creates once.
 
 namespace cohort {
-
-/// What `ParallelState::create` is asked for.
-struct ParallelOptions {
-  /// How the ranks are divided into groups.
-  ParallelLayout layout = {};
-  /// `host_backend()` or `cuda_backend()`; all groups share it.
-  std::shared_ptr<Backend> backend = {};
-  /// Which groups get windows.
-  SymmetricOptions symmetric = {};
-  /// `COHORT_MERGE_PLAN` wins over `merge.plan` where it is set.
-  MergeOptions merge = {};
-  /// Compare op, dtype, count and window offsets across the ranks before each call: slow, for
-  /// debugging. `COHORT_DEBUG_CHECKS` wins where it is set.
-  bool debug_checks = false;
-  /// Of every arena.
-  ArenaOptions arena = {};
-  /// Where and when each rank writes its last calls; may differ between the ranks.
-  TraceOptions trace = {};
-};
 
 /// The world, tensor-parallel, pipeline-parallel and decode-context-parallel group of this rank.
 class ParallelState {
@@ -91,10 +66,7 @@ class ParallelState {
       formed_->clear();
     }
     const detail::CallTime time;  // which the groups' last waits share
-    dcp_.reset();
-    pp_.reset();
-    tp_.reset();
-    world_.reset();
+    const detail::OwnedGroups last = std::move(owned_);
   }
 
   /// How the ranks are divided.
@@ -102,13 +74,13 @@ class ParallelState {
   /// Where tensors lie.
   [[nodiscard]] Backend& backend() const noexcept { return *options_.backend; }
   /// All ranks.
-  [[nodiscard]] GroupCoordinator& world() noexcept { return *world_; }
+  [[nodiscard]] GroupCoordinator& world() noexcept { return *owned_.world; }
   /// This rank's TP group.
-  [[nodiscard]] TensorParallelGroup& tp() noexcept { return *tp_; }
+  [[nodiscard]] TensorParallelGroup& tp() noexcept { return *owned_.tp; }
   /// This rank's PP group.
-  [[nodiscard]] PipelineParallelGroup& pp() noexcept { return *pp_; }
+  [[nodiscard]] PipelineParallelGroup& pp() noexcept { return *owned_.pp; }
   /// This rank's DCP group.
-  [[nodiscard]] DecodeContextParallelGroup& dcp() noexcept { return *dcp_; }
+  [[nodiscard]] DecodeContextParallelGroup& dcp() noexcept { return *owned_.dcp; }
   /// World, TP, PP, DCP: the order in which all ranks form and leave them.
   [[nodiscard]] const std::vector<GroupCoordinator*>& groups() noexcept { return formed_->all(); }
 
@@ -200,11 +172,13 @@ class ParallelState {
       if (!shut_down_) {
         if (const std::string why = formed_->reason_to_leave(); !why.empty()) {
           // Not in the world, where it waits for those who learn it so, or need not.
-          formed_->tell(why, [&](const GroupCoordinator* group) { return group != world_.get(); });
+          formed_->tell(why,
+                        [&](const GroupCoordinator* group) { return group != owned_.world.get(); });
         }
-        const detail::TracedAgreement traced(world_->recorder().get(), "shutdown of the state", 0);
-        detail::reporting(world_->recorder().get(), [&] {
-          world_->control().barrier();  // no rank may still be reading what goes away
+        const detail::TracedAgreement traced(owned_.world->recorder().get(),
+                                             "shutdown of the state", 0);
+        detail::reporting(owned_.world->recorder().get(), [&] {
+          owned_.world->control().barrier();  // no rank may still be reading what goes away
         });
       }
     } catch (const std::exception& error) {
@@ -225,19 +199,10 @@ class ParallelState {
 
  private:
   ParallelState(ControlPlane& world, ParallelOptions options)
-      : options_(std::move(options)),
+      : options_(detail::with_settings(std::move(options), runtime_settings())),
         captures_(std::make_shared<CaptureDomain>()),
         launch_order_(formed_, captures_),
         audiences_(formed_, captures_, options_.backend, options_.arena) {
-    const auto& settings = runtime_settings();
-    if (settings.log_level) {
-      set_default_log_level(*settings.log_level);
-    }
-    options_.trace.folder = settings.trace_dir.value_or(options_.trace.folder);
-    if (settings.merge_plan) {
-      options_.merge.plan = *settings.merge_plan;
-    }
-    options_.debug_checks = settings.debug_checks.value_or(options_.debug_checks);
     const detail::CallTime time;
     std::exception_ptr failure;
     try {
@@ -246,128 +211,13 @@ class ParallelState {
       failure = std::current_exception();
       trace_ = std::make_unique<StateTrace>(TraceOptions{}, world.rank(), world.size());
     }
-    detail::TracedFormation formation(*trace_, world);
-    agree_on_options(world, failure);
-    trace_->belongs_to(formation.part(
-        "the number of the run", [&] { return detail::agree_on_trace_run(world); }, true));
-    const std::uint64_t generation = world.new_generations(kKinds.size());
-    try {
-      form_all(world, generation, formation);
-    } catch (const std::exception&) {
-      failure = std::current_exception();
-    }
-    try {
-      agree(
-          world,
-          {.place = "formation of the groups of a ParallelState", .sequence = generation & kNumber},
-          failure, patience_after_a_wait(world));
-    } catch (const std::exception& error) {
-      for (GroupCoordinator* group : {world_.get(), static_cast<GroupCoordinator*>(tp_.get()),
-                                      static_cast<GroupCoordinator*>(pp_.get()),
-                                      static_cast<GroupCoordinator*>(dcp_.get())}) {
-        if (group != nullptr) {
-          group->control().give_up(error.what());  // to ranks that have a state all the same
-        }
-      }
-      throw;
-    }
-    formed_->assign({world_.get(), tp_.get(), pp_.get(), dcp_.get()});
+    detail::GroupFormation(world, options_, *trace_).form(owned_, failure);
+    formed_->assign(owned_.all());
     for (GroupCoordinator* group : groups()) {
       captures_->add(group->arena());
       std::vector<GroupBase*> others(groups().begin(), groups().end());
       others.erase(std::find(others.begin(), others.end(), group));
       group->stand_beside(std::move(others));
-    }
-  }
-
-  /// The order in which all ranks form the groups.
-  static constexpr std::array kKinds{GroupKind::world, GroupKind::tensor_parallel,
-                                     GroupKind::pipeline_parallel,
-                                     GroupKind::decode_context_parallel};
-  static constexpr std::uint64_t kNumber = (std::uint64_t{1} << 62) - 1;  // for messages
-
-  /// A rank that fails leaves the groups that it has not formed at once: their other ranks would
-  /// wait for it.
-  void form_all(ControlPlane& world, std::uint64_t generation, detail::TracedFormation& formation) {
-    std::vector<GroupParts> parts;
-    for (const GroupKind kind : kKinds) {
-      parts.push_back(prepare(world, kind, generation++));
-    }
-    std::size_t next = 0;
-    try {
-      const auto form = [&](auto& group, const auto&... more) {
-        formation.part(
-            fmt::format("formation of the {} group", to_string(kKinds[next])),
-            [&] {
-              connect(parts[next]);
-              using Group = typename std::remove_reference_t<decltype(group)>::element_type;
-              group = std::make_unique<Group>(std::move(parts[next++]), more...);
-              trace_->add(group->recorder());
-            },
-            false);
-      };
-      form(world_);
-      form(tp_);
-      form(pp_);
-      form(dcp_, options_.merge);
-    } catch (const std::exception& error) {
-      for (; next < parts.size(); ++next) {
-        parts[next].control->give_up(error.what());
-      }
-      throw;
-    }
-  }
-
-  /// Ranks with different options would form groups that never meet, and one with a shorter time
-  /// limit would give up on others that are in time for theirs.
-  void agree_on_options(ControlPlane& world, const std::exception_ptr& failure) const {
-    const auto& symmetric = options_.symmetric;
-    std::string selected;
-    for (const GroupKind kind :
-         {GroupKind::world, GroupKind::tensor_parallel, GroupKind::pipeline_parallel,
-          GroupKind::decode_context_parallel}) {
-      selected += symmetric.selection.selects(kind, options_.layout) ? '1' : '0';
-    }
-    agree(world,
-          {.place = fmt::format(
-               "creation of a ParallelState: {}, {} backend, symmetric {} for {}, "
-               "peer mapping {}, merge plan {} in precision {}, debug checks {}, time limit {} ms",
-               to_string(options_.layout), to_string(options_.backend->kind()), symmetric.enabled,
-               selected, symmetric.peer_mapping, to_string(options_.merge.plan),
-               static_cast<int>(options_.merge.staged_precision), options_.debug_checks,
-               world.limit().count()),
-           .bytes = options_.arena.growth_bytes},
-          failure);
-  }
-
-  /// Local.
-  [[nodiscard]] GroupParts prepare(ControlPlane& world, GroupKind kind,
-                                   std::uint64_t generation) const {
-    const auto& layout = options_.layout;
-    GroupParts parts;
-    parts.kind = kind;
-    parts.name = group_name(kind, group_index(layout, kind, world.rank()));
-    parts.ranks = group_ranks(layout, kind, world.rank());
-    parts.control = world.subgroup(parts.ranks, generation, parts.name);
-    parts.backend = options_.backend;
-    parts.debug_checks = options_.debug_checks;
-    parts.arena = options_.arena;
-    return parts;
-  }
-
-  /// Collective over the group.
-  void connect(GroupParts& parts) const {
-    SymmetricCapabilities found;
-    if (parts.ranks.size() > 1) {
-      parts.transport = options_.backend->connect(*parts.control);
-      found = parts.transport->capabilities();
-    }
-    parts.decision = decide(options_.symmetric, parts.kind, options_.layout, found);
-    if (parts.control->rank() == 0) {
-      log(LogLevel::info, "{}: {}", parts.name, describe(parts.decision));
-      if (warning_due(parts.decision)) {
-        log(LogLevel::warning, "{}: {}", parts.name, describe(parts.decision));
-      }
     }
   }
 
@@ -379,10 +229,7 @@ class ParallelState {
   detail::GroupAudiences audiences_;
   bool shut_down_ = false;
   std::unique_ptr<StateTrace> trace_;  // before the groups: they report to it until they are gone
-  std::unique_ptr<GroupCoordinator> world_;
-  std::unique_ptr<TensorParallelGroup> tp_;
-  std::unique_ptr<PipelineParallelGroup> pp_;
-  std::unique_ptr<DecodeContextParallelGroup> dcp_;
+  detail::OwnedGroups owned_;
 };
 
 }  // namespace cohort

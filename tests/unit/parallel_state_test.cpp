@@ -25,32 +25,6 @@
 using namespace cohort;
 using namespace cohort::test;
 
-namespace {
-
-/// Collects what is logged while it lives.
-class LogCapture {
- public:
-  LogCapture()
-      : before_(set_log_sink(
-            [this](LogLevel level, std::string_view text) { lines.emplace_back(level, text); })) {}
-  ~LogCapture() { set_log_sink(std::move(before_)); }
-  LogCapture(const LogCapture&) = delete;
-  LogCapture& operator=(const LogCapture&) = delete;
-
-  [[nodiscard]] int count(LogLevel level, std::string_view part) const {
-    return static_cast<int>(std::count_if(lines.begin(), lines.end(), [&](const auto& line) {
-      return line.first == level && line.second.find(part) != std::string::npos;
-    }));
-  }
-
-  std::vector<std::pair<LogLevel, std::string>> lines;
-
- private:
-  LogSink before_;
-};
-
-}  // namespace
-
 TEST_CASE("each rank is in the groups that the layout says", "[state]") {
   run_ranks(8, [](ControlPlane& world) {
     auto state = make_state(world, {.tp = 4, .pp = 2, .dcp = 2});
@@ -238,24 +212,6 @@ TEST_CASE("tensors outlive their state", "[state]") {
   });
 }
 
-TEST_CASE("a group that is refused symmetric memory is warned about once", "[state]") {
-  LogCapture log;
-  run_ranks(4, [](ControlPlane& world) {
-    const HostOptions options{.machine = world.rank() < 2 ? "left" : "right"};
-    auto state =
-        make_state(world, {.tp = 4, .pp = 1, .dcp = 2}, {.backend = host_backend(options)});
-    check(state.dcp().decision().nccl_windows.on, "dcp lies inside a machine");
-    check(!state.tp().decision().nccl_windows.on, "tp does not");
-    check(state.audience({&state.tp(), &state.dcp()}).arena != nullptr, "dcp alone is left");
-    check_works_on(state.tp());
-    check_works_on(state.dcp());
-  });
-  CHECK(log.count(LogLevel::warning, "tp[0]") == 1);
-  CHECK(log.count(LogLevel::warning, "2 machines") == 1);
-  CHECK(log.count(LogLevel::warning, "dcp[") == 0);
-  CHECK(log.count(LogLevel::info, "dcp[1]: ") == 1);
-}
-
 TEST_CASE("without symmetric memory everything works", "[state]") {
   run_ranks(2, [](ControlPlane& world) {
     auto state =
@@ -279,54 +235,6 @@ TEST_CASE("a thousand rounds leave no mapping, no descriptor and no file", "[sta
   CHECK(before.mappings == 0);
 }
 
-TEST_CASE("all ranks have a state or none has", "[state]") {
-  const auto start = Clock::now();
-  run_ranks(4, [](ControlPlane& world) {
-    const HostOptions options{.machine = world.rank() == 3 ? "far" : "near"};
-    const auto create = [&] {
-      (void)ParallelState::create(world, {.layout = {.tp = 4, .dcp = 2},
-                                          .backend = host_backend(options),
-                                          .merge = {.plan = MergePlan::one_kernel}});
-    };
-    if (world.rank() < 2) {
-      check_throws<SymmetryError>(create, "formation of the groups of a ParallelState",
-                                  "rank 2, 3 failed", "one_kernel");
-    } else {
-      check_throws<ConfigError>(create, "one_kernel");
-    }
-    auto state = make_state(world, {.tp = 4, .dcp = 2});
-    check_works_on(state.dcp());
-  });
-  CHECK(seconds_since(start) < 15);
-}
-
-TEST_CASE("a rank that fails while groups are formed ends it everywhere at once", "[state]") {
-  const std::string where = GENERATE("world", "tp[0]", "pp[1]");
-  const auto start = Clock::now();
-  run_ranks(
-      4,
-      [&](ControlPlane& world) {
-        const auto form = [&](bool fails) {
-          return two_by_two(world, {.connect = [&world, &where, fails](ControlPlane& group) {
-                              if (fails && world.rank() == 1 && group.name() == where) {
-                                throw TransportError(kNoMemory);
-                              }
-                            }});
-        };
-        if (world.rank() == 1) {
-          check_throws<TransportError>([&] { (void)form(true); }, "code 2", "out of memory");
-        } else {
-          check_throws<SymmetryError>([&] { (void)form(true); }, "rank", "out of memory");
-        }
-        check(!world.poisoned(), "the world works on");
-        auto state = form(false);
-        check_works_on(state.tp());
-        check_works_on(state.pp());
-      },
-      std::chrono::milliseconds(60'000));
-  CHECK(seconds_since(start) < 30);
-}
-
 TEST_CASE("ranks that differ get errors that name them", "[divergence]") {
   for (const int n : {2, 3, 4}) {
     DYNAMIC_SECTION(n << " ranks") {
@@ -344,18 +252,6 @@ TEST_CASE("ranks that differ get errors that name them", "[divergence]") {
   }
   run_ranks(3, check_other_query);
   run_ranks(4, check_failed_audience);
-}
-
-TEST_CASE("ranks with unlike time limits form no state", "[divergence]") {
-  const auto hub = std::make_shared<detail::ThreadHub>(3);
-  run_ranks(3, [&](ControlPlane& plane) {
-    const std::chrono::milliseconds limit(plane.rank() == 1 ? 40'000 : 60'000);
-    MessageControlPlane world(std::make_shared<detail::ThreadMessenger>(hub, plane.rank()), limit);
-    check_blames(
-        1, [&] { (void)make_state(world, {.tp = 3}); }, "time limit 40000 ms",
-        "time limit 60000 ms");
-    check(!world.poisoned(), "the ranks are in step");
-  });
 }
 
 TEST_CASE("ranks that never come are named within the limit", "[divergence]") {
