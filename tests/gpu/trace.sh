@@ -57,6 +57,6 @@ judge growth \
 judge death \
   "rank 1 is behind in tp\[0\]: it has not come to all_reduce #[0-9]+ of f32\(4096\), $since; $at, and its process is gone"
 judge difference \
-  "rank 1 differs in tp\[0\]: it made all_reduce #[0-9]+ of f32\(2048\) where the others made all_reduce #[0-9]+ of f32\(4096\); what differs: extent 0 of x, 2048 and 4096"
+  "ranks 0 and 1 make different calls in tp\[0\]: rank 0 made all_reduce #[0-9]+ of f32\(4096\) where rank 1 made all_reduce #[0-9]+ of f32\(2048\); what differs: extent 0 of x, 4096 and 2048"
 echo "cohort-test: passed=$passed failed=$failures skipped=0"
 exit $((failures > 0))

@@ -45,6 +45,7 @@ TEST_CASE("traced: late for a call", "[.traced_call]") { hang_in_a_call(world())
 TEST_CASE("traced: late for a replay", "[.traced_replay]") { hang_in_a_replay(world()); }
 TEST_CASE("traced: late for growth", "[.traced_growth]") { hang_in_growth(world()); }
 TEST_CASE("traced: killed", "[.traced_death]") { hang_after_a_death(world()); }
+TEST_CASE("traced: late for a pair", "[.traced_pair]") { hang_in_a_pair(world()); }
 TEST_CASE("traced: late for a state", "[.traced_formation]") { hang_in_formation(world()); }
 TEST_CASE("traced: late for a shutdown", "[.traced_shutdown]") { hang_in_shutdown(world()); }
 TEST_CASE("traced: another call", "[.traced_difference]") { differ_in_a_call(world()); }

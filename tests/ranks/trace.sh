@@ -47,6 +47,8 @@ limit=10  # mpirun may go on for ever where a rank was killed; the others are lo
 judge death \
   "rank 2 is behind in tp\[0\]: it has not come to all_reduce #4 of f32\(16,33\), $since; its last call there is all_reduce #3 of f32\(16,33\), and its process is gone"
 limit=30
+judge pair \
+  "rank 2 is behind in tp\[0\]: rank 0 has waited for it in recv of f32\(16,33\) from it for [0-9.]* m?s; as it wrote no trace itself, nothing else is known of it"
 judge formation \
   "rank 2 is behind in the formation of the state: it has not come to agreement #1 on creation of a ParallelState: .*, $since; its last call there is none, $away"
 judge shutdown \

@@ -106,6 +106,16 @@ inline void hang_after_a_death(ControlPlane& world) {
   std::_Exit(EXIT_SUCCESS);                                     // MPI would wait for the dead one
 }
 
+/// A recv of the first rank, for which the last one sends nothing in time; the others do nothing.
+inline void hang_in_a_pair(ControlPlane& world) {
+  TracedGroup group(world);
+  if (world.rank() != 0) {
+    keep_away(world);
+    return;
+  }
+  expect_failure([&] { group.tp.recv(group.x, world.size() - 1); });
+}
+
 /// The creation of a state, to which the last rank comes too late.
 inline void hang_in_formation(ControlPlane& world) {
   if (world.rank() == world.size() - 1) {

@@ -68,6 +68,9 @@ std::vector<Finding> findings(const State& state) {
     if (found) {
       all.push_back(std::move(*found));
     }
+    for (const PairWait& wait : judged.pairs) {
+      all.push_back(unmatched(state, judged, wait));
+    }
   }
   // A rank for which others wait, and which waits itself, is no cause.
   const auto rank = [&waits](const Finding& finding) {
@@ -101,10 +104,11 @@ std::string verdict(const State& state) {
           return std::find(b.begin(), b.end(), rank) != b.end();
         });
       };
-      if (other.kind == Finding::Kind::behind && other.group != first.group &&
+      if (other.kind == Finding::Kind::behind && &other != &first &&
           meets(other.ranks, first.waiting) && meets(first.ranks, other.waiting)) {
-        return fmt::format("ranks wait for one another, in {} and {}: {}; {}", first.group,
-                           other.group, first.text, other.text);
+        const std::string where = other.group == first.group ? "" : " and " + other.group;
+        return fmt::format("ranks wait for one another, in {}{}: {}; {}", first.group, where,
+                           first.text, other.text);
       }
     }
   }

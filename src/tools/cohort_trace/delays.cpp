@@ -177,6 +177,22 @@ std::optional<Finding> behind(const State& state, const Judged& judged,
   return behind_on_host(state, judged, ranks, excused);
 }
 
+Finding unmatched(const State& state, const Judged& judged, const PairWait& wait) {
+  const Group& group = *judged.group;
+  const int waits = world_rank(group, wait.rank);
+  const int peer = world_rank(group, wait.peer);
+  return {.kind = Finding::Kind::behind,
+          .group = group.name,
+          .ranks = {peer},
+          .waiting = {waits},
+          .since = wait.record.ns,
+          .text = fmt::format(
+              "rank {} is behind in {}: rank {} has waited for it in {} {} it for {}; {}", peer,
+              group.name, waits, describe(group.rings.at(wait.rank), wait.record),
+              wait.record.call == "send" ? "to" : "from", duration(wait.for_ns),
+              whereabouts(state, group, wait.peer))};
+}
+
 std::optional<Finding> fewer_steps(const Group& group) {
   std::map<int, std::uint64_t> done;
   bool graphs = false;
@@ -231,7 +247,7 @@ std::optional<Waiting> waiting_together(const State& state, const Judged& judged
   std::optional<Waiting> waiting;
   for (const auto& [rank, stand] : judged.stands.by_rank) {
     const auto ring = group.rings.find(rank);
-    if (!stand.waits || ring == group.rings.end()) {
+    if (!stand.waits || ring == group.rings.end() || pair_call(stand, ring->second) != nullptr) {
       continue;
     }
     const Record* const open = open_record(ring->second);

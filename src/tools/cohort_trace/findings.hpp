@@ -42,16 +42,27 @@ struct Order {
   bool waited = false;           ///< Somebody waits for somebody.
 };
 
+/// A rank that waits for its peer in a send or recv.
+struct PairWait {
+  int rank = 0;  ///< In the group, as the peer.
+  int peer = 0;
+  Record record;
+  std::int64_t for_ns = 0;
+};
+
 /// A group with what is known of it.
 struct Judged {
   const Group* group;
   Stands stands;
   Order order;
+  std::vector<PairWait> pairs;
 };
 
 /// How long calls may be apart before a rank is behind in them.
 inline constexpr std::int64_t kPatience = 500'000'000;
 
+/// The send or recv in which a rank is, or null.
+[[nodiscard]] const Record* pair_call(const Stand& stand, const Ring& ring);
 /// How far the ranks of a group came.
 [[nodiscard]] Judged judge(const State& state, const Group& group);
 /// The record to which some of the ranks came and others did not: of the rank that came first,
@@ -68,6 +79,8 @@ inline constexpr std::int64_t kPatience = 500'000'000;
 /// wait for nobody.
 [[nodiscard]] std::optional<Finding> behind(const State& state, const Judged& judged,
                                             const std::set<int>& waits);
+/// A rank that has not come to a send or recv in which its peer waits.
+[[nodiscard]] Finding unmatched(const State& state, const Judged& judged, const PairWait& wait);
 /// Ranks of which only steps can be counted, because graphs were launched of which nothing is
 /// known.
 [[nodiscard]] std::optional<Finding> fewer_steps(const Group& group);

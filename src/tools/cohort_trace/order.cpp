@@ -15,7 +15,7 @@ namespace {
 
 /// The call in which a rank failed; 0 where it was in none, as far as is known.
 std::uint64_t failed_in(const Ring& ring, const Stand& stand) {
-  if (const Record* const open = open_record(ring); open != nullptr && open->number != 0) {
+  if (const Record* const open = open_record(ring)) {
     return open->number;
   }
   return stand.pending ? stand.pending->record.number : 0;
@@ -55,6 +55,33 @@ Stands stands_in(const Group& group) {
   return stands;
 }
 
+/// Those whose peer is not in the other half of the same exchange.
+std::vector<PairWait> pair_waits(const State& state, const Group& group, const Stands& stands) {
+  std::vector<PairWait> waits;
+  for (const auto& [rank, ring] : group.rings) {
+    const Stand& stand = stands.by_rank.at(rank);
+    const Record* const record = pair_call(stand, ring);
+    if (record == nullptr || record->variant < 0 ||
+        record->variant >= static_cast<int>(group.ranks.size())) {
+      continue;
+    }
+    const int peer = record->variant;
+    const auto theirs = group.rings.find(peer);
+    const Record* const other =
+        theirs == group.rings.end() ? nullptr : pair_call(stands.by_rank.at(peer), theirs->second);
+    if (other != nullptr && other->variant == rank && other->call != record->call) {
+      continue;
+    }
+    const std::int64_t since = stand.pending ? stand.pending->record.ns : record->ns;
+    const auto failure = group.failures.find(rank);
+    const bool failed = failure != group.failures.end() && !failure->second.over;
+    if (const std::int64_t for_ns = end_of(state, ring) - since; failed || for_ns >= kPatience) {
+      waits.push_back({rank, peer, *record, for_ns});
+    }
+  }
+  return waits;
+}
+
 Order order_of(const State& state, const Group& group, const Stands& stands) {
   Order order;
   if (stands.by_rank.empty()) {
@@ -86,6 +113,14 @@ Order order_of(const State& state, const Group& group, const Stands& stands) {
 }
 
 }  // namespace
+
+const Record* pair_call(const Stand& stand, const Ring& ring) {
+  const Record* record = open_record(ring);
+  if (stand.pending) {
+    record = stand.pending->inner ? &*stand.pending->inner : &stand.pending->record;
+  }
+  return record != nullptr && (record->call == "send" || record->call == "recv") ? record : nullptr;
+}
 
 int world_rank(const Group& group, int rank) {
   return group.ranks.at(static_cast<std::size_t>(rank));
@@ -122,8 +157,9 @@ const Record* next_record(const Group& group, const Order& order, const Ring** o
 }
 
 Judged judge(const State& state, const Group& group) {
-  Judged judged{.group = &group, .stands = stands_in(group), .order = {}};
+  Judged judged{.group = &group, .stands = stands_in(group), .order = {}, .pairs = {}};
   judged.order = order_of(state, group, judged.stands);
+  judged.pairs = pair_waits(state, group, judged.stands);
   return judged;
 }
 
@@ -132,6 +168,9 @@ Judged judge(const State& state, const Group& group) {
 std::set<int> waiting_in(const Judged& judged) {
   std::set<int> waiting;
   const Group& group = *judged.group;
+  for (const PairWait& wait : judged.pairs) {
+    waiting.insert(world_rank(group, wait.rank));
+  }
   const auto& ranks = judged.order.ahead;
   if (judged.order.waited) {
     for (const int rank : ranks) {

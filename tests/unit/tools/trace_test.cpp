@@ -523,6 +523,30 @@ TEST_CASE("a difference behind which all went on is not why they hang", "[cohort
   CHECK_THAT(findings(state)[1].text, contains("rank 1 differs", "later calls are alike"));
 }
 
+TEST_CASE("who does not meet a send or recv is behind", "[cohort_trace]") {
+  const auto pair = [](const char* call, int peer) {
+    return json{4, kStart + 3 * kSecond, call, 0, 1, "f32", "mapped", 0, 0, 1, 0, peer, 1, {16}};
+  };
+  const auto rank = [&](int r, const json& last) {
+    json records = reduces(3);
+    if (!last.is_null()) {
+      records.push_back(last);
+    }
+    return file(r, 9, {{"pp[0]", {ring(r, true, records, last.is_null() ? 0 : 4)}}});
+  };
+  CHECK(verdict(one({rank(0, pair("recv", 2)), rank(1, nullptr), rank(2, nullptr)})) ==
+        "rank 2 is behind in pp[0]: rank 0 has waited for it in recv of f32(16) from it for 6.0 s; "
+        "it is in no call of the library");
+  // Rank 0 waits for 1, which waits for 2.
+  CHECK_THAT(verdict(one({rank(0, pair("recv", 1)), rank(1, pair("recv", 2)), rank(2, nullptr)})),
+             contains("rank 2 is behind in pp[0]: rank 1 has waited for it in recv of f32(16)"));
+  CHECK_THAT(verdict(one({rank(0, pair("recv", 1)), rank(1, pair("recv", 0))})),
+             contains("ranks wait for one another, in pp[0]: ", "rank 0", "rank 1"));
+  // Both halves of one exchange.
+  CHECK_THAT(verdict(one({rank(0, pair("recv", 1)), rank(1, pair("send", 0)), rank(2, nullptr)})),
+             contains("no rank is behind another"));
+}
+
 TEST_CASE("numbers beyond 32 bits are told apart", "[cohort_trace]") {
   const std::uint64_t wide = std::uint64_t{1} << 32;
   const auto rank = [&](int r, std::uint64_t calls) {
