@@ -42,7 +42,7 @@ judge() {
   esac
 }
 
-programs=(cohort_info cohort_trace cohort_bench chaos gpu_chaos gpu_own_kernels)
+programs=(cohort_info cohort_trace cohort_bench decode_engine chaos gpu_chaos gpu_own_kernels)
 for source in examples/[0-9][0-9]_*.cpp bench/*.cpp tests/fuzz/*_fuzz.cpp; do
   name=$(basename "$source" .cpp)
   case $source in

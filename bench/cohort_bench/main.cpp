@@ -82,7 +82,10 @@ void on_signal(int) { interrupt(); }
   refuse_overrides();
   Console console(world.rank() == 0);
   const auto bed = options.backend == BackendKind::host ? make_host_bed() : make_cuda_bed();
-  console.open(options.json, describe_run(command, options, *bed, world), world);
+  Meta meta =
+      describe_run("cohort_bench", command, detail::name_in(kBackends, options.backend), world);
+  bed->describe(meta, world);
+  console.open(options.json, meta, world);
   static_cast<void>(std::signal(SIGINT, on_signal));
   static_cast<void>(std::signal(SIGTERM, on_signal));
 

@@ -112,9 +112,9 @@ namespace {
 
 }  // namespace
 
-Meta describe_run(std::span<const std::string> command, const Options& options, Bed& bed,
-                  ControlPlane& world) {
-  std::string line = "cohort_bench";  // folders say nothing of what was measured
+Meta describe_run(std::string_view program, std::span<const std::string> command,
+                  std::string_view backend, ControlPlane& world) {
+  std::string line(program);  // folders say nothing of what was measured
   for (const auto& word : command.subspan(std::min<std::size_t>(1, command.size()))) {
     line += " " + (word.starts_with('/') ? word.substr(word.rfind('/') + 1) : word);
   }
@@ -122,13 +122,12 @@ Meta describe_run(std::span<const std::string> command, const Options& options, 
   meta.text("command", line);
   meta.text("commit", world.rank() == 0 ? commit() : std::string());
   meta.text("date", utc_now());
-  meta.text("backend", detail::name_in(kBackends, options.backend));
+  meta.text("backend", backend);
   meta.number("ranks", world.size());
   meta.number("hosts", count_hosts(world));
   meta.text("cpu", cpu_name());
   meta.number("cores", cores());
   meta.text("mpi", mpi_version());
-  bed.describe(meta, world);
   meta.list("environment", environment());
   return meta;
 }

@@ -5,9 +5,7 @@
 
 #include <algorithm>
 #include <array>
-#include <charconv>
 #include <cstdint>
-#include <limits>
 #include <span>
 #include <string>
 #include <string_view>
@@ -17,6 +15,7 @@
 #include "cohort/error.hpp"
 #include "cohort/symmetric_policy.hpp"
 #include "command_line/command_line.hpp"
+#include "option_words.hpp"
 
 /// \file
 /// The benchmark's command line. Pure.
@@ -53,15 +52,6 @@ enum class Plan : std::uint8_t { staged, staged_fp32, packed, one_kernel };
 
 enum class Mode : std::uint8_t { eager, graph };
 
-/// A value of an option with its name on the command line and in rows.
-template <class T>
-struct Named {
-  T value;
-  std::string_view name;
-};
-template <class T>
-Named(T, const char*) -> Named<T>;
-
 inline constexpr std::array kBenches = {
     Named{Bench::ceiling, "ceiling"},
     Named{Bench::all_gather, "all_gather"},
@@ -92,39 +82,6 @@ inline constexpr std::array kDTypes = {Named{DType::f32, "f32"}, Named{DType::f1
                                        Named{DType::bf16, "bf16"}};
 inline constexpr std::array kBackends = {Named{BackendKind::host, "host"},
                                          Named{BackendKind::cuda, "cuda"}};
-
-namespace detail {
-
-template <class T, std::size_t N>
-[[nodiscard]] constexpr std::string_view name_in(const std::array<Named<T>, N>& table, T value) {
-  for (const auto& entry : table) {
-    if (entry.value == value) {
-      return entry.name;
-    }
-  }
-  return "unknown";
-}
-
-template <class T, std::size_t N>
-[[nodiscard]] std::string names(const std::array<Named<T>, N>& table, std::string_view separator) {
-  std::string text;
-  for (const auto& entry : table) {
-    text += (text.empty() ? std::string_view{} : separator);
-    text += entry.name;
-  }
-  return text;
-}
-
-template <class T, std::size_t N>
-[[nodiscard]] std::vector<T> values(const std::array<Named<T>, N>& table) {
-  std::vector<T> all;
-  for (const auto& entry : table) {
-    all.push_back(entry.value);
-  }
-  return all;
-}
-
-}  // namespace detail
 
 [[nodiscard]] constexpr std::string_view to_string(Bench value) {
   return detail::name_in(kBenches, value);
@@ -226,82 +183,6 @@ struct Options {
 }
 
 namespace detail {
-
-/// "64", "2K", "4MiB", "1G".
-[[nodiscard]] inline std::int64_t parse_size(std::string_view option, std::string_view text) {
-  std::int64_t value = 0;
-  const char* const end = text.data() + text.size();
-  const auto [stop, error] = std::from_chars(text.data(), end, value);
-  std::string_view suffix(stop, static_cast<std::size_t>(end - stop));
-  int shift = 0;
-  for (const auto& [letter, bits] : {std::pair{'K', 10}, {'M', 20}, {'G', 30}}) {
-    if (!suffix.empty() && suffix.front() == letter) {
-      shift = bits;
-      suffix.remove_prefix(1);
-      if (suffix == "iB") {
-        suffix = {};
-      }
-      break;
-    }
-  }
-  const bool fits = value <= (std::numeric_limits<std::int64_t>::max() >> shift);
-  if (error != std::errc{} || !suffix.empty() || value < 1 || !fits) {
-    throw ConfigError(
-        fmt::format("{}: expected a size such as 2048, 2K or 4M, got \"{}\"", option, text));
-  }
-  return value << shift;
-}
-
-[[nodiscard]] inline std::int64_t parse_count(std::string_view option, std::string_view text,
-                                              std::int64_t min, std::int64_t max) {
-  std::int64_t value = 0;
-  const char* const end = text.data() + text.size();
-  const auto [stop, error] = std::from_chars(text.data(), end, value);
-  if (text.empty() || error != std::errc{} || stop != end || value < min || value > max) {
-    throw ConfigError(
-        fmt::format("{}: expected an integer from {} to {}, got \"{}\"", option, min, max, text));
-  }
-  return value;
-}
-
-[[nodiscard]] inline std::vector<std::string_view> split_list(std::string_view text) {
-  std::vector<std::string_view> parts;
-  while (true) {
-    const auto comma = text.find(',');
-    parts.push_back(text.substr(0, comma));
-    if (comma == std::string_view::npos) {
-      return parts;
-    }
-    text.remove_prefix(comma + 1);
-  }
-}
-
-template <class T, std::size_t N>
-[[nodiscard]] T parse_name(std::string_view option, std::string_view text,
-                           const std::array<Named<T>, N>& table) {
-  for (const auto& entry : table) {
-    if (entry.name == text) {
-      return entry.value;
-    }
-  }
-  throw ConfigError(fmt::format("{}: expected {}, got \"{}\"", option, names(table, ", "), text));
-}
-
-template <class T, std::size_t N>
-[[nodiscard]] std::vector<T> parse_names(std::string_view option, std::string_view text,
-                                         const std::array<Named<T>, N>& table) {
-  std::vector<T> chosen;
-  if (text == "all") {
-    return values(table);
-  }
-  for (const auto part : split_list(text)) {
-    const T value = parse_name(option, part, table);
-    if (std::find(chosen.begin(), chosen.end(), value) == chosen.end()) {
-      chosen.push_back(value);
-    }
-  }
-  return chosen;
-}
 
 /// Sets one option that has a value. Returns false for an unknown option.
 inline bool set_option(Options& options, std::string_view option, std::string_view value) {

@@ -13,6 +13,8 @@ namespace {
 using cohort::LseBase;
 
 constexpr std::int64_t kLanes = 16;  // a constant trip count, which compilers vectorise
+constexpr std::int64_t kBlock =
+    64;  // tokens whose rows stay in the cache while all heads read them
 
 std::size_t index(std::int64_t value) { return static_cast<std::size_t>(value); }
 
@@ -51,8 +53,6 @@ void add_scaled(float* __restrict sums, const float* __restrict row, float scale
     }
   }
 }
-
-double score_scale(std::int64_t width) { return 1.0 / std::sqrt(static_cast<double>(width)); }
 
 /// max that keeps what is not a number.
 double larger(double a, double b) {
@@ -105,39 +105,72 @@ Reference attend(const std::vector<double>& kv, std::int64_t tokens, const std::
   return reference;
 }
 
+/// One head's softmax so far, as its online form keeps it: weights are relative to the largest
+/// score so far (M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", 2018,
+/// arXiv:1805.02867).
+struct Online {
+  float max = -std::numeric_limits<float>::infinity();
+  float sum = 0.0F;
+  std::vector<float> sums;  ///< [padded(value)]: weighted values
+
+  /// Takes in rows [tokens, step] with their scores, which become weights.
+  void add(const float* rows, std::int64_t step, std::span<float> scores) {
+    const float largest = std::max(max, *std::max_element(scores.begin(), scores.end()));
+    if (const float shrink = std::exp(max - largest); shrink != 1.0F) {
+      sum *= shrink;
+      for (float& value : sums) {
+        value *= shrink;
+      }
+    }
+    max = largest;
+    for (std::size_t t = 0; t < scores.size(); ++t) {
+      const float weight = std::exp(scores[t] - max);
+      sum += weight;
+      add_scaled(sums.data(), rows + static_cast<std::int64_t>(t) * step, weight,
+                 static_cast<std::int64_t>(sums.size()));
+    }
+  }
+};
+
 }  // namespace
 
-void local_attention(const Rows& kv, const BFloat16* q, std::int64_t heads, std::int64_t value,
-                     LseBase base, BFloat16* out, float* lse) {
+double score_scale(std::int64_t width) { return 1.0 / std::sqrt(static_cast<double>(width)); }
+
+void local_attention(const Rows& kv, HeadRows<const BFloat16> q, std::int64_t heads,
+                     std::int64_t value, double scale, LseBase base, HeadRows<BFloat16> out,
+                     float* lse) {
   const std::int64_t tokens = kv.tokens();
-  if (tokens == 0) {
-    std::fill_n(out, heads * value, BFloat16(std::numeric_limits<float>::quiet_NaN()));
-    std::fill_n(lse, heads, cohort::dcp::kEmptyLse);
-    return;
-  }
   const std::int64_t step = padded(kv.width);
-  const auto rows = widen(kv.data.data(), tokens, kv.width);
-  const auto queries = widen(q, heads, kv.width);
-  const auto scale = static_cast<float>(score_scale(kv.width));
-  std::vector<float> weights(index(tokens));
-  std::vector<float> sums(index(padded(value)));
+  std::vector<float> queries;
   for (std::int64_t h = 0; h < heads; ++h) {
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      weights[index(t)] = dot(&queries[index(h * step)], &rows[index(t * step)], step) * scale;
+    const auto wide = widen(q[h], 1, kv.width);
+    queries.insert(queries.end(), wide.begin(), wide.end());
+  }
+  std::vector<Online> softmax(index(heads),
+                              Online{.sums = std::vector<float>(index(padded(value)))});
+  std::array<float, kBlock> scores{};
+  for (std::int64_t first = 0; first < tokens; first += kBlock) {
+    const std::int64_t count = std::min(kBlock, tokens - first);
+    const auto rows = widen(kv.data.data() + first * kv.width, count, kv.width);
+    for (std::int64_t h = 0; h < heads; ++h) {
+      for (std::int64_t t = 0; t < count; ++t) {
+        scores[index(t)] = dot(&queries[index(h * step)], &rows[index(t * step)], step) *
+                           static_cast<float>(scale);
+      }
+      softmax[index(h)].add(rows.data(), step, std::span(scores).first(index(count)));
     }
-    const float max = *std::max_element(weights.begin(), weights.end());
-    float sum = 0.0F;
-    std::fill(sums.begin(), sums.end(), 0.0F);
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      const float weight = std::exp(weights[index(t)] - max);
-      sum += weight;
-      add_scaled(sums.data(), &rows[index(t * step)], weight, padded(value));
+  }
+  for (std::int64_t h = 0; h < heads; ++h) {
+    const Online& done = softmax[index(h)];
+    if (tokens == 0) {
+      std::fill_n(out[h], value, BFloat16(std::numeric_limits<float>::quiet_NaN()));
+      lse[h] = cohort::dcp::kEmptyLse;
+      continue;
     }
-    for (std::int64_t i = 0; i < value; ++i) {
-      out[h * value + i] = BFloat16(sums[index(i)] / sum);
-    }
-    lse[h] = base == LseBase::e ? max + std::log(sum)
-                                : max * std::numbers::log2e_v<float> + std::log2(sum);
+    std::transform(done.sums.begin(), done.sums.begin() + value, out[h],
+                   [&](float sum) { return BFloat16(sum / done.sum); });
+    lse[h] = base == LseBase::e ? done.max + std::log(done.sum)
+                                : done.max * std::numbers::log2e_v<float> + std::log2(done.sum);
   }
 }
 
@@ -195,7 +228,9 @@ Bounds bounds(const Deviation& seen, std::int64_t width, int ranks) {
   //   score     a product of q and k passes width/16 additions in its lane, 15 across the lanes and
   //             two multiplications; with the subtraction of the maximum, whose operands are at
   //             most S = max_score:  (width/16 + 19) u S
-  //   weight    the score's error, and exp within 2 units in the last place (4u):  w
+  //   weight    the score's error, exp within 2 units in the last place (4u), and for each block
+  //             that brings a larger score another subtraction, exp and multiplication; the
+  //             maxima rise by 2S in all:  w = scores + (4 + 5 blocks + 2S) u
   //   partial   weights in numerator and normaliser, a sum over the tokens in each, multiplication
   //             and division:  2w + (2 tokens + 3) u
   //   LSE       the normaliser's error, log, the maximum's conversion to the base, their addition:
@@ -208,7 +243,8 @@ Bounds bounds(const Deviation& seen, std::int64_t width, int ranks) {
   const auto terms = padded(width) / kLanes + 19;
   const double scores = static_cast<double>(terms) * seen.max_score * kFp32;
   const auto tokens = static_cast<double>(seen.max_tokens);
-  const double weight = scores + 4 * kFp32;
+  const auto blocks = static_cast<double>((seen.max_tokens + kBlock - 1) / kBlock);
+  const double weight = scores + (4 + 5 * blocks + 2 * seen.max_score) * kFp32;
   const double partial = 2 * weight + (2 * tokens + 3) * kFp32;
   const double lse = weight + (tokens + 4 + 2 * seen.max_lse) * kFp32;
   const double merge = 2 * (lse + (2 * seen.max_lse + 4) * kFp32) + (2 * ranks + 3) * kFp32;

@@ -27,10 +27,24 @@ struct Rows {
   }
 };
 
+/// What scores are multiplied by where keys have `width` elements.
+[[nodiscard]] double score_scale(std::int64_t width);
+
+/// A row for each head, `stride` elements from one to the next.
+template <class T>
+struct HeadRows {
+  T* data = nullptr;
+  std::int64_t stride = 0;
+
+  [[nodiscard]] T* operator[](std::int64_t head) const { return data + head * stride; }
+};
+
 /// Attention of `heads` heads: out [heads, value] and lse [heads] in the base, from q [heads,
-/// width]. Without tokens the LSE is -inf and the output NaN, which nobody may read.
-void local_attention(const Rows& kv, const BFloat16* q, std::int64_t heads, std::int64_t value,
-                     cohort::LseBase base, BFloat16* out, float* lse);
+/// width] and scores multiplied by `scale`. Goes once over the tokens, in blocks. Without tokens
+/// the LSE is -inf and the output NaN, which nobody may read.
+void local_attention(const Rows& kv, HeadRows<const BFloat16> q, std::int64_t heads,
+                     std::int64_t value, double scale, cohort::LseBase base, HeadRows<BFloat16> out,
+                     float* lse);
 
 /// How far results are from the reference, and what the bound of that is made of.
 struct Deviation {

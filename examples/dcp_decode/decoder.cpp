@@ -154,9 +154,11 @@ void Decoder::enqueue_layer() {
 void Decoder::attend_locally() {
   for (std::int64_t b = 0; b < options_.batch; ++b) {
     const std::int64_t row = b * group_heads_;
-    local_attention({shards_[index(b)], options_.width()}, query_->host() + row * options_.width(),
-                    group_heads_, options_.value_dim, options_.lse_base,
-                    out_.host() + row * options_.value_dim, lse_.host() + row);
+    local_attention({shards_[index(b)], options_.width()},
+                    {query_->host() + row * options_.width(), options_.width()}, group_heads_,
+                    options_.value_dim, score_scale(options_.width()), options_.lse_base,
+                    {out_.host() + row * options_.value_dim, options_.value_dim},
+                    lse_.host() + row);
   }
 }
 

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "numbers.hpp"
+
 namespace dcp_decode {
 namespace {
 
@@ -18,21 +20,7 @@ constexpr double kSharpness = 3.0;
 std::size_t index(std::int64_t value) { return static_cast<std::size_t>(value); }
 std::uint64_t key(std::int64_t value) { return static_cast<std::uint64_t>(value); }
 
-/// The finalizer of SplitMix64 (G. Steele, D. Lea and C. Flood, "Fast splittable pseudorandom
-/// number generators", 2014).
-std::uint64_t scramble(std::uint64_t x) {
-  x += 0x9e3779b97f4a7c15ULL;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-  return x ^ (x >> 31);
-}
-
 }  // namespace
-
-double uniform(std::uint64_t seed, std::uint64_t a, std::uint64_t b, std::uint64_t c) {
-  const std::uint64_t bits = scramble(scramble(scramble(scramble(seed) ^ a) ^ b) ^ c);
-  return static_cast<double>(bits >> 11) * 0x1p-52 - 1.0;
-}
 
 std::vector<std::int64_t> ragged_lengths(std::int64_t batch, std::int64_t context,
                                          std::uint64_t seed) {

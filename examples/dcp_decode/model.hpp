@@ -25,9 +25,6 @@ struct ModelShape {
   [[nodiscard]] std::int64_t width() const { return latent + rope; }
 };
 
-/// A number in [-1, 1) for each key.
-[[nodiscard]] double uniform(std::uint64_t seed, std::uint64_t a, std::uint64_t b, std::uint64_t c);
-
 /// Lengths of the sequences before the first step: none, one and few tokens, so that some ranks of
 /// a DCP group and at first all of them have no token of a sequence; up to `context` otherwise.
 [[nodiscard]] std::vector<std::int64_t> ragged_lengths(std::int64_t batch, std::int64_t context,

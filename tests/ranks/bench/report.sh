@@ -105,6 +105,22 @@ report base.json kernels.json || fail "report with kernels"
 has page.md 'own kernels by themselves: a card, graph' '| merge, batch 1, 2 ranks | 2.50 | words |' '| pack | 9.00 | - |'
 sed 's/"op": "pack", //' kernels.json >damaged.json
 ! report base.json damaged.json || fail "a row of a kernel without a name was accepted"
+{ # a whole decode has a section and a picture of its own
+  echo "${meta/'"cores": 2'/'"cores": 2, "model": "two layers"'}"
+  row decode_accuracy own automatic graph 0 3 0 0 | sed 's/}$/, "samples": 48, "way": "dcp-cohort", "right": 47, "least_margin": 0.01, "margin_bound": 0.25, "logit_difference": 0.03, "fp64_difference": 0.04, "loss": 1.5, "loss_alone": 1.25, "exceptions": [{"prompt": 2, "position": 9, "chosen": 5, "expected": 7, "margin": 0.01}]}/'
+  for way in tp-raw:raw:400 dcp-raw:raw:500 dcp-cohort:own:300; do
+    IFS=: read -r way path us <<<"$way"
+    row decode_engine "$path" - graph 4096 1 "$us" null | sed "s/}\$/, \"way\": \"$way\", \"context\": 2048, \"tokens_a_second\": 9.5, \"tokens_that_fit\": 77, \"kv_bytes_per_rank\": 1024, \"attention_us\": 100, \"products_us\": 50, \"communication_us\": 40.25, \"rest_us\": 10}/"
+  done
+} >decode.json
+report base.json decode.json || fail "report with a decode"
+has page.md '### A whole decode: a CPU (2 cores), 2 ranks, host' '^two layers\.' 'plots/decode-engine.svg' \
+  '| DCP, Cohort, automatic | 47 of 48 | 47 | 0.010 | 0.0300 | 0.0400 | +2.5e-01 | 0 |' \
+  '| DCP, Cohort, automatic | 2 | 9 | 5 | 7 | 0.0100 |' 'may be off by 0.1250, choices differ up to margins of 0.2500' \
+  '| 2K, 1 | 400.0 | 500.0 | 300.0 | \*\*0.75\*\* | - | \*\*0.60\*\* |' \
+  '| DCP, MPI, staged | 100.0 | 50.0 | 40.2 | 10.0 | 10 | 1 KiB | 77 |'
+has plots/decode-engine.svg '<svg' '>tensor parallelism, MPI<' '>200<' '>communication<' '</svg>'
+[[ $(grep -c '^### ' page.md) == 2 ]] || fail "the decode has not a section of its own"
 if python3 -c 'import matplotlib' 2>/dev/null; then
   for picture in latency merge decode; do
     has "plots/base-$picture.svg" '<svg'
@@ -124,7 +140,8 @@ cp "$bench/../README.md" committed.md
 cp -r "$bench/results" committed
 sed -i 's|(bench/results|(committed|g; s|\[bench/results|[committed|g' committed.md
 cp committed.md again.md
-files=("$bench"/results/*.json "$bench"/results/own_kernels/*.json)
+shopt -s nullglob
+files=("$bench"/results/*.json "$bench"/results/{own_kernels,decode_engine}/*.json)
 PYTHONPATH= "$bench/report" "${files[@]}" --readme again.md --page committed/README.md --plots committed/plots >output 2>&1 ||
   fail "report of the committed files"
 diff committed.md again.md >output || fail "README.md is not what bench/report writes"
