@@ -371,15 +371,14 @@ class FlightRecorder {
     look_ = std::move(look);
   }
 
-  /// What to do when a call fails other than by its arguments.
+  /// What to do when a call fails other than by its arguments. Waits for what is being done.
   void on_failure(std::function<void(const FlightRecorder&, const TraceFailure&)> act) noexcept {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(act_mutex_);
     act_ = std::move(act);
   }
   /// A call has failed; `late` where ranks did not come in time, of whom `missing` are known.
   void failed(std::string_view why, bool late, std::vector<int> missing = {}) noexcept {
     try {
-      std::function<void(const FlightRecorder&, const TraceFailure&)> act;
       TraceFailure failure{std::string(why), late, std::move(missing), ended_calls()};
       {
         const std::lock_guard lock(mutex_);
@@ -387,10 +386,10 @@ class FlightRecorder {
         if (!failure_ || failure.ended > failure_->ended || (late && !failure_->late)) {
           failure_ = failure;
         }
-        act = act_;
       }
-      if (act) {
-        act(*this, failure);
+      const std::lock_guard lock(act_mutex_);
+      if (act_) {
+        act_(*this, failure);
       }
     } catch (const std::exception& error) {
       log(LogLevel::error, "group {}: the trace: {}", group_, error.what());
@@ -540,8 +539,9 @@ class FlightRecorder {
   std::deque<TraceRecord> lists_;   // of all captures, by sequence
   mutable std::mutex mutex_;        // of what follows
   std::function<void(TraceRing&)> look_;
-  std::function<void(const FlightRecorder&, const TraceFailure&)> act_;
   std::optional<TraceFailure> failure_;
+  std::mutex act_mutex_;  // of what is done then: who takes it away may be gone afterwards
+  std::function<void(const FlightRecorder&, const TraceFailure&)> act_;
 };
 
 namespace detail {

@@ -148,7 +148,9 @@ class StateTrace final : private detail::SignalListener {
       detail::TraceSignals::instance().remove(options_.signal, *this);
     }
     for (const auto& recorder : recorders_) {
-      recorder->on_failure({});
+      if (owner_.is_here()) {  // a forked child may find locks held for good
+        recorder->on_failure({});
+      }
     }
   }
 
@@ -159,17 +161,19 @@ class StateTrace final : private detail::SignalListener {
   }
 
   /// Adds a group.
-  void add(std::shared_ptr<FlightRecorder> recorder) {
-    const std::lock_guard lock(mutex_);
-    recorders_.push_back(std::move(recorder));
-    recorders_.back()->on_failure([this](const FlightRecorder& group, const TraceFailure& failure) {
+  void add(const std::shared_ptr<FlightRecorder>& recorder) {
+    {
+      const std::lock_guard lock(mutex_);
+      recorders_.push_back(recorder);
+    }
+    recorder->on_failure([this](const FlightRecorder& group, const TraceFailure& failure) {
       failed(group, failure);
     });
   }
   /// Leaves out a group from now on.
   void remove(FlightRecorder& recorder) noexcept {
-    const std::lock_guard lock(mutex_);
     recorder.on_failure({});
+    const std::lock_guard lock(mutex_);
     std::erase_if(recorders_, [&recorder](const auto& one) { return one.get() == &recorder; });
   }
 

@@ -44,7 +44,7 @@ done
 hang growth 6000
 
 since='to which rank 0 came at [0-9:.]* UTC, [0-9.]* m?s before the end'
-away='and it is in no call of the library'
+away='and it is in no call of the state'
 at="its last call there is launch #[0-9]+ of graph 1"
 judge call \
   "rank 1 is behind in tp\[0\]: it has not come to all_reduce #[0-9]+ of f32\(4096\), $since; $at, $away" \

@@ -34,7 +34,7 @@ judge() {
 }
 
 since='to which ranks 0 and 1 came at [0-9:.]* UTC, [0-9.]* m?s before the end'
-away='and it is in no call of the library'
+away='and it is in no call of the state'
 judge call \
   "rank 2 is behind in tp\[0\]: it has not come to all_reduce #4 of f32\(16,33\), $since; its last call there is all_reduce #3 of f32\(16,33\), $away" \
   'group tp\[0\]: rank 0 has waited for rank 2 to come to all_reduce, step [0-9]+, for [0-9]+ ms of at most [0-9]+'

@@ -5,9 +5,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cohort/error.hpp"
@@ -320,4 +323,22 @@ TEST_CASE("the device is asked until the group closes", "[flight_recorder]") {
   recorder.look_at_device();
   CHECK(asked == 1);
   CHECK(recorder.own().ended == 1);
+}
+
+TEST_CASE("who takes back what is done at a failure waits until it is done", "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  std::atomic<bool> begun{false};
+  std::atomic<bool> done{false};
+  recorder.on_failure([&](const FlightRecorder&, const TraceFailure&) {
+    begun = true;
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    done = true;
+  });
+  std::thread other([&] { recorder.failed("a cable", false); });
+  while (!begun) {
+    std::this_thread::yield();
+  }
+  recorder.on_failure({});
+  CHECK(done);
+  other.join();
 }

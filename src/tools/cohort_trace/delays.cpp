@@ -45,7 +45,7 @@ std::string whereabouts(const State& state, const Group& group, int rank) {
     }
   }
   if (text.empty()) {
-    text = wrote ? "it is in no call of the library"
+    text = wrote ? "it is in no call of the state"
                  : "as it wrote no trace itself, nothing else is known of it";
   }
   if (mine->second.left >= 0) {

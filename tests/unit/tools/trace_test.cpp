@@ -161,7 +161,7 @@ TEST_CASE("what ranks did after the first time-out does not count", "[cohort_tra
                            file(1, 5, {{"tp[0]", {ring(1, true, come, 2)}}}),
                            file(2, 8, {{"tp[0]", {ring(2, true, later)}}}, false)});
   CHECK_THAT(verdict(state), contains("rank 2 is behind in tp[0]", "not come to all_reduce #2",
-                                      "it is in no call of the library"));
+                                      "it is in no call of the state"));
 }
 
 TEST_CASE("calls that differ are named with what differs", "[cohort_trace]") {
@@ -319,7 +319,7 @@ TEST_CASE("the cause is a rank that waits for nobody", "[cohort_trace]") {
   const auto found = findings(state);
   REQUIRE(found.size() == 2);
   CHECK(found[0].ranks == std::vector{2});
-  CHECK_THAT(found[0].text, contains("rank 2 is behind in dp[0]", "it is in no call of the library",
+  CHECK_THAT(found[0].text, contains("rank 2 is behind in dp[0]", "it is in no call of the state",
                                      "rank 1 has not come either, but waits in another group"));
   CHECK(found[1].ranks == std::vector{2});
   CHECK_THAT(found[1].text, contains("rank 2 is behind in tp[0]",
@@ -536,7 +536,7 @@ TEST_CASE("who does not meet a send or recv is behind", "[cohort_trace]") {
   };
   CHECK(verdict(one({rank(0, pair("recv", 2)), rank(1, nullptr), rank(2, nullptr)})) ==
         "rank 2 is behind in pp[0]: rank 0 has waited for it in recv of f32(16) from it for 6.0 s; "
-        "it is in no call of the library");
+        "it is in no call of the state");
   // Rank 0 waits for 1, which waits for 2.
   CHECK_THAT(verdict(one({rank(0, pair("recv", 1)), rank(1, pair("recv", 2)), rank(2, nullptr)})),
              contains("rank 2 is behind in pp[0]: rank 1 has waited for it in recv of f32(16)"));
