@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# cmake --install: headers, the package for find_package(cohort CONFIG [COMPONENTS mpi cuda]), and
+# cmake --install: headers, the package for find_package(cohort CONFIG [COMPONENTS mpi cuda torch]), and
 # pkg-config files.
 
 include(CMakePackageConfigHelpers)
@@ -21,6 +21,7 @@ endfunction()
 cohort_install_target(cohort cohort)
 cohort_install_target(cohort_mpi cohort_mpi)
 cohort_install_target(cohort_cuda cohort_cuda)
+cohort_install_target(cohort_torch cohort_torch)
 
 # What the package remembers: the folder with the NCCL that the library was built with.
 set(cohort_nccl_root "")
@@ -36,7 +37,8 @@ write_basic_package_version_file(
   "${PROJECT_BINARY_DIR}/cohortConfigVersion.cmake" COMPATIBILITY SameMinorVersion)
 install(FILES "${PROJECT_BINARY_DIR}/cohortConfig.cmake"
               "${PROJECT_BINARY_DIR}/cohortConfigVersion.cmake"
-              "${PROJECT_SOURCE_DIR}/cmake/FindNCCL.cmake" DESTINATION "${cohort_config_dir}")
+              "${PROJECT_SOURCE_DIR}/cmake/FindNCCL.cmake"
+              "${PROJECT_SOURCE_DIR}/cmake/FindTorchLibraries.cmake" DESTINATION "${cohort_config_dir}")
 
 # The prefix is where the file lies, so an installed tree can be moved.
 function(cohort_install_pkg_config name description requires cflags libs)

@@ -201,6 +201,20 @@ if ((sanitize)); then
   ((full)) && unset COHORT_QUICK
 fi
 
+# Never installs torch: its wheels are gigabytes.
+step "test torch"
+bash tests/torch.sh 2>&1 | tee build/torch.log
+torch_status=${PIPESTATUS[0]}
+if ((torch_status == 77)); then
+  skip "$(sed -n 's/^cohort-skip: //p' build/torch.log)"
+elif [[ $(tail -n 1 build/torch.log) =~ ^([0-9]+)\ passed,\ ([0-9]+)\ failed,\ ([0-9]+)\ skipped$ ]]; then
+  passed=$((passed + BASH_REMATCH[1]))
+  skipped=$((skipped + BASH_REMATCH[3]))
+  ((BASH_REMATCH[2] == 0)) || problem "torch tests" "${BASH_REMATCH[2]}"
+else
+  problem "tests/torch.sh ended with status $torch_status"
+fi
+
 build_gpu
 case $? in
   0)

@@ -27,6 +27,8 @@ class GroupKindSet {
     }
   }
 
+  /// One more.
+  constexpr void insert(GroupKind kind) noexcept { bits_ |= bit(kind); }
   /// Whether the kind is in the set.
   [[nodiscard]] constexpr bool contains(GroupKind kind) const noexcept {
     return (bits_ & bit(kind)) != 0;

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All groups of one rank."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+
+from ._groups import DecodeContextGroup, Group, PipelineGroup
+from ._library import ops
+
+_states: weakref.WeakSet[ParallelState] = weakref.WeakSet()
+
+
+def _meeting(control) -> tuple[str, int, int]:
+    """How the ranks meet, this rank, and their number, where the meeting has to be told."""
+    if control is None:
+        if dist.is_available() and dist.is_initialized():
+            control = dist.group.WORLD
+        elif any(name in os.environ for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")):
+            control = "mpi"
+        else:
+            control = "single"
+    if not isinstance(control, str):
+        return control.group_name, dist.get_rank(control), dist.get_world_size(control)
+    if control in ("mpi", "single"):
+        return control, 0, 1
+    for rank, size in (("RANK", "WORLD_SIZE"),
+                       ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
+        if rank in os.environ and size in os.environ:
+            return control, int(os.environ[rank]), int(os.environ[size])
+    raise ValueError(f"control {control}: expected the rank and the number of ranks in RANK and "
+                     "WORLD_SIZE, or in the variables of an MPI launcher")
+
+
+class ParallelState:
+    """The world, tensor-parallel, pipeline-parallel and decode-context-parallel group of this rank.
+
+    Collective over all ranks, of which there are `tp` * `pp`:
+
+        state = cohort.ParallelState(tp=4, dcp=2)
+        q = state.dcp.gather_query(q_nope, q_pe)
+        merged = state.dcp.merge_attention(out, lse)
+
+    control: How the ranks meet: a process group of torch.distributed, whose store is used; "mpi";
+        "store://HOST:PORT" of a TCPStore; "single" for one rank alone. By default torch.distributed
+        where it is initialised, MPI where its launcher started the process, otherwise one rank.
+    device: "cpu" or "cuda:N"; by default the current CUDA device, where the package has CUDA and
+        torch finds a card.
+    symmetric: Which groups get symmetric memory: True for the choice that fits most engines,
+        "all", or names among "world", "tp", "pp" and "dcp".
+    merge_plan: "automatic", "staged", "packed" or "one_kernel".
+    timeout: Seconds that a wait for other ranks may take, unless COHORT_TIMEOUT_MS is set.
+
+    Leave with `shutdown()`, which is collective. A process that ends without it leaves alone, waits
+    for no other rank, and has those that wait for it end with an error.
+    """
+
+    def __init__(self, tp: int = 1, pp: int = 1, dcp: int = 1, *,
+                 control=None, device: str | torch.device | None = None,
+                 symmetric: bool | str | Sequence[str] = False, merge_plan: str = "automatic",
+                 peer_mapping: bool = True, debug_checks: bool = False, timeout: float = 60.0,
+                 growth_bytes: int = 32 << 20):
+        if device is None:
+            has_card = "cuda" in ops.parts() and torch.cuda.is_available()
+            device = torch.device("cuda", torch.cuda.current_device()) if has_card else "cpu"
+        self.device = torch.device(device)
+        ordinal = -1
+        if self.device.type == "cuda":
+            ordinal = torch.cuda.current_device() if self.device.index is None else self.device.index
+            self.device = torch.device("cuda", ordinal)
+        elif self.device.type != "cpu":
+            raise ValueError(f"device: expected cpu or cuda, got {self.device}")
+        if isinstance(symmetric, bool):
+            symmetric = ["automatic"] if symmetric else []
+        elif isinstance(symmetric, str):
+            symmetric = [symmetric]
+        name, rank, size = _meeting(control)
+        self._id = ops.parallel_state(name, [rank, size], [tp, pp, dcp], ordinal, list(symmetric),
+                                      merge_plan, peer_mapping, debug_checks,
+                                      max(0, round(timeout * 1000)), growth_bytes)
+        names = ops.groups(self._id)
+        self.world = Group(names[0])
+        self.tp = Group(names[1])
+        self.pp = PipelineGroup(names[2])
+        self.dcp = DecodeContextGroup(names[3])
+        # Not a method: the state goes when nothing but this refers to it.
+        self._drop = weakref.finalize(self, ops.drop, self._id)
+        self._drop.atexit = False
+        self._closed = False
+        _states.add(self)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """World, TP, PP, DCP."""
+        return self.world, self.tp, self.pp, self.dcp
+
+    def describe(self) -> list[str]:
+        """What each group got and why, and on cards the NCCL that answers."""
+        return ops.describe(self._id)
+
+    def synchronize(self, timeout: float = 60.0) -> None:
+        """Waits until the current stream is idle, watching the peers of all groups as well."""
+        ops.synchronize(self._id, max(0, round(timeout * 1000)))
+
+    def shutdown(self) -> None:
+        """Collective over the world: waits for all ranks, then leaves all groups. Tensors stay
+        readable; every later call of a group raises `ValueError`; a second shutdown does nothing."""
+        self._closed = True
+        for group in self.groups:
+            group.closed = True
+        ops.shutdown(self._id)
+
+    def __enter__(self) -> ParallelState:
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if kind is None:
+            self.shutdown()
+        else:
+            self._drop()
+
+    # Graphs
+
+    @contextlib.contextmanager
+    def graph_capture(self, pooled: bool = False) -> Iterator[None]:
+        """Around, or inside, `torch.cuda.graph`: what the library allocates in captures then
+        belongs to their graphs. Results are torch's, from the graph's own pool. `pooled`: graphs
+        that are never in flight together, such as those of several batch sizes, share the
+        library's memory."""
+        ops.begin_graphs(self._id, pooled)
+        try:
+            yield
+        finally:
+            ops.end_graphs(self._id)
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        """`graph.replay()`, behind the eager calls of all groups so far, and before later ones."""
+        ops.order(self._id)
+        graph.replay()
+        ops.launched(self._id)
+
+    def order(self) -> None:
+        """What the current stream gets next comes after the calls of all groups so far. `replay`
+        does it by itself."""
+        ops.order(self._id)
+
+    def reclaim_graphs(self) -> None:
+        """Collective. The memory of graphs that every rank has destroyed goes back to the arenas."""
+        ops.reclaim_graphs(self._id)
+
+
+def record_stream(x: torch.Tensor, state: ParallelState) -> None:
+    """`x` is also used on torch's current stream; for tensors in symmetric memory, of which torch's
+    own `record_stream` knows nothing."""
+    ops.record_stream(x, state._id)
+
+
+def finalize_mpi() -> None:
+    """Collective. Ends MPI, where the package started it, after the last state was shut down; the
+    interpreter's exit does it at the latest."""
+    for state in list(_states):
+        if state._closed:
+            state._drop()
+    ops.finalize_mpi(True)
+
+
+@atexit.register
+def _leave() -> None:
+    """Nobody may hang because this process ends."""
+    for state in list(_states):
+        state._drop()
+    ops.finalize_mpi(getattr(sys, "last_type", None) is None)

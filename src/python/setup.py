@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the operators with CMake against the torch that is installed, and puts them beside the
+Python files. CMAKE_ARGS in the environment reaches CMake, as in CMAKE_ARGS=-DCOHORT_CUDA=OFF. What
+is built on the way lies in the repository's build/python."""
+
+import os
+import shlex
+import subprocess
+
+import torch
+from setuptools import Distribution, setup
+from setuptools.command.build_py import build_py
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+BUILD = os.path.abspath(os.path.join(HERE, "..", "..", "build", "python"))
+os.makedirs(BUILD, exist_ok=True)
+
+
+class Build(build_py):
+    def run(self):
+        super().run()
+        folder = os.path.abspath(os.path.join(self.build_lib, "cohort"))
+        native = os.path.join(BUILD, "native")
+        subprocess.check_call(
+            ["cmake", "-S", HERE, "-B", native,
+             f"-DTORCH_ROOT={os.path.dirname(torch.__file__)}",
+             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
+             *shlex.split(os.environ.get("CMAKE_ARGS", ""))])
+        subprocess.check_call(["cmake", "--build", native, "--target", "cohort_torch_operators"])
+
+
+class OfOnePlatform(Distribution):
+    def has_ext_modules(self):
+        return True
+
+
+setup(cmdclass={"build_py": Build}, distclass=OfOnePlatform,
+      options={"build": {"build_base": BUILD}, "egg_info": {"egg_base": BUILD}})

@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Builds the Python package against the installed torch, and tests it on 1 to 4 ranks of the host: over
+# MPI and over torch.distributed's store. The last line is "N passed, M failed, K skipped"; without
+# torch the exit status is 77.
+#
+#   bash tests/torch.sh           with the torch of python3, or of the interpreter COHORT_PYTHON
+#   bash tests/torch.sh --setup   makes build/torch/venv and installs the tested torch there, some
+#                                 gigabytes, before
+#
+# COHORT_TORCH_CLIENT names an engine's own program for the interface of tests/torch/cohort_torch.py;
+# it runs as it is, on 2 ranks of the host. COHORT_TORCH_LIMIT: seconds that one program may take (default 240).
+set -uo pipefail
+cd "$(dirname "$0")/.." || exit 1
+# shellcheck source=cmake/command_line.sh
+source cmake/command_line.sh
+help_if_asked "$@"
+# shellcheck source=cmake/mpi_env.sh
+source cmake/mpi_env.sh
+
+folder=$PWD/build/torch
+python=${COHORT_PYTHON:-python3}
+for argument in "$@"; do
+  case $argument in
+    --setup)
+      mkdir -p "$folder"
+      python3 -m venv "$folder/venv" && "$folder/venv/bin/pip" install -q 'torch==2.11.*' numpy setuptools wheel || exit 1
+      python=$folder/venv/bin/python
+      ;;
+    *) refuse "$argument" ;;
+  esac
+done
+if ! "$python" -c 'import torch' 2>/dev/null; then
+  echo "cohort-skip: torch: not installed for $python; tests/torch.sh --setup installs it"
+  exit 77
+fi
+
+limit=${COHORT_TORCH_LIMIT:-240}
+passed=0
+failed=0
+skipped=0
+
+finish() {
+  echo "$passed passed, $failed failed, $skipped skipped"
+  exit $((failed > 0))
+}
+
+# report NAME STATUS COMMAND...: runs the command, whose exit status has to be STATUS ("0", or "any"
+# where only that it ends counts), and adds up what it counts, one where it counts nothing.
+report() {
+  local name=$1 wanted=$2 output status counts p=1 f=0 s=0
+  shift 2
+  echo "== $name"
+  output=$(timeout --kill-after=15 "$limit" "$@" 2>&1)
+  status=$?
+  counts=$(grep -oE 'cohort-test: passed=[0-9]+ failed=[0-9]+ skipped=[0-9]+|[0-9]+ passed, [0-9]+ failed, in' <<<"$output" | tail -n 1)
+  if [[ $counts =~ ([0-9]+)[^0-9]+([0-9]+) ]]; then
+    p=${BASH_REMATCH[1]} f=${BASH_REMATCH[2]}
+    [[ $counts =~ skipped=([0-9]+) ]] && s=${BASH_REMATCH[1]}
+  fi
+  if ((status == 124 || status == 137)) || [[ $wanted != any && $status != "$wanted" && $f == 0 ]]; then
+    f=$((f + 1))
+    ((p == 1)) && p=0
+    echo "ended with status $status"
+  fi
+  ((f == 0)) || echo "$output" | tail -n 60
+  echo "-- $p passed, $f failed, $s skipped"
+  passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+}
+
+# store_ranks N ARGUMENT...: N ranks without MPI; the exit status is the worst.
+store_ranks() {
+  local n=$1 status=0 rank pids=()
+  shift
+  for ((rank = 0; rank < n; rank++)); do
+    env -u OMPI_COMM_WORLD_SIZE RANK="$rank" WORLD_SIZE="$n" "$python" tests/torch/test_package.py "$@" &
+    pids+=($!)
+  done
+  for pid in "${pids[@]}"; do
+    wait "$pid" || status=$?
+  done
+  return $status
+}
+
+# Without a card the part for cards would be minutes of compiling, and nothing of it would run.
+compgen -G '/dev/nvidia[0-9]*' >/dev/null || export CMAKE_ARGS=${CMAKE_ARGS:--DCOHORT_CUDA=OFF}
+echo "== build"
+if ! "$python" -m pip install -q --no-build-isolation --no-deps --upgrade --target "$folder/site" src/python; then
+  failed=1
+  echo "build of src/python failed"
+  finish
+fi
+export PYTHONPATH=$folder/site:$PWD/tests/torch${PYTHONPATH:+:$PYTHONPATH} TORCH_NCCL_ENABLE_MONITORING=0
+export python
+export -f store_ranks
+port=$((20000 + RANDOM % 20000))
+next_port() { export MASTER_PORT=$((++port)); }
+
+mpi=0
+if command -v mpirun >/dev/null && "$python" -c 'import cohort, sys; sys.exit("mpi" not in cohort.parts())'; then
+  mpi=1
+else
+  skipped=$((skipped + 1))
+  echo "-- skipped: ranks over MPI: no mpirun, or the package was built without MPI"
+fi
+for n in 1 2 3 4; do
+  if ((mpi)); then
+    next_port
+    report "$n ranks over MPI" 0 mpirun -n $n "$python" tests/torch/test_package.py --control mpi
+  fi
+done
+next_port
+report "2 ranks over torch.distributed's store" 0 bash -c 'store_ranks 2'
+next_port
+report "2 ranks that leave without shutdown" 0 bash -c 'store_ranks 2 --leave silently'
+next_port
+report "2 ranks of which one fails" 1 bash -c 'store_ranks 2 --leave raising'
+if ((mpi)); then
+  next_port
+  report "2 ranks over MPI that leave without shutdown" 0 mpirun -n 2 "$python" tests/torch/test_package.py --control mpi --leave silently
+  next_port
+  report "2 ranks over MPI of which one fails" any mpirun -n 2 "$python" tests/torch/test_package.py --control mpi --leave raising
+fi
+
+if [[ -n ${COHORT_TORCH_CLIENT:-} ]]; then
+  # Its folder has glue of its own beside it, which would come first: a copy of the program alone.
+  cp "$COHORT_TORCH_CLIENT" "$folder/client.py"
+  port=$((port + 3))
+  report "client on 2 ranks" 0 mpirun -n 2 "$python" "$folder/client.py" --so none --port $port --cpu --quick
+fi
+finish
