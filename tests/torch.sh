@@ -122,6 +122,12 @@ if ((mpi)); then
   report "2 ranks over MPI of which one fails" any mpirun -n 2 "$python" tests/torch/test_package.py --control mpi --leave raising
 fi
 
+for layout in "2 2" "4 4" "4 2"; do
+  ((mpi)) || break
+  report "examples/mla_decode.py with tp and dcp $layout" 0 mpirun -n "${layout% *}" "$python" examples/mla_decode.py \
+    --tp "${layout% *}" --dcp "${layout#* }" --device cpu
+done
+
 if [[ -n ${COHORT_TORCH_CLIENT:-} ]]; then
   # Its folder has glue of its own beside it, which would come first: a copy of the program alone.
   cp "$COHORT_TORCH_CLIENT" "$folder/client.py"
