@@ -116,9 +116,17 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// 256 splits; anything else is a `UsageError`, on every plan.
   [[nodiscard]] Tensor merge_attention(const ConstTensorView& out, const ConstTensorView& lse,
                                        LseBase base = LseBase::e, StreamRef stream = {}) {
-    return merge_new({.out = out, .lse = lse, .base = base}, MergeResult::by_head, stream, {},
-                     false)
-        .out;
+    throw_if_closed();
+    MergeArguments arguments =
+        checked_merge({.out = out, .lse = lse, .base = base}, MergeResult::by_head, {});
+    const Call call = begin(stream, made_merge(arguments));
+    Tensor merged =
+        temporary(detail::merged_shape(arguments.rows, rank(), arguments.partials.out.shape()),
+                  arguments.partials.out.dtype(), call);
+    arguments.merged = merged;
+    issue_merge(arguments, call);
+    finish(call);
+    return merged;
   }
   /// The same into `merged` [B, H/n, D], of any strides with D without gaps.
   void merge_attention_into(const TensorView& merged, const ConstTensorView& out,
@@ -145,7 +153,27 @@ class DecodeContextParallelGroup : public GroupCoordinator {
                                        MergeResult result = MergeResult::by_head,
                                        StreamRef stream = {},
                                        std::span<const std::int64_t> counts = {}) {
-    return merge_new(partials, result, stream, counts, true);
+    throw_if_closed();
+    MergeArguments arguments = checked_merge(partials, result, counts);
+    const DType dtype = arguments.partials.out.dtype();
+    const Dims shape = detail::merged_shape(arguments.rows, rank(), arguments.partials.out.shape());
+    // Of one size on every rank, or offsets would no longer agree.
+    Dims room = shape;
+    if (result == MergeResult::by_token) {
+      room[0] = dcp::MergeRows::widest_count(arguments.rows.counts);
+    }
+    arguments.lse.emplace();  // the ranks compare whether there is one
+    const Call call = begin(stream, made_merge(arguments));
+    Merged merged{temporary(room, dtype, call), temporary({room[0], room[1]}, DType::f32, call)};
+    if (result == MergeResult::by_token) {
+      merged.out.shrink_to(shape);
+      merged.lse.shrink_to({shape[0], shape[1]});
+    }
+    arguments.merged = merged.out;
+    arguments.lse = merged.lse;
+    issue_merge(arguments, call);
+    finish(call);
+    return merged;
   }
   /// The same into tensors of the caller's. The LSE is written where it is given, in the partials'
   /// base; where the result is replicated all ranks give one or none does. By head, `staged` in the
@@ -224,33 +252,6 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const int variant = static_cast<int>(partials.base) + (partials.sink ? 2 : 0) +
                         (gathers_lse ? 4 : 0) + 8 * static_cast<int>(rows.result);
     return {TraceCall::merge_attention, partials.out, 1, rows.counts, variant};
-  }
-
-  /// Into new tensors, of one size on every rank, or offsets would no longer agree.
-  [[nodiscard]] Merged merge_new(const Partials& partials, MergeResult result, StreamRef stream,
-                                 std::span<const std::int64_t> counts, bool with_lse) {
-    throw_if_closed();
-    MergeArguments arguments = checked_merge(partials, result, counts);
-    const Dims& from = arguments.partials.out.shape();
-    const Dims shape = detail::merged_shape(arguments.rows, rank(), from);
-    const std::int64_t widest = dcp::MergeRows::widest_count(arguments.rows.counts);
-    const std::int64_t tokens = result == MergeResult::by_token ? widest : shape[0];
-    if (with_lse) {
-      arguments.lse.emplace();  // the ranks compare whether there is one
-    }
-    const Call call = begin(stream, made_merge(arguments));
-    Merged merged{temporary({tokens, shape[1], shape[2]}, arguments.partials.out.dtype(), call),
-                  {}};
-    merged.out.shrink_to(shape);
-    arguments.merged = merged.out;
-    if (with_lse) {
-      merged.lse = temporary({tokens, shape[1]}, DType::f32, call);
-      merged.lse.shrink_to({shape[0], shape[1]});
-      arguments.lse = merged.lse;
-    }
-    issue_merge(arguments, call);
-    finish(call);
-    return merged;
   }
 
   // From here on the call has begun and its arguments are right.

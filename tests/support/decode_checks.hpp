@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "support/group_tensors.hpp"
+#include "support/skip.hpp"
 
 /// \file
 /// The DCP step against a reference in fp64, as bodies that every rank runs. Every rank can compute
@@ -324,6 +325,9 @@ inline void check_gather_query(ControlPlane& world) {
       for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
         for (const auto& [batch, own, latent, rope] : std::vector<std::array<std::int64_t, 4>>{
                  {3, 3, 5, 2}, {16, 4, 512, 64}, {0, 2, 8, 4}, {1, 1, 16, 0}}) {
+          if (batch == 16 && n > 3 && dtype != DType::f16 && !full_run()) {
+            continue;  // large for the sake of windows, where types are bytes
+          }
           for (const Form form : {Form::contiguous, Form::sliced}) {
             Site site(dcp, memory);
             const auto nope = site.filled({batch, own, latent}, dtype, form);
