@@ -35,6 +35,18 @@ void run_bench(Session& session, Bench bench) {
       return bench_gather_query(session);
     case Bench::dcp_merge:
       return bench_dcp_merge(session);
+    case Bench::merge_by_token:
+      return bench_merge_by_token(session);
+    case Bench::merge_replicated:
+      return bench_merge_replicated(session);
+    case Bench::merge_splits:
+      return bench_merge_splits(session);
+    case Bench::merge_sink:
+      return bench_merge_sink(session);
+    case Bench::gather_quantised:
+      return bench_gather_quantised(session);
+    case Bench::place_step:
+      return bench_place_step(session);
     case Bench::decode_step:
       return bench_decode_step(session);
     case Bench::arena:

@@ -59,14 +59,14 @@ struct Row {
 
 [[nodiscard]] inline std::string table_head() {
   return fmt::format(
-      "{:<15}{:<15}{:<13}{:<7}{:<6}{:>6}{:>12}{:>7}{:>12}{:>12}{:>12}{:>10}{:>10}{:>8}", "bench",
+      "{:<18}{:<15}{:<20}{:<7}{:<9}{:>6}{:>12}{:>7}{:>12}{:>12}{:>12}{:>10}{:>10}{:>8}", "bench",
       "path", "plan", "mode", "dtype", "ranks", "bytes", "batch", "us_p50", "us_p95", "us_min",
       "algbw", "busbw", "wrong");
 }
 
 [[nodiscard]] inline std::string table_line(const Row& row) {
   return fmt::format(
-      "{:<15}{:<15}{:<13}{:<7}{:<6}{:>6}{:>12}{:>7}{:>12.3f}{:>12.3f}{:>12.3f}{:>10.2f}{:>10.2f}"
+      "{:<18}{:<15}{:<20}{:<7}{:<9}{:>6}{:>12}{:>7}{:>12.3f}{:>12.3f}{:>12.3f}{:>10.2f}{:>10.2f}"
       "{:>8}",
       row.bench, row.path, row.plan, row.mode, row.dtype, row.ranks, row.bytes, row.batch,
       row.us.p50, row.us.p95, row.us.min, row.algbw, row.busbw,

@@ -61,6 +61,22 @@ compared 1 "4 with problems"
 head -n 2 base.json | sed 's/"us_min": 1.0, //' >new.json
 compared 2 "no us_min"
 
+# interleave runs two programs in turn, each first in every second round, and compares the medians.
+mkdir bin
+printf '#!/bin/sh\nshift 2\nexec "$@"\n' >bin/mpirun
+printf '#!/bin/sh\nfor last; do :; done\nprintf "%%s" "${0##*/}" >>order\ncp base.json "$last"\n' >a
+printf '#!/bin/sh\nfor last; do :; done\nprintf "%%s" "${0##*/}" >>order\nsed "s/: 0.4, \(.us_p95\)/: $(wc -c <order), \\\\1/" base.json >"$last"\n' >b
+chmod +x bin/mpirun a b
+status=0
+PATH="$folder/bin:$PATH" "$bench/interleave" ./a ./b --rounds 3 --json kept -- --bench x >output 2>&1 || status=$?
+[[ $status == 1 && $(cat order) == abbaab ]] || fail "interleave gave $status after $(cat order)"
+grep -q "7.500 .*all_gather symmetric .*SLOWER" output || fail "interleave compares no medians"  # of 2, 3, 6
+[[ $(wc -l <kept-new.json) == 8 ]] || fail "interleave kept no rows"
+printf '#!/bin/sh\nexit 3\n' >b
+status=0
+PATH="$folder/bin:$PATH" "$bench/interleave" ./a ./b -- --bench x >output 2>&1 || status=$?
+[[ $status == 2 ]] && grep -q "status 3" output || fail "interleave gave $status for a program that fails"
+
 # has FILE TEXT...
 has() {
   local file=$1 text

@@ -49,6 +49,14 @@ for bench in dcp_merge decode_step; do
   has "$bench" own one_kernel
 done
 has decode_step raw tp_only
+for bench in merge_by_token merge_sink; do
+  for plan in staged packed; do has "$bench" symmetric "$plan"; done
+  has "$bench" own one_kernel
+done
+for plan in one_kernel one_kernel+combine; do has merge_splits own "$plan"; done
+for plan in one_kernel one_kernel+gather; do has merge_replicated own "$plan"; done
+for path in raw plain symmetric own; do has gather_quantised "$path" -; done
+has place_step plain -
 for path in barrier peer_read peer_write; do has ceiling "$path" -; done
 for bench in arena scope registration; do has "$bench" symmetric -; done
 grep -q 'scope entry and exit, ns' "$folder/output" || fail "no goals in the output"
