@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Random merges of partial attentions, by every plan, against fp64; and gathered queries.
 
+#include <algorithm>
 #include <cmath>
 #include <cohort/cohort.hpp>
 #include <limits>
@@ -26,6 +27,8 @@ struct Step {
   std::int64_t latent = 0;
   std::int64_t rope = 0;
   DType dtype = DType::f32;
+  DType nope = DType::f32;
+  DType pe = DType::f32;
   LseBase base = LseBase::e;
   int replays = 0;    ///< 0 where it is called eagerly.
   double spread = 8;  ///< The LSEs differ by up to this.
@@ -50,6 +53,13 @@ struct Step {
   [[nodiscard]] dcp::RowBlock<std::int64_t> rows_of(int rank, int n) const {
     return dcp::MergeRows{result, batch, own * n, n, counts, true}.of(rank);
   }
+  /// Of the gathered query: bytes, where its parts differ in type.
+  [[nodiscard]] DType query() const { return nope == pe ? nope : DType::u8; }
+  [[nodiscard]] std::int64_t query_extent() const {
+    return nope == pe ? latent + rope
+                      : latent * static_cast<std::int64_t>(size_of(nope)) +
+                            rope * static_cast<std::int64_t>(size_of(pe));
+  }
   /// Whether the step is what the short form of the call can say.
   [[nodiscard]] bool is_simple() const {
     return splits == 1 && result == MergeResult::by_head && !sink;
@@ -61,13 +71,14 @@ constexpr const char* kNames[] = {"out", "lse",   "merged", "merged_lse",  "nope
 
 std::string to_string(const Step& step, int n) {
   std::string text = fmt::format(
-      "B {}, {} heads of {} ranks, D {}, query {}+{}, {}, base {}, LSEs {} to {}, {} of 8 empty, "
+      "B {}, {} heads of {} ranks, D {}, query {} {}+{} {}, {}, base {}, LSEs {} to {}, {} of 8 "
+      "empty, "
       "{} "
       "replays, {} splits, {}{} [{}]\n",
-      step.batch, step.own * n, n, step.value, step.latent, step.rope, to_string(step.dtype),
-      step.base == LseBase::e ? "e" : "2", step.offset, step.offset + step.spread, step.emptiness,
-      step.replays, step.splits, cohort::to_string(step.result), step.sink ? ", sinks" : "",
-      fmt::join(step.counts, ","));
+      step.batch, step.own * n, n, step.value, step.latent, to_string(step.nope), step.rope,
+      to_string(step.pe), to_string(step.dtype), step.base == LseBase::e ? "e" : "2", step.offset,
+      step.offset + step.spread, step.emptiness, step.replays, step.splits,
+      cohort::to_string(step.result), step.sink ? ", sinks" : "", fmt::join(step.counts, ","));
   for (std::size_t r = 0; r < step.shares.size(); ++r) {
     const auto& share = step.shares[r];
     text += fmt::format("  rank {}: {}{}{}", r, share.owning ? "owning" : "into",
@@ -89,10 +100,12 @@ Step draw_step(Random random, int n) {
   Step step;
   step.batch = random.one_in(8) ? 0 : random.between(1, random.one_in(4) ? 33 : 5);
   step.own = random.one_in(10) ? 0 : random.between(1, 4);
-  step.value = random.one_in(10) ? 0 : random.pick({1, 3, 7, 16, 63, 64, 65, 100, 129});
+  step.value = random.pick({1, 3, 7, 16, 63, 64, 65, 100, 129});
   step.latent = random.pick({0, 1, 5, 16, 33, 128});
   step.rope = random.pick({0, 1, 2, 7, 64});
   step.dtype = random.pick({DType::f32, DType::f16, DType::bf16});
+  step.nope = random.one_in(2) ? step.dtype : test::kAllDTypes[random.between(0, 9)];
+  step.pe = random.one_in(2) ? step.nope : test::kAllDTypes[random.between(0, 9)];
   step.base = random.pick({LseBase::e, LseBase::two});
   step.replays = random.one_in(3) ? static_cast<int>(random.between(1, 3)) : 0;
   step.spread = random.pick({0.0, 2.0, 8.0, 40.0, 400.0});
@@ -122,7 +135,7 @@ Step draw_step(Random random, int n) {
     share.local_tokens = random.one_in(2);
     share.nope = draw_layout(random, {step.batch, step.own, step.latent}, 1);
     share.pe = draw_layout(random, {step.batch, step.own, step.rope}, 1);
-    share.query = draw_layout(random, {step.batch, heads, step.latent + step.rope}, 1);
+    share.query = draw_layout(random, {step.batch, heads, step.query_extent()}, 1);
     for (bool& in_window : share.in_window) {
       in_window = random.one_in(2);
     }
@@ -244,9 +257,9 @@ class Player {
     add(&Step::Share::lse, DType::f32, {step.splits, step.batch, heads_});
     add(&Step::Share::merged, step.dtype, {rows_.tokens, rows_.heads, step.value});
     add(&Step::Share::merged_lse, DType::f32, {rows_.tokens, rows_.heads});
-    add(&Step::Share::nope, step.dtype, {step.batch, step.own, step.latent});
-    add(&Step::Share::pe, step.dtype, {step.batch, step.own, step.rope});
-    add(&Step::Share::query, step.dtype, {step.batch, heads_, step.latent + step.rope});
+    add(&Step::Share::nope, step.nope, {step.batch, step.own, step.latent});
+    add(&Step::Share::pe, step.pe, {step.batch, step.own, step.rope});
+    add(&Step::Share::query, step.query(), {step.batch, heads_, step.query_extent()});
     add(&Step::Share::sink, DType::f32, {heads_});
     add(&Step::Share::tokens, DType::i32, {step.batch});
   }
@@ -272,6 +285,8 @@ class Player {
                       .rope = step_.rope,
                       .value = step_.value,
                       .dtype = step_.dtype,
+                      .query_dtype = step_.nope,
+                      .rope_dtype = step_.pe,
                       .result = step_.result,
                       .tokens = dcp::MergeRows::widest_count(step_.counts)});
     CapturedGraph graph = state_.capture(stream, [&] { call(stream); });
@@ -370,20 +385,40 @@ class Player {
     }
   }
 
+  /// [B, H/n, extent] of a rank's part, without gaps.
+  [[nodiscard]] std::vector<std::byte> part_of(DType dtype, std::int64_t extent, int rank) const {
+    std::vector<std::byte> part(u(step_.batch * step_.own * extent) * size_of(dtype) + 1);
+    test::fill_with(TensorView(part.data(), dtype, {step_.batch, step_.own, extent}),
+                    [rank](std::int64_t flat) { return test::value_at(rank, flat); });
+    return part;
+  }
+
+  /// Byte by byte, whatever the parts' types.
   void check_query(int turn) {
-    const std::int64_t dim = step_.latent + step_.rope;
-    const auto wanted = [&](std::int64_t flat) {
-      const std::int64_t d = flat % dim;
-      const std::int64_t h = flat / dim % heads_;
-      const std::int64_t row = flat / dim / heads_ * step_.own + h % step_.own;
-      const int from = static_cast<int>(h / step_.own) + turn;
-      return d < step_.latent ? test::value_at(from, row * step_.latent + d)
-                              : test::value_at(from + 50, row * step_.rope + d - step_.latent);
-    };
-    if (share_.owning) {
-      test::check_values(query_, "query", wanted);
-    } else {
-      cell(6).expect(wanted);
+    const TensorView q = share_.owning ? query_.view() : cell(6).expected();
+    test::check(
+        q.dtype() == step_.query() && q.shape() == Dims{step_.batch, heads_, step_.query_extent()},
+        "the query's type and shape");
+    const std::size_t nope = u(step_.latent) * size_of(step_.nope);
+    const std::size_t pe = u(step_.rope) * size_of(step_.pe);
+    for (int from = 0; from < n_; ++from) {
+      const auto nopes = part_of(step_.nope, step_.latent, from + turn);
+      const auto pes = part_of(step_.pe, step_.rope, from + turn + 50);
+      for (std::int64_t row = 0; row < step_.batch * step_.own; ++row) {
+        auto* const at = static_cast<std::byte*>(q.data()) +
+                         (row / step_.own * q.strides()[0] +
+                          (from * step_.own + row % step_.own) * q.strides()[1]) *
+                             static_cast<std::int64_t>(size_of(q.dtype()));
+        const std::byte* const parts[] = {nopes.data() + u(row) * nope, pes.data() + u(row) * pe};
+        if (share_.owning) {
+          test::check(std::equal(parts[0], parts[0] + nope, at) &&
+                          std::equal(parts[1], parts[1] + pe, at + nope),
+                      "query: a row is wrong");
+        } else {
+          std::copy(parts[0], parts[0] + nope, at);
+          std::copy(parts[1], parts[1] + pe, at + nope);
+        }
+      }
     }
   }
 
