@@ -92,10 +92,11 @@ class CaptureScope {
   CaptureScope& operator=(const CaptureScope&) = delete;
   ~CaptureScope() = default;
 
-  /// Local. The caller ends the capture and throws its graph away: what the capture took goes back
-  /// now, without the other ranks, so that a rank on which a capture failed may repeat it. Memory
-  /// of a pool stays with the pool.
+  /// Local. Nothing more is allocated in the capture, which the caller ends; it throws the graph
+  /// away. What the capture took goes back now, without the other ranks, so that a rank on which a
+  /// capture failed may repeat it. Memory of a pool stays with the pool.
   void drop() noexcept {
+    entered_.clear();
     for (const auto& part : own_) {
       part->drop();
     }

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <span>
@@ -15,9 +16,11 @@
 #include "cohort/arena_segments.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/hash.hpp"
+#include "cohort/log.hpp"
 #include "cohort/offset_allocator.hpp"
 #include "cohort/stream.hpp"
 #include "cohort/stream_marks.hpp"
+#include "cohort/stream_ordered_allocator.hpp"
 #include "cohort/tensor.hpp"
 
 /// \file
@@ -32,14 +35,10 @@ class CaptureMemory : public MemoryOwner {
   /// A tensor of the graph that is being captured, in the order of `stream`.
   [[nodiscard]] virtual Tensor empty(const Dims& shape, DType dtype, StreamRef stream,
                                      CaptureId capture) = 0;
-  /// Hash of where its live blocks lie; nothing where none lives.
-  [[nodiscard]] virtual std::optional<std::uint64_t> history() const noexcept = 0;
-  /// Streams have given up marks.
-  virtual void replace_marks(const StreamMarks::GivenUp& marks) = 0;
 };
 
-/// What a part of an arena that graphs use has taken of it. Kept until the part and all its graphs
-/// are gone.
+/// What a part of an arena that graphs use has taken of it, and who has used that. Kept until the
+/// part and all its graphs are gone.
 struct GraphExtents {
   /// A block that a graph holds.
   struct Extent {
@@ -51,9 +50,12 @@ struct GraphExtents {
   std::weak_ptr<CaptureMemory> part;  ///< The part itself; expired where it is gone.
   std::atomic<int> leases = 0;        ///< Graphs that are alive.
   std::vector<Extent> extents;        ///< What they have taken.
+  StreamOrderedAllocator blocks;      ///< Of what is taken, counted from the back: see `extend`.
 
-  /// Whether the part and all its graphs are gone.
-  [[nodiscard]] bool ended() const noexcept { return part.expired() && leases == 0; }
+  /// Whether the part, its blocks and all its graphs are gone.
+  [[nodiscard]] bool ended() const noexcept {
+    return part.expired() && leases == 0 && blocks.space().statistics().live_blocks == 0;
+  }
 };
 
 /// The captures of one arena, and the parts of it that graphs use.
@@ -74,8 +76,15 @@ class GraphMemory {
     captures_.push_back({capture, std::move(part)});
     return true;
   }
-  /// It ends.
-  void leave(CaptureId capture) noexcept {
+  /// It ends. What its streams have done with memory that was freed meanwhile they do in the
+  /// graph's launches, which the part outlives, so their marks go.
+  void leave(CaptureId capture, const StreamMarks& marks) noexcept {
+    const CaptureMemory* const part = of(capture);
+    for (const auto& held : parts_) {
+      if (part != nullptr && held->part.lock().get() == part) {
+        forget_captured(held->blocks.space(), capture, marks);
+      }
+    }
     std::erase_if(captures_, [&](const ActiveCapture& active) { return active.id == capture; });
   }
   /// Where a capture allocates, or null.
@@ -97,16 +106,16 @@ class GraphMemory {
     return (std::uint64_t{1} << 61) - offset;
   }
 
-  /// Takes memory for a part into its allocator `part`, so that a block of `bytes` fits there: what
-  /// its free end lacks, where the arena is free in front of it, otherwise a block of its own. So
-  /// graphs that share a part need no more than the largest, and no more than they allocate. False
-  /// where the arena has too little.
+  /// Takes memory for a part, so that a block of `bytes` fits there: what its free end lacks, where
+  /// the arena is free in front of it, otherwise a block of its own. So graphs that share a part
+  /// need no more than the largest, and no more than they allocate. False where the arena has too
+  /// little.
   ///
   /// It grows from the back of free space to the front, and eager blocks the other way: neither
   /// comes to lie in gaps of the other's, and what is eager and alive while a graph is captured
   /// does not cut the part in two.
-  [[nodiscard]] bool extend(GraphExtents& held, OffsetAllocator& part, std::size_t bytes) {
-    const auto taken = take(held, part, bytes);
+  [[nodiscard]] bool extend(GraphExtents& held, std::size_t bytes) {
+    const auto taken = take(held, bytes);
     if (!taken) {
       return false;
     }
@@ -114,17 +123,20 @@ class GraphMemory {
     const auto offset = space_->offset(*taken);
     const auto size = space_->size(*taken);
     held.extents.push_back({*taken, users, segments_->holding(offset)});
-    part.add_range(mirrored(offset + size), size);
+    held.blocks.space().add_range(mirrored(offset + size), size);
     add_before_launch(users);
     return true;
   }
 
-  /// Takes back what a part has, which nothing uses any more.
+  /// Takes back what a part has, of which no graph and no tensor is left. Whoever takes it next
+  /// waits for its users before the graphs and for those of tensors that outlived their capture.
   void give_back(GraphExtents& held) noexcept {
+    const Marks since = held.blocks.space().clear_marks();
     for (const auto& extent : held.extents) {
-      space_->free(extent.block, extent.users);
+      space_->free(extent.block, extent.users | since);
     }
     held.extents.clear();
+    held.blocks = {};
   }
 
   /// Whether any part has memory.
@@ -192,9 +204,7 @@ class GraphMemory {
       for (auto& extent : held->extents) {
         extent.users = marks.replaced(extent.users);
       }
-      if (const auto part = held->part.lock()) {
-        part->replace_marks(marks);
-      }
+      held->blocks.replace_marks(marks);
     }
     before_launch_ = marks.replaced(before_launch_);
   }
@@ -204,9 +214,8 @@ class GraphMemory {
   [[nodiscard]] std::uint64_t history() const noexcept {
     std::uint64_t sum = 0;
     for (const auto& held : parts_) {
-      const auto part = held->part.lock();
-      if (const auto blocks = part != nullptr ? part->history() : std::nullopt) {
-        sum += detail::mix(number_of(*held), *blocks);
+      if (held->blocks.space().statistics().live_blocks != 0) {
+        sum += detail::mix(number_of(*held), held->blocks.mixed(0));
       }
     }
     return sum;
@@ -225,16 +234,26 @@ class GraphMemory {
   }
 
   [[nodiscard]] std::optional<OffsetAllocator::Block> take(const GraphExtents& held,
-                                                           const OffsetAllocator& part,
                                                            std::size_t bytes) {
     for (const auto& extent : held.extents) {
       const auto end = mirrored(space_->offset(extent.block));
       if (const auto taken = space_->allocate_in_front_of(
-              extent.block, OffsetAllocator::rounded(bytes) - part.free_before(end))) {
+              extent.block,
+              OffsetAllocator::rounded(bytes) - held.blocks.space().free_before(end))) {
         return taken;
       }
     }
     return space_->allocate_at_back(bytes);
+  }
+
+  /// A mark too many costs a wait.
+  static void forget_captured(OffsetAllocator& space, CaptureId capture,
+                              const StreamMarks& marks) noexcept {
+    try {
+      space.replace_marks(marks.captured_by(capture, space.free_marks()), 0);
+    } catch (const std::exception& error) {
+      log(LogLevel::info, error.what());
+    }
   }
 
   static void keep_common(std::vector<std::uint64_t>& ended, const std::vector<Bytes>& of_all) {

@@ -4,13 +4,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <utility>
 
 #include "cohort/graph_memory.hpp"
 #include "cohort/offset_allocator.hpp"
 #include "cohort/stream.hpp"
-#include "cohort/stream_ordered_allocator.hpp"
 #include "cohort/symmetric_arena.hpp"
 #include "cohort/tensor.hpp"
 
@@ -59,7 +57,7 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
   /// by another. Tensors that outlived their captures may have been used eagerly.
   void begin() noexcept {
     arena_->enter();
-    arena_->graphs_.add_before_launch(blocks_.space().clear_marks());
+    arena_->graphs_.add_before_launch(held_->blocks.space().clear_marks());
   }
 
   /// The capture that alone has used the part so far comes to nothing: what it took goes back at
@@ -67,9 +65,8 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
   /// stays until that is gone and every rank has ended its graph.
   void drop() noexcept {
     arena_->enter();
-    if (blocks_.space().statistics().live_blocks == 0) {
+    if (held_->blocks.space().statistics().live_blocks == 0) {
       arena_->graphs_.give_back(*held_);
-      blocks_ = {};
     }
   }
 
@@ -77,45 +74,36 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
                              CaptureId capture) override {
     const std::size_t bytes = static_cast<std::size_t>(numel(shape)) * size_of(dtype);
     arena_->enter();
-    auto block = blocks_.allocate(bytes);
+    auto& blocks = held_->blocks;
+    auto block = blocks.allocate(bytes);
     if (!block) {
-      arena_->extend(*held_, blocks_.space(), bytes);
-      block = blocks_.allocate(bytes);
+      arena_->extend(*held_, bytes);
+      block = blocks.allocate(bytes);
     }
     try {
-      const auto others = blocks_.use(*block, arena_->mark_of(stream));
+      const auto others = blocks.use(*block, arena_->mark_of(stream));
       arena_->graphs_.add_before_launch(arena_->marks_.order_within(capture, others, stream));
     } catch (...) {
-      blocks_.put_back(*block);
+      blocks.put_back(*block);
       throw;
     }
-    const auto& space = blocks_.space();
+    const auto& space = blocks.space();
     const auto offset = GraphMemory::mirrored(space.offset(*block) + space.size(*block));
     const TensorView view(arena_->segments_.address(offset), dtype, shape,
                           arena_->backend().device());
     return {view, shared_from_this(), *block};
   }
 
-  [[nodiscard]] std::optional<std::uint64_t> history() const noexcept override {
-    return blocks_.space().statistics().live_blocks == 0 ? std::nullopt
-                                                         : std::optional(blocks_.mixed(0));
-  }
-
-  void replace_marks(const StreamMarks::GivenUp& marks) override { blocks_.replace_marks(marks); }
-
-  void release(std::uint64_t block) noexcept override {
-    arena_->release_of(blocks_, block, weak_from_this());
-  }
+  void release(std::uint64_t block) noexcept override { arena_->release_of(block, held_); }
 
   void record_stream(std::uint64_t block, StreamRef stream) override {
     arena_->enter();
-    blocks_.use_also(static_cast<OffsetAllocator::Block>(block), arena_->mark_of(stream));
+    held_->blocks.use_also(static_cast<OffsetAllocator::Block>(block), arena_->mark_of(stream));
   }
 
  private:
   std::shared_ptr<SymmetricArena> arena_;
   std::shared_ptr<GraphExtents> held_;
-  StreamOrderedAllocator blocks_;  // counts from the back: see `GraphMemory::extend`
 };
 
 }  // namespace cohort

@@ -148,6 +148,14 @@ class OffsetAllocator {
     }
   }
 
+  /// The marks of all free space.
+  [[nodiscard]] Marks free_marks() const noexcept {
+    Marks all = 0;
+    for (const auto& node : nodes_) {
+      all |= node.used ? 0 : node.marks;
+    }
+    return all;
+  }
   /// Forgets the marks of all free space, and says which there were.
   Marks clear_marks() noexcept {
     Marks all = 0;

@@ -136,6 +136,15 @@ class StreamMarks {
     return others;
   }
 
+  /// Those of `marks` whose streams are in a capture.
+  [[nodiscard]] Marks captured_by(CaptureId capture, Marks marks) const {
+    Marks captured = 0;
+    for_each(marks, {}, [&](StreamRef user, Marks mark) {
+      captured |= user.capture_id() == capture ? mark : 0;
+    });
+    return captured;
+  }
+
  private:
   static constexpr Marks kPast = Marks{1} << kStreams;
 

@@ -171,7 +171,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// The scope of the capture has ended.
   void leave_capture(CaptureId capture) noexcept {
     enter();
-    graphs_.leave(capture);
+    graphs_.leave(capture, marks_);
   }
 
   /// Work that `stream` gets from here on comes after the eager uses of what captures have taken
@@ -208,7 +208,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     return hash_to_agree_on();
   }
 
-  void release(std::uint64_t block) noexcept override { release_of(blocks_, block, {}); }
+  void release(std::uint64_t block) noexcept override { release_of(block, nullptr); }
 
   void record_stream(std::uint64_t block, StreamRef stream) override {
     enter();
@@ -221,8 +221,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// A block that another thread dropped.
   struct Dropped {
     OffsetAllocator::Block block;
-    StreamOrderedAllocator* of;
-    std::weak_ptr<const CaptureMemory> part;  // whose `of` is, and goes with; of the arena: nobody
+    std::shared_ptr<GraphExtents> held;  // of the part that it is of; null: of the arena itself
   };
 
   /// This thread uses the arena and its parts: what others dropped comes back. First in every call
@@ -230,17 +229,16 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   /// act on it.
   void enter() noexcept {
     gate_.enter([this](const Dropped& dropped) {
-      const auto part = dropped.part.lock();
-      if (part != nullptr || dropped.of == &blocks_) {
-        take_back(*dropped.of, dropped.block);
-      }
+      take_back(dropped.held != nullptr ? dropped.held->blocks : blocks_, dropped.block);
     });
   }
   /// On any thread.
-  void release_of(StreamOrderedAllocator& blocks, std::uint64_t block,
-                  const std::weak_ptr<const CaptureMemory>& part) noexcept {
+  void release_of(std::uint64_t block, const std::shared_ptr<GraphExtents>& held) noexcept {
     const auto named = static_cast<OffsetAllocator::Block>(block);
-    gate_.release([&] { take_back(blocks, named); }, [&] { return Dropped{named, &blocks, part}; });
+    gate_.release([&] { take_back(held != nullptr ? held->blocks : blocks_, named); },
+                  [&] {
+                    return Dropped{named, held};
+                  });
   }
   void take_back(StreamOrderedAllocator& blocks, OffsetAllocator::Block block) noexcept {
     try {
@@ -339,12 +337,12 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   }
 
   /// Room for a block of `bytes` in a part of graphs, without growth.
-  void extend(GraphExtents& held, OffsetAllocator& part, std::size_t bytes) {
+  void extend(GraphExtents& held, std::size_t bytes) {
     throw_if_closed();
     if (!segments_.has_audience()) {
       graphs_.reclaim();  // nobody to agree with
     }
-    if (!graphs_.extend(held, part, bytes)) {
+    if (!graphs_.extend(held, bytes)) {
       throw UsageError(fmt::format(
           "arena {} cannot grow during a graph capture: {}; reserve() them before the capture{}",
           name_, room(bytes), reclaimable()));

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cohort/collective_arguments.hpp>
+#include <cohort/graph_capture.hpp>
 #include <cohort/graph_part.hpp>
 #include <random>
 #include <thread>
@@ -281,4 +282,65 @@ TEST_CASE("tensors of a graph may be dropped on any thread, and go with their pa
   std::thread([&] { last.reset(); }).join();  // the part ends with it, before its block is freed
   arena.reclaim();
   CHECK(arena.statistics().used == 0);
+}
+
+TEST_CASE("what is taken after a graph waits for whoever used its tensors eagerly",
+          "[arena][streams]") {
+  const bool on_another_thread = GENERATE(false, true);
+  Workspace work(4096);
+  RecordingDriver driver;
+  RecordingDriver::State states[3];
+  const StreamRef captured(driver, &states[0]);
+  const StreamRef reader(driver, &states[1]);
+  const StreamRef next(driver, &states[2]);
+  auto& arena = *work.arena;
+  arena.reserve(4096);
+  states[0].capture = 5;
+  auto part = GraphPart::create(work.arena);
+  arena.enter_capture(5, part);
+  part->begin();
+  Tensor result = bytes_of(arena, 4096, captured);
+  const void* const place = result.data();
+  arena.leave_capture(5);
+  states[0].capture = 0;
+  part.reset();
+  result.record_stream(reader);
+  const auto drop = [&] { result.reset(); };
+  if (on_another_thread) {
+    std::thread(drop).join();
+  } else {
+    drop();
+  }
+  arena.reclaim();
+  driver.waits.clear();
+  const Tensor taken = bytes_of(arena, 4096, next);
+  CHECK(taken.data() == place);
+  CHECK(driver.waits.size() == 2);  // for `captured` and `reader`
+}
+
+TEST_CASE("what is taken after a graph waits for no stream that used it in its capture alone",
+          "[arena][streams]") {
+  const bool dropped = GENERATE(false, true);
+  Workspace work(4096);
+  RecordingDriver driver;
+  RecordingDriver::State states[2];
+  const StreamRef captured(driver, &states[0]);
+  const StreamRef next(driver, &states[1]);
+  auto& arena = *work.arena;
+  arena.reserve(4096);
+  CaptureDomain domain;
+  domain.add(work.arena);
+  states[0].capture = 5;
+  {
+    CaptureScope scope(domain, captured);
+    bytes_of(arena, 4096, captured).reset();
+    if (dropped) {
+      scope.drop();
+    }
+  }
+  states[0].capture = 6;  // nobody could wait for the stream now
+  arena.reclaim();
+  driver.waits.clear();
+  const Tensor taken = bytes_of(arena, 4096, next);
+  CHECK(driver.waits.empty());
 }
