@@ -20,6 +20,7 @@
 #include "cohort/error.hpp"
 #include "cohort/flight_recorder.hpp"
 #include "cohort/joined.hpp"
+#include "cohort/traced_agreement.hpp"
 
 /// \file
 /// Ranks agree before they do anything that would hang or go wrong silently if they did not: each

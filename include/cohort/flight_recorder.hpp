@@ -8,7 +8,6 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -17,10 +16,10 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "cohort/captured_calls.hpp"
 #include "cohort/fixed_text.hpp"
 #include "cohort/flight_ring.hpp"
 #include "cohort/log.hpp"
@@ -159,7 +158,7 @@ class FlightRecorder {
                      .capture = capture,
                      .inbox = stand.inbox};
     if (capture != 0) {
-      entry.sequence = list_call(record, collective, capture, stand.inbox);
+      entry.sequence = captured_.add(*own_, record, collective, capture, stand.inbox);
       return entry;
     }
     entry.sequence = own_->calls + 1;
@@ -180,11 +179,7 @@ class FlightRecorder {
     note_end(entry, stand.path, steps, 0);
     const auto path = static_cast<std::size_t>(stand.path);
     if (entry.capture != 0) {
-      const std::lock_guard lock(lists_mutex_);
-      Capture& list = of(entry.capture);
-      list.add_steps(entry.inbox, steps);
-      ++list.counters[path].calls;
-      list.counters[path].bytes += entry.bytes;
+      captured_.end(*own_, entry.capture, entry.inbox, steps, path, entry.bytes);
       return;
     }
     TraceRing::add(own_->progress[entry.inbox].issued, steps);
@@ -212,18 +207,18 @@ class FlightRecorder {
   /// own, of which nothing is known. Nothing is recorded of graphs without calls of the group. It
   /// is compared with the others' launches where all ranks make calls in the graph.
   void launch(const StreamRef& stream, CaptureId capture) noexcept {
-    if (captures_.empty() || !writes()) {
+    if (captured_.empty() || !writes()) {
       return;
     }
     TraceRecord record{.ticks = trace_ticks(),
                        .signature = TraceSignature(TraceCall::launch).word(),
                        .call = TraceCall::launch};
-    const auto found = captures_.find(capture);
-    if (found == captures_.end() && capture != 0 && !forgot_) {
+    const CapturedCalls::List* const found = captured_.find(capture);
+    if (found == nullptr && capture != 0 && !captured_.forgot()) {
       return;
     }
-    if (found != captures_.end()) {
-      const Capture& list = found->second;
+    if (found != nullptr) {
+      const CapturedCalls::List& list = *found;
       record.where = list.number;
       record.signature = list.signature.word();
       record.extents[0] = list.calls;
@@ -247,13 +242,9 @@ class FlightRecorder {
     TraceRing::push(own_->records, own_->calls, record);
   }
 
-  /// The calls in graphs' lists, in the order of capture: the last `kMostListed` of them.
-  [[nodiscard]] std::vector<TraceRecord> listed() const {
-    const std::lock_guard lock(lists_mutex_);
-    return {lists_.begin(), lists_.end()};
-  }
-  /// Enough for the graphs of all batch sizes of a large model.
-  static constexpr std::size_t kMostListed = 65'536;
+  /// The calls in graphs' lists, in the order of capture: the last `CapturedCalls::kMostListed` of
+  /// them.
+  [[nodiscard]] std::vector<TraceRecord> listed() const { return captured_.listed(); }
 
   /// The ranks begin to agree on something; to be ended by `agreed`.
   [[nodiscard]] std::uint64_t agree(std::string_view place, std::uint64_t bytes) noexcept {
@@ -419,69 +410,6 @@ class FlightRecorder {
     return static_cast<std::uint32_t>(own_->numbered);
   }
 
-  /// A graph's list of calls.
-  struct Capture {
-    std::uint64_t number = 0;                                        ///< From 1 on.
-    std::uint32_t calls = 0;                                         ///< All of them.
-    std::uint32_t collectives = 0;                                   ///< Those that all ranks make.
-    TraceSignature signature{TraceCall::launch};                     ///< Of the collectives.
-    std::vector<std::pair<std::uint8_t, std::uint64_t>> steps = {};  ///< By inbox.
-    std::array<PathCounters, kCallPaths> counters = {};
-
-    void add_steps(std::uint8_t inbox, std::uint64_t more) {
-      for (auto& [known, count] : steps) {
-        if (known == inbox) {
-          count += more;
-          return;
-        }
-      }
-      if (more != 0) {
-        steps.emplace_back(inbox, more);
-      }
-    }
-  };
-  static constexpr std::size_t kMostCaptures = 16'384;
-
-  /// The list of a capture, made where there is none.
-  [[nodiscard]] Capture& of(CaptureId id) {
-    if (const auto found = captures_.find(id); found != captures_.end()) {
-      return found->second;
-    }
-    if (captures_.size() == kMostCaptures) {
-      captures_.erase(std::min_element(
-          captures_.begin(), captures_.end(),
-          [](const auto& a, const auto& b) { return a.second.number < b.second.number; }));
-      forgot_ = true;
-    }
-    TraceRing::store(own_->captures, own_->captures + 1);
-    return captures_.emplace(id, Capture{.number = own_->captures}).first->second;
-  }
-
-  /// A call is captured: it gets into the graph's list, and into the ring, which other ranks see.
-  [[nodiscard]] std::uint64_t list_call(const TraceRecord& record, bool collective,
-                                        CaptureId capture, std::uint8_t inbox) {
-    const std::lock_guard lock(lists_mutex_);
-    Capture& list = of(capture);
-    ++list.calls;
-    TraceRecord listed = record;
-    listed.sequence = own_->listed + 1;
-    listed.ticks = trace_ticks();
-    listed.where = list.number;
-    listed.flags = TraceRecord::kCaptured;
-    listed.inbox = inbox;
-    if (collective) {  // what only some ranks do is in their lists alone
-      list.signature.mix(record.signature);
-      listed.number = ++list.collectives;
-      listed.flags |= TraceRecord::kNumbered;
-    }
-    lists_.push_back(listed);
-    if (lists_.size() > kMostListed) {
-      lists_.pop_front();
-    }
-    TraceRing::push(own_->captured, own_->listed, listed);
-    return listed.sequence;
-  }
-
   /// Completes a record, unless it was overwritten: a call may push a thousand others.
   void note_end(const TraceEntry& entry, CallPath path, std::uint64_t steps,
                 std::uint8_t flags) noexcept {
@@ -502,11 +430,7 @@ class FlightRecorder {
       return;
     }
     complete(own_->captured[TraceRing::slot(entry.sequence)]);
-    const std::lock_guard lock(lists_mutex_);
-    const std::uint64_t first = lists_.empty() ? entry.sequence + 1 : lists_.front().sequence;
-    if (entry.sequence >= first) {
-      complete(lists_[static_cast<std::size_t>(entry.sequence - first)]);
-    }
+    captured_.complete(entry.sequence, complete);
   }
 
   /// The last record of a call that all ranks make.
@@ -533,59 +457,12 @@ class FlightRecorder {
   TraceRings rings_;
   std::unique_ptr<TraceRing> alone_;  // where no other rank can see it
   TraceRing* own_ = nullptr;
-  std::unordered_map<CaptureId, Capture> captures_;
-  bool forgot_ = false;             // a capture, for want of room
-  mutable std::mutex lists_mutex_;  // of writing captures and lists, and of reading lists
-  std::deque<TraceRecord> lists_;   // of all captures, by sequence
-  mutable std::mutex mutex_;        // of what follows
+  CapturedCalls captured_;
+  mutable std::mutex mutex_;  // of what follows
   std::function<void(TraceRing&)> look_;
   std::optional<TraceFailure> failure_;
   std::mutex act_mutex_;  // of what is done then: who takes it away may be gone afterwards
   std::function<void(const FlightRecorder&, const TraceFailure&)> act_;
 };
 
-namespace detail {
-
-/// An agreement, from its beginning until it is left in whichever way.
-class TracedAgreement {
- public:
-  TracedAgreement(FlightRecorder* recorder, std::string_view place, std::uint64_t bytes) noexcept
-      : recorder_(recorder), before_(recorder != nullptr ? recorder->agree(place, bytes) : 0) {}
-  TracedAgreement(const TracedAgreement&) = delete;
-  TracedAgreement& operator=(const TracedAgreement&) = delete;
-  ~TracedAgreement() {
-    if (recorder_ != nullptr) {
-      recorder_->agreed(before_);
-    }
-  }
-
- private:
-  FlightRecorder* recorder_;
-  std::uint64_t before_;
-};
-
-/// Runs `body`; what it throws other than for its arguments is reported to the recorder first.
-/// @param others  Whether ranks that are missing in a time-out are those of the recorder's group.
-template <class Body>
-auto reporting(FlightRecorder* recorder, const Body& body, bool others = true) {
-  try {
-    return body();
-  } catch (const UsageError&) {
-    throw;
-  } catch (const ConfigError&) {
-    throw;
-  } catch (const TimeoutError& error) {
-    if (recorder != nullptr) {
-      recorder->failed(error.what(), true, others ? error.missing() : std::vector<int>{});
-    }
-    throw;
-  } catch (const Error& error) {
-    if (recorder != nullptr) {
-      recorder->failed(error.what(), false);
-    }
-    throw;
-  }
-}
-
-}  // namespace detail
 }  // namespace cohort

@@ -29,6 +29,7 @@
 #include "cohort/symmetric_scope.hpp"
 #include "cohort/tensor.hpp"
 #include "cohort/topology.hpp"
+#include "cohort/traced_agreement.hpp"
 #include "cohort/transport.hpp"
 
 /// \file

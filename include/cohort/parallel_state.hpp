@@ -26,6 +26,7 @@
 #include "cohort/tensor_parallel.hpp"
 #include "cohort/topology.hpp"
 #include "cohort/trace_writer.hpp"
+#include "cohort/traced_agreement.hpp"
 
 /// \file
 /// All groups of one rank: what an engine creates once.

@@ -24,6 +24,7 @@
 #include "cohort/hash.hpp"
 #include "cohort/machine.hpp"
 #include "cohort/trace_writer.hpp"
+#include "cohort/traced_agreement.hpp"
 
 /// \file
 /// The traces of a state while its ranks form it: what they have in common, and how far each came.

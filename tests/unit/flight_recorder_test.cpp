@@ -218,25 +218,12 @@ TEST_CASE("lists of captured calls are longer than the ring that other ranks see
   CHECK(listed.front().path == CallPath::mapped);
   CHECK(listed.front().steps == 1);
   CHECK(listed.back().where == 1 + (kCalls - 1) % 7);
-  for (std::size_t i = kCalls; i <= FlightRecorder::kMostListed; ++i) {
+  for (std::size_t i = kCalls; i <= CapturedCalls::kMostListed; ++i) {
     call(recorder, 1, 1);
   }
   listed = recorder.listed();
-  CHECK(listed.size() == FlightRecorder::kMostListed);
+  CHECK(listed.size() == CapturedCalls::kMostListed);
   CHECK(listed.front().sequence == 2);
-}
-
-TEST_CASE("agreements say on what, within the call that needs them", "[flight_recorder]") {
-  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
-  const TraceEntry outer = recorder.begin(kReduce, 0, true, {}, 0, {}, 0);
-  {
-    const detail::TracedAgreement inner(&recorder, "growth of arena tp[0]", 4096);
-    CHECK(recorder.open_call() == "agreement #2, growth of arena tp[0]");
-  }
-  CHECK(recorder.open_call() == "all_reduce #1");
-  recorder.end(outer, {}, 0);
-  CHECK(recorder.open_call().empty());
-  const detail::TracedAgreement nowhere(nullptr, "nothing", 0);
 }
 
 TEST_CASE("a rank sees who is behind", "[flight_recorder]") {
@@ -275,37 +262,6 @@ TEST_CASE("a forked child leaves its parent's records alone", "[flight_recorder]
   CHECK(status == 0);
   CHECK(recorder.own().calls == 1);
   CHECK(recorder.own().ended == 0);
-}
-
-TEST_CASE("failures are reported, wrong arguments are not", "[flight_recorder]") {
-  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
-  std::vector<std::string> reported;
-  recorder.on_failure([&](const FlightRecorder& of, const TraceFailure& failure) {
-    CHECK(&of == &recorder);
-    reported.push_back(failure.why + (failure.late ? " late" : ""));
-  });
-  const auto fail = [&](const auto& error) {
-    CHECK_THROWS_AS(detail::reporting(&recorder, [&]() { throw error; }),
-                    std::remove_cvref_t<decltype(error)>);
-  };
-  fail(UsageError("usage"));
-  fail(ConfigError("config"));
-  fail(TimeoutError("time", {1}));
-  fail(SymmetryError("symmetry", {1}));
-  CHECK(reported == std::vector<std::string>{"time late", "symmetry"});
-  CHECK(recorder.failure()->why == "time");  // which tells more than what follows
-  CHECK(recorder.failure()->missing == std::vector{1});
-  call(recorder, 0, 1);  // it works again
-  fail(SymmetryError("symmetry", {1}));
-  CHECK(recorder.failure()->why == "symmetry");
-  CHECK_THROWS_AS(detail::reporting(
-                      &recorder, []() { throw TimeoutError("of others", {1}); }, false),
-                  TimeoutError);
-  CHECK(recorder.failure()->why == "of others");
-  CHECK(recorder.failure()->missing.empty());
-  CHECK(detail::reporting(&recorder, [] { return 5; }) == 5);
-  CHECK_THROWS_AS(detail::reporting(nullptr, []() { throw TimeoutError("time", {1}); }),
-                  TimeoutError);
 }
 
 TEST_CASE("the device is asked until the group closes", "[flight_recorder]") {

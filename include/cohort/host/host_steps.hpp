@@ -6,6 +6,7 @@
 #include "cohort/control_plane.hpp"
 #include "cohort/flight_recorder.hpp"
 #include "cohort/flight_ring.hpp"
+#include "cohort/traced_agreement.hpp"
 
 /// \file
 /// The steps of a group's transport on the host, as its records count them: each when it is
