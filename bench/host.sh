@@ -6,7 +6,10 @@
 #   bash bench/host.sh
 #   RANKS=4 bash bench/host.sh --bench dcp_merge
 #
-# Run it on an idle machine with at least a core for each rank.
+# Every collective is measured beside MPI's and beside the loop over shared memory that engines have
+# of their own. Where MPICH is installed too (mpicxx.mpich and mpirun.mpich), the program is built over
+# it in a tree of its own, and the collectives are measured again beside MPICH's, into
+# host-<cpu>-2ranks-mpich.json. Run it on an idle machine with at least a core for each rank.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source cmake/command_line.sh
@@ -23,10 +26,24 @@ if ((ranks <= $(nproc))); then
 fi
 
 cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1 | tr -cs 'A-Za-z0-9' '-' | sed 's/^-//; s/-$//' | tr 'A-Z' 'a-z')
-out=bench/results/host-${cpu:-unknown}-${ranks}ranks.json
+name=host-${cpu:-unknown}-${ranks}ranks
 mkdir -p bench/results
-bench=(timeout 900 mpirun -n "$ranks" build/host/bin/cohort_bench --backend host --check)
-"${bench[@]}" --goals --modes eager,graph --min-bytes 2K --max-bytes 4M --batches 1,4,16 \
-  --max-seconds 4 --json "$out.part" "$@"
-mv "$out.part" "$out"
-echo "written: $out"
+
+# measure NAME LAUNCHER PROGRAM OPTION...: one run into bench/results/NAME.json.
+measure() {
+  local out=bench/results/$1.json launcher=$2 program=$3
+  shift 3
+  timeout 900 "$launcher" -n "$ranks" "$program" --backend host --check --goals --min-bytes 2K --max-bytes 4M \
+    --max-seconds 4 --json "$out.part" "$@"
+  mv "$out.part" "$out"
+  echo "written: $out"
+}
+
+measure "$name" mpirun build/host/bin/cohort_bench --modes eager,graph --batches 1,4,16 "$@"
+if command -v mpicxx.mpich >/dev/null && command -v mpirun.mpich >/dev/null; then
+  cmake -S . -B build/host-mpich -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCMAKE_CXX_FLAGS_RELWITHDEBINFO="-O2 -g1 -DNDEBUG" \
+    -DCOHORT_CUDA=OFF -DCOHORT_MPI=ON -DCOHORT_BUILD_TESTS=OFF -DMPI_CXX_COMPILER="$(command -v mpicxx.mpich)" >build/host-mpich.configure.log
+  cmake --build build/host-mpich -j "$(nproc)" --target cohort_bench
+  measure "$name-mpich" mpirun.mpich build/host-mpich/bin/cohort_bench --modes eager \
+    --bench all_gather,reduce_scatter,all_reduce,all_gather_dim "$@"
+fi

@@ -82,6 +82,8 @@ class Bed {
   /// Why the library cannot register buffers, or "".
   [[nodiscard]] virtual std::string registration_obstacle() const = 0;
   [[nodiscard]] virtual std::unique_ptr<RawLibrary> raw(ControlPlane& world) = 0;
+  /// Collective. The loop of shared_loop.hpp, or null where there is none.
+  [[nodiscard]] virtual std::unique_ptr<RawLibrary> shared_loop(ControlPlane&) { return nullptr; }
   /// Null where not every rank can map every other's memory.
   [[nodiscard]] virtual std::unique_ptr<PeerMemory> peer_memory(ControlPlane& world,
                                                                 std::size_t bytes) = 0;

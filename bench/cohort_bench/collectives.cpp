@@ -55,7 +55,7 @@ namespace {
 /// Sizes and types of a collective, each with every way that can carry it.
 template <class AddVariant>
 void for_each_payload(Session& session, Bench bench, const AddVariant& add) {
-  const auto found = ways(session);
+  const auto found = ways_with_loop(session);
   for (const DType dtype : session.options.dtypes) {
     for (const std::int64_t wanted : session.options.sizes()) {
       add(found, dtype, wanted, bench);
@@ -75,14 +75,14 @@ void all_gather_case(Session& session, const std::vector<Way>& found, DType dtyp
   for (const Way& way : found) {
     const Buffer in = filled(session, way, {share}, dtype,
                              [&](std::int64_t i) { return input_value(session.rank(), i, n); });
-    const Buffer out = allocate(session, way, {share * n}, dtype);
+    const Buffer out = allocate(way, {share * n}, dtype);
     if (!is_carried(session, way, work.bench, Collective::all_gather, in.view, out.view, 0)) {
       continue;
     }
     Variant variant{.path = std::string(to_string(way.path)), .lane = way.lane};
     if (way.is_raw()) {
-      variant.call = [&session, in, out, share_bytes] {
-        session.raw.all_gather(in.view.data(), out.view.data(), share_bytes);
+      variant.call = [library = way.library, in, out, share_bytes] {
+        library->all_gather(in.view.data(), out.view.data(), share_bytes);
       };
     } else {
       variant.call = [&session, in, out, group = &way.lane->group()] {
@@ -104,11 +104,11 @@ void all_gather_case(Session& session, const std::vector<Way>& found, DType dtyp
 /// cannot do without, whoever carries it. On the host only.
 void add_local_sum(Session& session, Case& work, DType dtype, std::int64_t share) {
   const int n = session.ranks();
-  const Way local{.path = Path::raw};
+  const Way local{.path = Path::raw, .library = &session.raw};
   const Buffer in = filled(session, local, {n, share}, dtype, [&](std::int64_t i) {
     return input_value(static_cast<int>(i / share), i % share, n);
   });
-  const Buffer out = allocate(session, local, {share}, dtype);
+  const Buffer out = allocate(local, {share}, dtype);
   std::vector<const std::byte*> shares;
   for (int r = 0; r < n; ++r) {
     shares.push_back(static_cast<const std::byte*>(in.view.slice(0, r, 1).data()));
@@ -135,20 +135,20 @@ void reduce_scatter_case(Session& session, const std::vector<Way>& found, DType 
   Case work =
       make_case(session, bench, dtype, n * share * static_cast<std::int64_t>(size_of(dtype)));
   for (const Way& way : found) {
-    if (way.is_raw() && !session.raw.reduces(dtype)) {
+    if (way.is_raw() && !way.library->reduces(dtype)) {
       leave_out(session, work.bench, way.path, fmt::format("MPI has no {}", to_string(dtype)));
       continue;
     }
     const Buffer in = filled(session, way, {share * n}, dtype,
                              [&](std::int64_t i) { return input_value(session.rank(), i, n); });
-    const Buffer out = allocate(session, way, {share}, dtype);
+    const Buffer out = allocate(way, {share}, dtype);
     if (!is_carried(session, way, work.bench, Collective::reduce_scatter, in.view, out.view, 0)) {
       continue;
     }
     Variant variant{.path = std::string(to_string(way.path)), .lane = way.lane};
     if (way.is_raw()) {
-      variant.call = [&session, in, out, count, dtype] {
-        session.raw.reduce_scatter(in.view.data(), out.view.data(), count, dtype);
+      variant.call = [library = way.library, in, out, count, dtype] {
+        library->reduce_scatter(in.view.data(), out.view.data(), count, dtype);
       };
     } else {
       variant.call = [&session, in, out, group = &way.lane->group()] {
@@ -196,17 +196,18 @@ void all_gather_dim_case(Session& session, const std::vector<Way>& found, DType 
   for (const Way& way : found) {
     const Buffer in = filled(session, way, share, dtype,
                              [&](std::int64_t i) { return input_value(session.rank(), i, n); });
-    const Buffer out = allocate(session, way, {kOuter, rows * n, kInner}, dtype);
+    const Buffer out = allocate(way, {kOuter, rows * n, kInner}, dtype);
     if (!is_carried(session, way, work.bench, Collective::all_gather, in.view, out.view, 1)) {
       continue;
     }
     Variant variant{.path = std::string(to_string(way.path)), .lane = way.lane};
     if (way.is_raw()) {
       // The bare library gathers along the first dimension only; a copy puts the rows in place.
-      const Buffer scratch = allocate(session, way, {n, kOuter, rows, kInner}, dtype);
+      const Buffer scratch = allocate(way, {n, kOuter, rows, kInner}, dtype);
       const TensorView target = out.view.reshape({kOuter, n, rows, kInner});
-      variant.call = [&session, in, out, scratch, target, bytes = in.view.bytes()] {
-        session.raw.all_gather(in.view.data(), scratch.view.data(), bytes);
+      variant.call = [&session, library = way.library, in, out, scratch, target,
+                      bytes = in.view.bytes()] {
+        library->all_gather(in.view.data(), scratch.view.data(), bytes);
         session.bed.backend().ops().copy(scratch.view.transpose(0, 1), target,
                                          session.bed.stream());
       };
@@ -233,20 +234,19 @@ void all_gather_dim_case(Session& session, const std::vector<Way>& found, DType 
 Variant all_reduce_variant(Session& session, const Way& way, DType dtype, std::int64_t count) {
   const int n = session.ranks();
   Variant variant{.path = std::string(to_string(way.path)), .lane = way.lane};
-  if (way.is_raw() && !session.raw.reduces(dtype)) {
+  if (way.is_raw() && !way.library->reduces(dtype)) {
     leave_out(session, "all_reduce", way.path, fmt::format("MPI has no {}", to_string(dtype)));
     return variant;
   }
   const Buffer in = filled(session, way, {count}, dtype,
                            [&](std::int64_t i) { return input_value(session.rank(), i, n); });
-  const Buffer out = allocate(session, way, {count}, dtype);
+  const Buffer out = allocate(way, {count}, dtype);
   if (!is_carried(session, way, "all_reduce", Collective::all_reduce, in.view, out.view, 0)) {
     return variant;
   }
   if (way.is_raw()) {
-    variant.call = [&session, in, out, count, dtype] {
-      session.raw.all_reduce(in.view.data(), out.view.data(), static_cast<std::size_t>(count),
-                             dtype);
+    variant.call = [library = way.library, in, out, count, dtype] {
+      library->all_reduce(in.view.data(), out.view.data(), static_cast<std::size_t>(count), dtype);
     };
   } else {
     variant.call = [&session, in, out, group = &way.lane->group()] {

@@ -27,6 +27,7 @@ namespace {
 [[nodiscard]] bool runs(Path path, Plan plan) {
   switch (path) {
     case Path::raw:
+    case Path::shared_loop:
     case Path::raw_symmetric:
       return plan == Plan::staged || plan == Plan::staged_fp32;
     case Path::plain:
@@ -67,10 +68,10 @@ struct RawMerge {
         converts(dtype != step.dtype) {
     const auto& o = session.options;
     const std::int64_t n = session.ranks();
-    lses = allocate(session, way, {n, step.batch, o.heads}, DType::f32);
-    corrected = allocate(session, way, {o.heads, step.batch, o.head_dim}, dtype);
-    sums = allocate(session, way, {o.heads / n, step.batch, o.head_dim}, dtype);
-    merged = converts ? allocate(session, way, sums.view.shape(), step.dtype) : sums;
+    lses = allocate(way, {n, step.batch, o.heads}, DType::f32);
+    corrected = allocate(way, {o.heads, step.batch, o.head_dim}, dtype);
+    sums = allocate(way, {o.heads / n, step.batch, o.head_dim}, dtype);
+    merged = converts ? allocate(way, sums.view.shape(), step.dtype) : sums;
   }
 
   void operator()() const {
@@ -165,11 +166,12 @@ std::vector<MergeWay> merge_ways(Session& session, const StepShape& shape) {
         continue;  // in f32 the two staged plans are one
       }
       const DType sums = plan == Plan::staged_fp32 ? DType::f32 : shape.dtype;
-      if (way.is_raw() && !session.raw.reduces(sums)) {
+      if (way.is_raw() && !way.library->reduces(sums)) {
         leave_out(session, "dcp_merge", way.path, fmt::format("MPI has no {}", to_string(sums)));
         continue;
       }
-      found.push_back({{way.path, lane_of(session, way.path, merge_options(plan))}, plan});
+      found.push_back(
+          {{way.path, lane_of(session, way.path, merge_options(plan)), way.library}, plan});
     }
   }
   return found;
@@ -188,9 +190,9 @@ Variant gather_variant(Session& session, const Way& way, const StepShape& shape)
   const Buffer pe = filled(session, way, {shape.batch, own, o.rope}, shape.dtype,
                            [&](std::int64_t i) { return input_value(session.rank(), i + 1, n); });
   Variant variant{.path = std::string(to_string(way.path)), .lane = way.lane};
-  const Buffer q = allocate(session, way, {o.heads, shape.batch, width}, shape.dtype);
+  const Buffer q = allocate(way, {o.heads, shape.batch, width}, shape.dtype);
   if (way.is_raw()) {
-    const Buffer packed = allocate(session, way, {own, shape.batch, width}, shape.dtype);
+    const Buffer packed = allocate(way, {own, shape.batch, width}, shape.dtype);
     variant.call = [&session, nope, pe, packed, q] {
       session.bed.backend().ops().pack_query(nope.view, pe.view, packed.view.transpose(0, 1),
                                              session.bed.stream());
@@ -218,7 +220,7 @@ Variant merge_variant(Session& session, const MergeWay& merge, const StepShape& 
   }
   const Buffer out = filled(session, way, {shape.batch, o.heads, o.head_dim}, shape.dtype,
                             [&](std::int64_t i) { return partial_value(session.rank(), i, n); });
-  Buffer lse = allocate(session, way, {shape.batch, o.heads}, DType::f32);
+  Buffer lse = allocate(way, {shape.batch, o.heads}, DType::f32);
   session.bed.synchronize();
   session.bed.put(lse.view.data(), encode(DType::f32, lse.view.numel(), [&](std::int64_t row) {
                     return lse_value(session, row);
@@ -232,8 +234,7 @@ Variant merge_variant(Session& session, const MergeWay& merge, const StepShape& 
     merged = raw.merged.view;
     variant.call = raw;  // keeps its buffers
   } else {
-    const Buffer result =
-        allocate(session, way, {o.heads / n, shape.batch, o.head_dim}, shape.dtype);
+    const Buffer result = allocate(way, {o.heads / n, shape.batch, o.head_dim}, shape.dtype);
     merged = result.view;
     variant.call = [&session, out, lse, result, group = &way.lane->group()] {
       group->merge_attention_into(result.view.transpose(0, 1), out.view, lse.view, LseBase::two,

@@ -5,10 +5,12 @@
 #include <chrono>
 #include <cstring>
 #include <utility>
+#include <vector>
 
 #include "bed.hpp"
 #include "cohort/host/host_backend.hpp"
 #include "cohort/mpi/mpi_control_plane.hpp"
+#include "shared_loop.hpp"
 
 namespace cohort::bench {
 
@@ -20,18 +22,39 @@ namespace {
       .count();
 }
 
-/// MPI as an engine would call it, on the world's communicator.
-class RawMpi final : public RawLibrary {
+/// What is called on this thread, in ordinary memory.
+class HostLibrary : public RawLibrary {
  public:
-  RawMpi(Backend& backend, HostStream& stream) : backend_(backend), stream_(stream) {}
-
-  /// MPI has no 16-bit floating types.
-  [[nodiscard]] bool reduces(DType dtype) const override { return dtype == DType::f32; }
+  HostLibrary(Backend& backend, HostStream& stream) : backend_(backend), stream_(stream) {}
 
   [[nodiscard]] Buffer allocate(const Dims& shape, DType dtype, bool) override {
     auto tensor = std::make_shared<Tensor>(backend_.allocate(shape, dtype, {}));
     return {tensor->view(), tensor};
   }
+
+ protected:
+  /// Calls at once, without the cost of a stream, unless the stream is capturing.
+  template <class Work>
+  void run(const Work& work) {
+    if (stream_.ref().capture_id() == 0) {
+      work();
+    } else {
+      stream_.submit(work);
+    }
+  }
+
+ private:
+  Backend& backend_;
+  HostStream& stream_;
+};
+
+/// MPI as an engine would call it, on the world's communicator.
+class RawMpi final : public HostLibrary {
+ public:
+  using HostLibrary::HostLibrary;
+
+  /// MPI has no 16-bit floating types.
+  [[nodiscard]] bool reduces(DType dtype) const override { return dtype == DType::f32; }
 
   void all_gather(const void* in, void* out, std::size_t share_bytes) override {
     run([=, count = static_cast<int>(share_bytes)] {
@@ -53,20 +76,6 @@ class RawMpi final : public RawLibrary {
           MPI_Allreduce(in, out, elements, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD), "MPI_Allreduce");
     });
   }
-
- private:
-  /// Calls at once, without the cost of a stream, unless the stream is capturing.
-  template <class Work>
-  void run(const Work& work) {
-    if (stream_.ref().capture_id() == 0) {
-      work();
-    } else {
-      stream_.submit(work);
-    }
-  }
-
-  Backend& backend_;
-  HostStream& stream_;
 };
 
 /// A segment and its window, registered with a transport of their own.
@@ -90,6 +99,41 @@ class HostPeerMemory final : public PeerMemory {
   std::unique_ptr<Window> window_;
 };
 
+/// The loop over memory of its own.
+class RawLoop final : public HostLibrary {
+ public:
+  RawLoop(Backend& backend, HostStream& stream, std::unique_ptr<PeerMemory> memory, int rank)
+      : HostLibrary(backend, stream), memory_(std::move(memory)), loop_(parts(*memory_), rank) {}
+
+  [[nodiscard]] bool reduces(DType) const override { return true; }
+
+  void all_gather(const void* in, void* out, std::size_t share_bytes) override {
+    run([=, this] { loop_.all_gather(bytes(in), bytes(out), share_bytes); });
+  }
+  void reduce_scatter(const void* in, void* out, std::size_t count, DType dtype) override {
+    run([=, this] { loop_.reduce_scatter(bytes(in), bytes(out), count * size_of(dtype), dtype); });
+  }
+  void all_reduce(const void* in, void* out, std::size_t count, DType dtype) override {
+    run([=, this] { loop_.all_reduce(bytes(in), bytes(out), count * size_of(dtype), dtype); });
+  }
+
+ private:
+  static const std::byte* bytes(const void* memory) {
+    return static_cast<const std::byte*>(memory);
+  }
+  static std::byte* bytes(void* memory) { return static_cast<std::byte*>(memory); }
+  static std::vector<LoopPart*> parts(const PeerMemory& memory) {
+    std::vector<LoopPart*> found;
+    for (void* part : memory.peers()) {
+      found.push_back(static_cast<LoopPart*>(part));
+    }
+    return found;
+  }
+
+  std::unique_ptr<PeerMemory> memory_;
+  SharedLoop loop_;
+};
+
 class HostBed final : public Bed {
  public:
   [[nodiscard]] BackendKind kind() const noexcept override { return BackendKind::host; }
@@ -100,6 +144,12 @@ class HostBed final : public Bed {
   }
   [[nodiscard]] std::unique_ptr<RawLibrary> raw(ControlPlane&) override {
     return std::make_unique<RawMpi>(*backend_, stream_);
+  }
+  [[nodiscard]] std::unique_ptr<RawLibrary> shared_loop(ControlPlane& world) override {
+    auto memory = peer_memory(world, sizeof(LoopPart));
+    return memory == nullptr
+               ? nullptr
+               : std::make_unique<RawLoop>(*backend_, stream_, std::move(memory), world.rank());
   }
   [[nodiscard]] std::unique_ptr<PeerMemory> peer_memory(ControlPlane& world,
                                                         std::size_t bytes) override {

@@ -102,9 +102,10 @@ void on_signal(int) { interrupt(); }
   static_cast<void>(std::signal(SIGTERM, on_signal));
 
   const auto raw = bed->raw(world);
+  const auto loop = options.has(Path::shared_loop) ? bed->shared_loop(world) : nullptr;
   Lanes lanes(*bed, world);
   Runner runner(options, *bed, world, lanes, console);
-  Session session{options, *bed, world, lanes, *raw, console, runner};
+  Session session{options, *bed, world, lanes, *raw, loop.get(), console, runner};
   for (const Bench bench : in_order(options)) {
     if (!runner.stopped()) {
       run_bench(session, bench);

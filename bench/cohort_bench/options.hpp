@@ -46,6 +46,7 @@ enum class Bench : std::uint8_t {
 /// Who moves the bytes, and in which memory.
 enum class Path : std::uint8_t {
   raw,            ///< The bare NCCL or MPI call, without Cohort.
+  shared_loop,    ///< On the host, the loop over shared memory that engines have of their own.
   raw_symmetric,  ///< The bare NCCL call in registered buffers, without Cohort's visibility guard.
   plain,          ///< Cohort over the library's transport, buffers outside windows.
   symmetric,      ///< Cohort over the library's transport, buffers inside windows.
@@ -79,9 +80,13 @@ inline constexpr std::array kBenches = {
     Named{Bench::registration, "registration"},
 };
 inline constexpr std::array kPaths = {
-    Named{Path::raw, "raw"},           Named{Path::raw_symmetric, "raw_symmetric"},
-    Named{Path::plain, "plain"},       Named{Path::symmetric, "symmetric"},
-    Named{Path::compared, "compared"}, Named{Path::own, "own"},
+    Named{Path::raw, "raw"},
+    Named{Path::shared_loop, "shared_loop"},
+    Named{Path::raw_symmetric, "raw_symmetric"},
+    Named{Path::plain, "plain"},
+    Named{Path::symmetric, "symmetric"},
+    Named{Path::compared, "compared"},
+    Named{Path::own, "own"},
 };
 inline constexpr std::array kPlans = {
     Named{Plan::staged, "staged"},
@@ -112,8 +117,8 @@ struct Options {
   std::vector<Bench> benches = detail::values(kBenches);
   BackendKind backend = BackendKind::host;
   /// `compared` only where it is asked for.
-  std::vector<Path> paths = {Path::raw, Path::raw_symmetric, Path::plain, Path::symmetric,
-                             Path::own};
+  std::vector<Path> paths = {Path::raw,   Path::shared_loop, Path::raw_symmetric,
+                             Path::plain, Path::symmetric,   Path::own};
   std::vector<Plan> plans = detail::values(kPlans);
   std::vector<Mode> modes = detail::values(kModes);
   std::int64_t min_bytes = std::int64_t{2} << 10;

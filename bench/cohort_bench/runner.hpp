@@ -109,6 +109,7 @@ struct Session {
   ControlPlane& world;
   Lanes& lanes;
   RawLibrary& raw;
+  RawLibrary* loop;  ///< Or null.
   RowSink& sink;
   Runner& runner;
 

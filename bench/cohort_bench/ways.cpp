@@ -8,6 +8,7 @@ namespace cohort::bench {
 Lane* lane_of(Session& session, Path path, const MergeOptions& merge) {
   switch (path) {
     case Path::raw:
+    case Path::shared_loop:
     case Path::raw_symmetric:
       return nullptr;
     case Path::plain:
@@ -39,17 +40,28 @@ std::string path_obstacle(Session& session, Path path) {
 std::vector<Way> ways(Session& session) {
   std::vector<Way> found;
   for (const Path path : session.options.paths) {
+    if (path == Path::shared_loop) {
+      continue;
+    }
     if (const std::string why = path_obstacle(session, path); !why.empty()) {
       session.sink.note(fmt::format("no {} rows: {}", to_string(path), why));
     } else {
-      found.push_back({path, lane_of(session, path)});
+      found.push_back({path, lane_of(session, path), &session.raw});
     }
   }
   return found;
 }
 
-Buffer allocate(Session& session, const Way& way, const Dims& shape, DType dtype) {
-  return way.is_raw() ? session.raw.allocate(shape, dtype, way.path == Path::raw_symmetric)
+std::vector<Way> ways_with_loop(Session& session) {
+  auto found = ways(session);
+  if (session.loop != nullptr && session.ranks() > 1) {
+    found.push_back({Path::shared_loop, nullptr, session.loop});
+  }
+  return found;
+}
+
+Buffer allocate(const Way& way, const Dims& shape, DType dtype) {
+  return way.is_raw() ? way.library->allocate(shape, dtype, way.path == Path::raw_symmetric)
                       : way.lane->allocate(shape, dtype);
 }
 

@@ -15,7 +15,8 @@ namespace cohort::bench {
 /// A path that this run can measure.
 struct Way {
   Path path = Path::raw;
-  Lane* lane = nullptr;  ///< Null for the bare library.
+  Lane* lane = nullptr;           ///< Null for a bare library.
+  RawLibrary* library = nullptr;  ///< Which.
 
   [[nodiscard]] bool is_raw() const noexcept { return lane == nullptr; }
 };
@@ -30,8 +31,11 @@ struct Way {
 /// Collective. The paths among those asked for that can be measured; notes say why others cannot.
 [[nodiscard]] std::vector<Way> ways(Session& session);
 
+/// The same, with the loop over shared memory, which has the plain collectives alone.
+[[nodiscard]] std::vector<Way> ways_with_loop(Session& session);
+
 /// Collective. Memory as the way's caller would have it.
-[[nodiscard]] Buffer allocate(Session& session, const Way& way, const Dims& shape, DType dtype);
+[[nodiscard]] Buffer allocate(const Way& way, const Dims& shape, DType dtype);
 
 /// Collective. The same, filled with `value(i)` in element i.
 template <class Value>
@@ -58,7 +62,7 @@ void leave_out(Session& session, std::string_view bench, Path path, std::string_
 template <class Value>
 Buffer filled(Session& session, const Way& way, const Dims& shape, DType dtype,
               const Value& value) {
-  Buffer buffer = allocate(session, way, shape, dtype);
+  Buffer buffer = allocate(way, shape, dtype);
   session.bed.synchronize();
   session.bed.put(buffer.view.data(), encode(dtype, buffer.view.numel(), value));
   return buffer;

@@ -39,7 +39,7 @@ has() {
     fail "no row of $1 $2 $3"
 }
 for bench in all_gather reduce_scatter all_reduce all_gather_dim; do
-  for path in raw plain symmetric; do has "$bench" "$path" -; done
+  for path in raw shared_loop plain symmetric; do has "$bench" "$path" -; done
 done
 for path in raw plain symmetric own; do has gather_query "$path" -; done
 for bench in dcp_merge decode_step; do

@@ -30,22 +30,29 @@ TEST_CASE("a host goal compares rows of one payload, with the limit of its size"
   const std::vector<Row> rows{row("all_gather", "raw", "-", "eager", 2048, 0, 1.0),
                               row("all_gather", "symmetric", "-", "eager", 2048, 0, 0.4),
                               row("all_gather", "raw", "-", "eager", 65536, 0, 10.0),
-                              row("all_gather", "symmetric", "-", "eager", 65536, 0, 4.0),
+                              row("all_gather", "symmetric", "-", "eager", 65536, 0, 6.0),
+                              row("all_gather", "shared_loop", "-", "eager", 65536, 0, 8.0),
+                              row("reduce_scatter", "raw", "-", "eager", 8192, 0, 10.0),
+                              row("reduce_scatter", "symmetric", "-", "eager", 8192, 0, 1.0),
                               row("all_gather", "plain", "-", "eager", 65536, 0, 10.5),
                               row("all_gather", "symmetric", "-", "graph", 65536, 0, 0.1)};
   const auto goals = goals_of(BackendKind::host, rows);
-  REQUIRE(goals.size() == 3);
+  REQUIRE(goals.size() == 5);
   CHECK(is_near(goals[0].value, 0.4));
   CHECK(goals[0].limit == 0.5);
   CHECK(goals[0].met());
-  CHECK(is_near(goals[1].value, 0.4));
-  CHECK(goals[1].limit == 0.3);
+  CHECK(is_near(goals[1].value, 0.6));
+  CHECK(goals[1].limit == 0.5);
   CHECK_FALSE(goals[1].met());
-  CHECK(goals[2].limit == 1.05);
+  CHECK(is_near(goals[2].value, 0.1));
+  CHECK(goals[2].limit == 0.2);
+  CHECK(is_near(goals[3].value, 0.75));
+  CHECK(goals[3].limit == 1.0);
+  CHECK(goals[4].limit == 1.05);
   const std::string table = goals_table(goals);
   CHECK(table.find("64 KiB: symmetric / raw") != std::string::npos);
   CHECK(table.find("UNMET") != std::string::npos);
-  CHECK(table.find("2 of 3 goals met") != std::string::npos);
+  CHECK(table.find("4 of 5 goals met") != std::string::npos);
 }
 
 TEST_CASE("the merge is compared with the staged plan in the type that MPI can add") {
