@@ -82,7 +82,7 @@ struct FormMerge {
     }
     if (form.combined) {
       const auto piece = dcp::packed_piece(shape.batch, o.heads, o.head_dim, size_of(shape.dtype));
-      pieces = allocate(session, way, {1, static_cast<std::int64_t>(piece.bytes)}, DType::u8);
+      pieces = allocate(way, {1, static_cast<std::int64_t>(piece.bytes)}, DType::u8);
       auto* const bytes = static_cast<std::byte*>(pieces.view.data());
       whole = partials;
       whole.out =
@@ -91,7 +91,7 @@ struct FormMerge {
                              pieces.view.device());
     }
     if (form.gathered) {
-      part = allocate(session, way, {o.heads / n, shape.batch, o.head_dim}, shape.dtype);
+      part = allocate(way, {o.heads / n, shape.batch, o.head_dim}, shape.dtype);
     }
     const auto own = own_rows(session, shape, form.result);
     // By token a rank's rows lie batch first, otherwise heads first, so that every plan can write
@@ -99,10 +99,9 @@ struct FormMerge {
     const bool by_token = form.result == MergeResult::by_token;
     const std::int64_t most =
         by_token ? dcp::MergeRows::even_count(shape.batch, n, 0) : own.tokens;  // as on all ranks
-    result =
-        allocate(session, way,
-                 by_token ? Dims{most, own.heads, o.head_dim} : Dims{own.heads, most, o.head_dim},
-                 shape.dtype);
+    result = allocate(
+        way, by_token ? Dims{most, own.heads, o.head_dim} : Dims{own.heads, most, o.head_dim},
+        shape.dtype);
     if (by_token) {
       result.view = result.view.slice(0, 0, own.tokens);
     }
@@ -210,7 +209,7 @@ constexpr std::int64_t kScaleBytes = 16;
 
 [[nodiscard]] Buffer filled_bytes(Session& session, const Way& way, const Dims& shape,
                                   std::int64_t first) {
-  Buffer buffer = allocate(session, way, shape, DType::u8);
+  Buffer buffer = allocate(way, shape, DType::u8);
   std::vector<std::byte> bytes(buffer.view.bytes());
   for (std::size_t i = 0; i < bytes.size(); ++i) {
     bytes[i] = query_byte(session.rank(), first + static_cast<std::int64_t>(i));
@@ -237,10 +236,10 @@ constexpr std::int64_t kScaleBytes = 16;
   }
   const Buffer nope = filled_bytes(session, way, {batch, own, wide}, 0);
   const Buffer scales = filled_bytes(session, way, {batch, own, kScaleBytes}, 1);
-  const Buffer q = allocate(session, way, {o.heads, batch, wide + kScaleBytes}, DType::u8);
+  const Buffer q = allocate(way, {o.heads, batch, wide + kScaleBytes}, DType::u8);
   Variant variant{.path = std::string(to_string(way.path)), .lane = way.lane};
   if (way.is_raw()) {
-    const Buffer packed = allocate(session, way, {own, batch, wide + kScaleBytes}, DType::u8);
+    const Buffer packed = allocate(way, {own, batch, wide + kScaleBytes}, DType::u8);
     variant.call = [&session, nope, scales, packed, q] {
       session.bed.backend().ops().pack_query(nope.view, scales.view, packed.view.transpose(0, 1),
                                              session.bed.stream());
@@ -280,7 +279,7 @@ constexpr std::int64_t kPages = 16;  // of a sequence's shard
 template <class T, class Value>
 [[nodiscard]] Buffer filled_words(Session& session, const Way& way, const Dims& shape, DType dtype,
                                   const Value& value) {
-  Buffer buffer = allocate(session, way, shape, dtype);
+  Buffer buffer = allocate(way, shape, dtype);
   std::vector<T> words(static_cast<std::size_t>(buffer.view.numel()));
   for (std::size_t i = 0; i < words.size(); ++i) {
     words[i] = static_cast<T>(value(static_cast<std::int64_t>(i)));
@@ -315,8 +314,8 @@ template <class T, class Value>
   const Buffer lengths = filled_words<std::int32_t>(session, way, {batch}, DType::i32, length);
   const Buffer new_tokens = filled_words<std::int32_t>(session, way, {batch}, DType::i32, fresh);
   const Buffer pages = filled_words<std::int32_t>(session, way, {batch, kPages}, DType::i32, page);
-  const Buffer counts = allocate(session, way, {batch, kDrafts}, DType::i32);
-  const Buffer slots = allocate(session, way, {batch, kDrafts}, DType::i64);
+  const Buffer counts = allocate(way, {batch, kDrafts}, DType::i32);
+  const Buffer slots = allocate(way, {batch, kDrafts}, DType::i64);
   Variant variant{.path = std::string(to_string(way.path)), .lane = way.lane};
   variant.call = [=, &session, group = &way.lane->group()] {
     group->place_step(shard,
