@@ -7,7 +7,7 @@
 Both on the host, in a group of one rank, with 16 elements, so that next to nothing but the call itself
 is measured: the least mean of many rounds, in microseconds. "python" is the group's method, "operator"
 torch.ops.cohort without it, "torch.distributed" its gloo all_reduce in place. Needs the package, see
-src/python/README.md; compiles torch_calls.cpp with CXX (g++). The status is 1 where a call from Python
+src/python/README.md; compiles torch_calls/from_cpp.cpp with CXX (g++). The status is 1 where a call from Python
 costs more than 6 us above C++.
 """
 
@@ -45,7 +45,7 @@ def from_cpp():
     with tempfile.TemporaryDirectory() as folder:
         program = os.path.join(folder, "torch_calls")
         subprocess.run([os.environ.get("CXX", "g++"), "-std=c++20", "-O2", "-DNDEBUG",
-                        "-I" + os.path.join(HERE, "..", "include"), os.path.join(HERE, "torch_calls.cpp"),
+                        "-I" + os.path.join(HERE, "..", "include"), os.path.join(HERE, "torch_calls", "from_cpp.cpp"),
                         "-o", program, "-lfmt", "-ldl", "-lpthread", "-lrt"], check=True)
         lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
     return {name: float(value) for name, value in (line.split() for line in lines)}
