@@ -95,6 +95,19 @@ class Mailbox {
 
   explicit Mailbox(std::shared_ptr<Messenger> messenger) : messenger_(std::move(messenger)) {}
 
+  /// One that a forked child of its owner keeps for good, with its messenger: the end of either
+  /// there would speak to the parent's peers, sending once more what the parent has not sent yet,
+  /// or wait for threads that the child has not got.
+  [[nodiscard]] static std::shared_ptr<Mailbox> shared(std::shared_ptr<Messenger> messenger) {
+    return {new Mailbox(std::move(messenger)), [](Mailbox* mailbox) {
+              if (mailbox->owner_.is_here()) {
+                delete mailbox;
+              } else {
+                mailbox->inherited_before_ = inherited.exchange(mailbox);
+              }
+            }};
+  }
+
   [[nodiscard]] Messenger& messenger() noexcept { return *messenger_; }
   [[nodiscard]] const OwnerProcess& owner() const noexcept { return owner_; }
 
@@ -174,7 +187,7 @@ class Mailbox {
   /// The same for those who ask all the time: does nothing within some milliseconds of the last
   /// look of any group, nor while another thread is inside, which takes in what comes itself.
   void look_now_and_then() {
-    if (tick() > looked_.load(std::memory_order_relaxed)) {
+    if (owner_.is_here() && tick() > looked_.load(std::memory_order_relaxed)) {
       if (const std::unique_lock lock(mutex_, std::try_to_lock); lock.owns_lock()) {
         take_in();
       }
@@ -246,6 +259,9 @@ class Mailbox {
 
   /// Forgets a group: what has come for it, and what may still come.
   void retire(std::uint64_t channel) noexcept {
+    if (!owner_.is_here()) {
+      return;
+    }
     try {
       const auto lock = enter();
       constexpr int kLowest = std::numeric_limits<int>::min();
@@ -289,8 +305,10 @@ class Mailbox {
   }
 
   void abandon() noexcept {
-    const auto lock = enter();
-    messenger_->abandon();
+    if (owner_.is_here()) {
+      const auto lock = enter();
+      messenger_->abandon();
+    }
   }
 
  private:
@@ -334,7 +352,10 @@ class Mailbox {
     std::int64_t rests_ = 0;
   };
 
+  /// Throws `UsageError` in a forked child of the owner, which must not call the messenger, and
+  /// where another thread may have held the mutex.
   [[nodiscard]] std::unique_lock<std::mutex> enter() {
+    owner_.check("control plane");
     std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock()) {
       ++waiting_;
@@ -425,6 +446,8 @@ class Mailbox {
     }
   }
 
+  inline static std::atomic<Mailbox*> inherited{nullptr};  // what a child keeps, by the last
+  Mailbox* inherited_before_ = nullptr;
   OwnerProcess owner_;
   std::shared_ptr<Messenger> messenger_;
   std::mutex mutex_;  // of everything below that is not atomic, and of the messenger

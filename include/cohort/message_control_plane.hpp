@@ -40,13 +40,14 @@ namespace cohort {
 /// a rank that is missing or elsewhere can be named.
 class MessageControlPlane : public ControlPlane {
  public:
-  /// The group of all ranks of the messenger. Local. `COHORT_TIMEOUT_MS` wins over `limit` where it
+  /// The group of all ranks of the messenger. Local. A forked child neither calls the messenger nor
+  /// destroys it. `COHORT_TIMEOUT_MS` wins over `limit` where it
   /// is set. Throws `ConfigError` for a time limit that is not positive or beyond
   /// `kLongestTimeLimit`.
   explicit MessageControlPlane(std::shared_ptr<Messenger> messenger,
                                std::chrono::milliseconds limit = kDefaultTimeLimit,
                                std::string name = "world")
-      : mailbox_(std::make_shared<detail::Mailbox>(std::move(messenger))),
+      : mailbox_(detail::Mailbox::shared(std::move(messenger))),
         limit_(runtime_settings().timeout.value_or(limit)),
         name_(std::move(name)),
         members_(static_cast<std::size_t>(mailbox_->messenger().size())),
@@ -63,7 +64,7 @@ class MessageControlPlane : public ControlPlane {
 
   /// Drops what peers have sent to a group that ends before it has taken it.
   ~MessageControlPlane() override {
-    if ((poisoned() || given_once_) && mailbox_->owner().is_here()) {
+    if (poisoned() || given_once_) {
       mailbox_->retire(channel_);
     }
   }

@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/forked.hpp"
+#include "support/threads.hpp"
 
 using namespace cohort;
 using namespace cohort::detail;
@@ -116,6 +118,55 @@ TEST_CASE("a notice ends the wait of those whom it concerns, after what was sent
   CHECK_FALSE(post.mailbox.notice({8, kOthers, 1}));
   CHECK_FALSE(post.mailbox.notice({7, std::span(kOthers).subspan(1), std::nullopt}));
   CHECK(post.mailbox.notice({7, kOthers, std::nullopt}));
+}
+
+TEST_CASE("a forked child neither calls its parent's messenger nor destroys it") {
+  struct Counts {
+    int calls = 0;
+    int destroyed = 0;
+  } counts;
+  class CountingMessenger : public Messenger {
+   public:
+    explicit CountingMessenger(Counts& counts) : counts_(counts) {}
+    ~CountingMessenger() override { ++counts_.destroyed; }
+    [[nodiscard]] int rank() const noexcept override { return 0; }
+    [[nodiscard]] int size() const noexcept override { return 2; }
+    void send(int, Bytes) override { ++counts_.calls; }
+    std::optional<Bytes> receive(int, Deadline) override {
+      ++counts_.calls;
+      return std::nullopt;
+    }
+    bool flush(int, Deadline) override { return ++counts_.calls > 0; }
+    void abandon() noexcept override { ++counts_.calls; }
+
+   private:
+    Counts& counts_;
+  };
+  auto messenger = std::make_shared<CountingMessenger>(counts);
+  auto mailbox = Mailbox::shared(messenger);
+  const FrameTrailer trailer{7, ControlCall::barrier, 0};
+  test::run_in_child([&] {
+    const auto refused = [](const auto& call) {
+      test::check_throws<UsageError>(call, "forked child of its owner");
+    };
+    const Watch watch{7, kOthers, 0};
+    refused([&] { mailbox->send(1, trailer, {}); });
+    refused([&] { (void)mailbox->receive(1, ControlCall::barrier, watch, Clock::now()); });
+    refused([&] { (void)mailbox->flush(1, watch, Clock::now()); });
+    refused([&] { mailbox->look(); });
+    mailbox->look_now_and_then();
+    mailbox->retire(7);
+    mailbox->abandon();
+    mailbox.reset();  // as the child's exit does
+    messenger.reset();
+    test::check_equal(counts.calls, 0, "calls of the messenger");
+    test::check_equal(counts.destroyed, 0, "messengers destroyed");
+  });
+  mailbox->send(1, trailer, {});
+  CHECK(counts.calls == 1);
+  mailbox.reset();
+  messenger.reset();
+  CHECK(counts.destroyed == 1);
 }
 
 TEST_CASE("numbers of calls wrap around") {
