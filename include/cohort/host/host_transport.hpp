@@ -3,8 +3,11 @@
 
 #include <fmt/format.h>
 
+#include <cerrno>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <optional>
@@ -25,6 +28,7 @@
 #include "cohort/host/host_stream.hpp"
 #include "cohort/host/peer_access.hpp"
 #include "cohort/host/peer_collectives.hpp"
+#include "cohort/host/shared_memory.hpp"
 #include "cohort/host/window.hpp"
 #include "cohort/owner_process.hpp"
 #include "cohort/symmetric_policy.hpp"
@@ -252,6 +256,11 @@ class HostTransport final : public Transport {
     }
   }
 
+  /// Maps what a rank's handle says. Throws what a rank said that has left, or whose memory it is
+  /// and what stood in the way.
+  [[nodiscard]] inline std::shared_ptr<SharedMemory> import_from(int peer,
+                                                                 std::span<const std::byte> said);
+
   /// Runs `collective` the group's way, or `alone` in a group of one.
   template <class Shared, class Alone>
   void dispatch(std::string_view call, const Shared& collective, const Alone& alone) {
@@ -282,6 +291,30 @@ class HostTransport final : public Transport {
   std::shared_ptr<Lifeline> lifeline_;  // kept by recorded calls
 };
 
+inline std::shared_ptr<SharedMemory> HostTransport::import_from(int peer,
+                                                                std::span<const std::byte> said) {
+  const auto refuse = [&](long code, std::string_view why) {
+    control_.check_peers();  // memory goes with its rank: why that left is the cause
+    throw TransportError({.call = "register_segment",
+                          .native_code = code,
+                          .rank = control_.rank(),
+                          .group = control_.name()},
+                         fmt::format("with rank {}: {}", peer, why));
+  };
+  MemoryHandle handle;
+  if (said.size() != sizeof(handle)) {
+    refuse(EBADMSG, "another message than a handle came");
+  }
+  std::memcpy(&handle, said.data(), sizeof(handle));
+  std::shared_ptr<SharedMemory> memory;
+  try {
+    memory = import_shared_memory(handle);
+  } catch (const TransportError& error) {
+    refuse(error.site().native_code, error.what());
+  }
+  return memory;
+}
+
 inline std::unique_ptr<Window> HostTransport::register_segment(Segment& segment) {
   if (!segment.registers_with(BackendKind::host)) {
     throw UsageError("segment: expected one of the host backend");
@@ -306,15 +339,10 @@ inline std::unique_ptr<Window> HostTransport::register_segment(Segment& segment)
   std::vector<std::shared_ptr<SharedMemory>> memory;
   for (std::size_t r = 0; r < all.size() && !failure; ++r) {
     try {
-      MemoryHandle theirs;
       if (all[r].empty()) {
         break;  // what it failed with it says in the agreement
       }
-      if (all[r].size() != sizeof(theirs)) {
-        throw TransportError({.call = "register_segment"}, "another message than a handle came");
-      }
-      std::memcpy(&theirs, all[r].data(), sizeof(theirs));
-      memory.push_back(import_shared_memory(theirs));
+      memory.push_back(import_from(static_cast<int>(r), all[r]));
     } catch (const std::exception&) {
       failure = std::current_exception();
     }

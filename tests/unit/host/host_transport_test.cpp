@@ -3,8 +3,11 @@
 #include <chrono>
 #include <cohort/host/host_transport.hpp>
 #include <cstring>
+#include <memory>
 #include <optional>
+#include <span>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -329,6 +332,62 @@ TEST_CASE("a window whose memory one rank lacks fails on every rank", "[host]") 
     auto equal = backend->allocate_segment(4096);
     const auto window = transport->register_segment(*equal);
     check_equal(window->peers().size(), std::size_t{3}, "works on");
+  });
+}
+
+TEST_CASE("memory of a rank that is not there any more is named with its rank and cause",
+          "[host]") {
+  const bool leaves = GENERATE(true, false);
+  /// Lets its rank take what has come only once the other has left.
+  class HeldMessenger : public detail::ThreadMessenger {
+   public:
+    HeldMessenger(std::shared_ptr<detail::ThreadHub> hub, std::atomic<bool>& held)
+        : ThreadMessenger(std::move(hub), 0), held_(held) {}
+    bool flush(int, Deadline deadline) override {
+      while (held_ && Clock::now() < deadline) {
+        std::this_thread::sleep_for(1ms);
+      }
+      return !held_;
+    }
+
+   private:
+    std::atomic<bool>& held_;
+  };
+  const auto hub = std::make_shared<detail::ThreadHub>(2);
+  std::atomic<bool> held{false};
+  run_ranks(2, [&](ControlPlane& outside) {
+    const int rank = outside.rank();
+    MessageControlPlane plane(
+        rank == 0 ? std::shared_ptr<Messenger>(std::make_shared<HeldMessenger>(hub, held))
+                  : std::make_shared<detail::ThreadMessenger>(hub, 1),
+        5s);
+    auto backend = host_backend();
+    auto transport = backend->connect(plane);
+    auto segment = backend->allocate_segment(4096);
+    outside.barrier();
+    held = leaves;
+    outside.barrier();
+    if (rank == 0) {
+      const auto call = [&] { (void)transport->register_segment(*segment); };
+      if (leaves) {
+        check_throws<SymmetryError>(call, "rank 1 gave up: group world: its own trouble");
+      } else {
+        check_throws<TransportError>(
+            call, "in group world on rank 0: with rank 1: ", "importing descriptor");
+      }
+      return;
+    }
+    const auto handle = static_cast<host::HostSegment&>(*segment).memory()->handle();
+    segment.reset();
+    (void)plane.all_gather(std::as_bytes(std::span(&handle, 1)));
+    if (leaves) {
+      plane.give_up("its own trouble");
+      held = false;
+    } else {
+      check_throws<SymmetryError>(
+          [&] { agree(plane, {.place = "registration of a host window", .bytes = 4096}); },
+          "rank 0 failed: ", "with rank 1: ");
+    }
   });
 }
 
