@@ -302,13 +302,14 @@ TEST_CASE("what another rank saw of a device is old", "[cohort_trace]") {
 
 TEST_CASE("the cause is a rank that waits for nobody", "[cohort_trace]") {
   // Rank 0 waits in dp for rank 1, which waits in tp for rank 2, which comes to neither.
-  const auto rank = [](int r, int dp, int tp, int open_dp, int open_tp) {
+  const auto rank = [](int r, std::uint64_t dp, std::uint64_t tp, std::uint64_t open_dp,
+                       std::uint64_t open_tp) {
     json first = json::array();
     json second = json::array();
-    for (int i = 1; i <= dp; ++i) {
+    for (std::uint64_t i = 1; i <= dp; ++i) {
       first.push_back(reduce(i, 1));
     }
-    for (int i = 1; i <= tp; ++i) {
+    for (std::uint64_t i = 1; i <= tp; ++i) {
       second.push_back(reduce(i, 2));
     }
     return file(
