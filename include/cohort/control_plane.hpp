@@ -135,6 +135,12 @@ class ControlPlane {
   /// the ranks that it names.
   virtual void give_up_because(const std::exception_ptr& error) noexcept = 0;
 
+  /// Local. Tells the others that this rank, which has finished its calls, makes no further one:
+  /// who awaits something of it, or sends it something later, throws `TransportError` at once, and
+  /// nobody else is disturbed. Nothing happens where this rank has left, and in groups whose
+  /// generation may come again.
+  virtual void leave_in_order() noexcept = 0;
+
   /// Local, without waiting for peers. Throws what a rank said that has left the group, at
   /// whichever call, and leaves it as well: for ranks that wait for each other by other means. What
   /// a rank of this machine said before it did anything that can be seen here, is found by

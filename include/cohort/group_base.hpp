@@ -79,7 +79,13 @@ class GroupBase {
   }
   GroupBase(const GroupBase&) = delete;
   GroupBase& operator=(const GroupBase&) = delete;
-  virtual ~GroupBase() { close(); }
+  virtual ~GroupBase() {
+    const bool early = !closed_;  // behind a shutdown nobody waits
+    close();
+    if (early) {
+      parts_.control->leave_in_order();
+    }
+  }
 
   /// What the group is for.
   [[nodiscard]] GroupKind kind() const noexcept { return parts_.kind; }

@@ -19,6 +19,7 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <set>
 #include <span>
 #include <string_view>
 #include <thread>
@@ -37,8 +38,9 @@
 
 namespace cohort::detail {
 
-/// What a message is part of. `gave_up` is no call: a rank tells the others that it has left.
-enum class ControlCall : std::uint32_t { all_gather, barrier, broadcast, exchange, gave_up };
+/// What a message is part of. The last two are no calls: a rank tells the others that it has left,
+/// because of an error or in good order.
+enum class ControlCall : std::uint32_t { all_gather, barrier, broadcast, exchange, gave_up, left };
 
 [[nodiscard]] constexpr std::string_view to_string(ControlCall call) noexcept {
   switch (call) {
@@ -52,6 +54,8 @@ enum class ControlCall : std::uint32_t { all_gather, barrier, broadcast, exchang
       return "exchange";
     case ControlCall::gave_up:
       return "notice";
+    case ControlCall::left:
+      return "goodbye";
   }
   return "unknown call";
 }
@@ -78,6 +82,8 @@ struct Watch {
   /// The number of the call: who left a later one has finished this one. Nothing where calls are
   /// not numbered.
   std::optional<std::uint32_t> sequence;
+  /// In the messenger: whose messages the call still needs. None comes behind a goodbye.
+  std::span<const int> awaited = {};
 };
 
 /// Sorts the messages of one messenger by group and sender, so that many groups share it, each used
@@ -124,8 +130,8 @@ class Mailbox {
   }
 
   /// The next frame of that kind of call from a rank, or nothing: at the deadline, or as soon as
-  /// `notice` has something to tell. What has arrived by then counts, also where the deadline has
-  /// passed before the call.
+  /// `notice` or `who_left` has something to tell. What has arrived by then counts, also where the
+  /// deadline has passed before the call.
   std::optional<Frame> receive(int from, ControlCall call, const Watch& watch, Deadline deadline) {
     const Key wanted = key({watch.channel, call, 0}, from);
     // Ranks that keep sending to other groups do not keep this one beyond its limit, which the
@@ -145,6 +151,9 @@ class Mailbox {
         while (take_in() && Clock::now() < drained) {
         }
         return take(wanted);  // what has arrived before the notice counts
+      }
+      if (first_gone(call, watch)) {
+        return std::nullopt;
       }
       store_kept();
       const auto start = Clock::now();
@@ -198,6 +207,22 @@ class Mailbox {
   [[nodiscard]] bool has(int from, ControlCall call, std::uint64_t channel) {
     const auto lock = enter();
     return pending_.count(key({channel, call, 0}, from)) > 0;
+  }
+
+  /// The first rank that left in good order without what a call still awaits of it, of the goodbyes
+  /// taken in.
+  [[nodiscard]] std::optional<int> who_left(ControlCall call, const Watch& watch) {
+    if (watch.awaited.empty()) {
+      return std::nullopt;
+    }
+    const auto lock = enter();
+    return first_gone(call, watch);
+  }
+
+  /// Whether a goodbye of a rank has been taken in.
+  [[nodiscard]] bool has_left(std::uint64_t channel, int from) {
+    const auto lock = enter();
+    return goodbyes_.count({channel, from}) > 0;
   }
 
   /// The first notice that concerns a call, of those taken in. Waits for nobody, and costs nothing
@@ -271,6 +296,8 @@ class Mailbox {
         ++end;
       }
       pending_.erase(begin, end);
+      goodbyes_.erase(goodbyes_.lower_bound({channel, kLowest}),
+                      goodbyes_.upper_bound({channel, std::numeric_limits<int>::max()}));
       {
         const std::lock_guard notices(notices_mutex_);
         notices_.erase(channel);
@@ -366,6 +393,19 @@ class Mailbox {
     return lock;
   }
 
+  /// Messages of a pair keep their order: what a rank sent before its goodbye is in `pending_`.
+  [[nodiscard]] std::optional<int> first_gone(ControlCall call, const Watch& watch) const {
+    if (!goodbyes_.empty()) {
+      for (const int r : watch.awaited) {
+        if (goodbyes_.count({watch.channel, r}) > 0 &&
+            pending_.count(key({watch.channel, call, 0}, r)) == 0) {
+          return r;
+        }
+      }
+    }
+    return std::nullopt;
+  }
+
   std::optional<Frame> take(const Key& wanted) {
     const auto it = pending_.find(wanted);
     if (it == pending_.end() || it->second.empty()) {
@@ -433,6 +473,8 @@ class Mailbox {
     if (retired_.count(trailer.channel) == 0) {
       if (trailer.call == ControlCall::gave_up) {
         note(trailer.channel, from, trailer.sequence, std::span(message).first(payload));
+      } else if (trailer.call == ControlCall::left) {
+        goodbyes_.insert({trailer.channel, from});
       } else {
         auto& frames = pending_[key(trailer, from)];
         frames.emplace_back();
@@ -457,6 +499,7 @@ class Mailbox {
   Deadline shared_until_{};
   std::optional<Messenger::Arrival> kept_;  // what there was no memory to store
   std::map<Key, std::deque<Frame>> pending_;
+  std::set<std::pair<std::uint64_t, int>> goodbyes_;  // channel, sender
   std::unordered_set<std::uint64_t> retired_;
   std::deque<std::uint64_t> retired_in_order_;
   std::atomic<std::int64_t> looked_{0};  // when, by `tick`

@@ -106,7 +106,7 @@ class MessageControlPlane : public ControlPlane {
         return Bytes(mine.begin(), mine.end());
       }
       Wait wait(limit_, limit_);
-      auto payload = receive(root, trailer, wait);
+      auto payload = receive(root, trailer, wait, member(root));
       fail_if_missing(trailer, wait);
       fail_if_left(trailer, members_, told_ + shortest(limit_));
       finish(trailer);
@@ -126,13 +126,19 @@ class MessageControlPlane : public ControlPlane {
     // Pairs count for themselves: the two ends of an exchange need not make the same calls.
     const detail::FrameTrailer trailer{channel_, detail::ControlCall::exchange, 0};
     return leave_on_error({}, [&] {
+      refuse_if_left(outgoing);
       for (auto& message : outgoing) {
         mailbox_->send(members_[index(message.to)], trailer, std::move(message.payload));
       }
       Wait wait(limit_, limit_);
+      std::vector<int> awaited;
+      for (const auto& message : incoming) {
+        awaited.push_back(members_[index(message.from)]);
+      }
       std::vector<Bytes> payloads;
       for (const auto& [from, bytes] : incoming) {
-        payloads.push_back(receive(from, trailer, wait));
+        payloads.push_back(
+            receive(from, trailer, wait, std::span(awaited).subspan(payloads.size())));
         if (wait.missing.empty() && payloads.back().size() != bytes) {
           throw SymmetryError(fmt::format("exchange in group {}: rank {} sent {} bytes where rank "
                                           "{} expected {}",
@@ -172,6 +178,23 @@ class MessageControlPlane : public ControlPlane {
   void give_up_because(const std::exception_ptr& error) noexcept override {
     if (mailbox_->owner().is_here()) {
       leave([&] { return detail::GiveUp::because(error, rank_).serialize(); });
+    }
+  }
+
+  void leave_in_order() noexcept override {
+    if (!given_once_ || poisoned() || !mailbox_->owner().is_here()) {
+      return;
+    }
+    const detail::FrameTrailer trailer{channel_, detail::ControlCall::left,
+                                       static_cast<std::uint32_t>(progress_.load())};
+    for (int r = 0; r < size(); ++r) {
+      try {
+        if (r != rank_) {
+          send(r, trailer, {});
+        }
+      } catch (const std::exception&) {
+        continue;  // whom it cannot tell finds out at the time limit
+      }
     }
   }
 
@@ -375,8 +398,9 @@ class MessageControlPlane : public ControlPlane {
           send((rank_ + step) % size(), trailer, mine);
         }
         for (; next_rank < size(); ++next_rank) {
-          all[index(next_rank)] = next_rank == rank_ ? Bytes(mine.begin(), mine.end())
-                                                     : receive(next_rank, trailer, wait);
+          all[index(next_rank)] = next_rank == rank_
+                                      ? Bytes(mine.begin(), mine.end())
+                                      : receive(next_rank, trailer, wait, members_from(next_rank));
         }
         fail_if_missing(trailer, wait);
         for (int r = 0; r < size(); ++r) {
@@ -400,6 +424,27 @@ class MessageControlPlane : public ControlPlane {
   [[nodiscard]] std::span<const int> member(int rank) const {
     return std::span(members_).subspan(index(rank), 1);
   }
+  [[nodiscard]] std::span<const int> members_from(int rank) const {
+    return std::span(members_).subspan(index(rank));
+  }
+
+  /// Messages to a rank that has left would be lost.
+  void refuse_if_left(const std::vector<Outgoing>& outgoing) {
+    if (outgoing.empty()) {
+      return;
+    }
+    mailbox_->look_now_and_then();
+    for (const auto& message : outgoing) {
+      if (mailbox_->has_left(channel_, members_[index(message.to)])) {
+        fail_left(detail::ControlCall::exchange, message.to);
+      }
+    }
+  }
+
+  [[noreturn]] void fail_left(detail::ControlCall call, int rank) const {
+    throw TransportError({.call = std::string(to_string(call)), .rank = rank_, .group = name_},
+                         fmt::format("rank {} has left the group", rank));
+  }
 
   [[nodiscard]] detail::Watch watch(const detail::FrameTrailer& trailer,
                                     std::span<const int> ranks) const {
@@ -408,9 +453,12 @@ class MessageControlPlane : public ControlPlane {
   }
 
   /// The matching payload from a rank of the group; notes the rank as missing at the deadline.
-  /// Throws as soon as any rank of the group says that it has left.
-  Bytes receive(int from, const detail::FrameTrailer& expected, Wait& wait) {
-    const auto concern = watch(expected, members_);
+  /// Throws as soon as any rank of the group says that it gave up, or one of `awaited`, in the
+  /// messenger, that it has left.
+  Bytes receive(int from, const detail::FrameTrailer& expected, Wait& wait,
+                std::span<const int> awaited) {
+    auto concern = watch(expected, members_);
+    concern.awaited = awaited;
     const auto receive_until = [&](Deadline end) {
       return mailbox_->receive(members_[index(from)], expected.call, concern,
                                std::min(end, wait.time.deadline()));
@@ -473,6 +521,10 @@ class MessageControlPlane : public ControlPlane {
     if (const auto notice = mailbox_->notice(concern)) {
       heard_ = true;
       detail::GiveUp::deserialize(notice->reason).raise(to_string(call), name_);
+    }
+    if (const auto left = mailbox_->who_left(call, concern)) {
+      fail_left(call, static_cast<int>(std::find(members_.begin(), members_.end(), *left) -
+                                       members_.begin()));
     }
   }
 

@@ -169,6 +169,37 @@ TEST_CASE("a forked child neither calls its parent's messenger nor destroys it")
   CHECK(counts.destroyed == 1);
 }
 
+TEST_CASE("a goodbye ends the waits that need its rank, after what was sent before it") {
+  Post post;
+  post.messenger->deliver(2, {7, ControlCall::exchange, 0});
+  post.messenger->deliver(2, {7, ControlCall::left, 1}, 0);
+  const Watch pair{7, kOthers, std::nullopt, std::span(kOthers).subspan(1)};
+  const Watch other{7, kOthers, std::nullopt, std::span(kOthers).first(1)};
+  const Watch all{7, kOthers, std::nullopt, kOthers};
+  post.mailbox.look();
+  CHECK(post.mailbox.has_left(7, 2));
+  CHECK_FALSE(post.mailbox.has_left(7, 1));
+  CHECK_FALSE(post.mailbox.has_left(8, 2));
+  // What rank 2 sent is there for who needs no more of it.
+  CHECK_FALSE(post.mailbox.who_left(ControlCall::exchange, all));
+  CHECK(post.mailbox.who_left(ControlCall::barrier, all) == 2);
+  CHECK(post.receive(2, ControlCall::exchange, pair));
+  CHECK(post.mailbox.who_left(ControlCall::exchange, all) == 2);
+  CHECK_FALSE(post.mailbox.receive(2, ControlCall::exchange, pair, Clock::now() + 60s));
+  CHECK_FALSE(post.mailbox.receive(1, ControlCall::exchange, all, Clock::now() + 60s));
+  // Who needs rank 1 alone is not disturbed, nor is another group.
+  CHECK_FALSE(post.mailbox.who_left(ControlCall::exchange, other));
+  CHECK_FALSE(post.mailbox.who_left(ControlCall::exchange, {8, kOthers, std::nullopt, kOthers}));
+  CHECK_FALSE(post.mailbox.notice(all));
+  post.messenger->deliver(1, {7, ControlCall::exchange, 0});
+  CHECK(post.receive(1, ControlCall::exchange, other));
+  post.mailbox.retire(7);
+  CHECK_FALSE(post.mailbox.has_left(7, 2));
+  post.messenger->deliver(2, {7, ControlCall::left, 1}, 0);
+  post.mailbox.look();
+  CHECK_FALSE(post.mailbox.has_left(7, 2));
+}
+
 TEST_CASE("numbers of calls wrap around") {
   Post post;
   post.messenger->deliver(1, {7, ControlCall::gave_up, 0xffffffffU});

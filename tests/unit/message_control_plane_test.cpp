@@ -49,6 +49,71 @@ std::string ranks_text(const std::vector<int>& ranks) { return fmt::format("{}",
 
 }  // namespace
 
+TEST_CASE("who needs a rank that has left in good order learns it at once, and nobody else") {
+  run_ranks(4, [](ControlPlane& world) {
+    const auto generation = world.new_generations(1);
+    const auto group = world.subgroup(std::vector{0, 1, 2, 3}, generation, "group");
+    const int rank = group->rank();
+    check_all_gather(*group, 0);  // that ranks leave behind their last calls disturbs none of them
+    const auto send = [&](int to) { (void)group->exchange({{to, message_of(rank)}}, {}); };
+    const auto receive = [&](int from) {
+      const ControlPlane::Incoming incoming{from, message_of(from).size()};
+      check(group->exchange({}, std::span(&incoming, 1)).front() == message_of(from), "its bytes");
+    };
+    if (rank == 3) {
+      send(0);
+      group->leave_in_order();
+    }
+    world.barrier();                    // it has left
+    std::this_thread::sleep_for(20ms);  // behind the last look at what has come
+    if (rank == 0) {
+      receive(3);  // what it sent before is there
+      send(1);
+    } else if (rank == 1) {
+      receive(0);
+    }
+    world.barrier();
+    if (rank == 2) {
+      const auto start = Clock::now();
+      check_throws<TransportError>([&] { receive(3); }, "rank 3 has left the group");
+      check(Clock::now() - start < kRanksTimeLimit / 2, "before the limit");
+    }
+    world.barrier();
+  });
+}
+
+TEST_CASE("sends to a rank that has left in good order are refused, as are calls of all") {
+  const bool sends = GENERATE(true, false);
+  std::atomic<bool> left{false};
+  run_ranks(2, [&](ControlPlane& world) {
+    const auto generation = world.new_generations(1);
+    const auto group = world.subgroup(std::vector{0, 1}, generation, "group");
+    group->barrier();
+    if (group->rank() == 1) {
+      group->leave_in_order();
+      left = true;
+    } else {
+      while (!left) {
+        std::this_thread::sleep_for(1ms);
+      }
+      std::this_thread::sleep_for(20ms);  // behind the last look at what has come
+      const auto start = Clock::now();
+      check_throws<TransportError>(
+          [&] {
+            if (sends) {
+              (void)group->exchange({{1, message_of(0)}}, {});
+            } else {
+              (void)group->all_gather({});
+            }
+          },
+          "rank 1 has left the group");
+      check(Clock::now() - start < kRanksTimeLimit / 2, "before the limit");
+      check(group->poisoned(), "a message is missing");
+    }
+    world.barrier();
+  });
+}
+
 TEST_CASE("all_gather gives every rank's bytes in rank order, whatever their sizes") {
   const int n = GENERATE(1, 2, 3, 4, 8);
   run_ranks(n, [&](ControlPlane& plane) {

@@ -3,6 +3,7 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <chrono>
 #include <cohort/host/host_backend.hpp>
 #include <filesystem>
@@ -132,6 +133,47 @@ TEST_CASE("one wait of the state is for all its groups", "[state]") {
     state.synchronize(stream, std::chrono::seconds(20));
     check_equal(done, 1, "waited");
     check(!state.failed(), "failed");
+  });
+}
+
+TEST_CASE("a state that ends without a shutdown refuses what needs it later, and ends no call",
+          "[state]") {
+  const bool mapped = GENERATE(true, false);
+  ParallelOptions options{.layout = {.tp = 3}, .backend = host_backend({.map_peers = mapped})};
+  std::atomic<bool> ended{false};
+  run_ranks(3, [&](ControlPlane& world) {
+    for (int round = 0; round < 30; ++round) {  // each leaves right behind its last call
+      auto state = ParallelState::create(world, options);
+      const auto x = state.tp().backend().allocate({5}, DType::f32, {});
+      fill(x, world.rank());
+      state.tp().all_reduce(x);
+      state.world().control().barrier();
+    }
+    std::optional state(ParallelState::create(world, options));
+    const auto x = state->tp().backend().allocate({5}, DType::f32, {});
+    fill(x, 0);
+    if (world.rank() == 2) {
+      state.reset();
+      ended = true;
+    }
+    while (!ended) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));  // behind the last look
+    if (world.rank() == 0) {
+      state->tp().send(x, 1);
+      world.barrier();
+      const auto start = Clock::now();
+      check_throws<TransportError>([&] { state->tp().send(x, 2); }, "rank 2 has ");
+      check_throws<TransportError>([&] { state->shutdown(); }, "rank 2 has left the group");
+      check(Clock::now() - start < kRanksTimeLimit / 2, "before the limit");
+    } else {
+      if (world.rank() == 1) {
+        state->tp().recv(x, 0);
+      }
+      world.barrier();
+    }
+    world.barrier();
   });
 }
 

@@ -176,6 +176,9 @@ class MpiMessenger : public Messenger {
 
   void send(int to, Bytes message) override {
     check_open("MPI_Isend");
+    if (!detail::mpi_is_up()) {  // a group may end behind MPI_Finalize, and say so
+      throw TransportError({.call = "MPI_Isend", .rank = rank_}, "MPI has been finalized");
+    }
     reap();
     auto& sent = sent_.emplace_back();
     sent.to = to;
