@@ -19,11 +19,15 @@ import sys
 import tempfile
 import time
 
-import torch
-import torch.distributed as dist
 from command_line import Parser
 
-import cohort
+try:
+    import torch
+    import torch.distributed as dist
+
+    import cohort
+except ImportError as missing:  # so that --help works without them
+    torch = missing
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROUNDS, CALLS = 300, 100
@@ -96,6 +100,8 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--json", help="writes JSON lines there, the facts of the run first")
     args = parser.parse_args()
+    if isinstance(torch, ImportError):
+        parser.exit(1, f"torch_calls.py: {torch}\n")
     torch.set_num_threads(1)
     cpp = from_cpp()
     with cohort.ParallelState(control="single", device="cpu") as state, torch.inference_mode():
