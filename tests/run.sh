@@ -146,6 +146,22 @@ run_tests() {
   fi
 }
 
+# Never installs torch: its wheels are gigabytes.
+test_torch() {
+  step "test torch"
+  bash tests/torch.sh 2>&1 | tee build/torch.log
+  local torch_status=${PIPESTATUS[0]}
+  if ((torch_status == 77)); then
+    skip "$(sed -n 's/^cohort-skip: //p' build/torch.log)"
+  elif [[ $(tail -n 1 build/torch.log) =~ ^([0-9]+)\ passed,\ ([0-9]+)\ failed,\ ([0-9]+)\ skipped$ ]]; then
+    passed=$((passed + BASH_REMATCH[1]))
+    skipped=$((skipped + BASH_REMATCH[3]))
+    ((BASH_REMATCH[2] == 0)) || problem "torch tests" "${BASH_REMATCH[2]}"
+  else
+    problem "tests/torch.sh ended with status $torch_status"
+  fi
+}
+
 # The short run where no GPU is.
 one_tree() {
   local tree=gpu
@@ -172,11 +188,12 @@ mkdir -p build
 step "packages"
 bash cmake/deps.sh "$( ((full)) && echo --full || echo --tests)" || { problem "packages"; finish; }
 
-if ((full)) || gpu_is_here; then
+if ((full || sanitize)) || gpu_is_here; then
   build host
   [[ -e build/host/CTestTestfile.cmake ]] && run_tests host
 else
   one_tree
+  test_torch
   finish
 fi
 
@@ -201,19 +218,7 @@ if ((sanitize)); then
   ((full)) && unset COHORT_QUICK
 fi
 
-# Never installs torch: its wheels are gigabytes.
-step "test torch"
-bash tests/torch.sh 2>&1 | tee build/torch.log
-torch_status=${PIPESTATUS[0]}
-if ((torch_status == 77)); then
-  skip "$(sed -n 's/^cohort-skip: //p' build/torch.log)"
-elif [[ $(tail -n 1 build/torch.log) =~ ^([0-9]+)\ passed,\ ([0-9]+)\ failed,\ ([0-9]+)\ skipped$ ]]; then
-  passed=$((passed + BASH_REMATCH[1]))
-  skipped=$((skipped + BASH_REMATCH[3]))
-  ((BASH_REMATCH[2] == 0)) || problem "torch tests" "${BASH_REMATCH[2]}"
-else
-  problem "tests/torch.sh ended with status $torch_status"
-fi
+test_torch
 
 build_gpu
 case $? in
