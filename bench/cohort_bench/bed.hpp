@@ -88,7 +88,8 @@ class Bed {
   [[nodiscard]] virtual std::unique_ptr<PeerMemory> peer_memory(ControlPlane& world,
                                                                 std::size_t bytes) = 0;
 
-  /// Microseconds from when all ranks are ready, which `align` enqueues, to the end of `work`.
+  /// Microseconds from when all ranks are ready, which `align` enqueues, to the end of `work`; of
+  /// `issue` to when it has returned.
   [[nodiscard]] virtual double elapsed_us(const std::function<void()>& align,
                                           const std::function<void()>& work, Mode mode) = 0;
   /// Waits for the stream.

@@ -204,6 +204,11 @@ inline void add_cuda_limits(std::span<const Row> rows, std::vector<Goal>& goals)
     }
     const bool collective =
         row.bench == "all_gather" || row.bench == "reduce_scatter" || row.bench == "all_reduce";
+    if (collective && is(row, row.bench, "own", "-", "issue")) {
+      goals.push_back({fmt::format("{} {} {}: own, us to enqueue a call", row.bench, row.dtype,
+                                   readable_bytes(row.bytes)),
+                       row.us.p50, 1.5, false});
+    }
     if (collective && is(row, row.bench, "plain", "-", "eager")) {
       if (const Row* base = partner(rows, row, "raw", "-")) {
         goals.push_back({fmt::format("{} {} eager {}: plain - raw, us a call", row.bench, row.dtype,

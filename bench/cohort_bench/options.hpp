@@ -57,7 +57,11 @@ enum class Path : std::uint8_t {
 /// How a merge is carried out.
 enum class Plan : std::uint8_t { staged, staged_fp32, packed, one_kernel };
 
-enum class Mode : std::uint8_t { eager, graph };
+enum class Mode : std::uint8_t {
+  eager,
+  graph,
+  issue,  ///< Eager calls of which only the host's time counts, until the last has returned.
+};
 
 inline constexpr std::array kBenches = {
     Named{Bench::ceiling, "ceiling"},
@@ -94,7 +98,8 @@ inline constexpr std::array kPlans = {
     Named{Plan::packed, "packed"},
     Named{Plan::one_kernel, "one_kernel"},
 };
-inline constexpr std::array kModes = {Named{Mode::eager, "eager"}, Named{Mode::graph, "graph"}};
+inline constexpr std::array kModes = {Named{Mode::eager, "eager"}, Named{Mode::graph, "graph"},
+                                      Named{Mode::issue, "issue"}};
 inline constexpr std::array kDTypes = {Named{DType::f32, "f32"}, Named{DType::f16, "f16"},
                                        Named{DType::bf16, "bf16"}};
 inline constexpr std::array kBackends = {Named{BackendKind::host, "host"},
@@ -120,7 +125,8 @@ struct Options {
   std::vector<Path> paths = {Path::raw,   Path::shared_loop, Path::raw_symmetric,
                              Path::plain, Path::symmetric,   Path::own};
   std::vector<Plan> plans = detail::values(kPlans);
-  std::vector<Mode> modes = detail::values(kModes);
+  /// `issue` only where it is asked for.
+  std::vector<Mode> modes = {Mode::eager, Mode::graph};
   std::int64_t min_bytes = std::int64_t{2} << 10;
   std::int64_t max_bytes = std::int64_t{4} << 20;
   std::int64_t factor = 2;
@@ -293,6 +299,10 @@ inline bool set_option(Options& options, std::string_view option, std::string_vi
   if (options.max_bytes < options.min_bytes) {
     throw ConfigError(fmt::format("--max-bytes: expected at least --min-bytes, {}, got {}",
                                   options.min_bytes, options.max_bytes));
+  }
+  if (options.backend == BackendKind::host && options.has(Mode::issue)) {
+    throw ConfigError(
+        "--modes: issue is of --backend cuda; on the host a call is over when it returns, eager");
   }
   if (options.dtypes.empty()) {
     options.dtypes = {options.backend == BackendKind::host ? DType::f32 : DType::bf16};

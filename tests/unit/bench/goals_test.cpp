@@ -75,11 +75,12 @@ TEST_CASE("goals of cards count the run's own ceilings") {
                         row("dcp_merge", "own", "one_kernel", "graph", 100, 1, 2.1),
                         row("dcp_merge", "own", "one_kernel", "graph", 100, 128, 30.0),
                         row("all_reduce", "plain", "-", "eager", 4096, 0, 10.5),
-                        row("all_reduce", "raw", "-", "eager", 4096, 0, 10.0)};
+                        row("all_reduce", "raw", "-", "eager", 4096, 0, 10.0),
+                        row("all_reduce", "own", "-", "issue", 4096, 0, 1.6)};
   rows[1].busbw = 400;
   rows[3].busbw = 380;
   const auto goals = goals_of(BackendKind::cuda, rows);
-  REQUIRE(goals.size() == 3);
+  REQUIRE(goals.size() == 4);
   CHECK(is_near(goals[0].value, 1.05));
   CHECK(goals[0].met());
   CHECK(goals[1].at_least);
@@ -87,6 +88,8 @@ TEST_CASE("goals of cards count the run's own ceilings") {
   CHECK(goals[1].met());
   CHECK(is_near(goals[2].value, 0.5));  // microseconds a call
   CHECK_FALSE(goals[2].met());
+  CHECK(goals[3].what.find("4 KiB: own, us to enqueue") != std::string::npos);
+  CHECK_FALSE(goals[3].met());
 }
 
 TEST_CASE("decode_step's summary compares with what engines run in a graph") {

@@ -23,6 +23,7 @@ TEST_CASE("without options everything is measured, in the type that the backend'
   CHECK(options.has(Path::raw));
   CHECK(options.has(Plan::one_kernel));
   CHECK(options.has(Mode::graph));
+  CHECK_FALSE(options.has(Mode::issue));
   CHECK_FALSE(options.check);
   CHECK(options.dtypes == std::vector<DType>{DType::f32});
   CHECK(parse({"--backend", "cuda"}).dtypes == std::vector<DType>{DType::bf16});
@@ -55,6 +56,8 @@ TEST_CASE("a wrong argument is named with what was expected") {
   CHECK_THROWS_MATCHES(parse({"--min-bytes", "4K", "--max-bytes", "2K"}), ConfigError,
                        says("--max-bytes", "4096", "2048"));
   CHECK_THROWS_MATCHES(parse({"--factor", "1"}), ConfigError, says("--factor", "2"));
+  CHECK_THROWS_MATCHES(parse({"--modes", "eager,issue"}), ConfigError, says("--modes", "issue"));
+  CHECK(parse({"--modes", "issue", "--backend", "cuda"}).modes == std::vector<Mode>{Mode::issue});
   CHECK_THROWS_MATCHES(parse({"--iters", "0"}), ConfigError, says("--iters"));
   CHECK_THROWS_MATCHES(parse({"--batches", "1,,2"}), ConfigError, says("--batches"));
   CHECK_THROWS_MATCHES(parse({"--bananas", "1"}), ConfigError, says("--bananas", "no such option"));
