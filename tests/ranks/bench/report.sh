@@ -121,6 +121,19 @@ report base.json kernels.json || fail "report with kernels"
 has page.md 'own kernels by themselves: a card, graph' '| merge, batch 1, 2 ranks | 2.50 | words |' '| pack | 9.00 | - |'
 sed 's/"op": "pack", //' kernels.json >damaged.json
 ! report base.json damaged.json || fail "a row of a kernel without a name was accepted"
+{ # what the host spends is apart from what calls take, and merges have a column for each form
+  cat base.json
+  row ceiling peer_read - issue 65536 0 2.5 0
+  row ceiling peer_write - issue 65536 0 9.5 0
+  row all_gather own - issue 2048 0 2.75 0
+  row dcp_merge own one_kernel issue 4096 1 3.25 0
+  row merge_splits own one_kernel eager 16384 1 4.0 0
+  row merge_splits own one_kernel+combine eager 16384 1 6.0 0
+} >forms.json
+report forms.json || fail "report with forms of merges"
+has page.md '| one kernel by itself | 2.50 us |' '| all_gather, 2 KiB, f32: Cohort, own kernels | 2.75 us |' \
+  '| dcp_merge, batch 1, f32: Cohort, own kernels, one_kernel | 3.25 us |' '| 2 KiB | 1.00 | 0.40 |' \
+  '| merge_splits, batch, f32 | Cohort, own kernels, one_kernel | Cohort, own kernels, one_kernel+combine |' '| 1 | 4.00 | 6.00 |'
 { # a whole decode has a section and a picture of its own
   echo "${meta/'"cores": 2'/'"cores": 2, "model": "two layers"'}"
   row decode_accuracy own automatic graph 0 3 0 0 | sed 's/}$/, "samples": 48, "way": "dcp-cohort", "right": 47, "least_margin": 0.01, "margin_bound": 0.25, "logit_difference": 0.03, "fp64_difference": 0.04, "loss": 1.5, "loss_alone": 1.25, "exceptions": [{"prompt": 2, "position": 9, "chosen": 5, "expected": 7, "margin": 0.01}]}/'
