@@ -19,6 +19,7 @@
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
 #include "cohort/flight_recorder.hpp"
+#include "cohort/give_up.hpp"
 #include "cohort/joined.hpp"
 #include "cohort/traced_agreement.hpp"
 
@@ -212,11 +213,21 @@ namespace detail {
 
 namespace detail {
 
+/// Of a time-out that a rank brings into an agreement: in this group it has not waited yet, so the
+/// ranks that it names have the numbers of another, and are named in its words alone.
+[[nodiscard]] inline GiveUp foreign(const ControlPlane& control, const Intent& intent) {
+  GiveUp why =
+      GiveUp::by(control.rank(), fmt::format("group {}: {} #{}: {}", control.name(), intent.place,
+                                             intent.sequence, intent.failure));
+  why.kind = GiveUp::Kind::timeout;
+  return why;
+}
+
 /// `cohort::agree`, without a record.
 inline void agree(ControlPlane& control, Intent intent, const std::exception_ptr& own,
-                  std::chrono::milliseconds patience) {
+                  std::chrono::milliseconds patience, const std::optional<GiveUp>& told) {
   using std::chrono::milliseconds;
-  std::string excuse;
+  std::optional<GiveUp> excuse;
   auto limit = patience == milliseconds(0) ? control.limit() : patience;
   if (own) {
     intent.failure = message_of(own);
@@ -225,10 +236,11 @@ inline void agree(ControlPlane& control, Intent intent, const std::exception_ptr
     }
     if (is_timeout(own)) {
       limit = milliseconds(0);
-      excuse = fmt::format("{} #{}: {}", intent.place, intent.sequence, intent.failure);
+      excuse = told ? *told : foreign(control, intent);
     }
   }
-  const auto arrivals = control.gather_arrivals(serialize(intent), limit, excuse);
+  const auto arrivals =
+      control.gather_arrivals(serialize(intent), limit, excuse ? &*excuse : nullptr);
   std::vector<Intent> intents;
   for (const auto& bytes : arrivals.payloads) {
     intents.push_back(deserialize(bytes));
@@ -259,16 +271,19 @@ inline void agree(ControlPlane& control, Intent intent, const std::exception_ptr
 /// @param own       What this rank has failed with, if it has: it throws that, and the others quote
 ///                  it. After a time-out of its own it tells so and waits for nobody any more.
 /// @param patience  Time limit; that of `control` where zero.
-/// Throws `own`; `SymmetryError` naming who differs or failed; `TimeoutError` naming who did not
-/// come, with what those that came say; `TransportError`. The group works on after the first two,
-/// where all have come.
+/// @param told      What the others learn of such a time-out, where its ranks are known in
+/// `control`. Throws `own`; `SymmetryError` naming who differs or failed; `TimeoutError` naming who
+/// did not come, with what those that came say; `TransportError`. The group works on after the
+/// first two, where all have come.
 inline void agree(ControlPlane& control, Intent intent, const std::exception_ptr& own = nullptr,
-                  std::chrono::milliseconds patience = {}) {
+                  std::chrono::milliseconds patience = {},
+                  const std::optional<detail::GiveUp>& told = std::nullopt) {
   FlightRecorder* const recorder = control.recorder();
   const detail::TracedAgreement traced(recorder, intent.place, intent.bytes);
   // A time-out that this rank brings along may be that of another group.
   detail::reporting(
-      recorder, [&] { detail::agree(control, std::move(intent), own, patience); }, own == nullptr);
+      recorder, [&] { detail::agree(control, std::move(intent), own, patience, told); },
+      own == nullptr);
 }
 
 }  // namespace cohort

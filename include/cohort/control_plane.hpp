@@ -11,6 +11,7 @@
 #include <cstring>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -19,6 +20,7 @@
 
 #include "cohort/error.hpp"
 #include "cohort/flight_recorder.hpp"
+#include "cohort/give_up.hpp"
 #include "cohort/messenger.hpp"
 
 /// \file
@@ -106,9 +108,9 @@ class ControlPlane {
 
   /// Collective. `all_gather_within` for callers that use what has arrived although it failed. A
   /// limit of zero waits for nobody. Where it fails, `excuse` is what the others learn, and the
-  /// error itself where it is empty.
+  /// error itself where it is null.
   virtual Arrivals gather_arrivals(std::span<const std::byte> mine, std::chrono::milliseconds limit,
-                                   std::string_view excuse = {}) = 0;
+                                   const detail::GiveUp* excuse = nullptr) = 0;
 
   /// Collective. Returns when every rank has arrived. Throws as `all_gather`.
   virtual void barrier() = 0;
@@ -130,10 +132,22 @@ class ControlPlane {
   /// for this one; each gets a `SymmetryError` that names it with the reason. Nothing happens where
   /// it is poisoned already, because then they have been told. Any thread may call it: a call under
   /// way ends at once with the same error, and the others are told that it has not been finished.
-  virtual void give_up(std::string_view reason) noexcept = 0;
+  void give_up(std::string_view reason) noexcept try {
+    leave_with(detail::GiveUp::by(rank(), fmt::format("group {}: {}", name(), reason)));
+  } catch (const std::exception&) {
+    leave_with({});  // no memory for the reason
+  }
   /// The same behind an error of this rank: the others throw one of its type, with its words and
   /// the ranks that it names.
-  virtual void give_up_because(const std::exception_ptr& error) noexcept = 0;
+  void give_up_because(const std::exception_ptr& error) noexcept try {
+    leave_with(detail::GiveUp::because(error, rank()));
+  } catch (const std::exception&) {
+    leave_with({});
+  }
+  /// The same with a cause in the numbers of this group, which may be that of another.
+  virtual void leave_with(const detail::GiveUp& why) noexcept = 0;
+  /// What this rank has left with: the first cause, where another said it. Nothing before.
+  [[nodiscard]] virtual std::optional<detail::GiveUp> left_with() const = 0;
 
   /// Local. Tells the others that this rank, which has finished its calls, makes no further one:
   /// who awaits something of it, or sends it something later, throws `TransportError` at once, and

@@ -6,11 +6,12 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
-#include <string>
+#include <optional>
 #include <string_view>
 #include <vector>
 
 #include "cohort/error.hpp"
+#include "cohort/give_up.hpp"
 #include "cohort/group_coordinator.hpp"
 
 /// \file
@@ -43,34 +44,51 @@ class FormedGroups {
                        [](const GroupCoordinator* group) { return group->failed(); });
   }
 
-  /// What the others of all groups are told where a group has failed; empty where none has.
-  [[nodiscard]] std::string reason_to_leave() const noexcept try {
-    for (const GroupCoordinator* const group : groups_) {
-      if (group->failed()) {
-        return fmt::format("its ParallelState ends behind a failure in group {}", group->name());
-      }
+  /// A failure, in the numbers of the group in which it was.
+  struct Cause {
+    const GroupCoordinator* group;
+    GiveUp why;
+  };
+
+  /// What the others of all groups are told where a group has failed; nothing where none has.
+  [[nodiscard]] std::optional<Cause> reason_to_leave() const noexcept {
+    const auto failed = std::find_if(groups_.begin(), groups_.end(),
+                                     [](const GroupCoordinator* group) { return group->failed(); });
+    if (failed == groups_.end()) {
+      return std::nullopt;
     }
-    return {};
+    return cause_of(**failed, std::make_exception_ptr(Error("a call failed")));
+  }
+  /// The first cause of a failure of `group`, behind which this rank threw `error`.
+  [[nodiscard]] static Cause cause_of(const GroupCoordinator& group,
+                                      const std::exception_ptr& error) noexcept try {
+    return {&group, group.cause(error)};
   } catch (const std::exception&) {
-    return "failed";  // no memory for more
+    return {&group, {}};  // no memory for more
   }
 
-  /// Tells the others of these groups why this rank leaves, those that are open.
+  /// Tells the others of these groups why this rank leaves, those that are open: of each that the
+  /// cause is another's, and who is at fault in its own numbers.
   template <class Which>
-  void tell(const std::string& reason, const Which& which) const noexcept {
+  void tell(const Cause& cause, const Which& which) const noexcept {
     for (GroupCoordinator* const group : groups_) {
-      if (which(group) && !group->closed()) {
-        group->forsake_peers(reason);
+      if (!which(group) || group->closed()) {
+        continue;
+      }
+      try {
+        group->forsake_peers(cause.why.across(cause.group->numbering(), group->numbering()));
+      } catch (const std::exception&) {
+        group->forsake_peers(GiveUp{});  // no memory for the cause
       }
     }
   }
 
   /// All groups within one patience: a call of one holds up the device of all. Where there is a
-  /// reason ranks may be gone, so no group waits for them any longer, each of which would take its
+  /// cause ranks may be gone, so no group waits for them any longer, each of which would take its
   /// time; and in no group do others wait for this rank.
-  void settle(const std::string& reason) const noexcept {
-    if (!reason.empty()) {
-      tell(reason, [](const GroupCoordinator*) { return true; });
+  void settle(const std::optional<Cause>& cause) const noexcept {
+    if (cause) {
+      tell(*cause, [](const GroupCoordinator*) { return true; });
     }
     const auto deadline = Clock::now() + GroupCoordinator::kTeardownPatience;
     for (auto group = groups_.rbegin(); group != groups_.rend(); ++group) {

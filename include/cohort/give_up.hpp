@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cohort/error.hpp"
+#include "cohort/joined.hpp"
 #include "cohort/messenger.hpp"
 
 /// \file
@@ -22,15 +23,24 @@
 
 namespace cohort::detail {
 
-/// Why a rank gave up, as it tells the others.
+/// A group by its name and its ranks' numbers in the world, by rank.
+struct Numbering {
+  std::string_view group;
+  std::span<const int> world;
+};
+
+/// Why a rank gave up, as it tells the others: the first cause, whoever passes it on and through
+/// however many groups. It keeps its kind, so that all throw an error of the same type.
 struct GiveUp {
   enum class Kind : std::int32_t { timeout, symmetry, transport };
 
   Kind kind = Kind::symmetry;
   std::int32_t native_code = 0;
-  std::int32_t finder = -1;     ///< In the group: who found it.
-  std::vector<int> ranks = {};  ///< In the group: who is missing or differs.
+  std::int32_t finder = -1;     ///< In the group: who found it; -1 where that is none of its ranks.
+  std::vector<int> ranks = {};  ///< In the group: who is missing or differs, of its ranks.
   std::string text = {};
+  std::string origin = {};      ///< The group that failed first, where it was another.
+  std::vector<int> world = {};  ///< Who is missing or differs there, in the world.
 
   /// Because of an error of its own: what another rank said is passed on as it is.
   /// @param self  The rank that gives up, to be blamed where the error blames nobody.
@@ -41,11 +51,11 @@ struct GiveUp {
     } catch (const TimeoutError& late) {
       GiveUp why = say(late);
       why.kind = Kind::timeout;
-      why.ranks = late.missing();
+      blame(why, late.missing());
       return why;
     } catch (const SymmetryError& unlike) {
       GiveUp why = say(unlike);
-      why.ranks = unlike.ranks();
+      blame(why, unlike.ranks());
       return why;
     } catch (const TransportError& broken) {
       GiveUp why = say(broken);
@@ -61,54 +71,117 @@ struct GiveUp {
     return {.finder = self, .ranks = {self}, .text = fmt::format("rank {} gave up: {}", self, why)};
   }
 
+  /// The same for the ranks of another group, which have other numbers, or are not those at fault.
+  [[nodiscard]] GiveUp across(const Numbering& from, const Numbering& to) const {
+    if (from.group == to.group) {
+      return *this;
+    }
+    GiveUp there = *this;
+    if (origin.empty()) {
+      there.origin = from.group;
+      for (const int r : ranks) {
+        if (r >= 0 && static_cast<std::size_t>(r) < from.world.size()) {
+          there.world.push_back(from.world[static_cast<std::size_t>(r)]);
+        }
+      }
+    }
+    there.ranks.clear();
+    for (const int r : there.world) {
+      if (const int member = place_of(r, to.world); member >= 0) {
+        there.ranks.push_back(member);
+      }
+    }
+    there.finder = finder >= 0 && static_cast<std::size_t>(finder) < from.world.size()
+                       ? place_of(from.world[static_cast<std::size_t>(finder)], to.world)
+                       : -1;
+    return there;
+  }
+
   [[nodiscard]] Bytes serialize() const {
     constexpr std::size_t kLongest = 1500;  // within what messengers send without help
     const std::size_t length = std::min(text.size(), kLongest);
-    std::vector<std::int32_t> words{static_cast<std::int32_t>(kind), native_code, finder,
-                                    static_cast<std::int32_t>(ranks.size())};
+    std::vector<std::int32_t> words{static_cast<std::int32_t>(kind),
+                                    native_code,
+                                    finder,
+                                    static_cast<std::int32_t>(ranks.size()),
+                                    static_cast<std::int32_t>(world.size()),
+                                    static_cast<std::int32_t>(origin.size())};
     words.insert(words.end(), ranks.begin(), ranks.end());
-    Bytes out(words.size() * sizeof(std::int32_t) + length);
-    std::memcpy(out.data(), words.data(), words.size() * sizeof(std::int32_t));
-    std::copy_n(reinterpret_cast<const std::byte*>(text.data()), length,
-                out.data() + words.size() * sizeof(std::int32_t));
+    words.insert(words.end(), world.begin(), world.end());
+    const auto bytes = std::as_bytes(std::span(words));
+    Bytes out(bytes.begin(), bytes.end());
+    for (const std::string_view part :
+         {std::string_view(origin), std::string_view(text).substr(0, length)}) {
+      const auto characters = std::as_bytes(std::span(part));
+      out.insert(out.end(), characters.begin(), characters.end());
+    }
     return out;
   }
 
   [[nodiscard]] static GiveUp deserialize(std::span<const std::byte> in) {
-    std::array<std::int32_t, 4> head{};
+    std::array<std::int32_t, 6> head{};
     GiveUp why;
     if (in.size() < sizeof(head)) {
       return why;
     }
     std::memcpy(head.data(), in.data(), sizeof(head));
     in = in.subspan(sizeof(head));
-    const auto count =
-        std::min(static_cast<std::size_t>(std::max(0, head[3])), in.size() / sizeof(std::int32_t));
     why.kind = static_cast<Kind>(head[0]);
     why.native_code = head[1];
     why.finder = head[2];
-    why.ranks.resize(count);
-    if (count > 0) {
-      std::memcpy(why.ranks.data(), in.data(), count * sizeof(std::int32_t));
-    }
-    in = in.subspan(count * sizeof(std::int32_t));
+    why.ranks = take_numbers(in, head[3]);
+    why.world = take_numbers(in, head[4]);
+    const auto name = in.first(std::min(in.size(), static_cast<std::size_t>(std::max(0, head[5]))));
+    why.origin.assign(reinterpret_cast<const char*>(name.data()), name.size());
+    in = in.subspan(name.size());
     why.text.assign(reinterpret_cast<const char*>(in.data()), in.size());
     return why;
   }
 
   /// Throws what the rank that found it threw, with its words.
   [[noreturn]] void raise(std::string_view call, const std::string& group) const {
+    const std::string words = words_in(group);
     switch (kind) {
       case Kind::timeout:
-        throw TimeoutError(text, ranks);
+        throw TimeoutError(words, ranks);
       case Kind::transport:
         throw TransportError(
             {.call = std::string(call), .native_code = native_code, .rank = finder, .group = group},
-            text);
+            words);
       case Kind::symmetry:
         break;
     }
-    throw SymmetryError(text, ranks);
+    throw SymmetryError(words, ranks);
+  }
+
+ private:
+  /// Numbers of ranks are those of the group that stands before them.
+  [[nodiscard]] std::string words_in(const std::string& group) const {
+    if (origin.empty()) {
+      return text;
+    }
+    const std::string who =
+        world.empty() ? "" : fmt::format(" of rank {} of the world", joined(world, ", "));
+    return fmt::format("group {}: behind a failure in group {}{}: {}", group, origin, who, text);
+  }
+  static void blame(GiveUp& why, const std::vector<int>& ranks) {
+    if (!ranks.empty()) {
+      why.ranks = ranks;
+    }
+  }
+  static int place_of(int world_rank, std::span<const int> world) noexcept {
+    const auto found = std::find(world.begin(), world.end(), world_rank);
+    return found == world.end() ? -1 : static_cast<int>(found - world.begin());
+  }
+  static std::vector<int> take_numbers(std::span<const std::byte>& in, std::int32_t count) {
+    std::vector<int> numbers(
+        std::min(static_cast<std::size_t>(std::max(0, count)), in.size() / sizeof(std::int32_t)));
+    const std::size_t bytes = numbers.size() * sizeof(std::int32_t);
+    if (bytes > 0) {
+      std::memcpy(numbers.data(), in.data(), bytes);
+    }
+    in = in.subspan(bytes);
+    return numbers;
   }
 };
 

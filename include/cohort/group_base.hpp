@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -22,6 +23,7 @@
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
 #include "cohort/flight_recorder.hpp"
+#include "cohort/give_up.hpp"
 #include "cohort/joined.hpp"
 #include "cohort/stream_order.hpp"
 #include "cohort/symmetric_arena.hpp"
@@ -252,12 +254,29 @@ class GroupBase {
 
   /// Local. Leaves the group and tells those that still wait for this rank, or will, why: for a
   /// rank that makes no further call. Teardown then waits for no peer.
-  void forsake_peers(std::string_view reason) noexcept {
-    parts_.control->give_up(reason);
+  void forsake_peers(std::string_view reason) noexcept try {
+    forsake_peers(detail::GiveUp::by(rank_, fmt::format("group {}: {}", parts_.name, reason)));
+  } catch (const std::exception&) {
+    forsake_peers(detail::GiveUp{});  // no memory for the reason
+  }
+  /// The same with a cause in the numbers of this group, which may be that of another.
+  void forsake_peers(const detail::GiveUp& why) noexcept {
+    parts_.control->leave_with(why);
     if (parts_.transport != nullptr) {
-      parts_.transport->forsake_peers(reason);
+      parts_.transport->forsake_peers(why);
     }
   }
+  /// The first cause for which this rank has left the group, in the group's numbers; `error` where
+  /// it has said none.
+  [[nodiscard]] detail::GiveUp cause(const std::exception_ptr& error) const {
+    auto said = parts_.transport != nullptr ? parts_.transport->left_with() : std::nullopt;
+    if (!said) {
+      said = parts_.control->left_with();
+    }
+    return said ? *std::move(said) : detail::GiveUp::because(error, rank_);
+  }
+  /// Its name and its ranks.
+  [[nodiscard]] detail::Numbering numbering() const noexcept { return {parts_.name, parts_.ranks}; }
 
   /// How long teardown waits for calls that may still come to their end.
   static constexpr std::chrono::milliseconds kTeardownPatience{5'000};
@@ -283,8 +302,8 @@ class GroupBase {
       detail::reporting(recorder_.get(), [&] {
         parts_.control->barrier();  // no rank may still be reading what goes away
       });
-    } catch (const std::exception& error) {
-      forsake_peers(error.what());
+    } catch (const std::exception&) {
+      forsake_peers(cause(std::current_exception()));
       close();
       throw;
     }

@@ -3,10 +3,13 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <numeric>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -15,6 +18,7 @@
 #include "cohort/agreement.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/decode_context_parallel.hpp"
+#include "cohort/give_up.hpp"
 #include "cohort/group_coordinator.hpp"
 #include "cohort/log.hpp"
 #include "cohort/pipeline_parallel.hpp"
@@ -92,7 +96,12 @@ class GroupFormation {
  public:
   /// All three outlive it.
   GroupFormation(ControlPlane& world, const ParallelOptions& options, StateTrace& trace)
-      : world_(world), options_(options), trace_(trace) {}
+      : world_(world),
+        everyone_(static_cast<std::size_t>(world.size())),
+        options_(options),
+        trace_(trace) {
+    std::iota(everyone_.begin(), everyone_.end(), 0);
+  }
 
   /// Collective over the world; see `ParallelState::create`. `failure` is what has failed on this
   /// rank before, of which the others learn. Where it throws the caller destroys the groups.
@@ -102,8 +111,9 @@ class GroupFormation {
     trace_.belongs_to(formation.part(
         "the number of the run", [&] { return agree_on_trace_run(world_); }, true));
     const std::uint64_t generation = world_.new_generations(kKinds.size());
+    std::optional<GiveUp> cause;
     try {
-      form_all(groups, generation, formation);
+      form_all(groups, generation, formation, cause);
     } catch (const std::exception&) {
       failure = std::current_exception();
     }
@@ -111,10 +121,13 @@ class GroupFormation {
       cohort::agree(
           world_,
           {.place = "formation of the groups of a ParallelState", .sequence = generation & kNumber},
-          failure, patience_after_a_wait(world_));
-    } catch (const std::exception& error) {
-      for (GroupCoordinator* group : groups.all()) {
-        group->control().give_up(error.what());  // to ranks that have a state all the same
+          failure, patience_after_a_wait(world_), cause);
+    } catch (const std::exception&) {
+      if (!cause) {
+        cause = GiveUp::because(std::current_exception(), world_.rank());
+      }
+      for (GroupCoordinator* group : groups.all()) {  // to ranks that have a state all the same
+        group->control().leave_with(cause->across(world_numbering(), group->numbering()));
       }
       throw;
     }
@@ -129,17 +142,23 @@ class GroupFormation {
 
   /// A rank that fails leaves the groups that it has not formed at once: their other ranks would
   /// wait for it.
-  void form_all(OwnedGroups& groups, std::uint64_t generation, TracedFormation& formation) const {
+  /// @param cause  What it has failed with, in the world's numbers.
+  void form_all(OwnedGroups& groups, std::uint64_t generation, TracedFormation& formation,
+                std::optional<GiveUp>& cause) const {
     std::vector<GroupParts> parts;
     for (const GroupKind kind : kKinds) {
       parts.push_back(prepare(kind, generation++));
     }
     std::size_t next = 0;
+    std::string name;  // of the group that is being formed
+    std::vector<int> ranks;
     try {
       const auto form = [&](auto& group, const auto&... more) {
         formation.part(
             fmt::format("formation of the {} group", to_string(kKinds[next])),
             [&] {
+              name = parts[next].name;
+              ranks = parts[next].ranks;
               connect(parts[next]);
               using Group = typename std::remove_reference_t<decltype(group)>::element_type;
               group = std::make_unique<Group>(std::move(parts[next++]), more...);
@@ -151,9 +170,14 @@ class GroupFormation {
       form(groups.tp);
       form(groups.pp);
       form(groups.dcp, options_.merge);
-    } catch (const std::exception& error) {
+    } catch (const std::exception&) {
+      const int self =
+          static_cast<int>(std::find(ranks.begin(), ranks.end(), world_.rank()) - ranks.begin());
+      cause =
+          GiveUp::because(std::current_exception(), self).across({name, ranks}, world_numbering());
       for (; next < parts.size(); ++next) {
-        parts[next].control->give_up(error.what());
+        ControlPlane& control = *parts[next].control;
+        control.leave_with(cause->across(world_numbering(), {parts[next].name, parts[next].ranks}));
       }
       throw;
     }
@@ -210,7 +234,10 @@ class GroupFormation {
     }
   }
 
+  [[nodiscard]] Numbering world_numbering() const noexcept { return {world_.name(), everyone_}; }
+
   ControlPlane& world_;
+  std::vector<int> everyone_;  // in the world
   const ParallelOptions& options_;
   StateTrace& trace_;
 };

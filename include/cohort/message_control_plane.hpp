@@ -76,7 +76,7 @@ class MessageControlPlane : public ControlPlane {
   [[nodiscard]] bool poisoned() const noexcept override { return (progress_.load() & kLeft) != 0; }
 
   Arrivals gather_arrivals(std::span<const std::byte> mine, std::chrono::milliseconds limit,
-                           std::string_view excuse = {}) override {
+                           const detail::GiveUp* excuse) override {
     Arrivals arrivals;
     try {
       gather(detail::ControlCall::all_gather, mine, limit, arrivals, excuse);
@@ -88,13 +88,13 @@ class MessageControlPlane : public ControlPlane {
 
   void barrier() override {
     Arrivals arrivals;
-    gather(detail::ControlCall::barrier, {}, limit_, arrivals, {});
+    gather(detail::ControlCall::barrier, {}, limit_, arrivals, nullptr);
   }
 
   Bytes broadcast(std::span<const std::byte> mine, int root) override {
     check_rank("broadcast root", root);
     const auto trailer = next(detail::ControlCall::broadcast);
-    return leave_on_error({}, [&] {
+    return leave_on_error(nullptr, [&] {
       if (rank_ == root) {
         for (int r = 0; r < size(); ++r) {
           if (r != rank_) {
@@ -125,7 +125,7 @@ class MessageControlPlane : public ControlPlane {
     }
     // Pairs count for themselves: the two ends of an exchange need not make the same calls.
     const detail::FrameTrailer trailer{channel_, detail::ControlCall::exchange, 0};
-    return leave_on_error({}, [&] {
+    return leave_on_error(nullptr, [&] {
       refuse_if_left(outgoing);
       for (auto& message : outgoing) {
         mailbox_->send(members_[index(message.to)], trailer, std::move(message.payload));
@@ -167,18 +167,16 @@ class MessageControlPlane : public ControlPlane {
     });
   }
 
-  void give_up(std::string_view reason) noexcept override {
+  void leave_with(const detail::GiveUp& why) noexcept override {
     if (mailbox_->owner().is_here()) {
-      leave([&] {
-        return detail::GiveUp::by(rank_, fmt::format("group {}: {}", name_, reason)).serialize();
-      });
+      leave([&] { return why.serialize(); });
     }
   }
 
-  void give_up_because(const std::exception_ptr& error) noexcept override {
-    if (mailbox_->owner().is_here()) {
-      leave([&] { return detail::GiveUp::because(error, rank_).serialize(); });
-    }
+  [[nodiscard]] std::optional<detail::GiveUp> left_with() const override {
+    const auto said =
+        poisoned() ? mailbox_->notice({channel_, member(rank_), std::nullopt}) : std::nullopt;
+    return said ? std::optional(detail::GiveUp::deserialize(said->reason)) : std::nullopt;
   }
 
   void leave_in_order() noexcept override {
@@ -307,23 +305,38 @@ class MessageControlPlane : public ControlPlane {
   /// Whatever ends a call early leaves the ranks out of step, so this one leaves the group, and
   /// tells so. Ranks that disagree are still there to take what was sent to them.
   template <class Call>
-  std::invoke_result_t<Call&> leave_on_error(std::string_view excuse, Call&& call) {
-    const auto told = [&] {
-      leave([&] {
-        return excuse.empty() ? said_or_own(std::current_exception())
-                              : detail::GiveUp::by(rank_, excuse).serialize();
-      });
+  std::invoke_result_t<Call&> leave_on_error(const detail::GiveUp* excuse, Call&& call) {
+    const auto tell = [&](const std::exception_ptr& error) {
+      leave([&] { return excuse != nullptr ? excuse->serialize() : said_or_own(error); });
     };
     try {
       return call();
     } catch (const SymmetryError&) {
-      told();
+      tell(std::current_exception());
       throw;
+    } catch (const TransportError& error) {
+      const auto here = std::make_exception_ptr(of_this_group(error));
+      tell(here);
+      mailbox_->abandon();
+      std::rethrow_exception(here);
     } catch (const std::exception&) {
-      told();
+      tell(std::current_exception());
       mailbox_->abandon();
       throw;
     }
+  }
+
+  /// What the messenger throws has its own numbers of the ranks, and no group.
+  [[nodiscard]] TransportError of_this_group(const TransportError& error) const {
+    if (!error.site().group.empty()) {
+      return error;
+    }
+    return TransportError({.call = error.site().call,
+                           .native_code = error.site().native_code,
+                           .rank = rank_,
+                           .group = name_},
+                          fmt::format("the messenger, to which the ranks of the group are {}: {}",
+                                      detail::joined(members_, ", "), error.what()));
   }
 
   /// Ends a call on this rank, unless another of its threads has left the group meanwhile: the
@@ -386,7 +399,7 @@ class MessageControlPlane : public ControlPlane {
   }
 
   void gather(detail::ControlCall call, std::span<const std::byte> mine,
-              std::chrono::milliseconds limit, Arrivals& arrivals, std::string_view excuse) {
+              std::chrono::milliseconds limit, Arrivals& arrivals, const detail::GiveUp* excuse) {
     auto& all = arrivals.payloads;
     all.resize(members_.size());
     int next_rank = 0;

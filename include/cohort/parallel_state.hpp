@@ -7,6 +7,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -39,7 +40,8 @@ class ParallelState {
   /// Collective over `world`, which outlives the state and whose size must be `tp * pp`. Forms the
   /// groups, decides on symmetric memory for each, logs one line and at most one warning a group.
   /// Throws `ConfigError` for a layout or plan that cannot work and what the backend throws, and
-  /// where only other ranks have failed a `SymmetryError` or `TimeoutError` that quotes them.
+  /// where only other ranks have failed a `SymmetryError`, or one of the type of the first failure
+  /// (`TimeoutError`, `TransportError`), that quotes them.
   ///
   /// All ranks have the state afterwards, or none; except where a rank dies between the messages of
   /// the very last agreement, which no exchange of messages can rule out. Ranks that had its
@@ -168,12 +170,12 @@ class ParallelState {
   /// in the end: `TimeoutError` naming who did not come, `SymmetryError`, `TransportError`.
   void shutdown() {
     std::exception_ptr failure;
-    std::string reason;
+    std::optional<detail::FormedGroups::Cause> cause;
     try {
       if (!shut_down_) {
-        if (const std::string why = formed_->reason_to_leave(); !why.empty()) {
+        if (const auto why = formed_->reason_to_leave()) {
           // Not in the world, where it waits for those who learn it so, or need not.
-          formed_->tell(why,
+          formed_->tell(*why,
                         [&](const GroupCoordinator* group) { return group != owned_.world.get(); });
         }
         const detail::TracedAgreement traced(owned_.world->recorder().get(),
@@ -182,12 +184,12 @@ class ParallelState {
           owned_.world->control().barrier();  // no rank may still be reading what goes away
         });
       }
-    } catch (const std::exception& error) {
+    } catch (const std::exception&) {
       failure = std::current_exception();
-      reason = error.what();
+      cause = detail::FormedGroups::cause_of(*owned_.world, failure);
     }
     shut_down_ = true;
-    formed_->settle(reason);
+    formed_->settle(cause);
     audiences_.close();
     {
       const detail::CallTime time;  // which their last waits share

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -14,6 +15,7 @@
 #include "cohort/dcp/partials.hpp"
 #include "cohort/dtype.hpp"
 #include "cohort/flight_recorder.hpp"
+#include "cohort/give_up.hpp"
 #include "cohort/stream.hpp"
 #include "cohort/symmetric_policy.hpp"
 #include "cohort/tensor.hpp"
@@ -296,7 +298,10 @@ class Transport {
   /// Teardown shall not wait for peers, of which some may be gone, and those that still wait for
   /// this rank by the transport's own means shall not either, and learn the reason. Local; the
   /// group makes no call afterwards.
-  virtual void forsake_peers(std::string_view /*reason*/) noexcept {}
+  virtual void forsake_peers(const detail::GiveUp& /*why*/) noexcept {}
+  /// What this rank has left the group with by the transport's own means; nothing before, and where
+  /// it has none but the control plane's.
+  [[nodiscard]] virtual std::optional<detail::GiveUp> left_with() const { return std::nullopt; }
 
   /// Collective. At least so many lanes: a call of one lane needs no order against those of others,
   /// where the transport's own kernels carry it. A transport whose calls block has nothing to do.

@@ -219,6 +219,11 @@ class MessageCase {
     }
   }
 
+  /// A failure of another group, whose ranks are none of the one that the call was of.
+  static bool names_elsewhere(const std::string& text) {
+    return text.find(" of the world: ") != std::string::npos;
+  }
+
   /// Whether the call ended well.
   bool judge(std::string_view name, int rank, const std::function<void()>& body) {
     const auto start = Clock::now();
@@ -228,10 +233,10 @@ class MessageCase {
       body();
     } catch (const TimeoutError& error) {
       outcome = error.what();
-      wrong = error.missing().empty() ? "names nobody" : "";
+      wrong = error.missing().empty() && !names_elsewhere(outcome) ? "names nobody" : "";
     } catch (const SymmetryError& error) {
       outcome = error.what();
-      wrong = error.ranks().empty() ? "names nobody" : "";
+      wrong = error.ranks().empty() && !names_elsewhere(outcome) ? "names nobody" : "";
     } catch (const TransportError& error) {
       outcome = error.what();
     } catch (const std::exception& error) {

@@ -196,6 +196,19 @@ class Trouble {
   return ranks;
 }
 
+/// World ranks that an error's text names as those: of the failure of another group.
+[[nodiscard]] inline std::string world_ranks_in(const std::string& text) {
+  constexpr std::string_view kBefore = " of rank ";
+  const auto end = text.find(" of the world: ");
+  const auto begin = end == std::string::npos ? end : text.rfind(kBefore, end);
+  if (begin == std::string::npos) {
+    return "";
+  }
+  std::string ranks = text.substr(begin + kBefore.size(), end - begin - kBefore.size());
+  std::erase(ranks, ' ');
+  return ranks;
+}
+
 /// World ranks that an error names, from its ranks in the group whose call threw it.
 [[nodiscard]] inline std::string named_ranks(const std::vector<int>& in_group,
                                              const std::vector<int>& group) {
@@ -321,11 +334,9 @@ class Rank {
     } catch (const EngineFailure&) {
       throw;
     } catch (const TimeoutError& error) {
-      say("TimeoutError", named_ranks(error.missing(), group_in(error.what(), plan_, group)),
-          error.what());
+      say("TimeoutError", named_in(error.what(), error.missing(), group), error.what());
     } catch (const SymmetryError& error) {
-      say("SymmetryError", named_ranks(error.ranks(), group_in(error.what(), plan_, group)),
-          error.what());
+      say("SymmetryError", named_in(error.what(), error.ranks(), group), error.what());
     } catch (const TransportError& error) {
       say("TransportError", "", error.what());
     } catch (const UsageError& error) {
@@ -338,6 +349,13 @@ class Rank {
       say("WRONG", "", error.what());
     }
     throw Failed();
+  }
+
+  /// World ranks that an error of a call of `group` names.
+  [[nodiscard]] std::string named_in(const std::string& text, const std::vector<int>& ranks,
+                                     const std::vector<int>& group) const {
+    const std::string world = world_ranks_in(text);
+    return world.empty() ? named_ranks(ranks, group_in(text, plan_, group)) : world;
   }
 
   [[nodiscard]] std::vector<int> everyone() const {

@@ -109,11 +109,11 @@ class StandInTransport final : public Transport {
     real_->check(stream, look);
   }
   [[nodiscard]] bool failed() const noexcept override { return real_->failed(); }
-  void forsake_peers(std::string_view reason) noexcept override {
+  void forsake_peers(const cohort::detail::GiveUp& why) noexcept override {
     if (steps_.forsake_peers) {
       steps_.forsake_peers(group_);
     }
-    real_->forsake_peers(reason);
+    real_->forsake_peers(why);
   }
 
  private:

@@ -123,3 +123,44 @@ TEST_CASE("a rank that leaves in good order tells nobody that it failed", "[stat
     state.shutdown();
   });
 }
+
+TEST_CASE("a failure in one group reaches the others as what it was, with the rank's name",
+          "[state]") {
+  const auto start = Clock::now();
+  run_ranks(
+      4,
+      [&](ControlPlane& world) {
+        std::optional<ParallelState> state(make_state(world, {.tp = 2, .pp = 2}));
+        Tensor x = state->backend().allocate({64}, DType::f32, {});
+        fill(x, 1);
+        const auto late = [&](const char* name, GroupCoordinator& group, const auto& missing) {
+          try {
+            group.all_reduce(x);
+            check(false, fmt::format("{} threw", name));
+          } catch (const TimeoutError& error) {
+            check(error.missing() == missing, error.what());
+            check_throws<TimeoutError>([] { throw; }, name);
+            if (missing.empty()) {
+              check_throws<TimeoutError>([] { throw; }, "group tp[1] of rank 3 of the world");
+            }
+          }
+        };
+        switch (world.rank()) {
+          case 0:  // waits for rank 2, which never comes, because rank 3 did not
+            std::this_thread::sleep_for(std::chrono::milliseconds(500));
+            late("pp[0]", state->pp(), std::vector<int>{});
+            break;
+          case 2:
+            late("tp[1]", state->tp(), std::vector{1});
+            break;
+          case 3:
+            std::this_thread::sleep_for(std::chrono::milliseconds(2500));  // absent
+            break;
+          default:
+            break;
+        }
+        state.reset();
+      },
+      std::chrono::milliseconds(1000));
+  CHECK(seconds_since(start) < 30);
+}

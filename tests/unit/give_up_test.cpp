@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <exception>
 #include <string>
+#include <vector>
 
 #include "support/catch.hpp"
 
@@ -30,4 +31,27 @@ TEST_CASE("what a transport error says reaches the others with its native code")
   std::fill(wild.begin() + 12, wild.begin() + 16, std::byte{0x7f});
   CHECK_THROWS_AS(detail::GiveUp::deserialize(wild).raise("barrier", "g"), Error);
   CHECK(detail::GiveUp{.text = std::string(100'000, 'x')}.serialize().size() < 4096);
+}
+
+TEST_CASE("what another group failed with keeps its type, and names its ranks in the world") {
+  const std::vector<int> tp{2, 3};
+  const std::vector<int> pp{0, 2};
+  const std::vector<int> all{0, 1, 2, 3};
+  const auto late = detail::GiveUp::because(
+      std::make_exception_ptr(TimeoutError("group tp[1]: rank 1 did not arrive", {1})), 0);
+  const auto in_pp =
+      detail::GiveUp::deserialize(late.across({"tp[1]", tp}, {"pp[0]", pp}).serialize());
+  CHECK(in_pp.kind == detail::GiveUp::Kind::timeout);
+  CHECK(in_pp.ranks.empty());  // rank 3 is none of its ranks
+  CHECK(in_pp.finder == 1);
+  CHECK_THROWS_MATCHES(in_pp.raise("barrier", "pp[0]"), TimeoutError,
+                       says("group pp[0]: behind a failure in group tp[1] of rank 3 of the world: "
+                            "rank 0 gave up: group tp[1]: rank 1 did not arrive"));
+  // Passed on by a rank that only heard of it: the same words, and the rank again.
+  const auto in_world = in_pp.across({"pp[0]", pp}, {"world", all});
+  CHECK(in_world.ranks == std::vector{3});
+  CHECK(in_world.text == in_pp.text);
+  CHECK_THROWS_MATCHES(in_world.raise("barrier", "world"), TimeoutError,
+                       says("group world: behind a failure in group tp[1] of rank 3 of the world"));
+  CHECK(late.across({"tp[1]", tp}, {"tp[1]", tp}).text == late.text);
 }

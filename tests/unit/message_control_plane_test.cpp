@@ -755,9 +755,10 @@ namespace {
 // A messenger whose peer sends what is no frame, or breaks.
 class OddMessenger : public Messenger {
  public:
-  explicit OddMessenger(std::optional<Bytes> reply) : reply_(std::move(reply)) {}
-  [[nodiscard]] int rank() const noexcept override { return 0; }
-  [[nodiscard]] int size() const noexcept override { return 2; }
+  explicit OddMessenger(std::optional<Bytes> reply, int rank = 0, int size = 2)
+      : reply_(std::move(reply)), rank_(rank), size_(size) {}
+  [[nodiscard]] int rank() const noexcept override { return rank_; }
+  [[nodiscard]] int size() const noexcept override { return size_; }
   void send(int, Bytes) override {
     if (!reply_) {
       throw TransportError({.call = "send", .native_code = 32}, "broken pipe");
@@ -769,9 +770,27 @@ class OddMessenger : public Messenger {
 
  private:
   std::optional<Bytes> reply_;
+  int rank_;
+  int size_;
 };
 
 }  // namespace
+
+TEST_CASE("what a messenger throws is told apart from the group's numbers of the ranks") {
+  MessageControlPlane plane(std::make_shared<OddMessenger>(std::nullopt, 2, 4), 1s);
+  const auto group = plane.subgroup(std::vector{2, 3}, 1, "tp[1]");
+  try {
+    group->barrier();
+    FAIL("the barrier returned");
+  } catch (const TransportError& error) {
+    CHECK(error.site().group == "tp[1]");
+    CHECK(error.site().rank == 0);
+    CHECK(error.site().native_code == 32);
+    CHECK_THAT(
+        std::string(error.what()),
+        contains("in group tp[1] on rank 0", "the ranks of the group are 2, 3", "broken pipe"));
+  }
+}
 
 TEST_CASE("a messenger's failure and foreign bytes are transport errors that poison") {
   const bool broken = GENERATE(false, true);

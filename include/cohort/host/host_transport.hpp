@@ -211,13 +211,13 @@ class HostTransport final : public Transport {
   [[nodiscard]] TransportStand call_begins(TraceCall) noexcept override { return steps_.stand(); }
   [[nodiscard]] TransportStand stand() const noexcept override { return steps_.stand(); }
 
-  void forsake_peers(std::string_view reason) noexcept override try {
+  void forsake_peers(const cohort::detail::GiveUp& why) noexcept override {
     if (access_ != nullptr) {  // ranks without one wait over the control plane
-      access_->meeting().give_up(cohort::detail::GiveUp::by(
-          control_.rank(), fmt::format("group {}: {}", control_.name(), reason)));
+      access_->meeting().give_up(why);
     }
-  } catch (const std::exception&) {
-    access_->meeting().give_up({});  // no memory for the reason
+  }
+  [[nodiscard]] std::optional<cohort::detail::GiveUp> left_with() const override {
+    return access_ != nullptr ? access_->meeting().left_with() : std::nullopt;
   }
 
   [[nodiscard]] bool failed() const noexcept override {

@@ -11,6 +11,7 @@
 #include <exception>
 #include <memory>
 #include <new>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -138,6 +139,15 @@ class Rendezvous {
       farewell.bytes = 0;
     }
     leave(farewell);
+  }
+  /// What this rank has given up with: the first cause, where another said it. Nothing before, and
+  /// where there was no memory for it.
+  [[nodiscard]] std::optional<cohort::detail::GiveUp> left_with() const {
+    const Farewell& own = pad(rank_).farewell;
+    if (presence_of(rank_) != Presence::gave_up || own.bytes == 0) {
+      return std::nullopt;
+    }
+    return cohort::detail::GiveUp::deserialize(reason_of(own));
   }
   /// Gives up because of an error of this rank, and throws it.
   template <class Error>
@@ -410,16 +420,22 @@ class Rendezvous {
   [[noreturn]] void fail_departed(int peer, Presence presence) {
     const Farewell& theirs = pad(peer).farewell;
     if (presence == Presence::left || theirs.bytes == 0) {
-      fail(TransportError(
+      const TransportError gone(
           {.call = "wait", .rank = rank_, .group = group_},
           fmt::format("rank {} {}", peer,
                       presence == Presence::left ? "has destroyed its transport"
-                                                 : "gave up after an error of its own")));
+                                                 : "gave up after an error of its own"));
+      auto why = cohort::detail::GiveUp::because(std::make_exception_ptr(gone), rank_);
+      why.ranks = {peer};
+      give_up(why);
+      throw gone;
     }
     leave(theirs);
-    const auto reason =
-        std::span(theirs.reason).first(std::min<std::size_t>(theirs.bytes, theirs.reason.size()));
-    cohort::detail::GiveUp::deserialize(reason).raise("wait", group_);
+    cohort::detail::GiveUp::deserialize(reason_of(theirs)).raise("wait", group_);
+  }
+
+  static std::span<const std::byte> reason_of(const Farewell& said) noexcept {
+    return std::span(said.reason).first(std::min<std::size_t>(said.bytes, said.reason.size()));
   }
 
   void leave(const Farewell& farewell) noexcept {

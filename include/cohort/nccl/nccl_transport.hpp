@@ -325,7 +325,7 @@ class NcclTransport final : public Transport {
     }
   }
   void settle(std::chrono::milliseconds patience) noexcept override { waits_.settle(patience); }
-  void forsake_peers(std::string_view /*reason*/) noexcept override {
+  void forsake_peers(const cohort::detail::GiveUp& /*why*/) noexcept override {
     if (group_.communicator != nullptr) {
       group_.communicator->mark_broken();
     }

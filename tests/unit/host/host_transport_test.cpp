@@ -240,7 +240,7 @@ TEST_CASE("a forked child neither uses its parent's group nor ends it", "[host]"
         refused([&] { site->transport->synchronize({}, 10ms); });
         refused([&] { plane.barrier(); });
         refused([&] { plane.subgroup(std::vector{0, 1}, 7, "again")->barrier(); });
-        site->transport->forsake_peers("a child ends");
+        site->transport->forsake_peers(detail::GiveUp::by(plane.rank(), "a child ends"));
         site.reset();  // as the child's exit does
       });
     }
