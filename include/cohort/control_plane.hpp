@@ -59,8 +59,11 @@ class ControlPlane {
   /// A message that is expected.
   struct Incoming {
     int from = 0;           ///< The sender's rank.
-    std::size_t bytes = 0;  ///< Its length, which the receiver knows.
+    std::size_t bytes = 0;  ///< Its length, which the receiver knows, or `kAnyBytes`.
   };
+
+  /// Of a message whose receiver compares its length itself.
+  static constexpr std::size_t kAnyBytes = ~std::size_t{0};
 
   /// What every message needs beyond its payload.
   static constexpr std::size_t kTrailerBytes = 16;

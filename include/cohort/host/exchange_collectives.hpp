@@ -215,15 +215,17 @@ class ExchangeCollectives {
          size_of(dtype));
   }
 
-  void compare(const Call& call, const Bytes& bytes, int from) const {
-    Call theirs;
-    std::memcpy(&theirs, bytes.data(), sizeof(Call));
-    if (!(theirs == call)) {
-      throw SymmetryError(
-          fmt::format("group {}: rank {} calls {} while rank {} calls {}", control_.name(), from,
-                      describe(theirs), rank(), describe(call)),
-          {from});
-    }
+  /// Of the calls of all ranks, which every rank has. The length of what came follows from the
+  /// call.
+  void compare(const std::vector<Call>& calls) const {
+    fail_unless_same(
+        size(), [&](int r) -> const Call& { return calls[u(r)]; },
+        [this] { return fmt::format("exchange in group {}", control_.name()); });
+  }
+  static Call call_in(const Bytes& bytes) {
+    Call call;
+    std::memcpy(&call, bytes.data(), std::min(bytes.size(), sizeof(Call)));
+    return call;
   }
 
   /// After an error the messages of a pair may be out of step, and who waits for another need not
@@ -243,7 +245,9 @@ class ExchangeCollectives {
     }
   }
 
-  /// Sends `make(r)` to each peer r, and returns what came from each, by rank.
+  /// Sends `make(r)` to each peer r, and returns what came from each, by rank. Whatever the
+  /// lengths, all calls are there before they are compared, so that every rank blames the same
+  /// ones.
   template <class Make>
   std::vector<Bytes> trade(const Call& call, const Make& make, const std::vector<int>& peers,
                            const std::vector<std::size_t>& expected) {
@@ -253,12 +257,23 @@ class ExchangeCollectives {
       std::vector<ControlPlane::Incoming> incoming;
       for (const int r : peers) {
         outgoing.push_back({r, make(r)});
-        incoming.push_back({r, sizeof(Call) + expected[u(r)]});
+        incoming.push_back({r, ControlPlane::kAnyBytes});
       }
       auto payloads = control_.exchange(std::move(outgoing), incoming);
+      std::vector<Call> calls(u(size()), call);
       for (std::size_t i = 0; i < peers.size(); ++i) {
-        compare(call, payloads[i], peers[i]);
+        calls[u(peers[i])] = call_in(payloads[i]);
         arrived[u(peers[i])] = std::move(payloads[i]);
+      }
+      compare(calls);
+      for (const int r : peers) {
+        if (arrived[u(r)].size() != sizeof(Call) + expected[u(r)]) {
+          throw SymmetryError(
+              fmt::format("exchange in group {}: rank {} sent {} bytes where rank {} expected {}",
+                          control_.name(), r, arrived[u(r)].size(), rank(),
+                          sizeof(Call) + expected[u(r)]),
+              {std::min(r, rank()), std::max(r, rank())});
+        }
       }
     });
     return arrived;

@@ -465,32 +465,9 @@ class Rendezvous {
 };
 
 inline void Rendezvous::fail_unless_same() const {
-  const Ticket* majority = nullptr;
-  int votes = 0;
-  for (int r = 0; r < size(); ++r) {
-    int alike = 0;
-    for (int other = 0; other < size(); ++other) {
-      alike += ticket_of(other).call == ticket_of(r).call ? 1 : 0;
-    }
-    if (alike > votes) {
-      votes = alike;
-      majority = &ticket_of(r);
-    }
-  }
-  std::vector<int> differ;
-  std::string text;
-  for (int r = 0; r < size(); ++r) {
-    if (!(ticket_of(r).call == majority->call)) {
-      differ.push_back(r);
-      text += fmt::format("; rank {} calls {}", r, describe(ticket_of(r).call));
-    }
-  }
-  if (!differ.empty()) {
-    throw SymmetryError(fmt::format("step {} of group {}: the ranks make different calls: most "
-                                    "call {}{}",
-                                    epoch_, group_, describe(majority->call), text),
-                        differ);
-  }
+  host::fail_unless_same(
+      size(), [this](int r) -> const Call& { return ticket_of(r).call; },
+      [this] { return fmt::format("step {} of group {}", epoch_, group_); });
 }
 
 }  // namespace cohort::host

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "cohort/dtype.hpp"
 #include "cohort/error.hpp"
@@ -89,6 +90,39 @@ struct Call {
   return fmt::format("{} of {} bytes of {}, dimension {}, variant {}, root {}, shape hash {:016x}",
                      to_string(call.operation), call.bytes, to_string(call.dtype), call.dim,
                      call.variant, call.root, call.layout);
+}
+
+/// Throws `SymmetryError` unless all ranks make the same call. Those differ that are not with the
+/// largest set of ranks that are alike (of equal sets, the one that holds the lowest rank).
+/// @param call_of  The `Call` of a rank.
+/// @param place    Says where it is; called where they differ.
+template <class CallOf, class Where>
+void fail_unless_same(int ranks, const CallOf& call_of, const Where& place) {
+  int majority = 0;
+  int votes = 0;
+  for (int r = 0; r < ranks; ++r) {
+    int alike = 0;
+    for (int other = 0; other < ranks; ++other) {
+      alike += call_of(other) == call_of(r) ? 1 : 0;
+    }
+    if (alike > votes) {
+      votes = alike;
+      majority = r;
+    }
+  }
+  std::vector<int> differ;
+  std::string text;
+  for (int r = 0; r < ranks; ++r) {
+    if (!(call_of(r) == call_of(majority))) {
+      differ.push_back(r);
+      text += fmt::format("; rank {} calls {}", r, describe(call_of(r)));
+    }
+  }
+  if (!differ.empty()) {
+    throw SymmetryError(fmt::format("{}: the ranks make different calls: most call {}{}", place(),
+                                    describe(call_of(majority)), text),
+                        differ);
+  }
 }
 
 /// Where peers find a rank's data of one call.

@@ -59,8 +59,32 @@ TEST_CASE("a peer in another call is named, and the group is unusable afterwards
                                            ReduceOp::sum, {});
           }
         },
-        plane.rank() == 0 ? "rank 1 calls reduce_scatter" : "rank 0 calls all_to_all");
+        "exchange in group world: the ranks make different calls: most call all_to_all",
+        "rank 1 calls reduce_scatter");
     check_throws<TransportError>([&] { site.transport->barrier({}); }, "earlier call");
+  });
+}
+
+TEST_CASE("of several ranks in other calls all blame the same ones", "[host]") {
+  run_ranks(4, [](ControlPlane& plane) {
+    Site site(plane, apart(), Memory::ordinary);
+    const auto tensor = site.tensor(Dims{64}, DType::f32, Form::contiguous);
+    try {
+      switch (plane.rank()) {
+        case 1:
+          site.transport->broadcast(tensor, 0, {});
+          break;
+        case 2:
+          site.transport->barrier({});
+          break;
+        default:
+          site.transport->all_reduce(tensor, tensor, ReduceOp::sum, {});
+      }
+      check(false, "a SymmetryError is thrown");
+    } catch (const SymmetryError& error) {
+      check(error.ranks() == std::vector{1, 2}, error.what());
+      check_throws<SymmetryError>([] { throw; }, "rank 1 calls broadcast", "rank 2 calls barrier");
+    }
   });
 }
 
