@@ -64,9 +64,15 @@ class UniqueFd {
   /// Not repeated when interrupted: Linux has let the number go by then, and another thread may
   /// have it already (close(2)).
   void reset() noexcept {
-    if (descriptor_ >= 0 && ::close(std::exchange(descriptor_, -1)) != 0 && errno != EINTR) {
-      log(LogLevel::warning, "close of a descriptor failed: {}", strerror(errno));
+    if (const int code = close(); code != 0) {
+      log(LogLevel::warning, "close of a descriptor failed: {}", strerror(code));
     }
+  }
+  /// The same for a file that was written, where a full one may say so only now: 0 or errno.
+  [[nodiscard]] int close() noexcept {
+    const bool closed =
+        descriptor_ < 0 || ::close(std::exchange(descriptor_, -1)) == 0 || errno == EINTR;
+    return closed ? 0 : errno;
   }
 
  private:
@@ -114,9 +120,11 @@ auto repeat(const Call& call) {
   return UniqueFd(repeat([&] { return ::fcntl(descriptor, F_DUPFD_CLOEXEC, STDERR_FILENO + 1); }));
 }
 
-/// open(2) with O_CLOEXEC, again where a signal came between; errno where it fails.
-[[nodiscard]] inline UniqueFd open_file(const std::string& path, int flags) noexcept {
-  return keep(repeat([&] { return ::open(path.c_str(), flags | O_CLOEXEC); }));
+/// open(2) with O_CLOEXEC, again where a signal came between; errno where it fails. `mode` is that
+/// of a file which it makes.
+[[nodiscard]] inline UniqueFd open_file(const std::string& path, int flags,
+                                        mode_t mode = 0) noexcept {
+  return keep(repeat([&] { return ::open(path.c_str(), flags | O_CLOEXEC, mode); }));
 }
 
 /// How many descriptors the process may still open, counted up to `enough`. Another thread may take

@@ -91,33 +91,28 @@ class NoFileSizeSignal {
 inline void replace_file(const std::string& path, std::string_view text) {
   const NoFileSizeSignal quiet;
   const std::string unfinished = path + ".part";
-  const auto refused = [&](const char* call) {
-    const int code = errno;
+  const auto refused = [&](const char* call, int code) {
     ::unlink(unfinished.c_str());
     throw TransportError({.call = call, .native_code = code},
                          fmt::format("the trace {}: {}", path, os::error_text(call, code)));
   };
-  const int file = os::repeat(
-      [&] { return ::open(unfinished.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644); });
-  if (file < 0) {
-    refused("open");
+  UniqueFd file = os::open_file(unfinished, O_WRONLY | O_CREAT | O_TRUNC, 0644);
+  if (!file) {
+    refused("open", errno);
   }
   for (std::size_t done = 0; done < text.size();) {
     const auto wrote =
-        os::repeat([&] { return ::write(file, text.data() + done, text.size() - done); });
+        os::repeat([&] { return ::write(file.get(), text.data() + done, text.size() - done); });
     if (wrote < 0) {
-      const int code = errno;
-      ::close(file);
-      errno = code;
-      refused("write");
+      refused("write", errno);
     }
     done += static_cast<std::size_t>(wrote);
   }
-  if (::close(file) != 0 && errno != EINTR) {  // where file systems may say that they are full
-    refused("close");
+  if (const int code = file.close(); code != 0) {
+    refused("close", code);
   }
   if (std::rename(unfinished.c_str(), path.c_str()) != 0) {
-    refused("rename");
+    refused("rename", errno);
   }
 }
 
