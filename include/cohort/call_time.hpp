@@ -47,6 +47,13 @@ namespace cohort::detail {
          std::clamp(limit, std::chrono::milliseconds(0), kLongestTimeLimit);
 }
 
+/// What is left until a deadline, and at least a millisecond: time to see what has ended already.
+[[nodiscard]] inline std::chrono::milliseconds left_until(
+    std::chrono::steady_clock::time_point deadline) noexcept {
+  return std::max(std::chrono::milliseconds(1), std::chrono::ceil<std::chrono::milliseconds>(
+                                                    deadline - std::chrono::steady_clock::now()));
+}
+
 /// What a thread has waited for other ranks in the call that it is in.
 struct CallClock {
   std::chrono::steady_clock::duration waited{};

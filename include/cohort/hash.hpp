@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string_view>
 
 /// \file
 /// A hash of words, by which ranks compare what they have done.
@@ -15,5 +16,13 @@ namespace cohort::detail {
   return hash ^ (hash >> 29);
 }
 inline constexpr std::uint64_t kHashSeed = 0xcbf29ce484222325ULL;
+
+[[nodiscard]] constexpr std::uint64_t hash_text(std::string_view text) noexcept {
+  std::uint64_t hash = kHashSeed;
+  for (const char c : text) {
+    hash = mix(hash, static_cast<unsigned char>(c));
+  }
+  return hash;
+}
 
 }  // namespace cohort::detail

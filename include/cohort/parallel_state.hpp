@@ -137,9 +137,7 @@ class ParallelState {
         continue;
       }
       // A stream that came to its end costs the groups that follow no wait.
-      group->synchronize(stream, std::max(std::chrono::milliseconds(1),
-                                          std::chrono::ceil<std::chrono::milliseconds>(
-                                              deadline - std::chrono::steady_clock::now())));
+      group->synchronize(stream, detail::left_until(deadline));
     }
   }
   /// Whether a call of any group is known to have failed, without asking the device; `synchronize`

@@ -182,9 +182,7 @@ class StreamMarks {
     const detail::LimitedWait time(limit_);
     const auto wait = [&](StreamRef user) {
       check_not_capturing(user);
-      user.synchronize(std::max(std::chrono::milliseconds(1),
-                                std::chrono::ceil<std::chrono::milliseconds>(
-                                    time.deadline() - std::chrono::steady_clock::now())));
+      user.synchronize(detail::left_until(time.deadline()));
     };
     if ((users & kPast) != 0) {
       for (const auto& past : past_) {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <fmt/format.h>
-#include <sys/random.h>
 
 #include <algorithm>
 #include <array>
@@ -23,6 +22,7 @@
 #include "cohort/flight_recorder.hpp"
 #include "cohort/hash.hpp"
 #include "cohort/machine.hpp"
+#include "cohort/system_calls.hpp"
 #include "cohort/trace_writer.hpp"
 #include "cohort/traced_agreement.hpp"
 
@@ -34,9 +34,9 @@ namespace cohort::detail {
 /// Not 0.
 [[nodiscard]] inline std::uint64_t random_number() noexcept {
   std::uint64_t number = 0;
-  if (::getrandom(&number, sizeof(number), GRND_NONBLOCK) != sizeof(number)) {
-    number = static_cast<std::uint64_t>(
-        std::chrono::system_clock::now().time_since_epoch().count());  // early in a boot
+  if (os::random_bytes(std::as_writable_bytes(std::span(&number, 1))) != 0) {
+    number =
+        static_cast<std::uint64_t>(std::chrono::system_clock::now().time_since_epoch().count());
   }
   return std::max<std::uint64_t>(1, number);
 }
@@ -44,11 +44,7 @@ namespace cohort::detail {
 /// Equal on ranks of one machine; where it has no name, of this rank alone.
 [[nodiscard]] inline std::uint64_t machine_number() {
   const std::string name = boot_id();
-  std::uint64_t number = kHashSeed;
-  for (const char c : name) {
-    number = mix(number, static_cast<unsigned char>(c));
-  }
-  return name.empty() ? random_number() : number;
+  return name.empty() ? random_number() : hash_text(name);
 }
 
 /// Collective. What the traces of a state have in common. Throws what the control plane throws.

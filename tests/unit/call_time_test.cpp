@@ -123,3 +123,12 @@ TEST_CASE("recordings tell the calls of all threads apart", "[call_time]") {
   std::thread(record).join();
   CHECK(numbers.size() == 6);
 }
+
+TEST_CASE("what is left until a deadline is whole milliseconds, and never none") {
+  const auto now = std::chrono::steady_clock::now();
+  CHECK(left_until(now - 1h) == 1ms);
+  CHECK(left_until(now) == 1ms);
+  const auto left = left_until(now + 1h);
+  CHECK(left <= 1h);
+  CHECK(left > 59min);
+}

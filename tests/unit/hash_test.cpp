@@ -19,4 +19,7 @@ TEST_CASE("a hash tells words, their order and their number apart") {
     seen.insert(mix(kHashSeed, std::uint64_t{1} << bit));
   }
   CHECK(seen.size() == 64);
+  CHECK(hash_text("") == kHashSeed);
+  CHECK(hash_text("ab") == mix(mix(kHashSeed, 'a'), 'b'));
+  CHECK(hash_text("\xff") == mix(kHashSeed, 0xff));  // not the word that -1 is
 }

@@ -55,14 +55,6 @@ struct MachineFacts {
 
 namespace detail {
 
-[[nodiscard]] inline std::uint64_t hash_text(const std::string& text) noexcept {
-  std::uint64_t hash = kHashSeed;
-  for (const char c : text) {
-    hash = mix(hash, static_cast<unsigned char>(c));
-  }
-  return hash;
-}
-
 /// Whether NCCL allocates by cuMem on the device, as its ncclCuMemEnable decides: the variable
 /// where it is 0 or 1, otherwise the driver's attributes.
 [[nodiscard]] inline bool cumem_enabled(int device, const NcclEnv& environment) {
