@@ -37,6 +37,11 @@ Bytes message_of(int rank, int round = 0) {
   return bytes;
 }
 
+MessageControlPlane plane_of(const std::shared_ptr<detail::ThreadHub>& hub, int rank,
+                             std::chrono::milliseconds limit) {
+  return MessageControlPlane(std::make_shared<detail::ThreadMessenger>(hub, rank), limit);
+}
+
 void check_all_gather(ControlPlane& plane, int round) {
   const auto all = plane.all_gather(message_of(plane.rank(), round));
   check_equal(all.size(), static_cast<std::size_t>(plane.size()), "number of messages");
@@ -392,11 +397,8 @@ TEST_CASE("giving up tells the others at once, whatever they wait for") {
 
 TEST_CASE("an exchange with a rank that does not come ends when another has given up on it") {
   const auto hub = std::make_shared<detail::ThreadHub>(3);
-  const auto plane_of = [&](int rank, std::chrono::milliseconds limit) {
-    return MessageControlPlane(std::make_shared<detail::ThreadMessenger>(hub, rank), limit);
-  };
-  auto hasty = plane_of(0, 100ms);
-  auto patient = plane_of(1, 60s);
+  auto hasty = plane_of(hub, 0, 100ms);
+  auto patient = plane_of(hub, 1, 60s);
   const auto ask = [](ControlPlane& plane, int from) {
     plane.exchange({}, std::vector<ControlPlane::Incoming>{{from, 4}});
   };
@@ -517,11 +519,8 @@ TEST_CASE("a late rank hears who has left behind whatever was sent to other grou
 
 TEST_CASE("ranks with unlike time limits do not go on alone") {
   const auto hub = std::make_shared<detail::ThreadHub>(2);
-  const auto plane_of = [&](int rank, std::chrono::milliseconds limit) {
-    return MessageControlPlane(std::make_shared<detail::ThreadMessenger>(hub, rank), limit);
-  };
-  auto patient = plane_of(0, 60s);
-  auto hasty = plane_of(1, 100ms);
+  auto patient = plane_of(hub, 0, 60s);
+  auto hasty = plane_of(hub, 1, 100ms);
   std::thread other([&] { hasty.barrier(); });
   patient.barrier();
   other.join();
