@@ -146,20 +146,26 @@ run_tests() {
   fi
 }
 
-# Never installs torch: its wheels are gigabytes.
-test_torch() {
-  step "test torch"
-  bash tests/torch.sh 2>&1 | tee build/torch.log
-  local torch_status=${PIPESTATUS[0]}
-  if ((torch_status == 77)); then
-    skip "$(sed -n 's/^cohort-skip: //p' build/torch.log)"
-  elif [[ $(tail -n 1 build/torch.log) =~ ^([0-9]+)\ passed,\ ([0-9]+)\ failed,\ ([0-9]+)\ skipped$ ]]; then
-    passed=$((passed + BASH_REMATCH[1]))
-    skipped=$((skipped + BASH_REMATCH[3]))
-    ((BASH_REMATCH[2] == 0)) || problem "torch tests" "${BASH_REMATCH[2]}"
-  else
-    problem "tests/torch.sh ended with status $torch_status"
+# run_script NAME OPTION...: tests/NAME.sh, whose last line is like this script's. Status 77: skipped.
+run_script() {
+  local name=$1 status failures=0 log=build/$1.log
+  shift
+  step "test $name"
+  bash "tests/$name.sh" "$@" 2>&1 | tee "$log"
+  status=${PIPESTATUS[0]}
+  if ((status == 77)); then
+    skip "$(sed -n 's/^cohort-skip: //p' "$log")"
+    return
   fi
+  if [[ $(tail -n 1 "$log") =~ ^([0-9]+)\ passed,\ ([0-9]+)\ failed,\ ([0-9]+)\ skipped$ ]]; then
+    passed=$((passed + BASH_REMATCH[1]))
+    failures=${BASH_REMATCH[2]}
+    skipped=$((skipped + BASH_REMATCH[3]))
+    ((failures == 0)) || problem "$name tests" "$failures"
+  elif ((status == 0)); then
+    problem "tests/$name.sh ended without its counts"
+  fi
+  ((status == 0 || failures)) || problem "tests/$name.sh ended with status $status"
 }
 
 # The short run where no GPU is.
@@ -193,7 +199,7 @@ if ((full || sanitize)) || gpu_is_here; then
   [[ -e build/host/CTestTestfile.cmake ]] && run_tests host
 else
   one_tree
-  test_torch
+  run_script torch  # never installs torch: its wheels are gigabytes
   finish
 fi
 
@@ -218,7 +224,7 @@ if ((sanitize)); then
   ((full)) && unset COHORT_QUICK
 fi
 
-test_torch
+run_script torch
 
 build_gpu
 case $? in
@@ -226,15 +232,7 @@ case $? in
     passed=$((passed + 1))  # that it compiles is a result, GPU or not
     run_tests gpu -L unit
     if gpu_is_here; then
-      step "test gpu"
-      bash tests/gpu.sh $( ((full)) && echo --full) 2>&1 | tee build/gpu.log
-      gpu_status=${PIPESTATUS[0]}
-      if [[ $(tail -n 1 build/gpu.log) =~ ^([0-9]+)\ passed,\ ([0-9]+)\ failed,\ ([0-9]+)\ skipped$ ]]; then
-        passed=$((passed + BASH_REMATCH[1]))
-        skipped=$((skipped + BASH_REMATCH[3]))
-        ((BASH_REMATCH[2] == 0)) || problem "gpu tests" "${BASH_REMATCH[2]}"
-      fi
-      ((gpu_status == 0)) || ((${BASH_REMATCH[2]:-0})) || problem "tests/gpu.sh ended with status $gpu_status"
+      run_script gpu $( ((full)) && echo --full)
     else
       skip "gpu tests: no GPU on this machine"
     fi
