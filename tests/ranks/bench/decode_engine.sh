@@ -6,14 +6,8 @@
 # a sum is found.
 set -euo pipefail
 program=$1 ranks=$2 mpiexec=$3
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-
-fail() {
-  echo "FAILED: $*"
-  [[ ! -e $folder/output ]] || tail -n 40 "$folder/output"
-  exit 1
-}
+# shellcheck source=tests/ranks/bench/scratch.sh
+source "$(dirname "$0")/scratch.sh"
 # ended STATUS OPTION...: a run ends so.
 ended() {
   local wanted=$1 status=0

@@ -5,14 +5,8 @@
 # signal: the others learn of it in the next round.
 set -euo pipefail
 program=$1 mpiexec=$2
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-
-fail() {
-  echo "FAILED: $*"
-  cat "$folder/output"
-  exit 1
-}
+# shellcheck source=tests/ranks/bench/scratch.sh
+source "$(dirname "$0")/scratch.sh"
 
 # The last rank writes its process number and becomes the program.
 cat >"$folder/rank.sh" <<'RANK'

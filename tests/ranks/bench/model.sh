@@ -9,17 +9,11 @@ if ! command -v python3 >/dev/null; then
   exit 77
 fi
 export PYTHONDONTWRITEBYTECODE=1
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+# shellcheck source=tests/ranks/bench/scratch.sh
+source "$(dirname "$0")/scratch.sh"
 cd "$folder"
 model="$root/bench/model"
 header="$root/include/cohort/cuda/path_sizes.hpp"
-
-fail() {
-  echo "FAILED: $*"
-  cat output 2>/dev/null || true
-  exit 1
-}
 
 "$model" --header >output 2>&1 || fail "the header has other sizes than the model"
 sed 's/one_step_sent = 432/one_step_sent = 448/' "$header" >other.hpp

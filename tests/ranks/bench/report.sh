@@ -10,15 +10,9 @@ if ! command -v python3 >/dev/null; then
   exit 77
 fi
 export PYTHONDONTWRITEBYTECODE=1
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+# shellcheck source=tests/ranks/bench/scratch.sh
+source "$(dirname "$0")/scratch.sh"
 cd "$folder"
-
-fail() {
-  echo "FAILED: $*"
-  cat output 2>/dev/null || true
-  exit 1
-}
 
 # row BENCH PATH PLAN MODE BYTES BATCH US WRONG
 row() {

@@ -5,14 +5,8 @@
 # one line of facts, then rows with every key in its place and no wrong element.
 set -euo pipefail
 program=$1 ranks=$2 mpiexec=$3
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-
-fail() {
-  echo "FAILED: $*"
-  [[ ! -e $folder/output ]] || tail -n 40 "$folder/output"
-  exit 1
-}
+# shellcheck source=tests/ranks/bench/scratch.sh
+source "$(dirname "$0")/scratch.sh"
 
 # 12 heads are divided by 2 and 3 ranks.
 timeout 240 "$mpiexec" -n "$ranks" "$program" --check --goals --iters 3 --warmup 1 --max-seconds 2 \
