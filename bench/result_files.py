@@ -2,6 +2,8 @@
 """Result files of cohort_bench and torch_baseline.py: JSON lines, the facts of the run first."""
 
 import json
+import os
+import subprocess
 import sys
 
 KEY = ("bench", "path", "plan", "mode", "dtype", "ranks", "bytes", "batch")
@@ -49,3 +51,16 @@ def describe(row):
     if row["bytes"]:
         text += f" {row['bytes']} B"
     return text + (f" batch {row['batch']}" if row["batch"] else "")
+
+
+def commit():
+    """Of the measured tree, or what COHORT_BENCH_COMMIT says."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    given = os.environ.get("COHORT_BENCH_COMMIT")
+    if given:
+        return given
+    try:
+        return subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
+                              capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"

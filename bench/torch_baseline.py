@@ -19,11 +19,11 @@ import math
 import os
 import platform
 import signal
-import subprocess
 import sys
 import time
 
 from command_line import Parser
+from result_files import commit
 
 try:
     import torch
@@ -345,18 +345,6 @@ class Bench:
             facts |= {"gpus": gpus, "driver": driver(), "cuda": torch.version.cuda,
                       "nccl": ".".join(str(part) for part in torch.cuda.nccl.version())}
         return facts
-
-
-def commit():
-    here = os.path.dirname(os.path.abspath(__file__))
-    given = os.environ.get("COHORT_BENCH_COMMIT")
-    if given:
-        return given
-    try:
-        return subprocess.run(["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=12"],
-                              capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
 
 
 def driver():

@@ -20,6 +20,7 @@ import tempfile
 import time
 
 from command_line import Parser
+from result_files import commit
 
 try:
     import torch
@@ -89,11 +90,6 @@ def processor():
     with open("/proc/cpuinfo", encoding="utf-8") as file:
         names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def commit():
-    described = subprocess.run(["git", "-C", HERE, "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return described.stdout.strip() or "unknown"
 
 
 def main():
