@@ -71,8 +71,7 @@ class Partials {
       device_out_.emplace_back(out_.back().size() + 64);
       device_lse_.emplace_back(lse_.back().size() * 4 + 64);
       device_tokens_.emplace_back(tokens_.back().size() * 4 + 64);
-      COHORT_CHECK(cudaMemcpy(device_out_.back().at(to_size(c.shift) * element), out_.back().data(),
-                              out_.back().size(), cudaMemcpyHostToDevice));
+      device_out_.back().upload(out_.back().data(), out_.back().size(), to_size(c.shift) * element);
       device_lse_.back().upload(lse_.back().data(), lse_.back().size() * 4);
       device_tokens_.back().upload(tokens_.back().data(), tokens_.back().size() * 4);
     }

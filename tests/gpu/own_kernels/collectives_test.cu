@@ -63,8 +63,7 @@ bool all_gather_right(World& world, const Case& c, PeerPath path, Random& random
   auto to = make_buffers(n, s.shift + s.full_span * s.element);
   for (int r = 0; r < n; ++r) {
     in.push_back(random_elements(random, c.dtype, static_cast<std::int64_t>(s.share_span), false));
-    COHORT_CHECK(cudaMemcpy(from[to_size(r)].at(s.shift), in.back().data(), in.back().size(),
-                            cudaMemcpyHostToDevice));
+    from[to_size(r)].upload(in.back().data(), in.back().size(), s.shift);
   }
   world.run([&](int r, const cuda::PeerTable& t, cudaStream_t stream) {
     cuda::peer_all_gather(t, dims_of(c, n), from[to_size(r)].at(s.shift),
@@ -78,12 +77,17 @@ bool all_gather_right(World& world, const Case& c, PeerPath path, Random& random
                   in[to_size(r)].data() + to_size(o) * row, to_size(c.inner) * s.element);
     }
   }
-  bool good = true;
   for (int r = 0; r < n; ++r) {
     const auto all = to[to_size(r)].download<std::byte>(s.shift + want.size());
-    good = good && std::equal(want.begin(), want.end(), all.begin() + static_cast<long>(s.shift));
+    const auto begin = all.begin() + static_cast<long>(s.shift);
+    const auto [wanted, got] = std::mismatch(want.begin(), want.end(), begin);
+    if (wanted != want.end()) {
+      fmt::print(stderr, "rank {} byte {}: {:#x} for {:#x}\n", r, wanted - want.begin(),
+                 static_cast<unsigned>(*got), static_cast<unsigned>(*wanted));
+      return false;
+    }
   }
-  return good;
+  return true;
 }
 
 /// Compares one element with a sum in fp64.
@@ -106,8 +110,7 @@ bool reduce_scatter_right(World& world, const Case& c, PeerPath path, Random& ra
   auto to = make_buffers(n, s.shift + s.share_span * s.element);
   for (int r = 0; r < n; ++r) {
     in.push_back(random_elements(random, c.dtype, static_cast<std::int64_t>(s.full_span), exact));
-    COHORT_CHECK(cudaMemcpy(from[to_size(r)].at(s.shift), in.back().data(), in.back().size(),
-                            cudaMemcpyHostToDevice));
+    from[to_size(r)].upload(in.back().data(), in.back().size(), s.shift);
   }
   world.run([&](int r, const cuda::PeerTable& t, cudaStream_t stream) {
     cuda::peer_reduce_scatter(t, dims_of(c, n), c.dtype, from[to_size(r)].at(s.shift),

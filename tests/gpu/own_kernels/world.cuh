@@ -78,8 +78,11 @@ class Buffer {
   [[nodiscard]] T* at(std::size_t byte = 0) const {
     return reinterpret_cast<T*>(static_cast<std::byte*>(data_) + byte);
   }
-  void upload(const void* from, std::size_t bytes) {
-    COHORT_CHECK(cudaMemcpy(data_, from, bytes, cudaMemcpyHostToDevice));
+  void upload(const void* from, std::size_t bytes, std::size_t to_byte = 0) {
+    COHORT_CHECK(cudaMemcpy(at(to_byte), from, bytes, cudaMemcpyHostToDevice));
+    // From pageable memory cudaMemcpy may return before the bytes have arrived (CUDA Runtime API,
+    // "API synchronization behavior"), and a world's streams do not wait for the legacy one.
+    COHORT_CHECK(cudaStreamSynchronize(cudaStreamLegacy));
   }
   template <class T>
   [[nodiscard]] std::vector<T> download(std::size_t count) const {
