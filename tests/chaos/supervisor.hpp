@@ -17,6 +17,7 @@
 #include <fstream>
 #include <functional>
 #include <map>
+#include <optional>
 #include <set>
 #include <sstream>
 #include <string>
@@ -533,17 +534,21 @@ inline Plan next_plan(const Options& options, const Kind& kind, std::uint64_t& s
   std::exit(2);
 }
 
-/// Runs a round, and again where it only shows that the machine had no time for its ranks.
-inline std::vector<Problem> run_round(const Plan& plan, const Kind& kind, const Options& options,
-                                      int& repeated) {
+/// Runs a round, and again where it only shows that the machine had no time for its ranks. None:
+/// it never had.
+inline std::optional<std::vector<Problem>> run_round(const Plan& plan, const Kind& kind,
+                                                     const Options& options, int& repeated) {
   constexpr int kAttempts = 3;
   for (int attempt = 1;; ++attempt) {
     Round round(plan, kind, std::chrono::milliseconds(options.limit_ms), options.verbose);
-    const auto problems = round.run();
+    auto problems = round.run();
     const bool all_of_time = std::all_of(problems.begin(), problems.end(),
                                          [](const Problem& one) { return one.of_time; });
-    if (problems.empty() || !all_of_time || !round.starved() || attempt == kAttempts) {
+    if (problems.empty() || !all_of_time || !round.starved()) {
       return problems;
+    }
+    if (attempt == kAttempts) {
+      return std::nullopt;
     }
     std::printf("round %llu: once more, its ranks had no processor\n",
                 static_cast<unsigned long long>(plan.seed));
@@ -555,6 +560,7 @@ inline int run(const Options& options, const Kind& kind) {
   int passed = 0;
   int failed = 0;
   int repeated = 0;
+  int not_judged = 0;
   std::uint64_t seed = options.seed;
   const auto end = options.seconds > 0 ? Clock::now() + std::chrono::seconds(options.seconds)
                                        : Clock::time_point::max();
@@ -569,17 +575,24 @@ inline int run(const Options& options, const Kind& kind) {
       std::printf("%s\n", what.c_str());
     }
     const auto problems = run_round(plan, kind, options, repeated);
-    ++(problems.empty() ? passed : failed);
-    if (!problems.empty()) {
+    if (!problems) {
+      ++not_judged;
+      std::printf("cohort-skip: round %llu: its ranks had no processor\n",
+                  static_cast<unsigned long long>(plan.seed));
+      continue;
+    }
+    ++(problems->empty() ? passed : failed);
+    if (!problems->empty()) {
       std::printf("%s\n", what.c_str());
-      for (const auto& problem : problems) {
+      for (const auto& problem : *problems) {
         std::printf("  %s\n", problem.text.c_str());
       }
     }
     std::fflush(stdout);
   }
-  std::printf("%d rounds, %d repeated\n", passed + failed, repeated);
-  std::printf("cohort-test: passed=%d failed=%d skipped=0\n", passed, failed);
+  std::printf("%d rounds, %d repeated, %d not judged\n", passed + failed + not_judged, repeated,
+              not_judged);
+  std::printf("cohort-test: passed=%d failed=%d skipped=%d\n", passed, failed, not_judged);
   return failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 
