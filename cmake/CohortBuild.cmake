@@ -22,12 +22,17 @@ target_compile_options(
   cohort_warnings INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:${cohort_cxx_warnings}>"
                             "$<$<COMPILE_LANGUAGE:CUDA>:${cohort_cuda_warnings}>")
 
-# cohort_build_quickly(LEVEL): for folders of programs that are run to see that they work. At -O1 they
+# cohort_build_quickly(LEVEL [ONE_SOURCE]): for folders of programs that are run to see that they work. At -O1 they
 # take a third of the time of -O2, and those that nothing is asked of a fifth less at -O0. Installed
-# consumers and tests of a consumer's flags bring -O2 and -O3, and `--full` runs all at -O2.
+# consumers and tests of a consumer's flags bring -O2 and -O3, and `--full` runs all at -O2. With
+# ONE_SOURCE a program's C++ sources are compiled as one: most of the time goes into the headers.
 function(cohort_build_quickly level)
   if(COHORT_QUICK_BUILD)
     add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:${level}>")
+    if("ONE_SOURCE" IN_LIST ARGN)
+      set(CMAKE_UNITY_BUILD ON PARENT_SCOPE)
+      set(CMAKE_UNITY_BUILD_BATCH_SIZE 0 PARENT_SCOPE)
+    endif()
   endif()
 endfunction()
 

@@ -26,8 +26,6 @@ namespace {
 
 /// Long enough for a host to enqueue a graph behind it.
 constexpr double kHeadStartUs = 100;
-/// What a layer's local attention takes at small batches.
-constexpr double kAttentionUs = 5;
 
 [[nodiscard]] UniqueEvent make_timing_event(int device) {
   const DeviceGuard guard(device);
@@ -187,6 +185,7 @@ class CudaBed final : public Bed {
   }
 
   void stand_in() override {
+    constexpr double kAttentionUs = 5;  // a layer's local attention at small batches
     const DeviceGuard guard(device_);
     spin(kAttentionUs);
   }

@@ -7,6 +7,8 @@
 #include <limits>
 #include <numbers>
 
+#include "numbers.hpp"
+
 namespace dcp_decode {
 namespace {
 
@@ -15,8 +17,6 @@ using cohort::LseBase;
 constexpr std::int64_t kLanes = 16;  // a constant trip count, which compilers vectorise
 constexpr std::int64_t kBlock =
     64;  // tokens whose rows stay in the cache while all heads read them
-
-std::size_t index(std::int64_t value) { return static_cast<std::size_t>(value); }
 
 std::int64_t padded(std::int64_t extent) { return (extent + kLanes - 1) / kLanes * kLanes; }
 

@@ -4,12 +4,12 @@
 #include <algorithm>
 #include <numeric>
 
+#include "numbers.hpp"
+
 namespace dcp_decode {
 namespace {
 
 using cohort::DType;
-
-std::size_t index(std::int64_t value) { return static_cast<std::size_t>(value); }
 
 /// The first head of this rank among those of its TP group.
 std::int64_t first_head(const Options& options, cohort::ParallelState& state) {

@@ -17,7 +17,6 @@ const double kUnit = std::sqrt(3.0);  // makes the root mean square of [-1, 1) o
 // trained models, and a rank that is left out shows.
 constexpr double kSharpness = 3.0;
 
-std::size_t index(std::int64_t value) { return static_cast<std::size_t>(value); }
 std::uint64_t key(std::int64_t value) { return static_cast<std::uint64_t>(value); }
 
 }  // namespace

@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 /// \file
 /// Data that is a function of a seed, the same on every machine and in any order.
 
 namespace dcp_decode {
+
+/// An extent or a place as containers take it.
+[[nodiscard]] constexpr std::size_t index(std::int64_t value) noexcept {
+  return static_cast<std::size_t>(value);
+}
 
 /// The finalizer of SplitMix64 (G. Steele, D. Lea and C. Flood, "Fast splittable pseudorandom
 /// number generators", 2014).
