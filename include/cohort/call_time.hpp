@@ -156,6 +156,11 @@ class LimitedWait {
   [[nodiscard]] Clock::time_point start() const noexcept { return start_; }
   [[nodiscard]] Clock::time_point deadline() const noexcept { return deadline_; }
 
+  /// When the others hear of a wait with that limit that is not over by then.
+  [[nodiscard]] Clock::time_point near_the_end(Clock::duration limit) const noexcept {
+    return deadline_ - limit / 8;
+  }
+
   /// For messages: the limit, and the part that this wait had where its call had waited before.
   [[nodiscard]] std::string describe(std::chrono::milliseconds limit) const {
     const auto had = std::chrono::duration_cast<std::chrono::milliseconds>(deadline_ - start_);

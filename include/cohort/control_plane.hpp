@@ -166,6 +166,15 @@ class ControlPlane {
   /// does meanwhile.
   void check_peers(PeerLook look = PeerLook::now) { find_who_left(look); }
 
+  /// Local. For a rank whose wait for others is near its limit, by whichever means it waits: tells
+  /// the others of the group for whom it does, so that a rank whose own limit ends first blames
+  /// those, and not this one.
+  virtual void say_waiting(std::span<const int> missing) noexcept = 0;
+  /// Local. Whom to blame where a wait with that limit for `missing` is over: in the stead of those
+  /// that have said lately that they wait, those for whom they do.
+  [[nodiscard]] virtual std::vector<int> at_fault(const std::vector<int>& missing,
+                                                  std::chrono::milliseconds limit) = 0;
+
   /// A control plane of the given ranks of this one, in the given order. Local: no message is
   /// sent, so survivors can form a group without the ranks that left. All of `ranks` pass the same
   /// list, name and generation; each generation of the same list is a group of its own. Callers

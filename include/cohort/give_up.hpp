@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <iterator>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -22,6 +24,41 @@
 /// Why a rank left a call, as a message that the others of its group read.
 
 namespace cohort::detail {
+
+/// Whom a rank blames whose wait for `missing` is over. A rank that waits itself is at fault in
+/// nothing: those for whom it waits are, in its stead, however long the chain. All of `missing`
+/// where each of them waits, in a circle.
+/// @param self     Who asks; it waits too.
+/// @param waits_for  rank -> for whom it waits, as it has said; nothing where it has not.
+template <class WaitsFor>
+[[nodiscard]] std::vector<int> at_fault(int self, const std::vector<int>& missing,
+                                        const WaitsFor& waits_for) {
+  std::vector<int> asked = missing;  // in the order in which they are found
+  std::vector<int> blamed;
+  for (std::size_t i = 0; i < asked.size(); ++i) {
+    const std::optional<std::vector<int>> others = waits_for(asked[i]);
+    if (!others) {
+      blamed.push_back(asked[i]);
+      continue;
+    }
+    for (const int r : *others) {
+      if (r != self && std::find(asked.begin(), asked.end(), r) == asked.end()) {
+        asked.push_back(r);
+      }
+    }
+  }
+  std::sort(blamed.begin(), blamed.end());
+  return blamed.empty() ? missing : blamed;
+}
+
+/// For messages: who is missing and is not blamed, "; rank 1 waited as well".
+[[nodiscard]] inline std::string waiting_themselves(const std::vector<int>& missing,
+                                                    const std::vector<int>& blamed) {
+  std::vector<int> waiting;
+  std::copy_if(missing.begin(), missing.end(), std::back_inserter(waiting),
+               [&](int r) { return std::count(blamed.begin(), blamed.end(), r) == 0; });
+  return waiting.empty() ? "" : fmt::format("; rank {} waited as well", joined(waiting, ", "));
+}
 
 /// A group by its name and its ranks' numbers in the world, by rank.
 struct Numbering {

@@ -38,9 +38,17 @@
 
 namespace cohort::detail {
 
-/// What a message is part of. The last two are no calls: a rank tells the others that it has left,
-/// because of an error or in good order.
-enum class ControlCall : std::uint32_t { all_gather, barrier, broadcast, exchange, gave_up, left };
+/// What a message is part of. The last three are no calls: a rank tells the others that it has
+/// left, because of an error or in good order, or for whom it has waited for long.
+enum class ControlCall : std::uint32_t {
+  all_gather,
+  barrier,
+  broadcast,
+  exchange,
+  gave_up,
+  left,
+  waits
+};
 
 [[nodiscard]] constexpr std::string_view to_string(ControlCall call) noexcept {
   switch (call) {
@@ -56,6 +64,8 @@ enum class ControlCall : std::uint32_t { all_gather, barrier, broadcast, exchang
       return "notice";
     case ControlCall::left:
       return "goodbye";
+    case ControlCall::waits:
+      return "word of a wait";
   }
   return "unknown call";
 }
@@ -176,7 +186,7 @@ class Mailbox {
           continue;
         }
       }
-      if (shared || waiting_ > 0) {
+      if (shared || in_front_ > 0) {
         rest(lock, *this);
       }
     }
@@ -217,6 +227,15 @@ class Mailbox {
     }
     const auto lock = enter();
     return first_gone(call, watch);
+  }
+
+  /// For whom a rank has said since then that it waits, in whichever group: ranks in the messenger.
+  [[nodiscard]] std::optional<std::vector<int>> waits_for(int from, Deadline since) {
+    const auto lock = enter();
+    const auto said = waiting_.find(from);
+    return said != waiting_.end() && said->second.heard >= since
+               ? std::optional(said->second.missing)
+               : std::nullopt;
   }
 
   /// Whether a goodbye of a rank has been taken in.
@@ -276,7 +295,7 @@ class Mailbox {
       if (now >= deadline || notice(watch)) {
         return false;
       }
-      if (shared || waiting_ > 0) {
+      if (shared || in_front_ > 0) {
         rest(lock, *this);
       }
     }
@@ -355,13 +374,19 @@ class Mailbox {
     return {trailer.channel, trailer.call == ControlCall::exchange, from};
   }
 
+  /// What a rank has last said of a wait.
+  struct Waiting {
+    Deadline heard{};
+    std::vector<int> missing;
+  };
+
   /// A waiting thread stays outside for a while, longer each time: first it leaves the processor to
   /// others, then it sleeps until a message is stored or its time is over.
   class Rest {
    public:
     void operator()(std::unique_lock<std::mutex>& lock, Mailbox& mailbox) {
       ++rests_;
-      if (rests_ <= kYields && mailbox.waiting_ == 0) {
+      if (rests_ <= kYields && mailbox.in_front_ == 0) {
         lock.unlock();
         std::this_thread::yield();
         lock = mailbox.enter();
@@ -385,9 +410,9 @@ class Mailbox {
     owner_.check("control plane");
     std::unique_lock lock(mutex_, std::try_to_lock);
     if (!lock.owns_lock()) {
-      ++waiting_;
+      ++in_front_;
       lock.lock();
-      --waiting_;
+      --in_front_;
       shared_until_ = Clock::now() + kSharing;
     }
     return lock;
@@ -470,7 +495,14 @@ class Mailbox {
     }
     const std::size_t payload = message.size() - sizeof(trailer);
     std::memcpy(&trailer, message.data() + payload, sizeof(trailer));
-    if (retired_.count(trailer.channel) == 0) {
+    if (trailer.call == ControlCall::waits) {
+      Waiting& waiting = waiting_[from];
+      waiting.missing.resize(payload / sizeof(int));
+      if (!waiting.missing.empty()) {
+        std::memcpy(waiting.missing.data(), message.data(), waiting.missing.size() * sizeof(int));
+      }
+      waiting.heard = Clock::now();
+    } else if (retired_.count(trailer.channel) == 0) {
       if (trailer.call == ControlCall::gave_up) {
         note(trailer.channel, from, trailer.sequence, std::span(message).first(payload));
       } else if (trailer.call == ControlCall::left) {
@@ -494,12 +526,13 @@ class Mailbox {
   std::shared_ptr<Messenger> messenger_;
   std::mutex mutex_;  // of everything below that is not atomic, and of the messenger
   std::condition_variable stored_;
-  std::atomic<int> waiting_{0};  // threads in front of the mutex
+  std::atomic<int> in_front_{0};  // threads in front of the mutex
   int sleepers_ = 0;
   Deadline shared_until_{};
   std::optional<Messenger::Arrival> kept_;  // what there was no memory to store
   std::map<Key, std::deque<Frame>> pending_;
   std::set<std::pair<std::uint64_t, int>> goodbyes_;  // channel, sender
+  std::map<int, Waiting> waiting_;                    // by sender
   std::unordered_set<std::uint64_t> retired_;
   std::deque<std::uint64_t> retired_in_order_;
   std::atomic<std::int64_t> looked_{0};  // when, by `tick`

@@ -196,6 +196,43 @@ class MessageControlPlane : public ControlPlane {
     }
   }
 
+  void say_waiting(std::span<const int> missing) noexcept override {
+    if (size() < 3 || poisoned() || !mailbox_->owner().is_here()) {
+      return;  // of two the other is the one that it waits for
+    }
+    for (int r = 0; r < size(); ++r) {
+      try {
+        std::vector<int> members;
+        for (const int m : missing) {
+          members.push_back(member(m).front());
+        }
+        if (r != rank_) {
+          send(r, {channel_, detail::ControlCall::waits, 0}, std::as_bytes(std::span(members)));
+        }
+      } catch (const std::exception&) {
+        continue;  // who does not hear of it may blame this rank
+      }
+    }
+  }
+
+  [[nodiscard]] std::vector<int> at_fault(const std::vector<int>& missing,
+                                          std::chrono::milliseconds limit) override {
+    // It is said an eighth of the limit before the end, where the rank leaves, or goes on.
+    const Deadline since = Clock::now() - limit / 4;
+    return detail::at_fault(rank_, missing, [&](int r) -> std::optional<std::vector<int>> {
+      auto others = mailbox_->waits_for(member(r).front(), since);
+      if (others) {
+        for (int& other : *others) {
+          other = group_rank(other);
+        }
+        if (std::count(others->begin(), others->end(), size()) > 0) {
+          return std::nullopt;  // for a rank of another group, which has no number here
+        }
+      }
+      return others;
+    });
+  }
+
   std::unique_ptr<ControlPlane> subgroup(std::span<const int> ranks, std::uint64_t generation,
                                          std::string name) override {
     std::vector<int> members;
@@ -263,11 +300,17 @@ class MessageControlPlane : public ControlPlane {
     Wait(std::chrono::milliseconds most, std::chrono::milliseconds of_call)
         : limit(std::min(most, kLongestTimeLimit)),
           time(limit, std::min(limit, of_call)),
-          notice(time.start(), limit) {}
+          notice(time.start(), limit),
+          tells_at(limit > std::chrono::milliseconds(0) ? time.near_the_end(limit)
+                                                        : Deadline::max()) {}
+
+    /// Where it stops on its way to the deadline, to speak.
+    [[nodiscard]] Deadline next_stop() const noexcept { return std::min(notice.due(), tells_at); }
 
     std::chrono::milliseconds limit;
     detail::LimitedWait time;
     detail::WaitNotice notice;
+    Deadline tells_at;  ///< When the others hear of it.
     std::vector<int> missing;
   };
 
@@ -434,6 +477,10 @@ class MessageControlPlane : public ControlPlane {
     }
   }
 
+  /// Of a rank of the messenger; `size()` for one of no member.
+  [[nodiscard]] int group_rank(int member) const {
+    return static_cast<int>(std::find(members_.begin(), members_.end(), member) - members_.begin());
+  }
   [[nodiscard]] std::span<const int> member(int rank) const {
     return std::span(members_).subspan(index(rank), 1);
   }
@@ -476,11 +523,16 @@ class MessageControlPlane : public ControlPlane {
       return mailbox_->receive(members_[index(from)], expected.call, concern,
                                std::min(end, wait.time.deadline()));
     };
-    auto frame = receive_until(wait.notice.due());
-    if (!frame && wait.notice.due() < wait.time.deadline()) {
+    auto frame = receive_until(wait.next_stop());
+    while (!frame && wait.next_stop() < wait.time.deadline()) {
       throw_if_told(expected.call, concern);
-      wait.notice.say(Clock::now(), [&] { return missing_text(from, expected); });
-      frame = receive_until(wait.time.deadline());
+      const auto missing = [&] { return missing_of(from, expected, awaited); };
+      wait.notice.say(Clock::now(), [&] { return missing_text(missing(), expected); });
+      if (Clock::now() >= wait.tells_at) {
+        wait.tells_at = Deadline::max();
+        say_waiting(missing());
+      }
+      frame = receive_until(wait.next_stop());
     }
     if (!frame) {
       throw_if_told(expected.call, concern);
@@ -497,18 +549,25 @@ class MessageControlPlane : public ControlPlane {
     return std::move(frame->payload);
   }
 
-  /// Whom a wait for `from` misses: calls that wait for all ranks take them in order.
-  [[nodiscard]] std::string missing_text(int from, const detail::FrameTrailer& expected) {
+  /// Whom a wait for `from` misses, of those awaited: calls that wait for several take them in
+  /// order.
+  [[nodiscard]] std::vector<int> missing_of(int from, const detail::FrameTrailer& expected,
+                                            std::span<const int> awaited) {
     std::vector<int> missing{from};
-    if (expected.call == detail::ControlCall::all_gather ||
-        expected.call == detail::ControlCall::barrier) {
-      mailbox_->look();
-      for (int r = from + 1; r < size(); ++r) {
-        if (r != rank_ && !mailbox_->has(members_[index(r)], expected.call, channel_)) {
-          missing.push_back(r);
-        }
+    mailbox_->look();
+    for (const int member : awaited) {
+      const int r = group_rank(member);
+      if (r != rank_ && std::count(missing.begin(), missing.end(), r) == 0 &&
+          !mailbox_->has(member, expected.call, channel_)) {
+        missing.push_back(r);
       }
     }
+    std::sort(missing.begin(), missing.end());
+    return missing;
+  }
+
+  [[nodiscard]] std::string missing_text(const std::vector<int>& missing,
+                                         const detail::FrameTrailer& expected) const {
     const std::string open = recorder() != nullptr ? recorder()->open_call() : "";
     return fmt::format(
         "group {}: rank {} has waited for rank {} to come to {} #{} over the control plane{}",
@@ -536,8 +595,7 @@ class MessageControlPlane : public ControlPlane {
       detail::GiveUp::deserialize(notice->reason).raise(to_string(call), name_);
     }
     if (const auto left = mailbox_->who_left(call, concern)) {
-      fail_left(call, static_cast<int>(std::find(members_.begin(), members_.end(), *left) -
-                                       members_.begin()));
+      fail_left(call, group_rank(*left));
     }
   }
 
@@ -549,13 +607,17 @@ class MessageControlPlane : public ControlPlane {
     }
   }
 
-  void fail_if_missing(const detail::FrameTrailer& trailer, const Wait& wait) const {
+  void fail_if_missing(const detail::FrameTrailer& trailer, const Wait& wait) {
     if (!wait.missing.empty()) {
+      mailbox_->look();
+      throw_if_told(trailer.call, watch(trailer, members_));
+      const std::vector<int> blamed = at_fault(wait.missing, wait.limit);
       throw TimeoutError(
-          fmt::format("{} #{} of group {} ({} ranks): rank {} did not arrive within {}",
+          fmt::format("{} #{} of group {} ({} ranks): rank {} did not arrive within {}{}",
                       to_string(trailer.call), trailer.sequence, name_, size(),
-                      detail::joined(wait.missing, ", "), wait.time.describe(wait.limit)),
-          wait.missing);
+                      detail::joined(blamed, ", "), wait.time.describe(wait.limit),
+                      detail::waiting_themselves(wait.missing, blamed)),
+          blamed);
     }
   }
 

@@ -3,6 +3,8 @@
 #include <cohort/give_up.hpp>
 #include <cstddef>
 #include <exception>
+#include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,6 +33,34 @@ TEST_CASE("what a transport error says reaches the others with its native code")
   std::fill(wild.begin() + 12, wild.begin() + 16, std::byte{0x7f});
   CHECK_THROWS_AS(detail::GiveUp::deserialize(wild).raise("barrier", "g"), Error);
   CHECK(detail::GiveUp{.text = std::string(100'000, 'x')}.serialize().size() < 4096);
+}
+
+TEST_CASE("who waits for another is not at fault, but those for whom it waits in the end") {
+  using Waits = std::map<int, std::vector<int>>;
+  struct Case {
+    std::vector<int> missing;
+    Waits waits_for;  // of those that said so
+    std::vector<int> blamed;
+  };
+  const auto& [missing, waits_for, blamed] = GENERATE(values<Case>({
+      {{}, {}, {}},
+      {{1, 2}, {}, {1, 2}},
+      {{1, 2}, {{1, {2}}}, {2}},
+      {{1}, {{1, {2}}, {2, {3}}}, {3}},        // a chain
+      {{1}, {{1, {0, 3}}}, {3}},               // for this rank as well
+      {{3, 1}, {{1, {2}}}, {2, 3}},            // in ascending order
+      {{1, 2}, {{1, {2}}, {2, {1}}}, {1, 2}},  // a circle
+      {{1}, {{1, {0}}}, {1}},                  // of two
+      {{1, 2}, {{1, {2, 3}}, {2, {1}}}, {3}},  // out of one
+      {{1}, {{1, {}}}, {1}},                   // for nobody
+  }));
+  const auto said = [&waits = waits_for](int r) {
+    const auto it = waits.find(r);
+    return it != waits.end() ? std::optional(it->second) : std::nullopt;
+  };
+  CHECK(detail::at_fault(0, missing, said) == blamed);
+  CHECK(detail::waiting_themselves({1, 2, 3}, {2}) == "; rank 1, 3 waited as well");
+  CHECK(detail::waiting_themselves({1, 2}, {1, 2}).empty());
 }
 
 TEST_CASE("what another group failed with keeps its type, and names its ranks in the world") {

@@ -395,6 +395,59 @@ TEST_CASE("giving up tells the others at once, whatever they wait for") {
   CHECK(seconds_since(start) < 20);
 }
 
+TEST_CASE("a rank that dies within a call is blamed, not the one that waits for it there") {
+  const auto blames = [](const auto& call, auto... parts) {
+    try {
+      call();
+      check(false, "throws");
+    } catch (const TimeoutError& error) {
+      check(error.missing() == std::vector{2}, error.what());
+      check_throws<TimeoutError>([] { throw; }, "rank 2 did not arrive within 2000 ms", parts...);
+    }
+  };
+  // What the first rank calls that has heard the dead one, which the second has not.
+  const std::vector<std::function<void(ControlPlane&)>> calls{
+      [](ControlPlane& plane) { plane.barrier(); },
+      [](ControlPlane& plane) { (void)plane.broadcast({}, 1); },
+      [](ControlPlane& plane) {
+        (void)plane.exchange({}, std::vector<ControlPlane::Incoming>{{1, 4}});
+      },
+  };
+  std::atomic<int> failures{0};
+  const auto run = [&](const auto& body) {
+    return std::thread([&failures, body] {
+      try {
+        body();
+      } catch (const std::exception& error) {
+        ++failures;
+        fmt::print(stderr, "{}\n", error.what());
+      }
+    });
+  };
+  std::vector<std::thread> ranks;
+  for (const auto& next : calls) {
+    const auto hub = std::make_shared<detail::ThreadHub>(3);
+    const detail::FrameTrailer arrival{detail::kHashSeed, detail::ControlCall::barrier, 0};
+    const auto bytes = std::as_bytes(std::span(&arrival, 1));
+    hub->push(2, 0, Bytes(bytes.begin(), bytes.end()));
+    ranks.push_back(run([=] {
+      MessageControlPlane first(std::make_shared<detail::ThreadMessenger>(hub, 0), 2s);
+      const detail::CallTime time;  // so that its limit ends before that of the other
+      first.barrier();
+      blames([&] { next(first); }, "; rank 1 waited as well");
+    }));
+    ranks.push_back(run([=] {
+      std::this_thread::sleep_for(100ms);
+      MessageControlPlane second(std::make_shared<detail::ThreadMessenger>(hub, 1), 2s);
+      blames([&] { second.barrier(); });
+    }));
+  }
+  for (std::thread& rank : ranks) {
+    rank.join();
+  }
+  CHECK(failures == 0);
+}
+
 TEST_CASE("an exchange with a rank that does not come ends when another has given up on it") {
   const auto hub = std::make_shared<detail::ThreadHub>(3);
   auto hasty = plane_of(hub, 0, 100ms);
