@@ -171,7 +171,7 @@ class ParallelState {
     std::optional<detail::FormedGroups::Cause> cause;
     try {
       if (!shut_down_) {
-        if (const auto why = formed_->reason_to_leave()) {
+        if (const auto why = formed_->reason_to_leave(); why && !owned_.world->failed()) {
           // Not in the world, where it waits for those who learn it so, or need not.
           formed_->tell(*why,
                         [&](const GroupCoordinator* group) { return group != owned_.world.get(); });

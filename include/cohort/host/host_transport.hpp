@@ -60,6 +60,7 @@ class HostTransport final : public Transport {
                                     : CallPath::exchange),
         lifeline_(std::make_shared<Lifeline>(fmt::format("group {}", control.name()))) {
     if (access_ != nullptr) {
+      access_->meeting().end_with(control_);
       peers_.emplace(*access_);
       kernels_.emplace(*access_, lifeline_, steps_);
     }

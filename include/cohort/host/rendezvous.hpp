@@ -122,8 +122,15 @@ class Rendezvous {
     }
   }
 
+  /// From here on the group has one end: what a rank says that leaves over `control` ends the waits
+  /// here as well, and who leaves here leaves there. `control` outlives this.
+  void end_with(ControlPlane& control) noexcept { control_ = &control; }
+
   /// Any thread.
-  [[nodiscard]] bool failed() const noexcept { return poisoned_.load(std::memory_order_relaxed); }
+  [[nodiscard]] bool failed() const noexcept {
+    return poisoned_.load(std::memory_order_relaxed) ||
+           (control_ != nullptr && control_->poisoned());
+  }
 
   /// No later call can work: the ranks are not at the same step. Peers that wait for anyone in the
   /// group learn why instead of waiting for the time limit. Nothing happens where this rank has
@@ -156,12 +163,16 @@ class Rendezvous {
     throw error;
   }
 
-  /// Throws why a peer has ended its part in the group after an error.
+  /// Throws why a peer has ended its part in the group after an error, here or over the control
+  /// plane.
   void check_peers() {
     for (int r = 0; r < size(); ++r) {
       if (const auto presence = presence_of(r); r != rank_ && presence == Presence::gave_up) {
         fail_departed(r, presence);
       }
+    }
+    if (control_ != nullptr) {
+      fail_if_told();
     }
   }
 
@@ -320,6 +331,8 @@ class Rendezvous {
   // A peer that runs answers within a few µs; 300 pauses are about 4 µs on Zen 4 and 13 µs on
   // Skylake and later, whose pause takes 140 cycles (Intel's optimization reference manual, 2.5.4).
   static constexpr int kSpins = 300;
+  // How often a wait looks whether a rank has left over the control plane.
+  static constexpr std::chrono::milliseconds kLookEvery{5};
   // After this long nobody is about to come; polling then leaves the processor to others.
   static constexpr std::chrono::milliseconds kYieldFor{200};
 
@@ -360,6 +373,8 @@ class Rendezvous {
     const cohort::detail::LimitedWait time(limit_);
     cohort::detail::WaitNotice notice(time.start(), time.deadline() - time.start());
     cohort::detail::PollPause pause(kYieldFor, 0);  // `wait` has spun
+    auto next_look = time.start() + kLookEvery;
+    auto tells_at = time.near_the_end(limit_);
     int other = rank_;
     while (!ready()) {
       const auto now = Clock::now();
@@ -376,8 +391,16 @@ class Rendezvous {
           fail_departed(r, presence);
         }
       }
+      if (control_ != nullptr && now >= next_look) {
+        next_look = now + kLookEvery;
+        fail_if_told();
+      }
       if (now > time.deadline()) {
         fail_late(arrived, time);
+      }
+      if (control_ != nullptr && now >= tells_at) {
+        tells_at = time.deadline();
+        control_->say_waiting(missing_ranks(arrived));
       }
       notice.say(now, [&] {
         return fmt::format("group {}: rank {} has waited for rank {} to come to {}, step {}",
@@ -399,13 +422,35 @@ class Rendezvous {
     return missing;
   }
 
+  /// Throws what a rank said, or a thread of this one, that has left over the control plane.
+  void fail_if_told() {
+    try {
+      control_->check_peers(PeerLook::lately);
+    } catch (const std::exception&) {  // it has left with what it heard, or looks again
+    }
+    if (!control_->poisoned()) {
+      return;
+    }
+    cohort::detail::GiveUp why;
+    try {
+      why = control_->left_with().value_or(why);
+    } catch (const std::bad_alloc&) {
+      why = {};  // no memory for the reason
+    }
+    give_up(why);
+    why.raise("wait", group_);
+  }
+
   template <class Arrived>
   [[noreturn]] void fail_late(const Arrived& arrived, const cohort::detail::LimitedWait& time) {
     const std::vector<int> missing = missing_ranks(arrived);
+    const std::vector<int> blamed =
+        control_ != nullptr ? control_->at_fault(missing, limit_) : missing;
     fail(TimeoutError(
-        fmt::format("step {} of group {} ({} ranks): rank {} did not arrive within {}", epoch_,
-                    group_, size(), cohort::detail::joined(missing, ", "), time.describe(limit_)),
-        missing));
+        fmt::format("step {} of group {} ({} ranks): rank {} did not arrive within {}{}", epoch_,
+                    group_, size(), cohort::detail::joined(blamed, ", "), time.describe(limit_),
+                    cohort::detail::waiting_themselves(missing, blamed)),
+        blamed));
   }
 
   [[noreturn]] void fail_channel(int from, const ParcelHeader& header, std::size_t first) {
@@ -447,6 +492,17 @@ class Rendezvous {
     // The caller may write where peers still read. Whoever sees that sees the word above as well:
     // pairs with the fence of `check_still_exposed`.
     std::atomic_thread_fence(std::memory_order_release);
+    if (control_ != nullptr) {
+      leave_control(farewell);
+    }
+  }
+
+  void leave_control(const Farewell& farewell) noexcept try {
+    control_->leave_with(farewell.bytes == 0
+                             ? cohort::detail::GiveUp{}
+                             : cohort::detail::GiveUp::deserialize(reason_of(farewell)));
+  } catch (const std::exception&) {
+    control_->leave_with({});  // no memory for the reason
   }
 
   OwnerProcess owner_;
@@ -462,6 +518,7 @@ class Rendezvous {
   Operation operation_ = Operation::barrier;  // of the current step
   std::atomic<bool> poisoned_{false};
   bool compares_shapes_ = false;
+  ControlPlane* control_ = nullptr;  // null where the group has none
 };
 
 inline void Rendezvous::fail_unless_same() const {

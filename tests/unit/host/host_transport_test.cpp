@@ -167,7 +167,9 @@ TEST_CASE("whoever comes late to memory that a peer gave up learns it, in every 
   std::atomic<bool> gave_up{false};
   run_ranks(
       2,
-      [&](ControlPlane& plane) {
+      [&](ControlPlane& world) {
+        const auto group = world.subgroup(std::vector{0, 1}, 1, "group");
+        ControlPlane& plane = *group;
         Site site(plane, {}, Memory::mixed);  // rank 1's input passes the slot: it waits for nobody
         const auto in = site.tensor(Dims{64, 1024}, DType::f32, Form::contiguous);
         const auto out = site.tensor(Dims{128, 1024}, DType::f32, Form::contiguous);
@@ -183,7 +185,7 @@ TEST_CASE("whoever comes late to memory that a peer gave up learns it, in every 
                                      "rank 1 did not");
           check_throws<TransportError>([&] { site.transport->barrier({}); }, "earlier call");
         }
-        plane.barrier();
+        world.barrier();
       },
       300ms);
 }
@@ -222,6 +224,39 @@ TEST_CASE("synchronize tells of a peer that gave up, and not of one that has lef
         world.barrier();
       },
       300ms);
+}
+
+TEST_CASE("what ends a group over shared memory ends its agreements, and the reverse", "[host]") {
+  const bool agreement_fails = GENERATE(true, false);
+  const auto at_once = [](const auto& call) {
+    const auto start = Clock::now();
+    check_throws<TimeoutError>(call, "rank 0 gave up", "rank 1 is nowhere");
+    check(Clock::now() - start < kRanksTimeLimit / 2, "before the limit");
+  };
+  run_ranks(2, [&](ControlPlane& world) {
+    const auto group = world.subgroup(std::vector{0, 1}, 1, "group");
+    Site site(*group, {}, Memory::ordinary);
+    site.transport->barrier({});
+    const auto own = std::make_exception_ptr(TimeoutError("rank 1 is nowhere", {1}));
+    if (group->rank() == 0) {
+      std::this_thread::sleep_for(50ms);  // the other waits by then
+      if (agreement_fails) {
+        check_throws<TimeoutError>([&] { agree(*group, {.place = "here"}, own); }, "nowhere");
+        check(site.transport->failed(), "failed");
+        check_throws<TransportError>([&] { site.transport->barrier({}); }, "earlier call");
+      } else {
+        site.transport->forsake_peers(detail::GiveUp::because(own, 0));
+        check(group->poisoned(), "the control plane has ended");
+      }
+    } else if (agreement_fails) {
+      at_once([&] { site.transport->barrier({}); });
+      check(group->poisoned() && site.transport->failed(), "both have ended");
+    } else {
+      at_once([&] { agree(*group, {.place = "here"}); });
+      check(site.transport->failed(), "both have ended");
+    }
+    world.barrier();
+  });
 }
 
 TEST_CASE("a forked child neither uses its parent's group nor ends it", "[host]") {
