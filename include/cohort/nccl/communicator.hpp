@@ -206,9 +206,9 @@ class Communicator {
                 call, group_, rank_, group.limit().count()),
             {});
       }
-    } catch (const Error& error) {
+    } catch (const Error&) {
       mark_broken();
-      group.give_up(error.what());
+      group.give_up_because(std::current_exception());
       throw;
     }
   }

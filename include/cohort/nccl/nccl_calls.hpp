@@ -226,10 +226,11 @@ class NcclCalls {
   /// The peers learn of it, because they may wait for this rank in NCCL.
   void require_descriptors() {
     if (const auto few = Communicator::too_few_descriptors(group_.size); !few.empty()) {
-      group_.control.give_up(few);
-      group_.communicator->mark_broken();
-      throw TransportError(
+      const TransportError refused(
           {.call = "a connection", .rank = group_.rank, .group = group_.control.name()}, few);
+      group_.control.give_up_because(std::make_exception_ptr(refused));
+      group_.communicator->mark_broken();
+      throw refused;
     }
   }
   /// The others learn of a failure.
@@ -240,8 +241,12 @@ class NcclCalls {
     if (code == ncclSuccess) [[likely]] {
       return;
     }
-    group_.control.give_up(fmt::format("{}: {}", call, nccl_error_text(code)));
-    group_.communicator->check(code, call);
+    try {
+      group_.communicator->check(code, call);
+    } catch (const TransportError&) {
+      group_.control.give_up_because(std::current_exception());
+      throw;
+    }
   }
   /// What NCCL does with a call of these buffers.
   [[nodiscard]] SymmetricPath symmetric(Collective collective, const void* in, std::size_t in_bytes,

@@ -129,9 +129,9 @@ class NcclWaits final : private RankWaits {
     }
     try {
       group_.communicator->check_asynchronous();
-    } catch (const TransportError& error) {
+    } catch (const TransportError&) {
       group_.control.check_peers();
-      group_.control.give_up(error.what());
+      group_.control.give_up_because(std::current_exception());
       throw;
     }
   }
