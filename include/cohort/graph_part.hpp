@@ -31,6 +31,7 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
       const std::shared_ptr<SymmetricArena>& arena) {
     auto part = std::make_shared<GraphPart>(arena);
     part->held_->part = part;
+    arena->enter();
     arena->graphs_.add(part->held_);
     return part;
   }

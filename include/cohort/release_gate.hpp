@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cohort/log.hpp"
+#include "cohort/owner_process.hpp"
 #include "cohort/poll_pause.hpp"
 
 /// \file
@@ -83,6 +84,10 @@ class ReleaseGate {
     PollPause pause;
     while (!worker_.compare_exchange_strong(before, self(), std::memory_order_acq_rel,
                                             std::memory_order_relaxed)) {
+      if (!owner_.is_here()) {  // a forked child has not got the thread that is releasing
+        worker_.store(self(), std::memory_order_relaxed);
+        return;
+      }
       before &= ~kReleasing;
       pause();
     }
@@ -101,6 +106,7 @@ class ReleaseGate {
     }
   }
 
+  OwnerProcess owner_;
   std::atomic<std::uintptr_t> worker_{0};  // its name, and whether it is releasing
   std::atomic<Entry*> given_back_{nullptr};
 };

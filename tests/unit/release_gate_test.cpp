@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/release_gate.hpp"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdint>
 #include <thread>
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/forked.hpp"
 
 namespace {
 
@@ -52,6 +55,30 @@ TEST_CASE("what is never taken back goes with the gate", "[release_gate]") {
   std::thread([&] {
     release(gate, 1, [](std::uint64_t) { FAIL("freed beside the worker"); });
   }).join();
+}
+
+TEST_CASE("a forked child does not wait for a release of its parent's", "[release_gate]") {
+  Gate gate;
+  std::atomic<bool> releasing{false};
+  std::atomic<bool> over{false};
+  std::thread worker([&] {
+    gate.enter([](std::uint64_t) {});
+    release(gate, 1, [&](std::uint64_t) {
+      releasing = true;
+      while (!over) {
+        std::this_thread::yield();
+      }
+    });
+  });
+  while (!releasing) {
+    std::this_thread::yield();
+  }
+  CHECK_NOTHROW(cohort::test::run_in_child([&] {
+    alarm(10);  // kills it where it waits
+    gate.enter([](std::uint64_t) {});
+  }));
+  over = true;
+  worker.join();
 }
 
 TEST_CASE("each release is taken back once, whichever threads work and drop", "[release_gate]") {
