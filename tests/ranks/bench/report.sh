@@ -144,6 +144,27 @@ has page.md '### A whole decode: a CPU (2 cores), 2 ranks, host' '^two layers\.'
   '| DCP, MPI, staged | 100.0 | 50.0 | 40.2 | 10.0 | 10 | 1 KiB | 77 |'
 has plots/decode-engine.svg '<svg' '>tensor parallelism, MPI<' '>200<' '>communication<' '</svg>'
 [[ $(grep -c '^### ' page.md) == 2 ]] || fail "the decode has not a section of its own"
+! grep -q 'whole decode' README.md || fail "a decode on a host is in the README"
+{ # of cards, the README has three figures: at 8K and batch 1, at the most that fits without DCP, beside DCP on NCCL
+  echo "${meta/'"backend": "host"'/'"backend": "cuda", "gpus": ["a card (1)", "a card (2)"], "model": "four layers"'}"
+  for point in 1024:1:390:290 8192:1:400:300 8192:64:1000:900 131072:112:9000:6300; do
+    IFS=: read -r context batch tp dcp <<<"$point"
+    for way in "tp-raw:$tp" dcp-raw:600 "dcp-cohort:$dcp"; do
+      row decode_engine own - graph 4096 "$batch" "${way#*:}" null | sed "s/}\$/, \"way\": \"${way%:*}\", \"context\": $context, \"tokens_a_second\": 9.5, \"tokens_that_fit\": 77, \"kv_bytes_per_rank\": 1024, \"attention_roofline_us\": 40, \"attention_us\": 100, \"products_us\": 50, \"communication_us\": 40.25, \"rest_us\": 10}/"
+    done
+  done
+  row decode_engine own - graph 4096 224 12000 null | sed 's/}$/, "way": "dcp-cohort", "context": 131072, "tokens_a_second": 9.5, "tokens_that_fit": 77, "kv_bytes_per_rank": 2048, "attention_roofline_us": null, "attention_us": 100, "products_us": 50, "communication_us": 40.25, "rest_us": 10}/'
+} >cards.json
+report base.json cards.json || fail "report with a decode on cards"
+has README.md '| one token, context 8K, batch 1 | 400.0 us (tensor parallelism, NCCL), 1 KiB | 300.0 us, 1 KiB | \*\*0.75\*\* |' \
+  '| one token, context 128K, batch 112 | 9000.0 us (tensor parallelism, NCCL), 1 KiB | 6300.0 us, 1 KiB | \*\*0.70\*\* |' \
+  '| one token, context 8K, batch 1 | 600.0 us (DCP, NCCL, staged), 1 KiB | 300.0 us, 1 KiB | \*\*0.50\*\* |' \
+  '^2 x a card, 2 ranks, cuda; four layers\.' 'plots/cards-tpot.svg' '| one merge, batch 1 |'
+has page.md '| over tensor parallelism, NCCL, context 8K, batch 1 | 1.00 | \*\*0.750\*\* | met | 0.706 |' \
+  '| over tensor parallelism, NCCL, context 128K, batch 112 | 0.80 | \*\*0.700\*\* | met | 0.698 |'
+has page.md '| 8K, 1: DCP, Cohort, automatic | 100.0 | 40.0 | 2.5 |' '^| context 128K, batch 224 |' '| 128K, 224 | - | - | 12000.0 |' \
+  'plots/cards-tpot.svg' 'plots/cards-engine.svg'
+has plots/cards-tpot.svg '<svg' '>batch 1: us a token<' '>8K<' '<polyline' '>DCP, Cohort, automatic<' '</svg>'
 if python3 -c 'import matplotlib' 2>/dev/null; then
   for picture in latency merge decode; do
     has "plots/base-$picture.svg" '<svg'
