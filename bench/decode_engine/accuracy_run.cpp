@@ -115,7 +115,9 @@ Transcript decode_alone(Session& session, const Task& task) {
   std::optional<Reference> reference;
   if (session.world.rank() == judging) {
     alone.emplace(session, *plane, task.prompts(), task.positions());
-    reference.emplace(session.model, session.options.fp64 > 0 ? task.prompts() : 0);
+    if (session.options.fp64 > 0) {
+      reference.emplace(session.model, task.prompts());
+    }
   }
   Transcript found;
   for (std::int64_t p = 0; p < task.positions(); ++p) {
@@ -285,43 +287,46 @@ Told share(Session& session, const Told& mine) {
 
 }  // namespace
 
-Told measure_accuracy(Session& session) {
+bool measure_accuracy(Session& session) {
   const Task task(session);
   const double bound = logit_bound(session.model);
+  session.tell(
+      {.text = fmt::format(
+           "accuracy: {} prompts, {} tokens each, teacher-forced; logits may be off by {:.4f}, "
+           "choices differ up to margins of {:.4f}\n",
+           task.prompts(), session.options.tokens, bound, margin_bound(bound))});
   const Transcript alone = decode_alone(session, task);
-  Told told{
-      .text = fmt::format(
-          "accuracy: {} prompts, {} tokens each, teacher-forced; logits may be off by {:.4f}, "
-          "choices differ up to margins of {:.4f}\n",
-          task.prompts(), session.options.tokens, bound, margin_bound(bound))};
+  const Weights weights(session.model, session.device, session.place(false));
   std::map<std::string_view, std::uint64_t> promised;
+  bool passed = true;
   for (const bool dcp : {false, true}) {
-    std::optional<Weights> weights;
     std::optional<Cache> cache;
     for (const Lane& lane : session.lanes) {
       if (lane.way->dcp != dcp) {
         continue;
       }
-      if (!weights) {
-        weights.emplace(session.model, session.device, lane.place);
+      if (!cache) {
         cache.emplace(session.model.sizes(), session.device, lane.place, task.prompts(),
                       task.positions());
       }
-      const Findings f = decode(session, lane, *weights, *cache, task, alone);
+      const Findings f = decode(session, lane, weights, *cache, task, alone);
       auto wrong = faults(f, bound, task.known(), session.options.fp64 > 0);
       const auto [first, is_first] = promised.emplace(lane.way->order, f.bits);
       if (!is_first && first->second != f.bits) {
         wrong.emplace_back("other bits than a way that adds in the same order");
       }
-      told.text += to_text(lane, f, bound, task.known());
+      Told mine{.text = to_text(lane, f, bound, task.known()),
+                .rows = {to_row(session, lane, f, bound, wrong)},
+                .passed = wrong.empty()};
       for (const auto& fault : wrong) {
-        told.text += fmt::format("{:<11} WRONG: {}\n", "", fault);
+        mine.text += fmt::format("{:<11} WRONG: {}\n", "", fault);
       }
-      told.rows.push_back(to_row(session, lane, f, bound, wrong));
-      told.passed = told.passed && wrong.empty();
+      const Told told = share(session, mine);
+      session.tell(told);
+      passed = passed && told.passed;
     }
   }
-  return share(session, told);
+  return passed;
 }
 
 }  // namespace decode_engine

@@ -10,6 +10,7 @@
 #include "cohort/control_plane.hpp"
 #include "cohort/dtype.hpp"
 #include "cohort/transport.hpp"
+#include "noise.hpp"
 #include "operations.hpp"
 
 /// \file
@@ -28,6 +29,11 @@ using cohort::BFloat16;
 enum class Kind : std::uint8_t { attention, products, communication, rest };
 inline constexpr std::size_t kKinds = 4;
 
+/// Of memory and of products in bf16, a second.
+struct Peak {
+  double bytes = 0, flops = 0;
+};
+
 class Device {
  public:
   Device() = default;
@@ -44,8 +50,7 @@ class Device {
   // The stream is idle for these three.
   virtual void put(void* to, std::span<const std::byte> from) = 0;
   virtual void get(std::span<std::byte> to, const void* from) = 0;
-  /// Noise with a root mean square of 1, as a cache of many tokens.
-  virtual void fill_with_noise(BFloat16* to, std::size_t elements, std::uint64_t seed) = 0;
+  virtual void fill_with_noise(BFloat16* to, const Noise& noise, const Block& block) = 0;
 
   /// hidden[b] = table[tokens[b]].
   virtual void embed(const std::int32_t* tokens, const BFloat16* table, BFloat16* hidden,
@@ -57,8 +62,9 @@ class Device {
   virtual void multiply(const Product& product) = 0;
   virtual void rotate(const Rotation& rotation) = 0;
   virtual void keep(const CacheRow& row) = 0;
-  /// Room for attentions of up to these sizes, before they are captured. Local.
-  virtual void reserve_attention(std::int64_t heads, std::int64_t batch, std::int64_t latent) = 0;
+  /// What attention of these sizes needs besides its arguments, for `Attention::room`; empty where
+  /// it needs nothing. Before it is captured. Local.
+  [[nodiscard]] virtual cohort::Tensor attention_room(const Attention& attention) = 0;
   virtual void attend(const Attention& attention) = 0;
   /// y[r][i] = silu(x[r][i]) x[r][width + i].
   virtual void gate(const BFloat16* x, BFloat16* y, std::int64_t rows, std::int64_t width) = 0;
@@ -73,6 +79,8 @@ class Device {
   /// Seconds from each of the first `places` marks to the next.
   [[nodiscard]] virtual std::vector<double> between_marks(std::size_t places) = 0;
 
+  /// What the hardware could reach at best; zeros where nobody knows.
+  [[nodiscard]] virtual Peak peak() const { return {}; }
   /// Collective. Hardware, driver and libraries.
   virtual void describe(cohort::bench::Meta& meta, cohort::ControlPlane& world) = 0;
 };

@@ -2,6 +2,8 @@
 #include "engine.hpp"
 
 #include <cmath>
+#include <initializer_list>
+#include <utility>
 
 #include "cohort/kv_step.hpp"
 
@@ -20,26 +22,40 @@ std::span<const std::byte> bytes_of(const std::vector<T>& values) {
 
 Weights::Weights(const Model& model, Device& device, const Place& place) {
   const Sizes& s = model.sizes();
-  const auto upload = [&](const std::vector<BFloat16>& elements) {
-    memory_.push_back(device.backend()->allocate({static_cast<std::int64_t>(elements.size())},
-                                                 DType::bf16, device.stream()));
+  /// One behind the other.
+  const auto make = [&](std::int64_t layer,
+                        std::initializer_list<std::pair<Part, Block>> blocks) -> const BFloat16* {
+    std::int64_t elements = 0;
+    for (const auto& [part, block] : blocks) {
+      elements += block.elements();
+    }
+    memory_.push_back(device.backend()->allocate({elements}, DType::bf16, device.stream()));
     device.synchronize();
-    device.put(memory_.back().data(), bytes_of(elements));
+    auto* to = memory_.back().data_as<BFloat16>();
+    for (const auto& [part, block] : blocks) {
+      if (const auto noise = model.noise(part, layer)) {
+        device.fill_with_noise(to, *noise, block);
+      } else {
+        device.put(to, bytes_of(model.block(part, layer, block)));
+      }
+      to += block.elements();
+    }
     return memory_.back().data_as<BFloat16>();
   };
+  const auto all_of = [&](Part part, std::int64_t first, std::int64_t count) {
+    return std::pair(part, Block{first, count, 0, model.columns(part)});
+  };
   const auto rows = [&](Part part, std::int64_t layer, std::int64_t first, std::int64_t count) {
-    return upload(model.block(part, layer, first, count, 0, model.columns(part)));
+    return make(layer, {all_of(part, first, count)});
   };
   const auto columns = [&](Part part, std::int64_t layer, std::int64_t first, std::int64_t count) {
-    return upload(model.block(part, layer, 0, s.hidden, first, count));
+    return make(layer, {{part, Block{0, s.hidden, first, count}}});
   };
   const std::int64_t heads = place.own_heads(s);
   const std::int64_t head = place.tp_rank * heads;
   const std::int64_t inner = place.own_inner(s);
+  const std::int64_t first_inner = place.tp_rank * inner;
   for (std::int64_t l = place.first_layer(s); l < place.end_layer(s); ++l) {
-    auto gate_up = model.block(Part::gate, l, place.tp_rank * inner, inner, 0, s.hidden);
-    const auto up = model.block(Part::up, l, place.tp_rank * inner, inner, 0, s.hidden);
-    gate_up.insert(gate_up.end(), up.begin(), up.end());
     layers_.push_back({.attention_gain = rows(Part::attention_gain, l, 0, 1),
                        .query_down = rows(Part::query_down, l, 0, s.query_rank),
                        .query_gain = rows(Part::query_gain, l, 0, 1),
@@ -50,8 +66,9 @@ Weights::Weights(const Model& model, Device& device, const Place& place) {
                        .value_up = rows(Part::value_up, l, head * s.value, heads * s.value),
                        .output = columns(Part::output, l, head * s.value, heads * s.value),
                        .inner_gain = rows(Part::inner_gain, l, 0, 1),
-                       .gate_up = upload(gate_up),
-                       .down = columns(Part::down, l, place.tp_rank * inner, inner)});
+                       .gate_up = make(l, {all_of(Part::gate, first_inner, inner),
+                                           all_of(Part::up, first_inner, inner)}),
+                       .down = columns(Part::down, l, first_inner, inner)});
   }
   if (place.is_first()) {
     embedding_ = rows(Part::embedding, 0, 0, s.vocabulary);
@@ -66,13 +83,18 @@ Weights::Weights(const Model& model, Device& device, const Place& place) {
 
 Cache::Cache(const Sizes& sizes, Device& device, const Place& place, std::int64_t batch,
              std::int64_t tokens)
-    : memory_(device.backend()->allocate({place.end_layer(sizes) - place.first_layer(sizes), batch,
-                                          (tokens + place.dcp - 1) / place.dcp, sizes.row()},
-                                         DType::bf16, device.stream())) {
+    : memory_(device.backend()->allocate(
+          {place.end_layer(sizes) - place.first_layer(sizes), batch,
+           // Whole blocks, so that no way's attention ends in a smaller piece than another's.
+           ((tokens + place.dcp - 1) / place.dcp + kBlock - 1) / kBlock * kBlock, sizes.row()},
+          DType::bf16, device.stream())) {
   // Attention may read rows that no token has been written to, as long as they are numbers.
   device.synchronize();
-  device.fill_with_noise(memory_.data_as<BFloat16>(), static_cast<std::size_t>(memory_.numel()),
-                         static_cast<std::uint64_t>(place.pp_rank * place.tp + place.tp_rank));
+  device.fill_with_noise(
+      memory_.data_as<BFloat16>(),
+      {.seed = static_cast<std::uint64_t>(place.pp_rank * place.tp + place.tp_rank),
+       .size = kUnitNoise},
+      {.rows = 1, .columns = memory_.numel()});
 }
 
 BFloat16* Cache::layer(std::int64_t layer) const {
@@ -105,7 +127,11 @@ Engine::Engine(const Sizes& sizes, const Weights& weights, const Cache& cache, D
       gate_up_(ordinary({batch, 2 * place.own_inner(sizes)}, DType::bf16)),
       gated_(ordinary({batch, place.own_inner(sizes)}, DType::bf16)) {
   exchange_.reserve(batch);
-  device_.reserve_attention(all_heads_, batch, sizes.latent);
+  attention_room_ = device_.attention_room({.heads = all_heads_,
+                                            .batch = batch,
+                                            .capacity = cache.capacity(),
+                                            .latent = sizes.latent,
+                                            .rope = sizes.rope});
   const std::int64_t share = place.vocabulary_share(sizes);
   own_query_ = exchange_.allocate(Use::attention, {own_heads_, batch, sizes.row()}, DType::bf16);
   query_ = exchange_.allocate(Use::attention, {all_heads_, batch, sizes.row()}, DType::bf16);
@@ -123,6 +149,8 @@ cohort::Tensor Engine::ordinary(const cohort::Dims& shape, DType dtype) {
 }
 
 void Engine::capture() {
+  record(false);  // libraries prepare what they run for the first time, which a capture may forbid
+  synchronize();
   step_ = exchange_.capture([this] { record(false); });
   marked_step_ = exchange_.capture([this] { record(true); });
 }
@@ -171,6 +199,14 @@ std::array<double, kKinds> Engine::seconds_by_kind() {
     seconds[static_cast<std::size_t>(marks_[i])] += spans[i];
   }
   return seconds;
+}
+
+std::array<double, kKinds> Engine::stretches() const {
+  std::array<double, kKinds> counts{};
+  for (const Kind kind : marks_) {
+    counts[static_cast<std::size_t>(kind)] += 1;
+  }
+  return counts;
 }
 
 void Engine::run(const std::function<void()>& graph, bool marked) {
@@ -295,6 +331,7 @@ void Engine::enqueue_attention(std::size_t layer, const void* sums) {
                   .counts = counts_.data_as<std::int32_t>(),
                   .out = out_.data_as<BFloat16>(),
                   .lse = lse_.data_as<float>(),
+                  .room = attention_room_.data(),
                   .heads = all_heads_,
                   .batch = batch_,
                   .capacity = cache_.capacity(),

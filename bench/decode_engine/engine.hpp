@@ -43,6 +43,9 @@ class Weights {
 /// the same time can share one.
 class Cache {
  public:
+  /// Tokens of a sequence have room in multiples of so many.
+  static constexpr std::int64_t kBlock = 128;
+
   /// For sequences of up to `tokens` tokens; full of noise. Local.
   Cache(const Sizes& sizes, Device& device, const Place& place, std::int64_t batch,
         std::int64_t tokens);
@@ -62,7 +65,7 @@ class Engine {
   Engine(const Engine&) = delete;  // what is captured refers to it
   Engine& operator=(const Engine&) = delete;
 
-  /// Collective. Steps are graphs from here on.
+  /// Collective. Steps are graphs from here on; `start` is called before the next.
   void capture();
   /// To see that checks see it: from here on the last sum of a step is left out.
   void spoil() noexcept { spoilt_ = true; }
@@ -78,6 +81,8 @@ class Engine {
   void enqueue_marked_step() { run(marked_step_, true); }
   /// Seconds of the last marked step, by kind. The stream is idle for these.
   [[nodiscard]] std::array<double, kKinds> seconds_by_kind();
+  /// Stretches of each kind that a marked step has: each has a mark that takes time itself.
+  [[nodiscard]] std::array<double, kKinds> stretches() const;
   [[nodiscard]] std::vector<std::int32_t> tokens();
   /// [batch, hidden] behind the stage's layers: the same on every rank of the TP group.
   [[nodiscard]] std::vector<BFloat16> hidden();
@@ -111,8 +116,9 @@ class Engine {
   cohort::Tensor x_;         ///< [B, hidden]
   cohort::Tensor squeezed_;  ///< [B, query_rank], and normalized
   cohort::Tensor query_latent_;
-  cohort::Tensor heads_;                ///< [B, h, nope + rope]
-  cohort::Tensor kv_;                   ///< [B, row]
+  cohort::Tensor heads_;  ///< [B, h, nope + rope]
+  cohort::Tensor kv_;     ///< [B, row]
+  cohort::Tensor attention_room_;
   cohort::Tensor out_;                  ///< [H, B, latent]
   cohort::Tensor lse_;                  ///< [B, H]
   cohort::Tensor values_;               ///< [B, h * value]

@@ -9,7 +9,6 @@
 #include "cohort/host/host_backend.hpp"
 #include "cohort/vectorised.hpp"
 #include "dcp_decode/attention.hpp"
-#include "dcp_decode/numbers.hpp"
 #include "device.hpp"
 #include "rotation.hpp"
 
@@ -115,10 +114,12 @@ class HostDevice final : public Device {
   void get(std::span<std::byte> to, const void* from) override {
     std::memcpy(to.data(), from, to.size());
   }
-  void fill_with_noise(BFloat16* to, std::size_t elements, std::uint64_t seed) override {
-    const dcp_decode::Numbers numbers(seed, 0, 0);
-    for (std::size_t i = 0; i < elements; ++i) {
-      to[i] = BFloat16(static_cast<float>(std::sqrt(3.0) * numbers(i)));
+  void fill_with_noise(BFloat16* to, const Noise& noise, const Block& block) override {
+    for (std::int64_t r = 0; r < block.rows; ++r) {
+      const dcp_decode::Numbers numbers = noise.row(block.first_row + r);
+      for (std::int64_t i = 0; i < block.columns; ++i) {
+        *to++ = BFloat16(noise.element(numbers, block.first_column + i));
+      }
     }
   }
 
@@ -175,7 +176,7 @@ class HostDevice final : public Device {
       }
     });
   }
-  void reserve_attention(std::int64_t, std::int64_t, std::int64_t) override {}
+  cohort::Tensor attention_room(const Attention&) override { return {}; }
   void attend(const Attention& attention) override {
     stream().submit([attention] { attend_now(attention); });
   }

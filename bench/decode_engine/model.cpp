@@ -19,9 +19,9 @@ using dcp_decode::Numbers;
 
 std::uint64_t key(std::int64_t value) { return static_cast<std::uint64_t>(value); }
 
-/// The numbers of a row, in [-1, 1).
-Numbers numbers_of(std::uint64_t seed, Part part, std::int64_t layer, std::int64_t row) {
-  return {seed, (key(layer) << 8) | static_cast<std::uint64_t>(part), key(row)};
+/// Of the numbers that a part's elements are made of.
+std::uint64_t key_of(Part part, std::int64_t layer) {
+  return (key(layer) << 8) | static_cast<std::uint64_t>(part);
 }
 
 bool is_gain(Part part) {
@@ -35,17 +35,23 @@ class RandomModel final : public Model {
 
   void fill(Part part, std::int64_t layer, std::int64_t row, std::int64_t first_column,
             std::span<BFloat16> elements) const override {
-    const Numbers numbers = numbers_of(seed(), part, layer, row);
-    const double unit = std::sqrt(3.0);  // makes the root mean square of [-1, 1) one
-    const double size = unit * scale(part);
+    const Noise noise = noise_of(part, layer);
+    const Numbers numbers = noise.row(row);
     for (std::size_t i = 0; i < elements.size(); ++i) {
-      const double number = numbers(key(first_column) + i);
-      elements[i] =
-          BFloat16(static_cast<float>(is_gain(part) ? 1.0 + 0.1 * number : size * number));
+      elements[i] = BFloat16(noise.element(numbers, first_column + static_cast<std::int64_t>(i)));
     }
+  }
+  [[nodiscard]] std::optional<Noise> noise(Part part, std::int64_t layer) const override {
+    return noise_of(part, layer);
   }
 
  private:
+  [[nodiscard]] Noise noise_of(Part part, std::int64_t layer) const {
+    return {.seed = seed(),
+            .key = key_of(part, layer),
+            .offset = is_gain(part) ? 1.0 : 0.0,
+            .size = is_gain(part) ? 0.1 : kUnitNoise * scale(part)};
+  }
   [[nodiscard]] double scale(Part part) const {
     const double fan_in = 1.0 / std::sqrt(static_cast<double>(columns(part)));
     switch (part) {
@@ -87,7 +93,7 @@ class CopyModel final : public Model {
 
   void fill(Part part, std::int64_t layer, std::int64_t row, std::int64_t first_column,
             std::span<BFloat16> elements) const override {
-    const Numbers numbers = numbers_of(seed(), part, layer, row);
+    const Numbers numbers(seed(), key_of(part, layer), key(row));
     for (std::size_t i = 0; i < elements.size(); ++i) {
       const std::int64_t column = first_column + static_cast<std::int64_t>(i);
       const double noise =
@@ -210,14 +216,11 @@ std::int64_t Model::columns(Part part) const noexcept {
   }
 }
 
-std::vector<BFloat16> Model::block(Part part, std::int64_t layer, std::int64_t first_row,
-                                   std::int64_t rows, std::int64_t first_column,
-                                   std::int64_t columns) const {
-  std::vector<BFloat16> elements(static_cast<std::size_t>(rows * columns));
-  for (std::int64_t r = 0; r < rows; ++r) {
-    fill(part, layer, first_row + r, first_column,
-         std::span(elements).subspan(static_cast<std::size_t>(r * columns),
-                                     static_cast<std::size_t>(columns)));
+std::vector<BFloat16> Model::block(Part part, std::int64_t layer, const Block& block) const {
+  std::vector<BFloat16> elements(index(block.elements()));
+  for (std::int64_t r = 0; r < block.rows; ++r) {
+    fill(part, layer, block.first_row + r, block.first_column,
+         std::span(elements).subspan(index(r * block.columns), index(block.columns)));
   }
   return elements;
 }

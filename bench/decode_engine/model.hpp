@@ -3,10 +3,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "cohort/dtype.hpp"
+#include "noise.hpp"
 #include "sizes.hpp"
 
 /// \file
@@ -49,11 +51,13 @@ class Model {
   /// Elements [first_column, first_column + row.size()) of a row.
   virtual void fill(Part part, std::int64_t layer, std::int64_t row, std::int64_t first_column,
                     std::span<BFloat16> elements) const = 0;
+  /// What a part is made of, where that is noise alone: a device can then make it.
+  [[nodiscard]] virtual std::optional<Noise> noise(Part, std::int64_t /*layer*/) const {
+    return std::nullopt;
+  }
 
-  /// Rows [first_row, first_row + rows) with columns [first_column, first_column + columns).
-  [[nodiscard]] std::vector<BFloat16> block(Part part, std::int64_t layer, std::int64_t first_row,
-                                            std::int64_t rows, std::int64_t first_column,
-                                            std::int64_t columns) const;
+  [[nodiscard]] std::vector<BFloat16> block(Part part, std::int64_t layer,
+                                            const Block& block) const;
   /// Columns of a part.
   [[nodiscard]] std::int64_t columns(Part part) const noexcept;
   /// The largest Euclidean norm of a row of the head.

@@ -40,6 +40,7 @@ struct Attention {
   const std::int32_t* counts = nullptr;  ///< [batch]: rows of each sequence
   BFloat16* out = nullptr;               ///< [heads, batch, latent]
   float* lse = nullptr;                  ///< [batch, heads], base e
+  void* room = nullptr;                  ///< What `Device::attention_room` gave for these sizes.
   std::int64_t heads = 0, batch = 0, capacity = 0, latent = 0, rope = 0;
   double scale = 0;
 };

@@ -164,6 +164,8 @@ bool set_run_option(Options& options, std::string_view option, std::string_view 
     options.contexts = list();
   } else if (option == "--batches") {
     options.batches = list();
+  } else if (option == "--fill") {
+    options.fill = list();
   } else if (option == "--steps") {
     options.steps = count(1);
   } else if (option == "--iters") {
@@ -233,8 +235,9 @@ std::string usage() {
          line("--spoil WAY", "leave a sum out of this way, to see the checks fail") +
          line("--contexts LIST", "tokens in the cache of timed steps; K is binary") +
          line("--batches LIST", "sequences of timed steps, 1,8") +
+         line("--fill LIST", "contexts to time with as many sequences as fit the room, none") +
          line("--steps N", "of a sample, 4") + line("--iters N", "samples, 20; 0 for no times") +
-         line("--room SIZE", "of the cache on a rank, to say how many tokens fit: 64G") +
+         line("--room SIZE", "of the cache on a rank, 64G; ways that need more are left out") +
          line("--json FILE", "write rows as JSON lines") + line("--help", "this text");
 }
 

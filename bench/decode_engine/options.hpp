@@ -54,9 +54,10 @@ struct Options {
 
   std::vector<std::int64_t> contexts;
   std::vector<std::int64_t> batches = {1, 8};
+  std::vector<std::int64_t> fill;              ///< Contexts with as many sequences as fit.
   std::int64_t steps = 4;                      ///< Of a sample.
   std::int64_t iters = 20;                     ///< Samples; 0: no times.
-  std::int64_t room = std::int64_t{64} << 30;  ///< Bytes for the cache on a rank, to say what fits.
+  std::int64_t room = std::int64_t{64} << 30;  ///< Bytes for the cache on a rank.
   std::string json;
   bool help = false;
 };

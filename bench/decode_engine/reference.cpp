@@ -95,7 +95,7 @@ Reference::Reference(const Model& model, std::int64_t batch)
 Reference::~Reference() = default;
 
 Vector Reference::matrix(Part part, std::int64_t layer, std::int64_t rows) const {
-  const auto elements = model_.block(part, layer, 0, rows, 0, model_.columns(part));
+  const auto elements = model_.block(part, layer, {0, rows, 0, model_.columns(part)});
   Vector wide(elements.size());
   std::transform(elements.begin(), elements.end(), wide.begin(),
                  [](BFloat16 x) { return static_cast<double>(static_cast<float>(x)); });

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,11 +21,20 @@ struct Lane {
   std::unique_ptr<Exchange> exchange;
 };
 
+/// The same on every rank; the first writes it.
+struct Told {
+  std::string text = {};
+  std::vector<std::string> rows = {};  ///< of the result file
+  bool passed = true;
+};
+
 struct Session {
   const Options& options;
   const Model& model;
   Device& device;
   cohort::ControlPlane& world;
+  /// Takes what is found as it is found, so that a run that is ended keeps it.
+  std::function<void(const Told&)> tell;
   std::vector<Lane> lanes = {};
 
   [[nodiscard]] Place place(bool dcp) const {
@@ -33,17 +43,10 @@ struct Session {
   [[nodiscard]] int ranks() const { return world.size(); }
 };
 
-/// The same on every rank; the first writes it.
-struct Told {
-  std::string text = {};
-  std::vector<std::string> rows = {};  ///< of the result file
-  bool passed = true;
-};
-
-/// Collective. Every lane decodes the tokens that one rank alone chose.
-[[nodiscard]] Told measure_accuracy(Session& session);
+/// Collective. Every lane decodes the tokens that one rank alone chose. Whether all were right.
+[[nodiscard]] bool measure_accuracy(Session& session);
 
 /// Collective. The time of a token by every lane, in turns.
-[[nodiscard]] Told measure_time(Session& session);
+void measure_time(Session& session);
 
 }  // namespace decode_engine

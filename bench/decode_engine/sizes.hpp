@@ -69,8 +69,21 @@ struct Place {
   /// Bytes of the cache of a stage on a rank, in bf16, for so many tokens of each sequence.
   [[nodiscard]] std::int64_t cache_bytes(const Sizes& sizes, std::int64_t batch,
                                          std::int64_t tokens) const noexcept {
+    return own_rows(sizes, batch, tokens) * sizes.row() * 2;
+  }
+  /// Operations of the attention over that cache: each of the DCP group's heads multiplies a row by
+  /// its query and the row's first part by the weight that comes out.
+  [[nodiscard]] double attention_flops(const Sizes& sizes, std::int64_t batch,
+                                       std::int64_t tokens) const noexcept {
+    return 2.0 * static_cast<double>(own_rows(sizes, batch, tokens)) *
+           static_cast<double>(own_heads(sizes) * dcp * (sizes.row() + sizes.latent));
+  }
+
+ private:
+  [[nodiscard]] std::int64_t own_rows(const Sizes& sizes, std::int64_t batch,
+                                      std::int64_t tokens) const noexcept {
     const std::int64_t own = (tokens + dcp - 1) / dcp;
-    return (end_layer(sizes) - first_layer(sizes)) * batch * own * sizes.row() * 2;
+    return (end_layer(sizes) - first_layer(sizes)) * batch * own;
   }
 };
 

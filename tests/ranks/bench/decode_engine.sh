@@ -53,6 +53,13 @@ case $ranks in
     has 'the copying model: expected'
     ;;
   2)
+    # 100 KiB are 320 tokens of 320 bytes, and with DCP twice as many: 5 sequences of 64, and 8, a multiple of 8.
+    ended 0 --tokens 0 --iters 1 --steps 1 --contexts 40 --batches 1,100 --fill 64 --room 100K \
+      --ways tp-cohort,dcp-cohort --json "$folder/room.json"
+    has '^# no room for 100 sequences of 40 tokens$'
+    found=$(sed -n 's/.*"batch": \([0-9]*\),.*"way": "\([a-z-]*\)".*"context": \([0-9]*\),.*/\3x\1-\2/p' "$folder/room.json" | xargs)
+    [[ $found == "40x1-tp-cohort 40x1-dcp-cohort 64x5-tp-cohort 64x5-dcp-cohort 64x8-dcp-cohort" ]] ||
+      fail "other rows than what fits: $found"
     ended 1 "${small[@]}" --iters 0 --ways dcp-raw,dcp-cohort --spoil dcp-cohort
     has '^FAILED$' 'WRONG: a logit is .* from one rank' 'WRONG: ranks have other bits than their peers' 'WRONG: a mean loss' \
       '^dcp-raw .*80 of 80 as one rank alone.* 80 right'

@@ -1,0 +1,214 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cublas_v2.h>
+#include <cuda_runtime_api.h>
+
+#include <memory>
+#include <vector>
+
+#include "../cohort_bench/cuda_facts.hpp"
+#include "attention_splits.hpp"
+#include "cohort/cuda.hpp"
+#include "cohort/log.hpp"
+#include "cuda_kernels.hpp"
+#include "device.hpp"
+
+namespace decode_engine {
+
+namespace {
+
+using cohort::cuda_check;
+using cohort::DType;
+
+void cublas_check(cublasStatus_t code, const char* call) {
+  if (code != CUBLAS_STATUS_SUCCESS) {
+    throw cohort::TransportError({.call = call, .native_code = static_cast<long>(code)},
+                                 cublasGetStatusString(code));
+  }
+}
+
+cudaDataType_t type_of(DType type) { return type == DType::f32 ? CUDA_R_32F : CUDA_R_16BF; }
+
+struct DestroyCublas {
+  void operator()(cublasHandle_t handle) const noexcept {
+    if (const cublasStatus_t code = cublasDestroy(handle); code != CUBLAS_STATUS_SUCCESS) {
+      cohort::log(cohort::LogLevel::error, cublasGetStatusString(code));
+    }
+  }
+};
+
+class CudaDevice final : public Device {
+ public:
+  CudaDevice() : device_(backend_->device().index), stream_(cohort::make_stream(device_)) {
+    const cohort::DeviceGuard guard(device_);
+    cublasHandle_t handle = nullptr;
+    cublas_check(cublasCreate(&handle), "cublasCreate");
+    cublas_.reset(handle);
+    cublas_check(cublasSetStream(handle, stream_.get()), "cublasSetStream");
+    // Its own workspace is allocated in stream order, which a graph would have to hold.
+    constexpr std::int64_t kWorkspaceBytes = std::int64_t{32} << 20;
+    workspace_ = allocate({kWorkspaceBytes}, DType::u8);
+    cublas_check(cublasSetWorkspace(handle, workspace_.data(), kWorkspaceBytes),
+                 "cublasSetWorkspace");
+  }
+
+  std::shared_ptr<cohort::Backend> backend() override { return backend_; }
+  cohort::StreamRef stream() override { return backend_->stream(stream_.get()); }
+  DType sum_type() const override { return DType::bf16; }
+  void synchronize() override { stream().synchronize(cohort::kDefaultTimeLimit); }
+
+  void put(void* to, std::span<const std::byte> from) override {
+    copy(to, from.data(), from.size());
+  }
+  void get(std::span<std::byte> to, const void* from) override { copy(to.data(), from, to.size()); }
+  void fill_with_noise(BFloat16* to, const Noise& noise, const Block& block) override {
+    const cohort::DeviceGuard guard(device_);
+    kernels::fill_with_noise(to, noise, block, stream_.get());
+    synchronize();
+  }
+
+  void embed(const std::int32_t* tokens, const BFloat16* table, BFloat16* hidden,
+             std::int64_t batch, std::int64_t width) override {
+    const cohort::DeviceGuard guard(device_);
+    kernels::embed(tokens, table, hidden, batch, width, stream_.get());
+  }
+  void add_and_normalize(BFloat16* hidden, const void* sums, const BFloat16* gain, BFloat16* y,
+                         std::int64_t rows, std::int64_t width) override {
+    const cohort::DeviceGuard guard(device_);
+    kernels::add_and_normalize(hidden, static_cast<const BFloat16*>(sums), gain, y, rows, width,
+                               stream_.get());
+  }
+  void rotate(const Rotation& rotation) override {
+    const cohort::DeviceGuard guard(device_);
+    kernels::rotate(rotation, stream_.get());
+  }
+  void keep(const CacheRow& row) override {
+    const cohort::DeviceGuard guard(device_);
+    kernels::keep(row, stream_.get());
+  }
+  void gate(const BFloat16* x, BFloat16* y, std::int64_t rows, std::int64_t width) override {
+    const cohort::DeviceGuard guard(device_);
+    kernels::gate(x, y, rows, width, stream_.get());
+  }
+  void choose(const float* logits, std::int64_t stride, std::int32_t* tokens, std::int64_t rows,
+              std::int64_t vocabulary) override {
+    const cohort::DeviceGuard guard(device_);
+    kernels::choose(logits, stride, tokens, rows, vocabulary, stream_.get());
+  }
+  void lengthen(std::int32_t* lengths, std::int64_t batch) override {
+    const cohort::DeviceGuard guard(device_);
+    kernels::lengthen(lengths, batch, stream_.get());
+  }
+
+  /// To cuBLAS matrices are stored by columns: x is [in, rows], w is [in, out], y is [out, rows].
+  void multiply(const Product& p) override {
+    const cohort::DeviceGuard guard(device_);
+    const auto size = [](std::int64_t extent) { return static_cast<int>(extent); };
+    const float alpha = 1;
+    const float beta = 0;
+    cublas_check(cublasGemmStridedBatchedEx(
+                     cublas_.get(), CUBLAS_OP_T, CUBLAS_OP_N, size(p.out), size(p.rows), size(p.in),
+                     &alpha, p.w, CUDA_R_16BF, size(p.in), p.out * p.in, p.x, CUDA_R_16BF,
+                     size(p.x_row), p.x_group, &beta, p.y, type_of(p.y_type), size(p.y_row),
+                     p.y_group, size(p.groups), CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT),
+                 "cublasGemmStridedBatchedEx");
+  }
+
+  /// Sums of all splits, then their LSEs.
+  cohort::Tensor attention_room(const Attention& a) override {
+    if (attribute(cudaDevAttrComputeCapabilityMajor) != 9) {
+      throw cohort::ConfigError("attention on cards is there for compute capability 9.0 alone");
+    }
+    const cohort::DeviceGuard guard(device_);
+    kernels::prepare_attention(a.latent, a.rope);
+    const std::int64_t count = splits_of(a).count;
+    return count > 1 ? allocate({count * a.batch * a.heads * (a.latent + 1)}, DType::f32)
+                     : cohort::Tensor();
+  }
+  void attend(const Attention& a) override {
+    const cohort::DeviceGuard guard(device_);
+    const AttentionSplits splits = splits_of(a);
+    auto* const sums = static_cast<float*>(a.room);
+    kernels::attend(
+        a,
+        {.sums = sums,
+         .lses = sums == nullptr ? nullptr : sums + splits.count * a.batch * a.heads * a.latent,
+         .count = static_cast<int>(splits.count),
+         .tiles = static_cast<int>(splits.tiles)},
+        stream_.get());
+  }
+
+  void mark(std::size_t place) override {
+    const cohort::DeviceGuard guard(device_);
+    while (marks_.size() <= place) {
+      cudaEvent_t event = nullptr;
+      cuda_check(cudaEventCreate(&event), "cudaEventCreate");
+      marks_.emplace_back(event);
+    }
+    const bool captured = stream().capture_id() != 0;
+    cuda_check(
+        cudaEventRecordWithFlags(marks_[place].get(), stream_.get(),
+                                 captured ? cudaEventRecordExternal : cudaEventRecordDefault),
+        "cudaEventRecordWithFlags");
+  }
+  std::vector<double> between_marks(std::size_t places) override {
+    std::vector<double> seconds;
+    for (std::size_t i = 0; i + 1 < places; ++i) {
+      float ms = 0;
+      cuda_check(cudaEventElapsedTime(&ms, marks_.at(i).get(), marks_.at(i + 1).get()),
+                 "cudaEventElapsedTime");
+      seconds.push_back(static_cast<double>(ms) * 1e-3);
+    }
+    return seconds;
+  }
+
+  /// Of the clocks that the driver names. A multiprocessor of compute capability 9.0 does 2048
+  /// fused multiply-adds of dense bf16 in a cycle (NVIDIA, "H100 Tensor Core GPU Architecture",
+  /// 2022); of others nothing is known here.
+  Peak peak() const override {
+    if (attribute(cudaDevAttrComputeCapabilityMajor) != 9) {
+      return {};
+    }
+    return {.bytes = 2e3 * attribute(cudaDevAttrMemoryClockRate) *
+                     attribute(cudaDevAttrGlobalMemoryBusWidth) / 8,
+            .flops = 4096e3 * multiprocessors_ * attribute(cudaDevAttrClockRate)};
+  }
+
+  void describe(cohort::bench::Meta& meta, cohort::ControlPlane& world) override {
+    cohort::bench::describe_cuda(meta, world, device_);
+  }
+
+ private:
+  [[nodiscard]] double attribute(cudaDeviceAttr which) const {
+    int value = 0;
+    cuda_check(cudaDeviceGetAttribute(&value, which, device_), "cudaDeviceGetAttribute");
+    return value;
+  }
+  /// Sizes are those of the cache, so that a graph serves every length that fits it.
+  [[nodiscard]] AttentionSplits splits_of(const Attention& a) const {
+    return split_attention(a.heads, a.batch, a.capacity,
+                           static_cast<std::int64_t>(multiprocessors_));
+  }
+  [[nodiscard]] cohort::Tensor allocate(const cohort::Dims& shape, DType type) {
+    return backend_->allocate(shape, type, stream());
+  }
+  void copy(void* to, const void* from, std::size_t bytes) {
+    const cohort::DeviceGuard guard(device_);
+    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream_.get()),
+               "cudaMemcpyAsync");
+    synchronize();
+  }
+
+  std::shared_ptr<cohort::CudaBackend> backend_ = cohort::cuda_backend();
+  int device_;
+  cohort::UniqueStream stream_;
+  double multiprocessors_ = attribute(cudaDevAttrMultiProcessorCount);
+  cohort::Tensor workspace_;
+  std::unique_ptr<cublasContext, DestroyCublas> cublas_;
+  std::vector<cohort::UniqueEvent> marks_;
+};
+
+}  // namespace
+
+std::unique_ptr<Device> make_cuda_device() { return std::make_unique<CudaDevice>(); }
+
+}  // namespace decode_engine

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "noise.hpp"
+#include "operations.hpp"
+
+/// \file
+/// The kernels of a decode besides matrix products. Every launch throws `cohort::TransportError`
+/// where CUDA refuses it.
+
+namespace decode_engine::kernels {
+
+using cohort::BFloat16;
+
+void fill_with_noise(BFloat16* to, const Noise& noise, const Block& block, cudaStream_t stream);
+void embed(const std::int32_t* tokens, const BFloat16* table, BFloat16* hidden, std::int64_t batch,
+           std::int64_t width, cudaStream_t stream);
+/// Throws `cohort::ConfigError` for rows wider than `kMostWidth`.
+inline constexpr std::int64_t kMostWidth = 8192;
+/// `sums` in bf16, or null.
+void add_and_normalize(BFloat16* hidden, const BFloat16* sums, const BFloat16* gain, BFloat16* y,
+                       std::int64_t rows, std::int64_t width, cudaStream_t stream);
+void rotate(const Rotation& rotation, cudaStream_t stream);
+void keep(const CacheRow& row, cudaStream_t stream);
+void gate(const BFloat16* x, BFloat16* y, std::int64_t rows, std::int64_t width,
+          cudaStream_t stream);
+void choose(const float* logits, std::int64_t stride, std::int32_t* tokens, std::int64_t rows,
+            std::int64_t vocabulary, cudaStream_t stream);
+void lengthen(std::int32_t* lengths, std::int64_t batch, cudaStream_t stream);
+
+/// Partial results of attention's splits over the tokens.
+struct Splits {
+  float* sums = nullptr;  ///< [count, batch, heads, latent]; unused of one split, as the next
+  float* lses = nullptr;  ///< [count, batch, heads]
+  int count = 1;
+  int tiles = 1;  ///< Of each split, of 64 tokens.
+};
+/// Before attention of such rows is captured. Throws `cohort::ConfigError` for rows that no kernel
+/// was compiled for.
+void prepare_attention(std::int64_t latent, std::int64_t rope);
+/// Pointers are multiples of 16 bytes, the capacity one of 64 tokens.
+void attend(const Attention& attention, const Splits& splits, cudaStream_t stream);
+
+}  // namespace decode_engine::kernels
