@@ -117,8 +117,8 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   [[nodiscard]] Tensor merge_attention(const ConstTensorView& out, const ConstTensorView& lse,
                                        LseBase base = LseBase::e, StreamRef stream = {}) {
     throw_if_closed();
-    MergeArguments arguments =
-        checked_merge({.out = out, .lse = lse, .base = base}, MergeResult::by_head, {});
+    MergeArguments arguments = detail::merge_of(out, lse, base);
+    check_merge(arguments, MergeResult::by_head, {});
     const Call call = begin(stream, made_merge(arguments));
     Tensor merged =
         temporary(detail::merged_shape(arguments.rows, rank(), arguments.partials.out.shape()),
@@ -132,7 +132,9 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   void merge_attention_into(const TensorView& merged, const ConstTensorView& out,
                             const ConstTensorView& lse, LseBase base = LseBase::e,
                             StreamRef stream = {}) {
-    merge_attention_into({.merged = merged}, {.out = out, .lse = lse, .base = base}, stream);
+    MergeArguments arguments = detail::merge_of(out, lse, base);
+    arguments.merged = merged;
+    merge_into(arguments, MergeResult::by_head, {}, stream);
   }
 
   /// Merges what `Partials` describes: several splits of each rank, an attention sink, rows that
@@ -154,7 +156,8 @@ class DecodeContextParallelGroup : public GroupCoordinator {
                                        StreamRef stream = {},
                                        std::span<const std::int64_t> counts = {}) {
     throw_if_closed();
-    MergeArguments arguments = checked_merge(partials, result, counts);
+    MergeArguments arguments = detail::merge_of(partials);
+    check_merge(arguments, result, counts);
     const DType dtype = arguments.partials.out.dtype();
     const Dims shape = detail::merged_shape(arguments.rows, rank(), arguments.partials.out.shape());
     // Of one size on every rank, or offsets would no longer agree.
@@ -184,14 +187,10 @@ class DecodeContextParallelGroup : public GroupCoordinator {
   /// `ConfigError` where the plan is forced and cannot run with these arguments.
   void merge_attention_into(const MergeInto& into, const Partials& partials,
                             StreamRef stream = {}) {
-    throw_if_closed();
-    MergeArguments arguments = checked_merge(partials, into.result, into.counts);
+    MergeArguments arguments = detail::merge_of(partials);
     arguments.merged = into.merged;
     arguments.lse = into.lse;
-    detail::check_into(caller(), backend().device(), arguments);
-    const Call call = begin(stream, made_merge(arguments));
-    issue_merge(arguments, call);
-    finish(call);
+    merge_into(arguments, into.result, into.counts, stream);
   }
 
   /// The plan that the last merge took. `automatic` takes the one-kernel merge where the ranks can
@@ -210,10 +209,20 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     return to_string(decision().peer_mapping.reason);
   }
 
-  /// Checks what a rank has and where it goes.
-  [[nodiscard]] MergeArguments checked_merge(const Partials& given, MergeResult result,
-                                             std::span<const std::int64_t> counts) {
-    MergeArguments arguments{.partials = given};
+  /// Merges a caller's partials into a caller's tensors.
+  void merge_into(MergeArguments& arguments, MergeResult result,
+                  std::span<const std::int64_t> counts, StreamRef stream) {
+    throw_if_closed();
+    check_merge(arguments, result, counts);
+    detail::check_into(caller(), backend().device(), arguments);
+    const Call call = begin(stream, made_merge(arguments));
+    issue_merge(arguments, call);
+    finish(call);
+  }
+
+  /// Checks a caller's partials and says where they go.
+  void check_merge(MergeArguments& arguments, MergeResult result,
+                   std::span<const std::int64_t> counts) {
     detail::check_partials(caller(), backend().device(), arguments.partials, result);
     const Dims& shape = arguments.partials.out.shape();
     if (result == MergeResult::by_token && counts.empty()) {
@@ -225,7 +234,6 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     arguments.rows = detail::checked_rows(caller(), shape, result, counts);
     refuse("merge_attention",
            backend().ops().merge_obstacle(arguments.partials.out, arguments.rows));
-    return arguments;
   }
 
   /// Throws `UsageError` where the backend cannot take a shape by any plan.

@@ -59,21 +59,32 @@ void check_is(std::string_view argument, const Caller& caller, Device device, DT
   }
 }
 
-/// Makes partials as transports get them, [S, B, H, D] and [S, B, H], of a caller's.
-inline void check_partials(const Caller& caller, Device device, Partials& partials,
+/// A caller's partials as transports get them, [S, B, H, D] and [S, B, H].
+[[nodiscard]] inline MergeArguments merge_of(const ConstTensorView& out, const ConstTensorView& lse,
+                                             LseBase base) {
+  const bool one = out.ndim() == 3 && lse.ndim() == 2;
+  return {.partials = {.out = one ? out.unsqueeze() : out,
+                       .lse = one ? lse.unsqueeze() : lse,
+                       .base = base}};
+}
+/// The same of what may have more.
+[[nodiscard]] inline MergeArguments merge_of(const Partials& given) {
+  MergeArguments arguments = merge_of(given.out, given.lse, given.base);
+  arguments.partials.sink = given.sink;
+  arguments.partials.local_tokens = given.local_tokens;
+  return arguments;
+}
+
+/// Throws unless they are what a merge takes.
+inline void check_partials(const Caller& caller, Device device, const Partials& partials,
                            MergeResult result) {
   check_on_device("merge_attention out", caller, device, partials.out);
-  const Dims given = partials.out.shape();
-  if (given.size() == 3 && partials.lse.ndim() == 2) {
-    partials.out = partials.out.unsqueeze();
-    partials.lse = partials.lse.unsqueeze();
-  }
   const Dims& shape = partials.out.shape();
   if (shape.size() != 4 || shape[0] < 1 || shape[3] < 1) {
     throw UsageError(fmt::format(
         "merge_attention out: expected [B, H, D] or [S, B, H, D] with S >= 1 and D >= 1 and an lse "
         "of as many but the last, got {} and {}",
-        to_string(given), to_string(partials.lse.shape())));
+        to_string(shape), to_string(partials.lse.shape())));
   }
   if (!is_attention_dtype(partials.out.dtype())) {
     throw UsageError(fmt::format("merge_attention out: expected f32, f16 or bf16, got {}",

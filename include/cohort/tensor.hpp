@@ -254,12 +254,7 @@ class BasicTensorView {
   }
 
   /// The view with a dimension of one element in front, along which nothing is stepped over.
-  [[nodiscard]] BasicTensorView unsqueeze() const {
-    BasicTensorView view = *this;
-    view.shape_ = shape_.behind(1);
-    view.strides_ = strides_.behind(0);
-    return view;
-  }
+  [[nodiscard]] BasicTensorView unsqueeze() const { return {*this, Unsqueezed{}}; }
 
   /// The same elements in another shape. Needs a contiguous view and an equal element count.
   [[nodiscard]] BasicTensorView reshape(const Dims& shape) const {
@@ -298,6 +293,17 @@ class BasicTensorView {
   }
 
  private:
+  struct Unsqueezed {};
+  /// Built where it is to be: a processor waits for what it has just written in small pieces and
+  /// copies in large ones.
+  BasicTensorView(const BasicTensorView& x, Unsqueezed /*how*/)
+      : data_(x.data_),
+        shape_(x.shape_.behind(1)),
+        strides_(x.strides_.behind(0)),
+        numel_(x.numel_),
+        device_(x.device_),
+        dtype_(x.dtype_) {}
+
   [[nodiscard]] Void* offset(std::int64_t elements) const noexcept {
     if (data_ == nullptr) {
       return nullptr;

@@ -226,7 +226,6 @@ inline HostPeerKernels::Source HostPeerKernels::pushed_source(int peer, const Me
 inline void HostPeerKernels::push_pieces(const MergeArguments& arguments, PartialRows& rows,
                                          const MergeShape& shape, std::int64_t first,
                                          std::int64_t count, std::int64_t pitch_rows) {
-  const DefaultFloatMode mode;
   const Partials& partials = arguments.partials;
   const auto piece = dcp::packed_piece(pitch_rows, 1, shape.dim, u(shape.element));
   for (int r = 0; r < access_.size(); ++r) {
@@ -245,6 +244,7 @@ inline void HostPeerKernels::push_pieces(const MergeArguments& arguments, Partia
       copy(words, lse, end - first);
       continue;
     }
+    const DefaultFloatMode mode;
     for (std::int64_t i = first; i < end; ++i) {
       const auto place = block.place(i, i / block.heads);
       const float lse =
@@ -268,9 +268,9 @@ inline void HostPeerKernels::merge_rows(const MergeArguments& arguments, Partial
   std::int64_t b = first / heads;
   std::int64_t j = first - b * heads;
   for (std::int64_t i = 0; i < count; ++i) {
-    const auto place = shape.own.place(first + i, b);
     for (int r = 0; r < n; ++r) {
       if (r == access_.rank() && !plain) {
+        const auto place = shape.own.place(first + i, b);
         const auto own = rows.at(place.token, place.head, own_row_.data());
         lses_[u(r)] = own.lse;
         rows_[u(r)] = own.out;
@@ -284,7 +284,7 @@ inline void HostPeerKernels::merge_rows(const MergeArguments& arguments, Partial
     }
     float merged_lse = 0.0F;
     dcp::merge_weights(lses_.data(), n, partials.base, scales_.data(), &merged_lse,
-                       sink_of(partials, place.head));
+                       sink_of(partials, shape.own.first_head + j));
     dcp::merge_row(partials.out.dtype(), rows_.data(), scales_.data(), n,
                    merged_base + (b * merged[0] + j * merged[1]) * shape.element, shape.dim);
     if (arguments.lse) {

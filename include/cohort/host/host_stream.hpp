@@ -322,26 +322,35 @@ template <class T>
                              host_stream_driver().capture_id(stream.native()) == 0);
 }
 
+/// Has `body(arguments...)` recorded, with copies of the arguments.
+template <class Body, class... Arguments>
+void record(StreamRef stream, const Body& body, const Arguments&... arguments) {
+  stream.submit([body, kept = std::make_tuple(keep(arguments)...)] { std::apply(body, kept); });
+}
+
 /// Runs `body(arguments...)` in stream order. Without a stream, and on a host stream that is not
 /// capturing, that is at once, without a copy of the arguments or an allocation.
 template <class Body, class... Arguments>
 void enqueue(StreamRef stream, const Body& body, const Arguments&... arguments) {
   if (runs_at_once(stream)) {
     body(arguments...);
-    return;
+  } else {
+    record(stream, body, arguments...);
   }
-  stream.submit([body, kept = std::make_tuple(keep(arguments)...)] { std::apply(body, kept); });
 }
 
 /// The same for a body that refers to an owner: once that has ended, a launch of the graph throws
-/// `UsageError` before any of its work.
-template <class Body, class... Arguments>
-void enqueue_call(const std::shared_ptr<const Lifeline>& owner, StreamRef stream, const Body& body,
+/// `UsageError` before any of its work. The owner's pointer is taken as it is, because one of
+/// another type is made anew in each call, and counts.
+template <class Owner, class Body, class... Arguments>
+void enqueue_call(const std::shared_ptr<Owner>& owner, StreamRef stream, const Body& body,
                   const Arguments&... arguments) {
-  if (!runs_at_once(stream)) {
+  if (runs_at_once(stream)) {
+    body(arguments...);
+  } else {
     stream.check_at_launch(owner);
+    record(stream, body, arguments...);
   }
-  enqueue(stream, body, arguments...);
 }
 
 }  // namespace host

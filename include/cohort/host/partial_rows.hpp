@@ -115,14 +115,12 @@ class PartialRows {
                                                          const dcp::RowBlock<std::int64_t>& block) {
   const Dims& strides = x.strides();
   const std::int64_t skip = block.first_token * strides[1] + block.first_head * strides[2];
-  const bool has_dim = x.ndim() == 4;
-  const Dims shape =
-      has_dim ? Dims{block.tokens, block.heads, x.shape()[3]} : Dims{block.tokens, block.heads};
-  const Dims steps =
-      has_dim ? Dims{strides[1], strides[2], strides[3]} : Dims{strides[1], strides[2]};
+  Dims shape = x.shape();
+  shape[1] = block.tokens;
+  shape[2] = block.heads;
   const auto* data = static_cast<const std::byte*>(x.data());
   return {block.rows() == 0 ? data : data + skip * static_cast<std::int64_t>(size_of(x.dtype())),
-          collapse(shape, steps)};
+          collapse(shape, strides)};
 }
 
 /// Calls `call` with a merge's arguments. Recorded ones have their counts beside them, because a
