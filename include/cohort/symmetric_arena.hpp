@@ -51,6 +51,29 @@ struct ArenaStatistics {
 
 class GraphPart;
 
+namespace detail {
+/// A block of an arena that is a loose part of its segment for as long as it lives.
+class LooseBlock final : public MemoryOwner {
+ public:
+  LooseBlock(Tensor block, std::shared_ptr<Segment> segment)
+      : segment_(std::move(segment)), block_(std::move(block)) {
+    segment_->loose_parts().add(block_.data(), block_.view().bytes());
+  }
+
+  void release(std::uint64_t /*block*/) noexcept override {
+    segment_->loose_parts().remove(block_.data());  // before the arena may give it to somebody else
+    block_.reset();
+  }
+  void record_stream(std::uint64_t /*block*/, StreamRef stream) override {
+    block_.record_stream(stream);
+  }
+
+ private:
+  std::shared_ptr<Segment> segment_;
+  Tensor block_;
+};
+}  // namespace detail
+
 /// Memory for one audience: every segment carries a window of each of its groups, and a block has
 /// the same offset on every rank, because every rank makes the same calls in the same order.
 /// An audience of no group is a workspace: the same allocator over memory without windows.
@@ -107,6 +130,21 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   }
   /// The same for a caller that has asked the stream for its capture.
   [[nodiscard]] Tensor empty(const Dims& shape, DType dtype, StreamRef stream, CaptureId capture);
+
+  /// A block for an allocator that the library does not know, which divides it among tensors of its
+  /// own as it likes: they may lie at other offsets on each rank. The block itself is allocated as
+  /// by `empty`, of which it is a tensor of bytes. Calls of the audience's groups know of it: those
+  /// that would reach a peer at the offset of such a tensor take another way.
+  [[nodiscard]] Tensor empty_loose(std::size_t bytes, StreamRef stream) {
+    Tensor block = empty({static_cast<std::int64_t>(bytes)}, DType::u8, stream);
+    const TensorView view = block.view();
+    const auto offset = segments_.offset_of(view.data());
+    if (bytes == 0 || !offset) {
+      return block;
+    }
+    return {view,
+            std::make_shared<detail::LooseBlock>(std::move(block), segments_.holding(*offset)), 0};
+  }
 
   /// Collective. Grows the arena until a block of `bytes` fits without further growth. A
   /// second reservation does nothing where its block fits into what the first one made.

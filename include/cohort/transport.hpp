@@ -16,6 +16,7 @@
 #include "cohort/dtype.hpp"
 #include "cohort/flight_recorder.hpp"
 #include "cohort/give_up.hpp"
+#include "cohort/loose_parts.hpp"
 #include "cohort/stream.hpp"
 #include "cohort/symmetric_policy.hpp"
 #include "cohort/tensor.hpp"
@@ -70,6 +71,14 @@ class Segment {
   /// Whether transports of such a backend register it: then it is of that backend's one class of
   /// such segments. Asked instead of the type, for sources without run-time type information.
   [[nodiscard]] virtual bool registers_with(BackendKind) const noexcept { return false; }
+
+  /// Where equal tensors need not lie at equal offsets on all ranks.
+  [[nodiscard]] LooseParts& loose_parts() noexcept { return loose_parts_; }
+  /// The same, to look at.
+  [[nodiscard]] const LooseParts& loose_parts() const noexcept { return loose_parts_; }
+
+ private:
+  LooseParts loose_parts_;
 };
 
 /// The registration of a segment with one group. Its destruction deregisters: local, and called

@@ -1034,6 +1034,89 @@ TEST_CASE("eager calls of buffers at different places of a window fail the group
   world().barrier();
 }
 
+TEST_CASE("what another allocator hands out of a window may lie anywhere", "[nccl][window]") {
+  if (skip_all_without_windows()) {
+    return;
+  }
+  NcclTransport transport(world(), session().backend->streams(), session().backend->device().index,
+                          {.own_max_bytes = 0});
+  const StreamRef stream = session().ref();
+  const Device device = session().backend->device();
+  const auto segment = session().backend->allocate_segment(std::size_t{8} << 20);
+  const auto window = transport.register_segment(*segment);
+  constexpr std::int64_t kCount = 4096;
+  const std::int64_t whole = kCount * ranks();
+  auto* const base = static_cast<float*>(segment->data());
+  segment->loose_parts().add(base, std::size_t{4} << 20);
+  const auto view = [&](std::int64_t at, std::int64_t count) {
+    return TensorView(base + at, DType::f32, {count}, device);
+  };
+  // Loose ones at another offset on each rank.
+  const TensorView loose = view(64 * rank(), whole);
+  const TensorView even = view(1 << 20, whole);
+  const TensorView loose_share = view((1 << 18) + 64 * rank(), kCount);
+  const TensorView even_share = view((1 << 20) + (1 << 18), kCount);
+  const auto fill = [&](const TensorView& tensor) {
+    std::vector<float> values(static_cast<std::size_t>(tensor.numel()));
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      values[i] = static_cast<float>(i % 97) + 100.0F * static_cast<float>(rank());
+    }
+    cuda_check(cudaMemcpy(tensor.data(), values.data(), tensor.bytes(), cudaMemcpyHostToDevice),
+               "cudaMemcpy");
+  };
+  const auto wrong = [&](const TensorView& tensor, const auto& expected) {
+    transport.synchronize(stream, kLimit);
+    std::vector<float> values(static_cast<std::size_t>(tensor.numel()));
+    cuda_check(cudaMemcpy(values.data(), tensor.data(), tensor.bytes(), cudaMemcpyDeviceToHost),
+               "cudaMemcpy");
+    int count = 0;
+    for (std::int64_t i = 0; i < tensor.numel(); ++i) {
+      count += values[static_cast<std::size_t>(i)] != expected(i) ? 1 : 0;
+    }
+    return count;
+  };
+  const auto of_ranks = static_cast<float>(100 * ranks() * (ranks() - 1) / 2);
+  const auto sum = [&](std::int64_t i) {
+    return static_cast<float>(i % 97) * static_cast<float>(ranks()) + of_ranks;
+  };
+  const auto own_sum = [&](std::int64_t i) { return sum(i + rank() * kCount); };
+  const auto joined = [&](std::int64_t i) {
+    return static_cast<float>(i % kCount % 97) + 100.0F * static_cast<float>(i / kCount);
+  };
+  const auto path = [&](Collective collective, const TensorView& in, const TensorView& out) {
+    return transport.path(collective, in, out, 0);
+  };
+  const auto sizes = equal_sizes(kCount);
+
+  fill(loose);
+  transport.all_reduce(loose, even, ReduceOp::sum, stream);
+  CHECK(wrong(even, sum) == 0);
+  CHECK(path(Collective::all_reduce, loose, even) == "nccl, packed");
+  fill(even);
+  transport.all_reduce(even, loose, ReduceOp::sum, stream);
+  CHECK(wrong(loose, sum) == 0);
+  fill(loose);
+  transport.all_reduce(loose, loose, ReduceOp::sum, stream);
+  CHECK(wrong(loose, sum) == 0);
+  fill(loose);
+  transport.reduce_scatter(loose, even_share, 0, sizes, ReduceOp::sum, stream);
+  CHECK(wrong(even_share, own_sum) == 0);
+  CHECK(path(Collective::reduce_scatter, loose, even_share) == "nccl, packed");
+  fill(even_share);
+  transport.all_gather(even_share, loose, 0, sizes, stream);
+  CHECK(wrong(loose, joined) == 0);
+  CHECK(path(Collective::all_gather, even_share, loose) == "nccl, packed");
+  // What no peer touches is taken where it lies.
+  fill(loose_share);
+  transport.all_gather(loose_share, even, 0, sizes, stream);
+  CHECK(wrong(even, joined) == 0);
+  CHECK(path(Collective::all_gather, loose_share, even) == "nccl symmetric");
+  fill(even);
+  transport.reduce_scatter(even, loose_share, 0, sizes, ReduceOp::sum, stream);
+  CHECK(wrong(loose_share, own_sum) == 0);
+  CHECK(path(Collective::reduce_scatter, even, loose_share) == "nccl symmetric");
+}
+
 TEST_CASE("pairs on two hosts: windows within a pair, none across", "[nccl][window]") {
   const bool pairs = ranks() == 4 && session().transport->capabilities().nccl_hosts == 2;
   if (skip_all_if(!pairs, "needs four ranks as two hosts of two cards")) {

@@ -40,6 +40,9 @@ struct StandIns {
 
   /// Before a reduce-scatter is issued.
   Check reduce_scatter = {};
+
+  /// What an arena has got.
+  std::function<void(Segment& segment)> allocated = {};
 };
 
 class StandInTransport final : public Transport {
@@ -132,10 +135,10 @@ class StandInBackend final : public Backend {
   [[nodiscard]] StreamDriver& streams() noexcept override { return real_->streams(); }
   [[nodiscard]] TensorOps& ops() noexcept override { return real_->ops(); }
   [[nodiscard]] std::unique_ptr<Segment> allocate_segment(std::size_t bytes) override {
-    return real_->allocate_segment(bytes);
+    return shown(real_->allocate_segment(bytes));
   }
   [[nodiscard]] std::unique_ptr<Segment> allocate_workspace(std::size_t bytes) override {
-    return real_->allocate_workspace(bytes);
+    return shown(real_->allocate_workspace(bytes));
   }
   [[nodiscard]] std::size_t segment_granularity() const noexcept override {
     return real_->segment_granularity();
@@ -151,6 +154,13 @@ class StandInBackend final : public Backend {
   }
 
  private:
+  [[nodiscard]] std::unique_ptr<Segment> shown(std::unique_ptr<Segment> segment) const {
+    if (steps_.allocated) {
+      steps_.allocated(*segment);
+    }
+    return segment;
+  }
+
   std::shared_ptr<Backend> real_;
   StandIns steps_;
 };

@@ -12,6 +12,7 @@
 
 #include "support/arena_checks.hpp"
 #include "support/catch.hpp"
+#include "support/stand_in_backend.hpp"
 #include "support/threads.hpp"
 #include "support/workspace.hpp"
 
@@ -409,4 +410,28 @@ TEST_CASE("growth, reservation, freezing and exhaustion of a group's arena", "[a
 
 TEST_CASE("a tensor of DCP's arena is reduced over TP", "[arena]") {
   run_ranks(4, check_tensor_of_another_arena);
+}
+
+TEST_CASE("a block for another allocator is loose until it is released", "[arena]") {
+  std::vector<Segment*> segments;
+  StandInBackend backend({.allocated = [&](Segment& segment) { segments.push_back(&segment); }});
+  const auto arena = SymmetricArena::create(backend, "work", {}, {.growth_bytes = kMiB});
+  const auto before = bytes_of(*arena, 256);
+  auto block = arena->empty_loose(1000, {});
+  CHECK(block.view().numel() == 1000);
+  CHECK(*arena->offset_of(block.data()) == 256);
+  REQUIRE(segments.size() == 1);
+  const LooseParts& loose = segments[0]->loose_parts();
+  CHECK(loose.hold(block.data(), 1));
+  CHECK_FALSE(loose.hold(before.data(), 256));
+  const void* const place = block.data();
+  SECTION("released here") { block.reset(); }
+  SECTION("released elsewhere") {
+    std::thread([&] { block.reset(); }).join();
+  }
+  CHECK_FALSE(loose.hold(place, 1000));
+  const auto next = bytes_of(*arena, 1000);  // with equal offsets again
+  CHECK(next.data() == place);
+  CHECK_FALSE(loose.hold(next.data(), 1000));
+  CHECK(arena->empty_loose(0, {}).numel() == 0);
 }

@@ -23,6 +23,7 @@
 #include "cohort/cuda/handles.hpp"
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
+#include "cohort/loose_parts.hpp"
 #include "cohort/nccl/bounded_call.hpp"
 #include "cohort/nccl/known_faults.hpp"
 #include "cohort/nccl/nccl_check.hpp"
@@ -217,9 +218,10 @@ class Communicator {
   void count_registration() noexcept { ++registrations_; }
   /// Whether there may be windows. Equal on all ranks, while they lose windows at their own times.
   [[nodiscard]] bool has_registered() const noexcept { return registrations_ > 0; }
-  /// Memory whose window belongs to this communicator: of the last registration.
-  void add_window(const void* base, std::size_t bytes) {
-    windows_.push_back({static_cast<const std::byte*>(base), bytes, registrations_});
+  /// Memory whose window belongs to this communicator: of the last registration. `loose`: of the
+  /// segment, which outlives the window.
+  void add_window(const void* base, std::size_t bytes, const LooseParts& loose) {
+    windows_.push_back({static_cast<const std::byte*>(base), bytes, registrations_, &loose});
   }
   void remove_window(const void* base) noexcept {
     const auto same = [base](const Range& range) { return range.base == base; };
@@ -240,6 +242,12 @@ class Communicator {
   /// Whether the bytes lie in one window of this communicator.
   [[nodiscard]] bool in_window(const void* data, std::size_t bytes) const noexcept {
     return place(data, bytes) != 0;
+  }
+  /// Whether the bytes lie in a window at an offset that need not be the same on all ranks; whether
+  /// they do is.
+  [[nodiscard]] bool loose(const void* data, std::size_t bytes) const noexcept {
+    return std::any_of(windows_.begin(), windows_.end(),
+                       [&](const Range& range) { return range.loose->hold(data, bytes); });
   }
 
  private:
@@ -265,6 +273,7 @@ class Communicator {
     const std::byte* base = nullptr;
     std::size_t bytes = 0;
     std::uint64_t number = 0;  ///< Of its registration, from 1 on.
+    const LooseParts* loose = nullptr;
   };
 
   std::string group_;

@@ -107,6 +107,13 @@ class NcclCalls {
     return "nccl";
   }
 
+  /// Whether a peer may be reached by the place of `view`, which need not be the same on all ranks:
+  /// then the call takes scratch memory instead. True on all ranks or on none.
+  [[nodiscard]] bool loose(Collective collective, const ConstTensorView& view, ReduceOp op) const {
+    return has_symmetric_kernel(collective, view.dtype(), op) &&
+           group_.communicator->loose(view.data(), view.bytes());
+  }
+
   /// Of equal shares of the type and size of `share`, without gaps. `dim`: which one of the shares
   /// they are joined along, so that ranks which mean different ones are told.
   void all_gather(const ConstTensorView& share, int dim, const void* in, void* out,

@@ -51,12 +51,19 @@ inline void copy_unless_same(const ConstTensorView& in, const TensorView& out,
           view.device()};
 }
 
+/// Which of a call's tensors are packed whether they have gaps or not.
+struct AlwaysPacked {
+  bool in = false;
+  bool out = false;
+};
+
 /// Input and output of an elementwise call without gaps: the caller's own where they are so.
 struct Packed {
-  Packed(NcclGroup& group, const NcclCall& call, const ConstTensorView& from, const TensorView& to)
+  Packed(NcclGroup& group, const NcclCall& call, const ConstTensorView& from, const TensorView& to,
+         AlwaysPacked always = {})
       : in(from.data()), out(to.data()) {
-    const std::size_t in_bytes = from.is_contiguous() ? 0 : aligned(from.bytes());
-    const std::size_t out_bytes = to.is_contiguous() ? 0 : aligned(to.bytes());
+    const std::size_t in_bytes = from.is_contiguous() && !always.in ? 0 : aligned(from.bytes());
+    const std::size_t out_bytes = to.is_contiguous() && !always.out ? 0 : aligned(to.bytes());
     if (in_bytes + out_bytes == 0) {
       return;
     }

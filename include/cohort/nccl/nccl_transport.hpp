@@ -105,7 +105,8 @@ class NcclTransport final : public Transport {
       } else {
         packing_.gather(call, in, out, dim);
       }
-    } else if (detail::fits(in, out, dim)) {
+    } else if (detail::fits(in, out, dim) &&
+               !calls_.loose(Collective::all_gather, out, ReduceOp::sum)) {
       calls_.all_gather(in, dim, in.data(), out.data(), call.stream);
     } else {
       packing_.gather(call, in, out, dim);
@@ -129,7 +130,7 @@ class NcclTransport final : public Transport {
       } else {
         packing_.reduce_scatter(call, in, out, dim, op);
       }
-    } else if (detail::fits(out, in, dim)) {
+    } else if (detail::fits(out, in, dim) && !calls_.loose(Collective::reduce_scatter, in, op)) {
       calls_.reduce_scatter(out, dim, in.data(), out.data(), op, call.stream);
     } else {
       packing_.reduce_scatter(call, in, out, dim, op);
@@ -146,8 +147,11 @@ class NcclTransport final : public Transport {
       detail::copy_unless_same(in, out, call.stream);
       return;
     }
-    const detail::Packed packed(group_, call, in, out);
-    if (group_.own(Collective::all_reduce, in, out, op)) {
+    const bool own = group_.own(Collective::all_reduce, in, out, op);
+    const detail::Packed packed(group_, call, in, out,
+                                {.in = !own && calls_.loose(Collective::all_reduce, in, op),
+                                 .out = !own && calls_.loose(Collective::all_reduce, out, op)});
+    if (own) {
       group_.peers->all_reduce(in.numel(), in.dtype(), packed.in, packed.out, call.stream);
     } else {
       calls_.all_reduce(in, packed.in, packed.out, op, call.stream);
@@ -264,9 +268,14 @@ class NcclTransport final : public Transport {
     const ConstTensorView share = gather ? in : ConstTensorView(out);
     const bool equal = !along || share.size(dim) * group_.size == full.size(dim);
     const bool is_own = equal && group_.own(collective, in, out, ReduceOp::sum);
-    const bool direct = !along   ? in.is_contiguous() && out.is_contiguous()
-                        : is_own ? detail::along_dim(share, full, dim).has_value()
-                                 : detail::fits(share, full, dim);
+    const bool lies_well = !along   ? in.is_contiguous() && out.is_contiguous()
+                           : is_own ? detail::along_dim(share, full, dim).has_value()
+                                    : detail::fits(share, full, dim);
+    const bool loose = !is_own && (collective == Collective::all_reduce
+                                       ? calls_.loose(collective, in, ReduceOp::sum) ||
+                                             calls_.loose(collective, out, ReduceOp::sum)
+                                       : along && calls_.loose(collective, full, ReduceOp::sum));
+    const bool direct = lies_well && !loose;
     return std::string(is_own  ? "own"
                        : equal ? calls_.path(collective, in, out, direct)
                                : "nccl") +

@@ -135,8 +135,7 @@ class NcclWindow final : public Window {
                                                "out");
                         }
                       });
-    return std::unique_ptr<NcclWindow>(
-        new NcclWindow(communicator, *window, segment.data(), segment.bytes()));
+    return std::unique_ptr<NcclWindow>(new NcclWindow(communicator, *window, segment));
 #else
     static_cast<void>(communicator);
     static_cast<void>(segment);
@@ -170,10 +169,10 @@ class NcclWindow final : public Window {
 
  private:
 #if NCCL_VERSION_CODE >= 22700
-  NcclWindow(std::shared_ptr<Communicator> communicator, ncclWindow_t window, const void* base,
-             std::size_t bytes)
-      : communicator_(std::move(communicator)), window_(window), base_(base) {
-    communicator_->add_window(base_, bytes);
+  NcclWindow(std::shared_ptr<Communicator> communicator, ncclWindow_t window,
+             const NcclSegment& segment)
+      : communicator_(std::move(communicator)), window_(window), base_(segment.data()) {
+    communicator_->add_window(base_, segment.bytes(), segment.loose_parts());
   }
 #endif
 
