@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds the Python package against the installed torch, and tests it on 1 to 4 ranks of the host: over
-# MPI and over torch.distributed's store. The last line is "N passed, M failed, K skipped"; without
-# torch the exit status is 77.
+# Builds the Python package against the installed torch, and tests it on 1 to 4 ranks of the host, and
+# on two cards where they are: over MPI and over torch.distributed's store. Has mypy look at it, where
+# that is installed. The last line is "N passed, M failed, K skipped"; without torch the exit status
+# is 77.
 #
 #   bash tests/torch.sh           with the torch of python3, or of the interpreter COHORT_PYTHON
 #   bash tests/torch.sh --setup   makes build/torch/venv and installs the tested torch there, some
 #                                 gigabytes, before
 #
 # COHORT_TORCH_CLIENT names an engine's own program for the interface of tests/torch/cohort_torch.py;
-# it runs as it is, on 2 ranks of the host. COHORT_TORCH_LIMIT: seconds that one program may take (default 240).
+# it runs as it is, on 2 ranks of the host and of cards. COHORT_TORCH_LIMIT: seconds that one program may take (default 240).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 # shellcheck source=cmake/command_line.sh
@@ -39,10 +40,17 @@ limit=${COHORT_TORCH_LIMIT:-240}
 passed=0
 failed=0
 skipped=0
+cards=$(compgen -G '/dev/nvidia[0-9]*' | wc -l)
 
 finish() {
   echo "$passed passed, $failed failed, $skipped skipped"
   exit $((failed > 0))
+}
+
+# skip REASON
+skip() {
+  skipped=$((skipped + 1))
+  echo "-- skipped: $1"
 }
 
 # report NAME STATUS COMMAND...: runs the command, whose exit status has to be STATUS ("0", or "any"
@@ -83,7 +91,7 @@ store_ranks() {
 }
 
 # Without a card the part for cards would be minutes of compiling, and nothing of it would run.
-compgen -G '/dev/nvidia[0-9]*' >/dev/null || export CMAKE_ARGS=${CMAKE_ARGS:--DCOHORT_CUDA=OFF}
+((cards)) || export CMAKE_ARGS=${CMAKE_ARGS:--DCOHORT_CUDA=OFF}
 echo "== build"
 if ! "$python" -m pip install -q --no-build-isolation --no-deps --upgrade --target "$folder/site" src/python; then
   failed=1
@@ -96,12 +104,13 @@ export -f store_ranks
 port=$((20000 + RANDOM % 20000))
 next_port() { export MASTER_PORT=$((++port)); }
 
+report "pools of torch's allocator" 0 "$python" tests/torch/test_pools.py
+
 mpi=0
 if command -v mpirun >/dev/null && "$python" -c 'import cohort, sys; sys.exit("mpi" not in cohort.parts())'; then
   mpi=1
 else
-  skipped=$((skipped + 1))
-  echo "-- skipped: ranks over MPI: no mpirun, or the package was built without MPI"
+  skip "ranks over MPI: no mpirun, or the package was built without MPI"
 fi
 for n in 1 2 3 4; do
   if ((mpi)); then
@@ -122,6 +131,20 @@ if ((mpi)); then
   report "2 ranks over MPI of which one fails" any mpirun -n 2 "$python" tests/torch/test_package.py --control mpi --leave raising
 fi
 
+on_cards=$((mpi && cards >= 2))
+if ((on_cards)); then
+  for control in mpi store; do
+    next_port
+    report "2 ranks on cards over $control" 0 mpirun -n 2 "$python" tests/torch/test_package.py --device cuda \
+      $([[ $control == mpi ]] && echo --control mpi)
+  done
+  next_port
+  report "2 ranks on cards that leave without shutdown" 0 mpirun -n 2 "$python" tests/torch/test_package.py --device cuda --leave silently
+  report "examples/mla_decode.py on cards" 0 mpirun -n 2 "$python" examples/mla_decode.py --tp 2 --dcp 2 --device cuda
+else
+  skip "ranks on cards: fewer than two, or no MPI"
+fi
+
 for layout in "2 2" "4 4" "4 2"; do
   ((mpi)) || break
   report "examples/mla_decode.py with tp and dcp $layout" 0 mpirun -n "${layout% *}" "$python" examples/mla_decode.py \
@@ -133,5 +156,15 @@ if [[ -n ${COHORT_TORCH_CLIENT:-} ]]; then
   cp "$COHORT_TORCH_CLIENT" "$folder/client.py"
   port=$((port + 3))
   report "client on 2 ranks" 0 mpirun -n 2 "$python" "$folder/client.py" --so none --port $port --cpu --quick
+  if ((on_cards)); then
+    port=$((port + 3))
+    report "client on cards" 0 mpirun -n 2 "$python" "$folder/client.py" --so none --port $port --quick
+  fi
+fi
+
+if "$python" -c 'import mypy' 2>/dev/null; then
+  report "mypy" 0 env MYPYPATH=src/python "$python" -m mypy --follow-imports=silent --cache-dir="$folder/mypy" src/python/cohort tests/torch/typed_use.py
+else
+  skip "mypy: not installed for $python"
 fi
 finish

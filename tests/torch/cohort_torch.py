@@ -68,6 +68,9 @@ class Engine:
     def empty(self, *sizes, dtype=torch.bfloat16, group="dcp"):
         return self._group(group).empty(*sizes, dtype=dtype)
 
+    def mem_pool(self, group="dcp"):
+        return self._group(group).mem_pool()
+
     @contextlib.contextmanager
     def capture(self, pooled=False):
         with self.state.graph_capture(pooled):

@@ -30,7 +30,7 @@ parser.add_argument("--leave", default="in_order")
 parser.add_argument("--device", default="cpu")
 args = parser.parse_args()
 
-faulthandler.dump_traceback_later(240, exit=True)
+faulthandler.dump_traceback_later(float(os.environ.get("COHORT_TORCH_LIMIT", 240)) - 1, exit=True)
 torch.set_num_threads(1)
 RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("RANK", 0)))
 SIZE = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
@@ -299,26 +299,131 @@ def check_symmetric(state):
     check("and goes with its last view", state.dcp.arena()["live_blocks"] == before)
 
 
+def same_everywhere(value):
+    everyone = [None] * SIZE
+    dist.all_gather_object(everyone, value)
+    return all(one == everyone[0] for one in everyone)
+
+
+def check_torch_results(state):
+    """Torch's own results in symmetric memory, and calls with them where they lie."""
+    dcp, offset = state.dcp, state.dcp.arena_offset
+    dcp.reserve(192 << 20)
+    part = torch.full((4, 300, 512), float(RANK), dtype=torch.bfloat16, device=DEVICE)
+    with cohort.use_symmetric_memory(dcp):
+        q = torch.cat([part, part + 1], -1)
+        with cohort.use_symmetric_memory(dcp, disabled=True):
+            check("nothing under a null scope", offset(part.clone()) == -1)
+        with cohort.use_symmetric_memory(state.tp):  # which has no windows
+            check("nor where a group has none", offset(part.clone()) == -1)
+        with cohort.use_symmetric_memory(dcp):
+            check("nested", offset(part.clone()) >= 0)
+        product = part[0] @ part[0].T
+    check("torch.cat lies in the arena", offset(q) >= 0)
+    check("and a matrix product", offset(product) >= 0)
+    check("at one offset on all ranks", same_everywhere([offset(q), offset(product)]))
+    check("torch's memory outside", offset(part + 1) == -1)
+    check("gathered", torch.equal(dcp.all_gather(q, 0), all_gather_reference(q, 0)))
+
+    # The same program with another history on rank 0: equal tensors at unlike offsets.
+    elements = 8 << 20  # 16 MiB, more than the library's own kernels take
+    with cohort.use_symmetric_memory(dcp):
+        del part, q, product
+        for _ in range(2):  # what torch caches, to be split
+            torch.empty(12 * elements // 4, dtype=torch.float16, device=DEVICE)
+        shift = torch.empty(1 << 20, device=DEVICE) if RANK == 0 else None
+        x = torch.full((elements,), RANK + 1.0, dtype=torch.bfloat16, device=DEVICE)
+        y = cohort.empty(elements, dtype=torch.bfloat16)
+    check("unlike offsets", offset(x) >= 0 and not same_everywhere(offset(x)))
+    total = SIZE * (SIZE + 1) / 2
+    path = dcp.path("all_reduce", x, y)
+    check(f"a way that needs no equal offsets: {path}", "packed" in path or path.startswith("own"))
+    dcp.all_reduce_into(y, x)
+    check("all_reduce from there", (y == total).all())
+    dcp.reduce_scatter_tensor(y[:elements // SIZE].fill_(0), x)
+    check("reduce_scatter from there", (y[:elements // SIZE] == total).all())
+    share = x[:elements // SIZE]
+    dcp.all_gather_into_tensor(y, share)
+    check("all_gather from there", torch.equal(y, all_gather_reference(share, 0)))
+    expected = y.clone()
+    dcp.all_gather_into_tensor(x, share.clone())
+    check("all_gather into there", torch.equal(x, expected))
+    x.fill_(RANK + 1.0)
+    dcp.all_reduce_(x)
+    check("all_reduce in place there", (x == total).all())
+    del shift, x, y, share
+
+
+def check_torch_results_in_graphs(state):
+    dcp, offset = state.dcp, state.dcp.arena_offset
+    x = torch.zeros(4, 8, device=DEVICE)
+
+    def step():
+        with cohort.use_symmetric_memory(dcp):
+            q = torch.cat([x, x + 1], -1)
+        inside = offset(q)
+        with cohort.use_symmetric_memory(dcp, disabled=True):
+            outside = offset(x * 2)
+        return q, dcp.all_gather(q, 0), inside, outside, offset(x * 3)
+
+    step()
+    step()
+    state.synchronize(20)
+    dcp.reserve(64 << 20)
+    before = dcp.arena()["used"]
+    for mode in ("global", "thread_local"):
+        for around in (True, False):
+            graph = torch.cuda.CUDAGraph()
+            capture = torch.cuda.graph(graph, capture_error_mode=mode)
+            first, second = (state.graph_capture(), capture) if around else (capture, state.graph_capture())
+            with first, second:
+                q, gathered, *places = step()
+            label = f"{mode}, {'around' if around else 'inside'}"
+            check(f"captured torch.cat lies in the arena, {label}", places[0] >= 0 and places[1:] == [-1, -1])
+            check(f"at one offset, {label}", same_everywhere(places))
+            eager = step()[0]  # must not share its memory with the graph
+            check(f"eager results lie elsewhere, {label}", eager.data_ptr() != q.data_ptr())
+            for replay in range(5):
+                x.fill_(replay + 10.0 * RANK)
+                eager.fill_(-1.0)
+                state.replay(graph)
+                expected = torch.cat([x, x + 1], -1)
+                check(f"replay {replay}, {label}", torch.equal(q, expected) and (eager == -1.0).all()
+                      and torch.equal(gathered, all_gather_reference(expected, 0)))
+            del q, gathered, eager
+            graph.reset()
+            torch.cuda.synchronize()
+            time.sleep(0.05)
+            state.reclaim_graphs()
+            check(f"the graph's memory comes back, {label}", dcp.arena()["used"] == before)
+    with cohort.use_symmetric_memory(dcp):
+        refuses("a capture within a scope", ValueError, lambda: state.graph_capture().__enter__(), "inside of it")
+
+
 def check_threads(state):
-    """Python runs on while a rank waits."""
-    ticks, stop = [0], threading.Event()
+    """Python runs on while a rank waits: the last rank comes when a thread of each other one has run
+    while that one waits for it."""
+    store, last = dist.distributed_c10d._get_default_store(), SIZE - 1
 
-    def count():
-        while not stop.is_set():
-            ticks[0] += 1
+    def run_on():
+        for _ in range(40):
             time.sleep(0.005)
+        store.set(f"ran/{RANK}", "1")
 
-    thread = threading.Thread(target=count)
+    if RANK == last:
+        try:
+            store.wait([f"ran/{rank}" for rank in range(last)], datetime.timedelta(seconds=15))
+            check("others run on while they wait", True)
+        except dist.DistStoreError as error:
+            check(f"others run on while they wait: {error}", False)
+        state.world.barrier()
+        state.synchronize(20)
+        return
+    thread = threading.Thread(target=run_on)
     thread.start()
-    if RANK == SIZE - 1:
-        time.sleep(0.5)
-    begin = ticks[0]
     state.world.barrier()
     state.synchronize(20)
-    waited = ticks[0] - begin
-    stop.set()
     thread.join()
-    check(f"ticks while waiting: {waited}", RANK == SIZE - 1 or waited >= 10)
 
 
 def check_subsets():
@@ -372,6 +477,13 @@ def main():
         check_refusals(state)
         check_compiled(state)
         check_symmetric(state)
+        if CUDA and SIZE > 1:
+            check_torch_results(state)
+            check_torch_results_in_graphs(state)
+        elif not CUDA:
+            with cohort.use_symmetric_memory(state.dcp):
+                check("torch's results stay where they are on the host", state.dcp.arena_offset(torch.zeros(4) + 1) == -1)
+            check("of whose memory torch has no pools", state.dcp.mem_pool() is None)
         check_threads(state)
         check_stages()
         if SIZE > 1:

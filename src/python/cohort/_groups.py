@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from ._library import ops, sizes
+from ._pools import Pools, allocating
 
 
 class Group:
@@ -26,7 +27,7 @@ class Group:
     missing, gone or elsewhere a `torch.distributed.DistBackendError` that names it.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, device: torch.device):
         self.name = name
         """What operators know the group by."""
         members = ops.members(name)
@@ -36,9 +37,12 @@ class Group:
         """World ranks, by rank in the group."""
         self.world_size: int = len(self.ranks)
         """Ranks of the group."""
+        self.device = device
+        """Where its tensors lie."""
         self.closed = False
         """Whether the state was shut down."""
         sizes[name] = self.world_size
+        self._pools = Pools(name, device)
 
     @property
     def is_first_rank(self) -> bool:
@@ -123,6 +127,12 @@ class Group:
         streams."""
         return ops.empty(list(size), dtype, self.name)
 
+    def mem_pool(self) -> torch.cuda.MemPool | None:
+        """This thread's pool of torch's allocator over the group's arena, for
+        `torch.cuda.use_mem_pool`; `use_symmetric_memory` does it by itself, in captures too. None
+        where the group has no windows, and on the host."""
+        return self._pools.of(0)
+
     def reserve(self, size: int) -> None:
         """Collective. Makes room for a block of `size` bytes in the group's arena."""
         ops.reserve(self.name, size)
@@ -185,6 +195,11 @@ class DecodeContextGroup(Group):
                         with_lse: Literal[True], replicated: bool = ...,
                         sink: torch.Tensor | None = ..., local_tokens: torch.Tensor | None = ...
                         ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    @overload
+    def merge_attention(self, out: torch.Tensor, lse: torch.Tensor, *, base2: bool = ...,
+                        with_lse: bool, replicated: bool = ...,
+                        sink: torch.Tensor | None = ..., local_tokens: torch.Tensor | None = ...
+                        ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
     def merge_attention(self, out, lse, *, base2=False, with_lse=False, replicated=False,
                         sink=None, local_tokens=None):
@@ -227,13 +242,20 @@ class DecodeContextGroup(Group):
 
 @contextlib.contextmanager
 def use_symmetric_memory(group: Group, disabled: bool = False) -> Iterator[None]:
-    """Inside, results that this thread's calls of the same state's groups give, and `cohort.empty`,
-    lie in the group's symmetric memory: in ordinary memory where `disabled`, or where the group has
-    none. Contexts nest, and the innermost counts. Collective over the group: all ranks allocate and drop the same
-    tensors in the same order. Results of torch's own operators stay in torch's memory."""
+    """Inside, results that this thread's calls of the same state's groups give, `cohort.empty`, and
+    on cards all that torch itself allocates lie in the group's symmetric memory: in ordinary memory
+    where `disabled`, or where the group has none. Contexts nest, and the innermost counts. In a
+    capture it is opened inside of it, and of `graph_capture`. Collective over the group: all ranks
+    allocate and drop the same tensors in the same order."""
     ops.enter_symmetric(group.name, disabled)
     try:
-        yield
+        if group.device.type == "cpu":
+            yield
+        else:
+            capture = ops.capture(group.name)
+            pool = None if disabled else group._pools.id_of(capture)
+            with allocating(group.device.index, pool, capture):
+                yield
     finally:
         ops.leave_symmetric()
 
@@ -245,7 +267,8 @@ def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
 
 def cp_lse_ag_out_rs(cp_attn_out: torch.Tensor, cp_attn_lse: torch.Tensor,
                      cp_group: DecodeContextGroup, ctx: object = None, return_lse: bool = False,
-                     is_lse_base_on_e: bool = True):
+                     is_lse_base_on_e: bool = True
+                     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """What engines call the step that gathers log-sum-exps, corrects and reduce-scatters, with their
     arguments; here one exact merge. `cp_attn_out` [B, H, D], `cp_attn_lse` [B, H]; this rank's heads
     come back, [B, H/n, D], and with `return_lse` their log-sum-exps, [B, H/n]. `ctx`, where engines
@@ -258,7 +281,8 @@ def cp_lse_ag_out_rs(cp_attn_out: torch.Tensor, cp_attn_lse: torch.Tensor,
 
 def cp_lse_ag_out_ar(cp_attn_out: torch.Tensor, cp_attn_lse: torch.Tensor,
                      cp_group: DecodeContextGroup, ctx: object = None, return_lse: bool = False,
-                     is_lse_base_on_e: bool = True):
+                     is_lse_base_on_e: bool = True
+                     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The same with the heads of all ranks as the result of each: [B, H, D] and [B, H], the same
     bits on every rank, of any number of heads. For models whose heads the ranks do not share."""
     if cp_group.world_size == 1:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from ._groups import DecodeContextGroup, Group, PipelineGroup
 from ._library import ops
+from ._pools import is_allocating
 
 _states: weakref.WeakSet[ParallelState] = weakref.WeakSet()
 
@@ -87,10 +88,10 @@ class ParallelState:
                                       merge_plan, peer_mapping, debug_checks,
                                       max(0, round(timeout * 1000)), growth_bytes)
         names = ops.groups(self._id)
-        self.world = Group(names[0])
-        self.tp = Group(names[1])
-        self.pp = PipelineGroup(names[2])
-        self.dcp = DecodeContextGroup(names[3])
+        self.world = Group(names[0], self.device)
+        self.tp = Group(names[1], self.device)
+        self.pp = PipelineGroup(names[2], self.device)
+        self.dcp = DecodeContextGroup(names[3], self.device)
         # Not a method: the state goes when nothing but this refers to it.
         self._drop = weakref.finalize(self, ops.drop, self._id)
         self._drop.atexit = False
@@ -117,6 +118,8 @@ class ParallelState:
         for group in self.groups:
             group.closed = True
         ops.shutdown(self._id)
+        for group in self.groups:
+            group._pools.close()
 
     def __enter__(self) -> ParallelState:
         return self
@@ -135,11 +138,15 @@ class ParallelState:
         belongs to their graphs. Results are torch's, from the graph's own pool. `pooled`: graphs
         that are never in flight together, such as those of several batch sizes, share the
         library's memory."""
+        if is_allocating():
+            raise ValueError("graph_capture: open use_symmetric_memory inside of it, not around it")
         ops.begin_graphs(self._id, pooled)
         try:
             yield
         finally:
             ops.end_graphs(self._id)
+            for group in self.groups:
+                group._pools.end_captures()
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         """`graph.replay()`, behind the eager calls of all groups so far, and before later ones."""
@@ -154,6 +161,8 @@ class ParallelState:
 
     def reclaim_graphs(self) -> None:
         """Collective. The memory of graphs that every rank has destroyed goes back to the arenas."""
+        for group in self.groups:
+            group._pools.give_back()
         ops.reclaim_graphs(self._id)
 
 

@@ -47,7 +47,7 @@ class Engines {
   std::int64_t add(std::shared_ptr<Engine> engine) {
     const std::lock_guard lock(mutex_);
     const std::int64_t id = ++last_;
-    engine->prefix = fmt::format("cohort{}", id);
+    engine->prefix = prefix_of(id);
     for (GroupCoordinator* group : engine->state->groups()) {
       groups_[name_of(*engine, *group)] = {engine, group};
     }
@@ -99,7 +99,11 @@ class Engines {
   }
 
   [[nodiscard]] static std::string name_of(const Engine& engine, const GroupCoordinator& group) {
-    return fmt::format("{}/{}", engine.prefix, to_string(group.kind()));
+    return fmt::format("{}{}", engine.prefix, to_string(group.kind()));
+  }
+  /// How the names of a state's groups begin, and no others.
+  [[nodiscard]] static std::string prefix_of(std::int64_t id) {
+    return fmt::format("cohort{}/", id);
   }
 
  private:
@@ -128,10 +132,8 @@ class Use {
  public:
   /// Throws `UsageError` where the state is gone: `named` is whose.
   explicit Use(std::shared_ptr<Engine> engine, std::string_view named)
-      : engine_(std::move(engine)), lock_(engine_->mutex) {
-    if (!engine_->state) {
-      throw UsageError(fmt::format("{}: its ParallelState is gone", named));
-    }
+      : engine_(std::move(engine)), named_(named), lock_(engine_->mutex) {
+    throw_if_gone();
     guard_.reset_device(device_to_torch(engine_->backend->device()));
     stream_ = current_torch_stream(*engine_->backend);
   }
@@ -156,20 +158,31 @@ class Use {
 
   /// Memory for a result: torch's own, unless a scope of this engine is the innermost on this
   /// thread. One of another engine does not count, whose turn this is not.
-  [[nodiscard]] at::Tensor result(const std::vector<std::int64_t>& shape,
-                                  c10::ScalarType dtype) const {
+  [[nodiscard]] at::Tensor result(const std::vector<std::int64_t>& shape, c10::ScalarType dtype) {
     const auto& open = SymmetricScopes::of_thread().open;
     if (!open.empty() && open.back().engine == engine_ && open.back().target.arena != nullptr) {
       return to_torch(
           open.back().target.arena->empty(Dims(shape), dtype_from_torch(dtype), stream_),
           engine_->backend);
     }
-    return at::empty(shape, at::TensorOptions().dtype(dtype).device(
-                                device_to_torch(engine_->backend->device())));
+    // Torch's allocator calls an engine under a lock of its own, where a pool of an arena grows.
+    lock_.unlock();
+    at::Tensor result = at::empty(shape, at::TensorOptions().dtype(dtype).device(
+                                             device_to_torch(engine_->backend->device())));
+    lock_.lock();
+    throw_if_gone();
+    return result;
   }
 
  private:
+  void throw_if_gone() const {
+    if (!engine_->state) {
+      throw UsageError(fmt::format("{}: its ParallelState is gone", named_));
+    }
+  }
+
   std::shared_ptr<Engine> engine_;
+  std::string_view named_;
   std::unique_lock<std::recursive_mutex> lock_;
   c10::OptionalDeviceGuard guard_;
   StreamRef stream_;
@@ -185,8 +198,7 @@ class GroupUse : public Use {
   Group& operator*() const noexcept { return *group_; }
 
  private:
-  GroupUse(Engines::Member member, std::string_view name)
-      : Use(std::move(member.engine), fmt::format("group {}", name)) {
+  GroupUse(Engines::Member member, std::string_view name) : Use(std::move(member.engine), name) {
     group_ = of_kind(*member.group, state(), name);
     enter_capture();
   }

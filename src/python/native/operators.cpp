@@ -31,6 +31,7 @@
 #include "cohort/torch.hpp"
 #include "engines.hpp"
 #include "store_messenger.hpp"
+#include "torch_pools.hpp"
 #if COHORT_TORCH_WITH_MPI
 #include "cohort/mpi.hpp"
 #endif
@@ -222,7 +223,10 @@ void shutdown(std::int64_t state) {
   use.state().shutdown();
 }
 
-void drop(std::int64_t state) { Engines::of_process().drop(state); }
+void drop(std::int64_t state) {
+  TorchPools::of_process().leave(Engines::prefix_of(state));
+  Engines::of_process().drop(state);
+}
 
 Names groups(std::int64_t state) {
   const Use use = use_state(state);
@@ -418,9 +422,28 @@ at::Tensor empty_in_scope(Sizes size, at::ScalarType dtype) {
   if (open.empty()) {
     throw UsageError("cohort.empty: no use_symmetric_memory is open on this thread");
   }
-  const Use use(open.back().engine, "cohort.empty");
+  Use use(open.back().engine, "cohort.empty");
   use.enter_capture();
   return use.result(size, dtype);
+}
+
+/// What torch's pools over the group's arena allocate with and give back to, as addresses; none
+/// where the group has no windows or torch has no pools.
+Sizes enter_pools(Name group) {
+  const GroupUse<> use(group);
+  if (ScopeTarget(*use).arena == nullptr ||
+      use.engine().backend->device().kind == DeviceKind::host) {
+    return {};
+  }
+  const auto allocate = TorchPools::of_process().enter(group);
+  return {static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(allocate)),
+          static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(&TorchPools::free))};
+}
+
+/// The number of the capture that the current stream is in, 0 for none.
+std::int64_t capture(Name group) {
+  const GroupUse<> use(group);
+  return use.stream().valid() ? static_cast<std::int64_t>(use.stream().capture_id()) : 0;
 }
 
 // --- collectives
@@ -451,7 +474,7 @@ void all_gather_into(const at::Tensor& out, const at::Tensor& x, std::int64_t di
 }
 
 at::Tensor all_gather(const at::Tensor& x, std::int64_t dim, Name group) {
-  const GroupUse<> use(group);
+  GroupUse<> use(group);
   const auto in = const_view_of(x);
   const at::Tensor out =
       use.result(scaled(x, dim, use->size(), "all_gather x dim"), x.scalar_type());
@@ -466,7 +489,7 @@ void reduce_scatter_into(const at::Tensor& out, const at::Tensor& x, std::int64_
 }
 
 at::Tensor reduce_scatter(const at::Tensor& x, std::int64_t dim, Name op, Name group) {
-  const GroupUse<> use(group);
+  GroupUse<> use(group);
   const auto in = const_view_of(x);
   const at::Tensor out =
       use.result(scaled(x, dim, -use->size(), "reduce_scatter x dim"), x.scalar_type());
@@ -485,7 +508,7 @@ void all_reduce_(const at::Tensor& x, Name op, Name group) {
 }
 
 at::Tensor all_reduce(const at::Tensor& x, Name op, Name group) {
-  const GroupUse<> use(group);
+  GroupUse<> use(group);
   const auto in = const_view_of(x);
   const at::Tensor out = use.result(x.sizes().vec(), x.scalar_type());
   use->all_reduce_into(view_of(out), in, use.stream(), op_of(op));
@@ -498,7 +521,7 @@ void broadcast_(const at::Tensor& x, std::int64_t root, Name group) {
 }
 
 at::Tensor all_to_all(const at::Tensor& x, Name group) {
-  const GroupUse<> use(group);
+  GroupUse<> use(group);
   const auto in = const_view_of(x);
   const at::Tensor out = use.result(x.sizes().vec(), x.scalar_type());
   use->all_to_all_into(view_of(out), in, use.stream());
@@ -543,7 +566,7 @@ void gather_query_into(const at::Tensor& q, const at::Tensor& q_nope, const at::
 }
 
 at::Tensor gather_query(const at::Tensor& q_nope, const at::Tensor& q_pe, Name group) {
-  const DcpUse use(group);
+  DcpUse use(group);
   const auto nope = const_view_of(q_nope);
   const auto pe = const_view_of(q_pe);
   Sizes shape{0, 0, 0};  // what has not three dimensions is refused by the call
@@ -601,7 +624,7 @@ void merge_attention_into(const at::Tensor& merged, const at::Tensor& out, const
                                                           const at::Tensor& lse,
                                                           const MergeExtras& extras, bool with_lse,
                                                           Name group) {
-  const DcpUse use(group);
+  DcpUse use(group);
   const Partials partials = extras.partials(out, lse);
   Sizes shape{0, 0, 0};
   if (out.dim() == 3 || out.dim() == 4) {
@@ -633,8 +656,13 @@ std::tuple<at::Tensor, at::Tensor> merge_attention_lse(
 }
 
 void record_stream(const at::Tensor& x, std::int64_t state) {
-  const Use use = use_state(state);
-  record_current_stream(x, *use.engine().backend);
+  const auto engine = Engines::of_process().engine(state);
+  if (tensor_behind(x) == nullptr) {
+    record_current_stream(x, *engine->backend);  // torch's business, under torch's own lock
+    return;
+  }
+  const Use use(engine, "ParallelState");
+  record_current_stream(x, *engine->backend);
 }
 
 // --- registration
@@ -731,6 +759,8 @@ TORCH_LIBRARY(cohort, m) {
   m.def("barrier(str group) -> ()", as_operator<&barrier>);
   m.def("enter_symmetric(str group, bool disabled) -> ()", as_operator<&enter_symmetric>);
   m.def("leave_symmetric() -> ()", as_operator<&leave_symmetric>);
+  m.def("enter_pools(str group) -> int[]", as_operator<&enter_pools>);
+  m.def("capture(str group) -> int", as_operator<&capture>);
   m.def("empty(int[] size, ScalarType dtype, str group) -> Tensor", as_operator<&empty>);
   m.def("empty_in_scope(int[] size, ScalarType dtype) -> Tensor", as_operator<&empty_in_scope>);
   m.def("recv_tensors(str group) -> (str[], Tensor[])", as_operator<&recv_tensors>);
