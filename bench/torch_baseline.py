@@ -6,13 +6,17 @@
     mpirun -n N python3 bench/torch_baseline.py --check --json FILE
 
 Measures all_gather, reduce_scatter, all_reduce, gather_query and dcp_merge (staged), eagerly and in
-a CUDA graph, as an engine written in PyTorch runs them. Path is "torch". Needs PyTorch; without it
-the status is 77. With --backend gloo it runs on the CPU, eagerly, to show that it works.
+a CUDA graph, as an engine written in PyTorch runs them. Path is "torch". With --paths
+torch,python,symm_mem the ways take turns in one run: "python" is Cohort's Python package, by its
+calls that write a tensor of the caller's; "symm_mem" torch's symmetric memory, whose one-shot
+all-reduce reads a buffer of its own. Needs PyTorch; without it the status is 77. With --backend gloo
+it runs on the CPU, eagerly, to show that it works.
 
 Multicast stays as the environment has it: NCCL_NVLS_ENABLE and TORCH_SYMM_MEM_DISABLE_MULTICAST are
 read by NCCL and PyTorch themselves, are never changed here, and stand among the facts of the run.
 """
 
+import contextlib
 import datetime
 import json
 import math
@@ -31,6 +35,7 @@ try:
 except ImportError:
     torch = None
 
+PATHS = ("torch", "python", "symm_mem")
 BENCHES = ("all_gather", "reduce_scatter", "all_reduce", "gather_query", "dcp_merge")
 SAMPLE_US = 1000
 MOST_CALLS = 100
@@ -44,6 +49,7 @@ def parse_size(text):
 def parse_arguments():
     parser = Parser(__doc__)
     parser.add_argument("--bench", default=",".join(BENCHES))
+    parser.add_argument("--paths", default="torch")
     parser.add_argument("--backend", default="nccl", choices=("nccl", "gloo"))
     parser.add_argument("--modes", default="eager,graph")
     parser.add_argument("--min-bytes", type=parse_size, default=2 << 10)
@@ -62,6 +68,9 @@ def parse_arguments():
     arguments.bench = arguments.bench.split(",")
     arguments.modes = arguments.modes.split(",")
     arguments.batches = [int(b) for b in arguments.batches.split(",")]
+    arguments.paths = arguments.paths.split(",")
+    if set(arguments.paths) - set(PATHS):
+        parser.error(f"--paths: expected {', '.join(PATHS)}")
     unknown = set(arguments.bench) - set(BENCHES)
     if unknown or arguments.factor < 2:
         parser.error(f"--bench: expected {', '.join(BENCHES)}" if unknown else "--factor: at least 2")
@@ -98,6 +107,12 @@ class Bench:
         dist.init_process_group(arguments.backend, timeout=datetime.timedelta(seconds=60))
         self.dtype = {"f32": torch.float32, "f16": torch.float16,
                       "bf16": torch.bfloat16}[arguments.dtype]
+        self.state = None
+        if "python" in arguments.paths:
+            import cohort
+            self.state = cohort.ParallelState(tp=self.size, dcp=self.size, device=self.device)
+            self.state.dcp.reserve_for(batch=max(arguments.batches), heads=arguments.heads, latent=arguments.head_dim,
+                                       rope=arguments.rope, value=arguments.head_dim, dtype=self.dtype)
         self.wrong = 0
         self.stop = False
         self.file = None
@@ -114,12 +129,13 @@ class Bench:
         self.synchronize()
 
     def elapsed_us(self, work):
-        self.align()
         if not self.cuda:
+            self.align()
             start = time.perf_counter()
             work()
             return (time.perf_counter() - start) * 1e6
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        dist.all_reduce(self.word)  # the ranks begin together on the cards, whenever their hosts come
         begin.record()
         work()
         end.record()
@@ -132,35 +148,45 @@ class Bench:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.item()
 
-    def run(self, bench, plan, payload, batch, factor, call, wrong, poison):
-        """One row for each mode; `call` enqueues one call."""
-        fastest = math.inf
-        for _ in range(max(self.options.warmup, 1)):
-            fastest = min(fastest, self.elapsed_us(call))
-        calls = max(1, min(MOST_CALLS, math.ceil(SAMPLE_US / max(self.agree(fastest), 1e-3))))
+    def graph_of(self, path, work):
+        graph = torch.cuda.CUDAGraph()
+        inside = self.state.graph_capture() if path == "python" else contextlib.nullcontext()
+        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"), inside:
+            work()
+        return graph
 
-        def eager():
-            for _ in range(calls):
-                call()
+    def run(self, bench, payload, batch, factor, ways):
+        """One row for each way and mode. `ways` by path: what enqueues one call, what counts the wrong
+        elements behind it, and what spoils them before."""
+        calls, works = {}, {}
+        for path in self.options.paths:
+            if path not in ways:
+                continue
+            call = ways[path][0]
+            fastest = math.inf
+            for _ in range(max(self.options.warmup, 1)):
+                fastest = min(fastest, self.elapsed_us(call))
+            calls[path] = max(1, min(MOST_CALLS, math.ceil(SAMPLE_US / max(self.agree(fastest), 1e-3))))
 
-        works = {}
-        if "eager" in self.options.modes:
-            works["eager"] = eager
-        if "graph" in self.options.modes and self.cuda:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                eager()
-            works["graph"] = graph.replay
+            def eager(call=call, times=calls[path]):
+                for _ in range(times):
+                    call()
+
+            if "eager" in self.options.modes:
+                works[path, "eager"] = eager
+            if "graph" in self.options.modes and self.cuda:
+                works[path, "graph"] = self.graph_of(path, eager).replay
         counts = dict.fromkeys(works, 0)
-        samples = {mode: [] for mode in works}
+        samples = {way: [] for way in works}
 
         def check():
-            for mode, work in works.items():
+            for way, work in works.items():
+                _, wrong, poison = ways[way[0]]
                 poison()
                 self.align()
                 work()
                 self.synchronize()
-                counts[mode] += wrong()
+                counts[way] += wrong()
 
         if self.options.check:
             check()
@@ -168,14 +194,18 @@ class Bench:
             if self.agree(self.stop) > 0:
                 self.stop = True
                 return
-            for mode, work in works.items():
-                samples[mode].append(self.elapsed_us(work) / calls)
+            for way, work in works.items():
+                samples[way].append(self.elapsed_us(work) / calls[way[0]])
         if self.options.check:
             check()
-        for mode in works:
-            self.row(bench, plan, mode, payload, batch, factor, samples[mode], counts[mode], calls)
+        for path, mode in works:
+            plan = "-"
+            if bench == "dcp_merge":
+                plan = self.state.dcp.last_merge()[0] if path == "python" else "staged"
+            self.row(bench, path, plan, mode, payload, batch, factor, samples[path, mode],
+                     counts[path, mode], calls[path])
 
-    def row(self, bench, plan, mode, payload, batch, factor, samples, wrong, calls):
+    def row(self, bench, path, plan, mode, payload, batch, factor, samples, wrong, calls):
         times = torch.tensor(samples, dtype=torch.float64).to(
             torch.float32 if self.cuda else torch.float64).to(self.device)
         dist.all_reduce(times, op=dist.ReduceOp.MAX)  # an iteration takes as long as its slowest rank
@@ -186,7 +216,7 @@ class Bench:
         times = times.cpu().to(torch.float64)
         p50, p95 = (torch.quantile(times, q).item() for q in (0.5, 0.95))
         algbw = payload / p50 * 1e-3 if p50 > 0 else 0.0
-        self.write({"bench": bench, "path": "torch", "plan": plan, "mode": mode,
+        self.write({"bench": bench, "path": path, "plan": plan, "mode": mode,
                     "dtype": self.options.dtype, "ranks": self.size, "bytes": payload,
                     "batch": batch, "us_p50": round(p50, 4), "us_p95": round(p95, 4),
                     "us_min": round(times.min().item(), 4), "algbw": round(algbw, 3),
@@ -234,9 +264,10 @@ class Bench:
             x = self.values(share, self.rank)
             out = torch.empty(share * self.size, dtype=self.dtype, device=self.device)
             wanted = torch.cat([self.values(share, r) for r in range(self.size)])
-            self.run("all_gather", "-", share * self.size * width, 0, 1 - 1 / self.size,
-                     lambda: dist.all_gather_into_tensor(out, x),
-                     lambda: self.differences(out, wanted), lambda: out.fill_(math.nan))
+            judged = (lambda: self.differences(out, wanted), lambda: out.fill_(math.nan))
+            self.run("all_gather", share * self.size * width, 0, 1 - 1 / self.size,
+                     {"torch": (lambda: dist.all_gather_into_tensor(out, x), *judged),
+                      "python": (lambda: self.state.tp.all_gather_into_tensor(out, x), *judged)})
 
     def reduce_scatter(self):
         for payload in self.sizes():
@@ -245,9 +276,10 @@ class Bench:
             out = torch.empty(share, dtype=self.dtype, device=self.device)
             total = sum(self.values(share * self.size, r).float() for r in range(self.size))
             wanted = total[self.rank * share:(self.rank + 1) * share].to(self.dtype)
-            self.run("reduce_scatter", "-", share * self.size * width, 0, 1 - 1 / self.size,
-                     lambda: dist.reduce_scatter_tensor(out, x),
-                     lambda: self.differences(out, wanted), lambda: out.fill_(math.nan))
+            judged = (lambda: self.differences(out, wanted), lambda: out.fill_(math.nan))
+            self.run("reduce_scatter", share * self.size * width, 0, 1 - 1 / self.size,
+                     {"torch": (lambda: dist.reduce_scatter_tensor(out, x), *judged),
+                      "python": (lambda: self.state.tp.reduce_scatter_tensor(out, x), *judged)})
 
     def all_reduce(self):
         for payload in self.sizes():
@@ -266,8 +298,22 @@ class Bench:
                 out.zero_()
                 return count_wrong
 
-            self.run("all_reduce", "-", count * width, 0, 2 * (1 - 1 / self.size),
-                     lambda: dist.all_reduce(out), wrong, lambda: out.zero_())
+            into = torch.empty_like(x)
+            judged = (lambda: self.differences(into, wanted), lambda: into.fill_(math.nan))
+            ways = {"torch": (lambda: dist.all_reduce(out), wrong, lambda: out.zero_()),
+                    "python": (lambda: self.state.tp.all_reduce_into(into, x), *judged)}
+            if "symm_mem" in self.options.paths:
+                ways["symm_mem"] = (self.one_shot(into, x), *judged)
+            self.run("all_reduce", count * width, 0, 2 * (1 - 1 / self.size), ways)
+
+    def one_shot(self, into, x):
+        """Without multicast, from a buffer in torch's symmetric memory."""
+        import torch.distributed._symmetric_memory as symm_mem
+        buffer = symm_mem.empty(x.numel(), dtype=x.dtype, device=self.device)
+        group = dist.group.WORLD.group_name
+        symm_mem.rendezvous(buffer, group)
+        buffer.copy_(x)
+        return lambda: torch.ops.symm_mem.one_shot_all_reduce_out(buffer, "sum", group, into)
 
     def gather_query(self):
         o, n = self.options, self.size
@@ -279,9 +325,13 @@ class Bench:
             wanted = torch.stack([torch.cat((
                 self.values(nope.numel(), r).view_as(nope),
                 self.values(pe.numel(), r).view_as(pe)), dim=-1) for r in range(n)])
-            self.run("gather_query", "-", out.numel() * out.element_size(), batch, 1 - 1 / n,
-                     lambda: dist.all_gather_into_tensor(out, torch.cat((nope, pe), dim=-1)),
-                     lambda: self.differences(out, wanted), lambda: out.fill_(math.nan))
+            q = torch.empty(batch, heads * n, width, dtype=self.dtype, device=self.device)
+            whole = wanted.transpose(0, 1).reshape(q.shape)
+            self.run("gather_query", out.numel() * out.element_size(), batch, 1 - 1 / n,
+                     {"torch": (lambda: dist.all_gather_into_tensor(out.flatten(0, 1), torch.cat((nope, pe), dim=-1)),
+                                lambda: self.differences(out, wanted), lambda: out.fill_(math.nan)),
+                      "python": (lambda: self.state.dcp.gather_query_into(q, nope, pe),
+                                 lambda: self.differences(q, whole), lambda: q.fill_(math.nan))})
 
     def dcp_merge(self):
         o, n = self.options, self.size
@@ -309,19 +359,23 @@ class Bench:
             wanted = total[:, own].transpose(0, 1).to(self.dtype)
 
             def call():
-                dist.all_gather_into_tensor(lses, lse)
+                dist.all_gather_into_tensor(lses.flatten(0, 1), lse)
                 scale = torch.softmax(lses * math.log(2.0), dim=0)[self.rank]
                 corrected = (out * scale[..., None]).to(self.dtype).transpose(0, 1).contiguous()
                 dist.reduce_scatter_tensor(merged, corrected)
 
             # A softmax in base e rounds the powers of two, so the last bit may differ.
-            def wrong():
-                error = (merged.float() - wanted.float()).abs()
-                return int((~(error <= 0.02 * wanted.float().abs() + 1e-3)).sum().item())
+            def off(got, right):
+                error = (got.float() - right.float()).abs()
+                return int((~(error <= 0.02 * right.float().abs() + 1e-3)).sum().item())
 
+            by_row = torch.empty(batch, o.heads // n, o.head_dim, dtype=self.dtype, device=self.device)
             payload = out.numel() * out.element_size() + lse.numel() * 4
-            self.run("dcp_merge", "staged", payload, batch, 1 - 1 / n, call, wrong,
-                     lambda: merged.fill_(math.nan))
+            self.run("dcp_merge", payload, batch, 1 - 1 / n,
+                     {"torch": (call, lambda: off(merged, wanted), lambda: merged.fill_(math.nan)),
+                      "python": (lambda: self.state.dcp.merge_attention_into(by_row, out, lse, base2=True),
+                                 lambda: off(by_row, wanted.transpose(0, 1)),
+                                 lambda: by_row.fill_(math.nan))})
 
     # --- facts -----------------------------------------------------------------------------------
 
@@ -379,6 +433,8 @@ def main():
             continue
         if not bench.stop:
             getattr(bench, name)()
+    if bench.state is not None:
+        bench.state.shutdown()
     dist.barrier()
     dist.destroy_process_group()
     if bench.file:
