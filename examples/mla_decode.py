@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """mpirun -n 4 python3 examples/mla_decode.py --tp 4 [--dcp 2] [--device cuda]
 
-A small transformer with latent attention (MLA) decodes: heads and features are shared by tensor
-parallelism, each sequence's cache by decode context parallelism, and on cards a step is a CUDA graph.
-Every rank compares the tokens with those of the same model on a rank alone; the exit status is 0
-where they are the same. Needs the Python package, see src/python/README.md.
+A small transformer with latent attention (MLA) decodes: the ranks share heads and features by tensor parallelism
+and each sequence's cache by decode context parallelism, and on cards a step is a CUDA graph. The exit status is 0
+where every rank gets the tokens of the model on a rank alone. Needs the Python package, see src/python/README.md.
 """
 
 import argparse
+import os
 import sys
 
 import torch
@@ -16,8 +16,7 @@ from torch.nn.functional import rms_norm, silu
 import cohort
 
 VOCABULARY, HIDDEN, LAYERS, HEADS = 96, 64, 2, 16
-LATENT, ROPE, VALUE = 32, 8, 16
-BATCH, PROMPT, NEW = 3, 5, 24
+LATENT, ROPE, VALUE, BATCH, PROMPT, NEW = 32, 8, 16, 3, 5, 24
 
 
 def make_weights():
@@ -134,6 +133,8 @@ def main():
     parser.add_argument("--dcp", type=int, help="ranks that share a cache; by default all")
     parser.add_argument("--device", help="cpu or cuda; by default a card where there is one")
     args = parser.parse_args()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["OMPI_COMM_WORLD_LOCAL_RANK"]))
     with torch.inference_mode():
         with cohort.ParallelState(args.tp, dcp=args.dcp or args.tp, device=args.device, symmetric=True) as state:
             tokens, rank = decode(state), state.world.rank_in_group
