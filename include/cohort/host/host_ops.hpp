@@ -211,14 +211,15 @@ inline void HostOps::correct_now(const Partials& partials, const ConstTensorView
   const DefaultFloatMode mode;
   PartialRows rows(partials);
   const ConstTensorView& out = partials.out;
-  std::vector<std::byte> combined(u(out.shape()[3]) * size_of(out.dtype()));
+  const bool plain = partials.is_plain();
+  std::vector<std::byte> combined(plain ? 0 : u(out.shape()[3]) * size_of(out.dtype()));
   std::vector<float> row(u(lses.shape()[0]));
   for_each_row(corrected.shape(), [&](std::int64_t b, std::int64_t h) {
     dcp::merge_weights(read_lses(lses, b, h, row), static_cast<int>(row.size()), partials.base,
                        row.data(), nullptr, sink_of(partials, h));
     const float scale = row[u(rank)];
     const std::byte* from = at<std::byte>(out, {0, b, h});
-    if (!partials.is_plain() && scale != 0.0F) {
+    if (!plain && scale != 0.0F) {
       static_cast<void>(rows.read(b, h, combined.data()));
       from = combined.data();
     }
