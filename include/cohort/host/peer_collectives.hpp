@@ -120,6 +120,8 @@ inline void PeerCollectives::all_gather(const ConstTensorView& in, const TensorV
     access_.finish(exposed);
     return;
   }
+  // Before a later step tells the peers that they were read: from the last one on they may be gone.
+  access_.confirm_read();
   for (std::int64_t done = piece; done < longest; done += piece) {
     if (!exposed && done < in.numel()) {
       steps_.fill_slot(own.cursor(element, done), std::min(piece, in.numel() - done));
@@ -135,7 +137,6 @@ inline void PeerCollectives::all_gather(const ConstTensorView& in, const TensorV
       }
     }
   }
-  access_.confirm_read();  // a later step tells the peers that they were read
 }
 
 inline void PeerCollectives::broadcast(const TensorView& tensor, int root) {

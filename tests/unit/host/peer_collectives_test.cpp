@@ -121,6 +121,33 @@ TEST_CASE("an input may be written again as soon as the call returns", "[host]")
   });
 }
 
+TEST_CASE("a rank may go as soon as its call returns", "[host]") {
+  run_ranks(3, [](ControlPlane& plane) {
+    constexpr std::int64_t kLong = 512 * 1024;  // two pieces
+    for (int round = 0; round < 10; ++round) {
+      Site site(plane, {}, Memory::mixed);  // rank 0 shows its window, rank 1 its slots
+      const std::vector<std::int64_t> sizes{4096, kLong, 4096};
+      const auto mine = site.tensor(Dims{sizes[static_cast<std::size_t>(plane.rank())]}, DType::u8,
+                                    Form::contiguous);
+      fill(mine, plane.rank());
+      // Rank 2 is still writing when rank 0, which it has read, has gone.
+      const std::int64_t stride = plane.rank() == 2 ? 16 : 1;
+      std::vector<std::byte> memory(static_cast<std::size_t>((kLong + 8192) * stride));
+      const TensorView out(memory.data(), DType::u8, Dims{kLong + 8192}, Dims{stride});
+      plane.barrier();
+      site.transport->all_gather(mine, out, 0, sizes, {});
+      if (plane.rank() == 0) {
+        site.window.reset();
+        site.transport.reset();
+      }
+      check_element(DType::u8, memory.data() + stride * 4095, value_at(0, 4095), "rank 0's");
+      check_element(DType::u8, memory.data() + stride * (4095 + kLong), value_at(1, kLong - 1),
+                    "rank 1's");
+      plane.barrier();
+    }
+  });
+}
+
 TEST_CASE("small messages do not wait for their receivers", "[host]") {
   run_ranks(4, [](ControlPlane& plane) {
     Site site(plane, {}, Memory::ordinary);
