@@ -458,10 +458,10 @@ class FlightRecorder {
   std::unique_ptr<TraceRing> alone_;  // where no other rank can see it
   TraceRing* own_ = nullptr;
   CapturedCalls captured_;
-  mutable std::mutex mutex_;  // of what follows
+  mutable OwnerMutex mutex_;  // of what follows
   std::function<void(TraceRing&)> look_;
   std::optional<TraceFailure> failure_;
-  std::mutex act_mutex_;  // of what is done then: who takes it away may be gone afterwards
+  OwnerMutex act_mutex_;  // of what is done then: who takes it away may be gone afterwards
   std::function<void(const FlightRecorder&, const TraceFailure&)> act_;
 };
 

@@ -25,6 +25,7 @@
 #include "cohort/flight_recorder.hpp"
 #include "cohort/give_up.hpp"
 #include "cohort/joined.hpp"
+#include "cohort/owner_process.hpp"
 #include "cohort/stream_order.hpp"
 #include "cohort/symmetric_arena.hpp"
 #include "cohort/symmetric_policy.hpp"
@@ -529,7 +530,7 @@ class GroupBase {
   std::vector<StreamOrder> lanes_;  // each with an order of its own
   std::size_t lane_ = 0;
   std::uint64_t debug_sequence_ = 0;
-  std::mutex ending_;  // the transport goes under it; the threads of other groups ask under it
+  OwnerMutex ending_;  // the transport goes under it; the threads of other groups ask under it
   std::atomic<bool> closed_{false};
 };
 

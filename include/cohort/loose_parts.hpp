@@ -8,6 +8,8 @@
 #include <mutex>
 #include <vector>
 
+#include "cohort/owner_process.hpp"
+
 /// \file
 /// Parts of symmetric memory that somebody else's allocator divides further.
 
@@ -51,7 +53,7 @@ class LooseParts {
     std::size_t bytes;
   };
 
-  mutable std::mutex mutex_;
+  mutable OwnerMutex mutex_;
   std::vector<Part> parts_;
   std::atomic<std::size_t> count_{0};
 };

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <mutex>
 #include <string>
 
 #include "cohort/error.hpp"
@@ -52,6 +53,29 @@ class OwnerProcess {
   }
 
   pid_t pid_ = detail::current_process();
+};
+
+/// The mutex of an object that a forked child destroys with its copy of the parent's memory. There
+/// it does nothing: a thread that the child has not got may have held it, and nobody else uses the
+/// object. For `std::lock_guard` and its like.
+class OwnerMutex {
+ public:
+  /// In the owner, waits for whoever holds it.
+  void lock() {
+    if (owner_.is_here()) {
+      mutex_.lock();
+    }
+  }
+  /// By whoever holds it.
+  void unlock() noexcept {
+    if (owner_.is_here()) {
+      mutex_.unlock();
+    }
+  }
+
+ private:
+  OwnerProcess owner_;
+  std::mutex mutex_;
 };
 
 }  // namespace cohort

@@ -143,9 +143,7 @@ class StateTrace final : private detail::SignalListener {
       detail::TraceSignals::instance().remove(options_.signal, *this);
     }
     for (const auto& recorder : recorders_) {
-      if (owner_.is_here()) {  // a forked child may find locks held for good
-        recorder->on_failure({});
-      }
+      recorder->on_failure({});
     }
   }
 

@@ -15,6 +15,7 @@
 
 #include "cohort/error.hpp"
 #include "support/catch.hpp"
+#include "support/forked.hpp"
 
 using namespace cohort;
 using cohort::test::contains;
@@ -262,6 +263,32 @@ TEST_CASE("a forked child leaves its parent's records alone", "[flight_recorder]
   CHECK(status == 0);
   CHECK(recorder.own().calls == 1);
   CHECK(recorder.own().ended == 0);
+}
+
+TEST_CASE("a forked child closes it though a thread of its parent's looks", "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  std::atomic<bool> begun{false};
+  std::atomic<bool> over{false};
+  const auto wait = [&] {
+    begun = true;
+    while (!over) {
+      std::this_thread::yield();
+    }
+  };
+  recorder.look_at_device([&](TraceRing&) { wait(); });
+  recorder.on_failure([&](const FlightRecorder&, const TraceFailure&) { wait(); });
+  const bool looks = GENERATE(true, false);
+  std::thread thread([&] { looks ? recorder.look_at_device() : recorder.failed("late", true); });
+  while (!begun) {
+    std::this_thread::yield();
+  }
+  CHECK_NOTHROW(cohort::test::run_in_child([&] {
+    alarm(10);  // kills it where it waits
+    recorder.on_failure({});
+    recorder.close();
+  }));
+  over = true;
+  thread.join();
 }
 
 TEST_CASE("the device is asked until the group closes", "[flight_recorder]") {

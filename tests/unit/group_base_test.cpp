@@ -5,11 +5,13 @@
 #include <chrono>
 #include <functional>
 #include <memory>
+#include <string>
 #include <thread>
 
 #include "support/catch.hpp"
 #include "support/collective_checks.hpp"
 #include "support/counting_driver.hpp"
+#include "support/forked.hpp"
 #include "support/stand_in_backend.hpp"
 #include "support/threads.hpp"
 
@@ -94,6 +96,40 @@ TEST_CASE("a group's thread asks the others while theirs use and end them", "[gr
     const int before = asked;
     state.tp().synchronize(stream, kRanksTimeLimit);
     check_equal(asked.load(), before, "nor is a closed group");
+  });
+}
+
+TEST_CASE("a forked child leaves a group that a thread of its parent's asks", "[group]") {
+  run_ranks(2, [](ControlPlane& world) {
+    std::atomic<bool> asking{false};
+    std::atomic<bool> over{false};
+    StandIns steps;
+    steps.check = [&](const ControlPlane&) {
+      asking = true;
+      while (!over) {
+        std::this_thread::yield();
+      }
+    };
+    auto state = make_state(world, {.tp = 2, .dcp = 2},
+                            {.backend = std::make_shared<StandInBackend>(std::move(steps))});
+    std::thread of_tp([&] { state.tp().synchronize({}, kRanksTimeLimit); });
+    while (!asking) {
+      std::this_thread::yield();
+    }
+    std::string failure;
+    try {
+      run_in_child([&] {
+        alarm(10);  // kills it where it waits
+        for (GroupCoordinator* const group : state.groups()) {
+          group->close();
+        }
+      });
+    } catch (const std::exception& error) {
+      failure = error.what();
+    }
+    over = true;
+    of_tp.join();
+    check(failure.empty(), failure);
   });
 }
 

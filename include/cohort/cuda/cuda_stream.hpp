@@ -22,6 +22,7 @@
 #include "cohort/cuda/handles.hpp"
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
+#include "cohort/owner_process.hpp"
 #include "cohort/poll_pause.hpp"
 #include "cohort/stream.hpp"
 
@@ -433,7 +434,7 @@ class CudaStreamDriver final : public StreamDriver {
   std::mutex event_mutex_;
   UniqueEvent event_;
   detail::Releases releases_;
-  std::mutex waits_mutex_;
+  OwnerMutex waits_mutex_;
   std::vector<RankWaits*> waits_;
 };
 
