@@ -137,12 +137,13 @@ class LimitedWait {
   explicit LimitedWait(Clock::duration limit) noexcept : LimitedWait(limit, limit) {}
   /// @param limit_of_call  What the call has that the wait is part of, where the wait has more.
   LimitedWait(Clock::duration limit, Clock::duration limit_of_call) noexcept
-      : start_(Clock::now()), deadline_(start_ + limit) {
+      : start_(Clock::now()), deadline_(start_ + limit), grace_(limit / 8) {
     CallClock& clock = call_clock();
     ++clock.waits;
     if (clock.number != 0) {
       clock.limit = std::max(clock.limit, limit_of_call);
       deadline_ = start_ + left(limit, clock.waited, clock.limit);
+      grace_ = std::min(grace_, beyond(clock.waited + (deadline_ - start_), clock.limit) / 2);
     }
   }
   LimitedWait(const LimitedWait&) = delete;
@@ -156,10 +157,8 @@ class LimitedWait {
   [[nodiscard]] Clock::time_point start() const noexcept { return start_; }
   [[nodiscard]] Clock::time_point deadline() const noexcept { return deadline_; }
 
-  /// When the others hear of a wait with that limit that is not over by then.
-  [[nodiscard]] Clock::time_point near_the_end(Clock::duration limit) const noexcept {
-    return deadline_ - limit / 8;
-  }
+  /// Until when it may last to learn who is at fault, where that takes longer.
+  [[nodiscard]] Clock::time_point latest() const noexcept { return deadline_ + grace_; }
 
   /// For messages: the limit, and the part that this wait had where its call had waited before.
   [[nodiscard]] std::string describe(std::chrono::milliseconds limit) const {
@@ -173,13 +172,19 @@ class LimitedWait {
   /// `most`.
   [[nodiscard]] static constexpr Clock::duration left(Clock::duration limit, Clock::duration waited,
                                                       Clock::duration most) noexcept {
-    const auto beyond = std::max(most + most / 4 - waited, Clock::duration::zero());
-    return std::max(limit - waited, std::min(limit / 8, beyond / 2));
+    return std::max(limit - waited, std::min(limit / 8, beyond(waited, most) / 2));
   }
 
  private:
+  /// What a call has left of its limit and the quarter beyond it.
+  [[nodiscard]] static constexpr Clock::duration beyond(Clock::duration waited,
+                                                        Clock::duration most) noexcept {
+    return std::max(most + most / 4 - waited, Clock::duration::zero());
+  }
+
   Clock::time_point start_;
   Clock::time_point deadline_;
+  Clock::duration grace_;
 };
 
 }  // namespace cohort::detail

@@ -18,9 +18,11 @@
 #include <utility>
 #include <vector>
 
+#include "cohort/call_time.hpp"
 #include "cohort/error.hpp"
 #include "cohort/flight_recorder.hpp"
 #include "cohort/give_up.hpp"
+#include "cohort/inquiry.hpp"
 #include "cohort/messenger.hpp"
 
 /// \file
@@ -166,14 +168,11 @@ class ControlPlane {
   /// does meanwhile.
   void check_peers(PeerLook look = PeerLook::now) { find_who_left(look); }
 
-  /// Local. For a rank whose wait for others is near its limit, by whichever means it waits: tells
-  /// the others of the group for whom it does, so that a rank whose own limit ends first blames
-  /// those, and not this one.
-  virtual void say_waiting(std::span<const int> missing) noexcept = 0;
-  /// Local. Whom to blame where a wait with that limit for `missing` is over: in the stead of those
-  /// that have said lately that they wait, those for whom they do.
-  [[nodiscard]] virtual std::vector<int> at_fault(const std::vector<int>& missing,
-                                                  std::chrono::milliseconds limit) = 0;
+  /// Local. For a wait for others of the group, by whichever means, that has lasted for some ms, so
+  /// that who gives up blames none that waits itself. Null in groups in which nobody waits for
+  /// another, and where there is no memory for it. Does not outlive this.
+  [[nodiscard]] virtual std::unique_ptr<detail::LongWait> begin_long_wait(
+      const detail::LimitedWait& time, std::chrono::milliseconds limit) noexcept = 0;
 
   /// A control plane of the given ranks of this one, in the given order. Local: no message is
   /// sent, so survivors can form a group without the ranks that left. All of `ranks` pass the same

@@ -38,8 +38,8 @@
 
 namespace cohort::detail {
 
-/// What a message is part of. The last three are no calls: a rank tells the others that it has
-/// left, because of an error or in good order, or for whom it has waited for long.
+/// What a message is part of. The last four are no calls: a rank tells the others that it has
+/// left, because of an error or in good order; it asks one for whom that waits, and is told.
 enum class ControlCall : std::uint32_t {
   all_gather,
   barrier,
@@ -47,6 +47,7 @@ enum class ControlCall : std::uint32_t {
   exchange,
   gave_up,
   left,
+  asks,
   waits
 };
 
@@ -64,8 +65,10 @@ enum class ControlCall : std::uint32_t {
       return "notice";
     case ControlCall::left:
       return "goodbye";
+    case ControlCall::asks:
+      return "question";
     case ControlCall::waits:
-      return "word of a wait";
+      return "answer";
   }
   return "unknown call";
 }
@@ -176,11 +179,10 @@ class Mailbox {
         }
         return take(wanted);
       }
-      const auto now = Clock::now();
-      if (now >= deadline) {
+      if (start >= deadline) {  // by the clock before the look: this thread may not have run since
         return std::nullopt;
       }
-      if (now >= next_look) {
+      if (const auto now = Clock::now(); now >= next_look) {
         next_look = now + kSlice;
         if (take_in()) {
           continue;
@@ -229,13 +231,67 @@ class Mailbox {
     return first_gone(call, watch);
   }
 
-  /// For whom a rank has said since then that it waits, in whichever group: ranks in the messenger.
-  [[nodiscard]] std::optional<std::vector<int>> waits_for(int from, Deadline since) {
+  // Questions, of which `sequence` is the number of the inquiry that they are part of.
+
+  /// What a rank wants to know: for whom this one waits.
+  struct Question {
+    int from = 0;
+    FrameTrailer trailer;
+  };
+  /// For whom a rank waits, in the messenger; for nobody any more where that is empty.
+  struct Answer {
+    int from = 0;
+    std::vector<int> waits_for;
+  };
+
+  /// A wait in a group begins, and ends, during which this rank answers.
+  void begin_wait(std::uint64_t channel) {
     const auto lock = enter();
-    const auto said = waiting_.find(from);
-    return said != waiting_.end() && said->second.heard >= since
-               ? std::optional(said->second.missing)
-               : std::nullopt;
+    ++waits_[channel];
+  }
+  void end_wait(std::uint64_t channel) {
+    const auto lock = enter();
+    if (const auto waits = waits_.find(channel); waits != waits_.end() && --waits->second == 0) {
+      waits_.erase(waits);
+    }
+  }
+  /// Of the questions taken in those that a wait in that group is to answer, which then is to do
+  /// so: those asked in the group, and in groups in which this rank does not wait. Costs nothing
+  /// where there is none.
+  [[nodiscard]] std::vector<Question> take_questions(std::uint64_t channel) {
+    std::vector<Question> taken;
+    if (!has_questions_.load(std::memory_order_relaxed)) {
+      return taken;
+    }
+    const auto lock = enter();
+    for (auto it = questions_.begin(); it != questions_.end();) {
+      const auto& [place, group] = *it;
+      if (group != channel && waits_.count(group) > 0) {
+        ++it;
+        continue;
+      }
+      taken.push_back({place.first, {group, ControlCall::waits, place.second}});
+      it = questions_.erase(it);
+    }
+    has_questions_.store(!questions_.empty(), std::memory_order_relaxed);
+    return taken;
+  }
+
+  /// The number of a new inquiry, whose answers are kept from now on.
+  [[nodiscard]] std::uint32_t begin_inquiry() {
+    const auto lock = enter();
+    answers_[++inquiries_];
+    return inquiries_;
+  }
+  void end_inquiry(std::uint32_t number) {
+    const auto lock = enter();
+    answers_.erase(number);
+  }
+  /// In the order in which they have been taken in.
+  [[nodiscard]] std::vector<Answer> take_answers(std::uint32_t number) {
+    const auto lock = enter();
+    const auto found = answers_.find(number);
+    return found != answers_.end() ? std::exchange(found->second, {}) : std::vector<Answer>{};
   }
 
   /// Whether a goodbye of a rank has been taken in.
@@ -287,12 +343,11 @@ class Mailbox {
       if (messenger_->flush(to, std::min(deadline, start + (shared ? kMoment : kSlice)))) {
         return true;
       }
-      const auto now = Clock::now();
-      if (now >= next_look) {
+      if (const auto now = Clock::now(); now >= next_look) {
         next_look = now + kSlice;
         take_in();
       }
-      if (now >= deadline || notice(watch)) {
+      if (start >= deadline || notice(watch)) {
         return false;
       }
       if (shared || in_front_ > 0) {
@@ -367,18 +422,13 @@ class Mailbox {
   // How long threads stay out of the messenger after they have met in front of it.
   static constexpr std::chrono::seconds kSharing{1};
   static constexpr std::size_t kMostRetired = 4096;
+  static constexpr std::size_t kMostQuestions = 4096;
 
   using Key = std::tuple<std::uint64_t, bool, int>;  // channel, whether of an exchange, sender
 
   [[nodiscard]] static Key key(const FrameTrailer& trailer, int from) noexcept {
     return {trailer.channel, trailer.call == ControlCall::exchange, from};
   }
-
-  /// What a rank has last said of a wait.
-  struct Waiting {
-    Deadline heard{};
-    std::vector<int> missing;
-  };
 
   /// A waiting thread stays outside for a while, longer each time: first it leaves the processor to
   /// others, then it sleeps until a message is stored or its time is over.
@@ -496,12 +546,19 @@ class Mailbox {
     const std::size_t payload = message.size() - sizeof(trailer);
     std::memcpy(&trailer, message.data() + payload, sizeof(trailer));
     if (trailer.call == ControlCall::waits) {
-      Waiting& waiting = waiting_[from];
-      waiting.missing.resize(payload / sizeof(int));
-      if (!waiting.missing.empty()) {
-        std::memcpy(waiting.missing.data(), message.data(), waiting.missing.size() * sizeof(int));
+      if (const auto inquiry = answers_.find(trailer.sequence); inquiry != answers_.end()) {
+        std::vector<int> waits_for(payload / sizeof(int));
+        if (!waits_for.empty()) {
+          std::memcpy(waits_for.data(), message.data(), waits_for.size() * sizeof(int));
+        }
+        inquiry->second.push_back({from, std::move(waits_for)});
       }
-      waiting.heard = Clock::now();
+    } else if (trailer.call == ControlCall::asks) {
+      if (questions_.size() >= kMostQuestions) {  // of waits that have long been over
+        questions_.clear();
+      }
+      questions_[{from, trailer.sequence}] = trailer.channel;
+      has_questions_.store(true, std::memory_order_relaxed);
     } else if (retired_.count(trailer.channel) == 0) {
       if (trailer.call == ControlCall::gave_up) {
         note(trailer.channel, from, trailer.sequence, std::span(message).first(payload));
@@ -532,7 +589,11 @@ class Mailbox {
   std::optional<Messenger::Arrival> kept_;  // what there was no memory to store
   std::map<Key, std::deque<Frame>> pending_;
   std::set<std::pair<std::uint64_t, int>> goodbyes_;  // channel, sender
-  std::map<int, Waiting> waiting_;                    // by sender
+  std::map<std::uint64_t, int> waits_;                // how many threads wait for long, by channel
+  std::map<std::pair<int, std::uint32_t>, std::uint64_t> questions_;  // sender, inquiry: channel
+  std::atomic<bool> has_questions_{false};
+  std::uint32_t inquiries_ = 0;
+  std::map<std::uint32_t, std::vector<Answer>> answers_;  // of inquiries under way, by number
   std::unordered_set<std::uint64_t> retired_;
   std::deque<std::uint64_t> retired_in_order_;
   std::atomic<std::int64_t> looked_{0};  // when, by `tick`

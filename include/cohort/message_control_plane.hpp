@@ -9,12 +9,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <optional>
 #include <span>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -24,6 +26,7 @@
 #include "cohort/error.hpp"
 #include "cohort/give_up.hpp"
 #include "cohort/hash.hpp"
+#include "cohort/inquiry.hpp"
 #include "cohort/joined.hpp"
 #include "cohort/log.hpp"
 #include "cohort/mailbox.hpp"
@@ -196,41 +199,13 @@ class MessageControlPlane : public ControlPlane {
     }
   }
 
-  void say_waiting(std::span<const int> missing) noexcept override {
-    if (size() < 3 || poisoned() || !mailbox_->owner().is_here()) {
-      return;  // of two the other is the one that it waits for
-    }
-    for (int r = 0; r < size(); ++r) {
-      try {
-        std::vector<int> members;
-        for (const int m : missing) {
-          members.push_back(member(m).front());
-        }
-        if (r != rank_) {
-          send(r, {channel_, detail::ControlCall::waits, 0}, std::as_bytes(std::span(members)));
-        }
-      } catch (const std::exception&) {
-        continue;  // who does not hear of it may blame this rank
-      }
-    }
-  }
-
-  [[nodiscard]] std::vector<int> at_fault(const std::vector<int>& missing,
-                                          std::chrono::milliseconds limit) override {
-    // It is said an eighth of the limit before the end, where the rank leaves, or goes on.
-    const Deadline since = Clock::now() - limit / 4;
-    return detail::at_fault(rank_, missing, [&](int r) -> std::optional<std::vector<int>> {
-      auto others = mailbox_->waits_for(member(r).front(), since);
-      if (others) {
-        for (int& other : *others) {
-          other = group_rank(other);
-        }
-        if (std::count(others->begin(), others->end(), size()) > 0) {
-          return std::nullopt;  // for a rank of another group, which has no number here
-        }
-      }
-      return others;
-    });
+  [[nodiscard]] std::unique_ptr<detail::LongWait> begin_long_wait(
+      const detail::LimitedWait& time, std::chrono::milliseconds limit) noexcept override try {
+    const bool has_peers = size() > 1 && limit > std::chrono::milliseconds(0);
+    return has_peers ? std::make_unique<Talk>(*this, time.deadline() - limit / 8, limit / 16)
+                     : nullptr;
+  } catch (const std::exception&) {
+    return nullptr;
   }
 
   std::unique_ptr<ControlPlane> subgroup(std::span<const int> ranks, std::uint64_t generation,
@@ -294,25 +269,130 @@ class MessageControlPlane : public ControlPlane {
         given_once_(given_once),
         exchanged_(members_.size(), Deadline::min()) {}
 
+  /// Answers, and asks from `asks_at` on; of two the other is the one that it waits for.
+  class Talk : public detail::LongWait {
+   public:
+    Talk(MessageControlPlane& plane, Deadline asks_at, Clock::duration patience)
+        : plane_(plane),
+          mailbox_(*plane.mailbox_),
+          asks_at_(plane.size() > 2 ? asks_at : Deadline::max()),
+          inquiry_(plane.rank(), patience) {
+      mailbox_.begin_wait(plane_.channel_);
+    }
+    ~Talk() override {
+      try {
+        if (number_) {
+          mailbox_.end_inquiry(*number_);
+        }
+        mailbox_.end_wait(plane_.channel_);
+        for (const auto& [inquiry, question] : answered_) {
+          answer(question, {});
+        }
+      } catch (const std::exception&) {
+        return;  // who asked asks again
+      }
+    }
+
+    void look(const Missing& missing) noexcept override try {
+      const auto questions = mailbox_.take_questions(plane_.channel_);
+      const bool asks = Clock::now() >= asks_at_;
+      if (questions.empty() && !asks) {
+        return;
+      }
+      const std::vector<int> others = missing();
+      for (const auto& question : questions) {
+        answer(question, others);
+        answered_.insert_or_assign({question.from, question.trailer.sequence}, question);
+      }
+      if (asks) {
+        ask(others);
+      }
+    } catch (const std::exception&) {
+      return;  // who is not answered may blame this rank, and who does not ask those that wait
+    }
+
+    [[nodiscard]] bool is_settled(const std::vector<int>& missing) override {
+      if (asks_at_ == Deadline::max()) {
+        return true;
+      }
+      hear();
+      return inquiry_.is_settled(missing, Clock::now());
+    }
+
+    [[nodiscard]] std::vector<int> at_fault(const std::vector<int>& missing) override {
+      hear();
+      const Deadline now = Clock::now();
+      return detail::at_fault(plane_.rank(), missing,
+                              [&](int r) { return inquiry_.waits_for(r, now); });
+    }
+
+   private:
+    void answer(const detail::Mailbox::Question& question, const std::vector<int>& missing) {
+      std::vector<int> members;
+      for (const int r : missing) {
+        members.push_back(plane_.members_[index(r)]);
+      }
+      const auto bytes = std::as_bytes(std::span(members));
+      mailbox_.send(question.from, question.trailer, Bytes(bytes.begin(), bytes.end()));
+    }
+
+    void ask(const std::vector<int>& missing) {
+      hear();
+      if (!number_) {
+        number_ = mailbox_.begin_inquiry();
+      }
+      for (const int r : inquiry_.whom_to_ask(missing, Clock::now())) {
+        try {
+          plane_.send(r, {plane_.channel_, detail::ControlCall::asks, *number_}, {});
+        } catch (const TransportError&) {
+          continue;  // whom it cannot ask does not answer
+        }
+      }
+    }
+
+    void hear() {
+      if (!number_) {
+        return;
+      }
+      mailbox_.look();
+      for (auto& [from, waits_for] : mailbox_.take_answers(*number_)) {
+        for (int& r : waits_for) {
+          r = plane_.group_rank(r);
+        }
+        if (std::count(waits_for.begin(), waits_for.end(), plane_.size()) > 0) {
+          waits_for.clear();  // for a rank of another group, which has no number here
+        }
+        inquiry_.hear(plane_.group_rank(from), std::move(waits_for), Clock::now());
+      }
+    }
+
+    MessageControlPlane& plane_;
+    detail::Mailbox& mailbox_;
+    Deadline asks_at_;
+    detail::Inquiry inquiry_;
+    std::optional<std::uint32_t> number_;  // of the inquiry, once it has begun
+    std::map<std::pair<int, std::uint32_t>, detail::Mailbox::Question> answered_;
+  };
+
   /// One wait for several ranks, which share its time.
   struct Wait {
     /// @param of_call  The limit of the group's calls, where the wait has more.
     Wait(std::chrono::milliseconds most, std::chrono::milliseconds of_call)
         : limit(std::min(most, kLongestTimeLimit)),
           time(limit, std::min(limit, of_call)),
-          notice(time.start(), limit),
-          tells_at(limit > std::chrono::milliseconds(0) ? time.near_the_end(limit)
-                                                        : Deadline::max()) {}
-
-    /// Where it stops on its way to the deadline, to speak.
-    [[nodiscard]] Deadline next_stop() const noexcept { return std::min(notice.due(), tells_at); }
+          notice(time.start(), limit) {}
 
     std::chrono::milliseconds limit;
     detail::LimitedWait time;
     detail::WaitNotice notice;
-    Deadline tells_at;  ///< When the others hear of it.
+    std::unique_ptr<detail::LongWait> talk;  ///< Once it has lasted.
     std::vector<int> missing;
   };
+
+  /// How often a wait answers others.
+  static constexpr std::chrono::milliseconds kTalkEvery{5};
+  /// Between looks behind the deadline.
+  static constexpr std::chrono::milliseconds kWhileSettling{1};
 
   /// For how long behind its last arrival a rank takes it that nobody has left: less than the
   /// others' waits last. Any of their threads may leave earlier, so calls that do not follow each
@@ -519,23 +599,14 @@ class MessageControlPlane : public ControlPlane {
                 std::span<const int> awaited) {
     auto concern = watch(expected, members_);
     concern.awaited = awaited;
-    const auto receive_until = [&](Deadline end) {
-      return mailbox_->receive(members_[index(from)], expected.call, concern,
-                               std::min(end, wait.time.deadline()));
-    };
-    auto frame = receive_until(wait.next_stop());
-    while (!frame && wait.next_stop() < wait.time.deadline()) {
-      throw_if_told(expected.call, concern);
-      const auto missing = [&] { return missing_of(from, expected, awaited); };
-      wait.notice.say(Clock::now(), [&] { return missing_text(missing(), expected); });
-      if (Clock::now() >= wait.tells_at) {
-        wait.tells_at = Deadline::max();
-        say_waiting(missing());
-      }
-      frame = receive_until(wait.next_stop());
-    }
-    if (!frame) {
-      throw_if_told(expected.call, concern);
+    std::optional<detail::Mailbox::Frame> frame;
+    const bool came = persist(
+        expected, concern, wait, [&] { return missing_of(from, expected, awaited); },
+        [&](Deadline end) {
+          frame = mailbox_->receive(members_[index(from)], expected.call, concern, end);
+          return frame.has_value();
+        });
+    if (!came) {
       wait.missing.push_back(from);
       return {};
     }
@@ -547,6 +618,34 @@ class MessageControlPlane : public ControlPlane {
           {from});
     }
     return std::move(frame->payload);
+  }
+
+  /// Tries until it succeeds, or the wait is over: false then. `attempt(end)` tries until then.
+  template <class Missing, class Attempt>
+  bool persist(const detail::FrameTrailer& trailer, const detail::Watch& concern, Wait& wait,
+               const Missing& missing, const Attempt& attempt) {
+    while (true) {
+      const Deadline now = Clock::now();
+      const bool is_late = now >= wait.time.deadline();
+      if (attempt(is_late ? now : std::min(now + kTalkEvery, wait.time.deadline()))) {
+        return true;
+      }
+      throw_if_told(trailer.call, concern);
+      if (is_late &&
+          (wait.talk == nullptr || now >= wait.time.latest() || wait.talk->is_settled(missing()))) {
+        return false;
+      }
+      wait.notice.say(now, [&] { return missing_text(missing(), trailer); });
+      if (wait.talk == nullptr && !is_late) {
+        wait.talk = begin_long_wait(wait.time, wait.limit);
+      }
+      if (wait.talk != nullptr) {
+        wait.talk->look(missing);
+      }
+      if (is_late) {
+        std::this_thread::sleep_for(kWhileSettling);
+      }
+    }
   }
 
   /// Whom a wait for `from` misses, of those awaited: calls that wait for several take them in
@@ -601,8 +700,9 @@ class MessageControlPlane : public ControlPlane {
 
   void flush(int to, const detail::FrameTrailer& trailer, Wait& wait) {
     const auto concern = watch(trailer, members_);
-    if (!mailbox_->flush(members_[index(to)], concern, wait.time.deadline())) {
-      throw_if_told(trailer.call, concern);
+    if (!persist(
+            trailer, concern, wait, [to] { return std::vector{to}; },
+            [&](Deadline end) { return mailbox_->flush(members_[index(to)], concern, end); })) {
       wait.missing.push_back(to);
     }
   }
@@ -611,7 +711,8 @@ class MessageControlPlane : public ControlPlane {
     if (!wait.missing.empty()) {
       mailbox_->look();
       throw_if_told(trailer.call, watch(trailer, members_));
-      const std::vector<int> blamed = at_fault(wait.missing, wait.limit);
+      const std::vector<int> blamed =
+          wait.talk != nullptr ? wait.talk->at_fault(wait.missing) : wait.missing;
       throw TimeoutError(
           fmt::format("{} #{} of group {} ({} ranks): rank {} did not arrive within {}{}",
                       to_string(trailer.call), trailer.sequence, name_, size(),

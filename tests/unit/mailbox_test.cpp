@@ -43,6 +43,10 @@ class DeliveringMessenger : public Messenger {
         }
         std::this_thread::sleep_until(deadline);
       }
+      if (const auto trailer = std::exchange(comes_then, std::nullopt)) {
+        std::this_thread::sleep_for(stops_for);
+        deliver(from, *trailer);
+      }
       return std::nullopt;
     }
     std::this_thread::sleep_for(takes);
@@ -59,8 +63,10 @@ class DeliveringMessenger : public Messenger {
 
   std::vector<std::vector<Bytes>> arrived{3};
   std::atomic<int> blocking{0};
-  std::atomic<bool> stuck{false};      // whoever waits inside stays there
-  std::chrono::microseconds takes{0};  // each message
+  std::atomic<bool> stuck{false};          // whoever waits inside stays there
+  std::chrono::microseconds takes{0};      // each message
+  std::optional<FrameTrailer> comes_then;  // while a caller stops behind a look that found nothing
+  std::chrono::milliseconds stops_for{0};
   int asked = 0;
   int gone = -1;
 };
@@ -311,6 +317,68 @@ TEST_CASE("what comes for a group that has ended is dropped") {
   post.messenger->deliver(1, {10'099, ControlCall::barrier, 0});
   post.mailbox.look();
   CHECK(post.mailbox.held() == 5);
+}
+
+TEST_CASE("a question is answered by a wait in its group, and where there is none by another") {
+  Post post;
+  CHECK(post.mailbox.take_questions(7).empty());
+  post.messenger->deliver(1, {7, ControlCall::asks, 3}, 0);
+  post.messenger->deliver(2, {8, ControlCall::asks, 4}, 0);
+  post.mailbox.begin_wait(7);
+  post.mailbox.begin_wait(8);
+  post.mailbox.begin_wait(8);
+  post.mailbox.look();
+  const auto seven = post.mailbox.take_questions(7);
+  REQUIRE(seven.size() == 1);
+  CHECK(seven.front().from == 1);
+  CHECK(seven.front().trailer.channel == 7);
+  CHECK(seven.front().trailer.call == ControlCall::waits);
+  CHECK(seven.front().trailer.sequence == 3);
+  post.mailbox.end_wait(8);
+  CHECK(post.mailbox.take_questions(7).empty());  // another thread still waits there
+  post.mailbox.end_wait(8);
+  const auto eight = post.mailbox.take_questions(7);
+  REQUIRE(eight.size() == 1);
+  CHECK(eight.front().from == 2);
+  CHECK(post.mailbox.take_questions(8).empty());
+  // What nobody answers has a bound.
+  for (std::uint32_t i = 0; i < 5000; ++i) {
+    post.messenger->deliver(1, {7, ControlCall::asks, i}, 0);
+  }
+  for (int i = 0; i < 5; ++i) {
+    post.mailbox.look();
+  }
+  CHECK(post.mailbox.take_questions(7).size() <= 4096);
+  CHECK(post.mailbox.held() == 0);
+}
+
+TEST_CASE("answers are kept while their inquiry goes on") {
+  Post post;
+  const std::uint32_t number = post.mailbox.begin_inquiry();
+  const std::uint32_t other = post.mailbox.begin_inquiry();
+  post.messenger->deliver(1, {7, ControlCall::waits, number}, 2 * sizeof(int));
+  post.messenger->deliver(2, {7, ControlCall::waits, number}, 0);
+  post.messenger->deliver(2, {7, ControlCall::waits, other + 1}, sizeof(int));
+  post.mailbox.look();
+  CHECK(post.mailbox.take_answers(other).empty());
+  const auto answers = post.mailbox.take_answers(number);
+  REQUIRE(answers.size() == 2);
+  CHECK(answers[0].from == 1);
+  CHECK(answers[0].waits_for == std::vector{0, 0});
+  CHECK(answers[1].from == 2);
+  CHECK(answers[1].waits_for.empty());
+  post.mailbox.end_inquiry(number);
+  post.messenger->deliver(1, {7, ControlCall::waits, number}, sizeof(int));
+  post.mailbox.look();
+  CHECK(post.mailbox.take_answers(number).empty());
+  CHECK(post.mailbox.held() == 0);
+}
+
+TEST_CASE("what comes while a waiting thread does not run counts, also behind the deadline") {
+  Post post;
+  post.messenger->stops_for = 60ms;
+  post.messenger->comes_then = FrameTrailer{7, ControlCall::barrier, 0};
+  CHECK(post.mailbox.receive(1, ControlCall::barrier, {7, kOthers, 0}, Clock::now() + 30ms));
 }
 
 TEST_CASE("a thread that waits does not keep the messenger from another") {

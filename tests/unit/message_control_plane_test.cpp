@@ -50,6 +50,21 @@ void check_all_gather(ControlPlane& plane, int round) {
   }
 }
 
+void receive_from(ControlPlane& plane, int from) {
+  const ControlPlane::Incoming incoming{from, 4};
+  (void)plane.exchange({}, std::span(&incoming, 1));
+}
+
+/// Whom the call's `TimeoutError` names.
+std::vector<int> blamed(const std::function<void()>& call) {
+  try {
+    call();
+  } catch (const TimeoutError& error) {
+    return error.missing();
+  }
+  return {};
+}
+
 std::string ranks_text(const std::vector<int>& ranks) { return fmt::format("{}", ranks); }
 
 }  // namespace
@@ -446,6 +461,52 @@ TEST_CASE("a rank that dies within a call is blamed, not the one that waits for 
     rank.join();
   }
   CHECK(failures == 0);
+}
+
+TEST_CASE("a rank that waits is not blamed, however long the chain and whenever it began") {
+  run_ranks(
+      4,
+      [](ControlPlane& plane) {
+        if (plane.rank() < 3) {
+          std::this_thread::sleep_for(200ms * plane.rank());
+          check(blamed([&] { receive_from(plane, plane.rank() + 1); }) == std::vector{3}, "blamed");
+        }
+      },
+      1s);
+}
+
+TEST_CASE("a rank that waited in a call, and does so no more, is blamed") {
+  // Rank 1 comes near the limit, so that the others' last wait of the call is short, and rank 0
+  // does not come to that.
+  run_ranks(
+      4,
+      [](ControlPlane& plane) {
+        const detail::CallTime time;
+        if (plane.rank() == 1) {
+          std::this_thread::sleep_for(950ms);
+        }
+        plane.barrier();
+        if (plane.rank() != 0) {
+          check(blamed([&] { plane.barrier(); }) == std::vector{0}, "blamed");
+        }
+      },
+      1s);
+}
+
+TEST_CASE("a rank whose wait has ended right before another's limit is blamed") {
+  run_ranks(
+      3,
+      [](ControlPlane& plane) {
+        if (plane.rank() == 0) {
+          check(blamed([&] { receive_from(plane, 1); }) == std::vector{1}, "blamed");
+        } else if (plane.rank() == 1) {
+          receive_from(plane, 2);
+        } else {
+          std::this_thread::sleep_for(960ms);  // 0 has asked, and 1 has answered
+          (void)plane.exchange({{1, Bytes(4)}}, {});
+        }
+      },
+      1s);
 }
 
 TEST_CASE("an exchange with a rank that does not come ends when another has given up on it") {

@@ -26,6 +26,7 @@
 #include "cohort/give_up.hpp"
 #include "cohort/host/shared_memory.hpp"
 #include "cohort/host/signal_pad.hpp"
+#include "cohort/inquiry.hpp"
 #include "cohort/joined.hpp"
 #include "cohort/owner_process.hpp"
 #include "cohort/poll_pause.hpp"
@@ -373,11 +374,14 @@ class Rendezvous {
     const cohort::detail::LimitedWait time(limit_);
     cohort::detail::WaitNotice notice(time.start(), time.deadline() - time.start());
     cohort::detail::PollPause pause(kYieldFor, 0);  // `wait` has spun
+    std::unique_ptr<cohort::detail::LongWait> talk;
     auto next_look = time.start() + kLookEvery;
-    auto tells_at = time.near_the_end(limit_);
     int other = rank_;
-    while (!ready()) {
-      const auto now = Clock::now();
+    while (true) {
+      const auto now = Clock::now();  // before the look: this thread may not run in between
+      if (ready()) {
+        return;
+      }
       other = other + 1 < size() ? other + 1 : 0;  // one at a time: each look costs the same
       for (const int r : {peer, other}) {
         const auto presence = presence_of(r);
@@ -391,16 +395,26 @@ class Rendezvous {
           fail_departed(r, presence);
         }
       }
-      if (control_ != nullptr && now >= next_look) {
-        next_look = now + kLookEvery;
+      const bool is_late = now > time.deadline();
+      const bool looks = control_ != nullptr && now >= next_look;
+      if (looks) {
+        next_look = is_late ? now + kLookEvery : std::min(now + kLookEvery, time.deadline());
         fail_if_told();
+        if (talk == nullptr) {
+          talk = control_->begin_long_wait(time, limit_);
+        }
+        if (talk != nullptr) {
+          talk->look([&] { return missing_ranks(arrived); });
+        }
       }
-      if (now > time.deadline()) {
-        fail_late(arrived, time);
-      }
-      if (control_ != nullptr && now >= tells_at) {
-        tells_at = time.deadline();
-        control_->say_waiting(missing_ranks(arrived));
+      if (is_late && (talk == nullptr || looks)) {
+        const auto missing = missing_ranks(arrived);
+        if (missing.empty()) {
+          return;  // in this very moment
+        }
+        if (talk == nullptr || now > time.latest() || talk->is_settled(missing)) {
+          fail_late(missing, talk.get(), time);
+        }
       }
       notice.say(now, [&] {
         return fmt::format("group {}: rank {} has waited for rank {} to come to {}, step {}",
@@ -441,11 +455,9 @@ class Rendezvous {
     why.raise("wait", group_);
   }
 
-  template <class Arrived>
-  [[noreturn]] void fail_late(const Arrived& arrived, const cohort::detail::LimitedWait& time) {
-    const std::vector<int> missing = missing_ranks(arrived);
-    const std::vector<int> blamed =
-        control_ != nullptr ? control_->at_fault(missing, limit_) : missing;
+  [[noreturn]] void fail_late(const std::vector<int>& missing, cohort::detail::LongWait* talk,
+                              const cohort::detail::LimitedWait& time) {
+    const std::vector<int> blamed = talk != nullptr ? talk->at_fault(missing) : missing;
     fail(TimeoutError(
         fmt::format("step {} of group {} ({} ranks): rank {} did not arrive within {}{}", epoch_,
                     group_, size(), cohort::detail::joined(blamed, ", "), time.describe(limit_),

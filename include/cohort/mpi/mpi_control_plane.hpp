@@ -116,11 +116,12 @@ class MpiByteRun {
   const Deadline deadline = deadline_after(limit);
   PollPause pause(kMpiYieldFor);
   for (int done = 0;;) {
+    const bool is_late = Clock::now() >= deadline;  // before the look, which then is the last
     mpi_check(MPI_Test(&request, &done, MPI_STATUS_IGNORE), "MPI_Test");
     if (done != 0) {
       break;
     }
-    if (Clock::now() >= deadline) {
+    if (is_late) {
       static_cast<void>(target.release());
       throw TimeoutError(fmt::format("MPI_Comm_idup: not every rank of the communicator arrived "
                                      "within {} ms",
@@ -346,8 +347,13 @@ class MpiMessenger : public Messenger {
     try {
       const Deadline deadline = detail::deadline_after(limit_);
       detail::PollPause pause(detail::kMpiYieldFor);
-      for (reap(); !sent_.empty(); reap()) {
-        if (Clock::now() >= deadline) {
+      while (true) {
+        const bool is_late = Clock::now() >= deadline;  // before the look, which then is the last
+        reap();
+        if (sent_.empty()) {
+          break;
+        }
+        if (is_late) {
           log(LogLevel::error, "rank {}: {} control messages were not received within {} ms", rank_,
               sent_.size(), limit_.count());
           return false;

@@ -259,6 +259,29 @@ TEST_CASE("what ends a group over shared memory ends its agreements, and the rev
   });
 }
 
+TEST_CASE("who waits over shared memory is not blamed, but the one at the chain's end", "[host]") {
+  run_ranks(
+      4,
+      [&](ControlPlane& world) {
+        const auto group = world.subgroup(std::vector{0, 1, 2, 3}, 1, "group");
+        Site site(*group, {}, Memory::ordinary);
+        site.transport->barrier({});
+        if (const int rank = world.rank(); rank < 3) {
+          std::this_thread::sleep_for(200ms * rank);
+          const auto out = site.tensor(Dims{4}, DType::i32, Form::contiguous);
+          try {
+            site.transport->recv(out, rank + 1, {});
+            check(false, "a TimeoutError is thrown");
+          } catch (const TimeoutError& error) {
+            check(error.missing() == std::vector{3}, error.what());
+          }
+        } else {
+          std::this_thread::sleep_for(1500ms);
+        }
+      },
+      1s);
+}
+
 TEST_CASE("a forked child neither uses its parent's group nor ends it", "[host]") {
   const bool map_peers = GENERATE(true, false);
   run_ranks(2, [&](ControlPlane& plane) {
