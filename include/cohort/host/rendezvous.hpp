@@ -269,10 +269,13 @@ class Rendezvous {
   // Channels.
 
   /// Sends a message. Waits only where more than `kParcels` parcels are not taken yet. Throws where
-  /// the peer has left, so would never take it.
+  /// the peer has left, here or over the control plane, so would never take it.
   /// `fill(first, bytes, to)` writes a piece of the message.
   template <class Fill>
   void send(int to, const Message& message, const Fill& fill) {
+    if (control_ != nullptr) {
+      fail_if_told();
+    }
     auto& sent = channel(rank_, to).sent;
     const auto& taken = channel(to, rank_).received;
     std::size_t first = 0;

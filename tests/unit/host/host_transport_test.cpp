@@ -259,6 +259,25 @@ TEST_CASE("what ends a group over shared memory ends its agreements, and the rev
   });
 }
 
+TEST_CASE("a late rank does not send to a group that has ended over its control plane", "[host]") {
+  run_ranks(2, [&](ControlPlane& world) {
+    const auto group = world.subgroup(std::vector{0, 1}, 1, "group");
+    Site site(*group, {}, Memory::ordinary);
+    site.transport->barrier({});
+    if (group->rank() == 1) {
+      group->give_up("it is over");
+    }
+    world.barrier();
+    std::this_thread::sleep_for(20ms);  // behind the last look
+    if (group->rank() == 0) {
+      const auto in = site.tensor(Dims{4}, DType::i32, Form::contiguous);
+      check_throws<SymmetryError>([&] { site.transport->send(in, 1, {}); }, "rank 1 gave up",
+                                  "it is over");
+    }
+    world.barrier();
+  });
+}
+
 TEST_CASE("who waits over shared memory is not blamed, but the one at the chain's end", "[host]") {
   run_ranks(
       4,
