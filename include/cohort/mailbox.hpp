@@ -321,7 +321,20 @@ class Mailbox {
     return found != of_group->second.end() ? std::optional(*found) : std::nullopt;
   }
 
-  /// Takes in what a rank, or a thread of this one, says. Waits for nobody.
+  /// Takes in why this rank leaves. False where it has said so before: the first cause stays.
+  bool note_own(std::uint64_t channel, std::span<const std::byte> reason) {
+    const std::lock_guard lock(notices_mutex_);
+    auto& of_group = notices_[channel];
+    const auto is_own = [&](const Notice& notice) { return notice.from == messenger_->rank(); };
+    if (std::any_of(of_group.begin(), of_group.end(), is_own)) {
+      return false;
+    }
+    of_group.push_back({messenger_->rank(), 0, Bytes(reason.begin(), reason.end())});
+    has_notices_.store(true, std::memory_order_relaxed);
+    return true;
+  }
+
+  /// Takes in what another rank says. Waits for nobody.
   void note(std::uint64_t channel, int from, std::uint32_t sequence,
             std::span<const std::byte> reason) {
     const std::lock_guard lock(notices_mutex_);

@@ -484,33 +484,40 @@ class MessageControlPlane : public ControlPlane {
     return said ? said->reason : detail::GiveUp::because(error, rank_).serialize();
   }
 
-  /// Poisons the group and tells the others, and a thread of this rank that is in a call. The
-  /// others may be dead, and then there is nobody to tell.
+  /// Poisons the group and tells the others, and a thread of this rank that is in a call. Whoever
+  /// sees that it is poisoned finds the reason.
   template <class Why>
   void leave(const Why& why) noexcept {
-    const std::uint64_t before = progress_.fetch_or(kLeft);
-    if ((before & kLeft) != 0) {
+    if (poisoned()) {
       return;
     }
     try {
       const Bytes reason = why();
-      const detail::FrameTrailer trailer{channel_, detail::ControlCall::gave_up,
-                                         static_cast<std::uint32_t>(before)};
-      mailbox_->note(channel_, members_[index(rank_)], trailer.sequence, reason);
-      for (int r = 0; r < size(); ++r) {
-        try {
-          if (r != rank_) {
-            send(r, trailer, reason);
-          }
-        } catch (const TransportError& error) {
-          log(LogLevel::info,
-              "group {}: rank {} could not be told that rank {} has "
-              "left: {}",
-              name_, r, rank_, error.what());
-        }
+      const bool is_first = mailbox_->note_own(channel_, reason);
+      const std::uint64_t before = progress_.fetch_or(kLeft);
+      if (is_first) {
+        tell(reason, static_cast<std::uint32_t>(before));
       }
     } catch (const std::exception& error) {
+      progress_.fetch_or(kLeft);
       log(LogLevel::error, error.what());
+    }
+  }
+
+  /// The others may be dead, and then there is nobody to tell.
+  void tell(const Bytes& reason, std::uint32_t sequence) {
+    const detail::FrameTrailer trailer{channel_, detail::ControlCall::gave_up, sequence};
+    for (int r = 0; r < size(); ++r) {
+      try {
+        if (r != rank_) {
+          send(r, trailer, reason);
+        }
+      } catch (const TransportError& error) {
+        log(LogLevel::info,
+            "group {}: rank {} could not be told that rank {} has "
+            "left: {}",
+            name_, r, rank_, error.what());
+      }
     }
   }
 

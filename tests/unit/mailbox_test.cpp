@@ -252,7 +252,8 @@ TEST_CASE("a look goes on until nothing more is there") {
 
 TEST_CASE("what a thread of this rank says ends each of its waits in the group") {
   Post post;
-  post.mailbox.note(7, 0, 5, Bytes(3));
+  CHECK(post.mailbox.note_own(7, Bytes(3)));
+  CHECK_FALSE(post.mailbox.note_own(7, Bytes(4)));  // the first cause stays
   CHECK(post.mailbox.notice({7, kOthers, 2}).value().reason.size() == 3);
   CHECK_FALSE(post.mailbox.receive(1, ControlCall::barrier, {7, kOthers, 2}, Clock::now() + 60s));
   CHECK_FALSE(post.mailbox.notice({8, kOthers, std::nullopt}));

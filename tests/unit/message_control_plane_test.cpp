@@ -592,6 +592,26 @@ TEST_CASE("a rank whose other thread gives up ends its call at once, and a late 
   CHECK(seconds_since(start) < 20);
 }
 
+TEST_CASE("whoever sees that a rank has left finds the first reason, whichever thread it was") {
+  const auto planes = make_thread_control_planes(2);
+  const std::string reason(1000, 'r');
+  std::atomic<int> failures{0};
+  for (std::uint64_t round = 0; round < 300; ++round) {
+    const auto group = planes[0]->subgroup(std::vector{0, 1}, round, "group");
+    std::thread watching([&] {
+      while (!group->poisoned()) {
+      }
+      const auto said = group->left_with();
+      group->give_up("late");
+      failures += said && said->text == group->left_with()->text ? 0 : 1;
+    });
+    group->give_up(reason);
+    watching.join();
+    CHECK_THAT(group->left_with()->text, contains(reason));
+    CHECK(failures == 0);
+  }
+}
+
 TEST_CASE("a late rank hears who has left behind whatever was sent to other groups") {
   constexpr int kMessages = 1'000;  // a look of two milliseconds got not even a hundred
   std::atomic<bool> over{false};
