@@ -50,14 +50,22 @@ class FormedGroups {
     GiveUp why;
   };
 
-  /// What the others of all groups are told where a group has failed; nothing where none has.
-  [[nodiscard]] std::optional<Cause> reason_to_leave() const noexcept {
+  /// What the others of all groups are told where a group has failed, or where its ranks differed
+  /// in its last call and do not go on; nothing where neither is so.
+  [[nodiscard]] std::optional<Cause> reason_to_leave() const noexcept try {
     const auto failed = std::find_if(groups_.begin(), groups_.end(),
                                      [](const GroupCoordinator* group) { return group->failed(); });
-    if (failed == groups_.end()) {
-      return std::nullopt;
+    if (failed != groups_.end()) {
+      return cause_of(**failed, std::make_exception_ptr(Error("a call failed")));
     }
-    return cause_of(**failed, std::make_exception_ptr(Error("a call failed")));
+    for (const GroupCoordinator* const group : groups_) {
+      if (auto differed = group->differed()) {
+        return Cause{group, *std::move(differed)};
+      }
+    }
+    return std::nullopt;
+  } catch (const std::exception&) {
+    return Cause{groups_.front(), {}};  // no memory for more
   }
   /// The first cause of a failure of `group`, behind which this rank threw `error`.
   [[nodiscard]] static Cause cause_of(const GroupCoordinator& group,
@@ -67,12 +75,11 @@ class FormedGroups {
     return {&group, {}};  // no memory for more
   }
 
-  /// Tells the others of these groups why this rank leaves, those that are open: of each that the
+  /// Tells the others of all groups why this rank leaves, of those that are open: of each that the
   /// cause is another's, and who is at fault in its own numbers.
-  template <class Which>
-  void tell(const Cause& cause, const Which& which) const noexcept {
+  void tell(const Cause& cause) const noexcept {
     for (GroupCoordinator* const group : groups_) {
-      if (!which(group) || group->closed()) {
+      if (group->closed()) {
         continue;
       }
       try {
@@ -88,7 +95,7 @@ class FormedGroups {
   /// time; and in no group do others wait for this rank.
   void settle(const std::optional<Cause>& cause) const noexcept {
     if (cause) {
-      tell(*cause, [](const GroupCoordinator*) { return true; });
+      tell(*cause);
     }
     const auto deadline = Clock::now() + GroupCoordinator::kTeardownPatience;
     for (auto group = groups_.rbegin(); group != groups_.rend(); ++group) {

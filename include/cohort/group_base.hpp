@@ -276,6 +276,10 @@ class GroupBase {
     }
     return said ? *std::move(said) : detail::GiveUp::because(error, rank_);
   }
+  /// What the last call threw where the ranks differed in it, and the group works on if all do.
+  [[nodiscard]] std::optional<detail::GiveUp> differed() const {
+    return parts_.transport != nullptr ? parts_.transport->differed() : std::nullopt;
+  }
   /// Its name and its ranks.
   [[nodiscard]] detail::Numbering numbering() const noexcept { return {parts_.name, parts_.ranks}; }
 

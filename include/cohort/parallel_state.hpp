@@ -165,17 +165,17 @@ class ParallelState {
   /// Collective over the world: waits for all ranks once, then leaves all groups, whatever the wait
   /// brought: windows, then segments, then transports. Tensors stay readable; every later call of a
   /// group throws `UsageError`, and a second shutdown does nothing. What the wait threw is thrown
-  /// in the end: `TimeoutError` naming who did not come, `SymmetryError`, `TransportError`.
+  /// in the end: `TimeoutError` naming who did not come, `SymmetryError`, `TransportError`. Where a
+  /// call of a group has failed on this rank, which that call threw, it waits for nobody and tells
+  /// the others of all its groups, who throw the first cause, in this wait as well.
   void shutdown() {
     std::exception_ptr failure;
     std::optional<detail::FormedGroups::Cause> cause;
     try {
-      if (!shut_down_) {
-        if (const auto why = formed_->reason_to_leave(); why && !owned_.world->failed()) {
-          // Not in the world, where it waits for those who learn it so, or need not.
-          formed_->tell(*why,
-                        [&](const GroupCoordinator* group) { return group != owned_.world.get(); });
-        }
+      if (!shut_down_ && !owned_.world->failed()) {
+        cause = formed_->reason_to_leave();  // of which the others are told: they need not come
+      }
+      if (!shut_down_ && !cause) {
         const detail::TracedAgreement traced(owned_.world->recorder().get(),
                                              "shutdown of the state", 0);
         detail::reporting(owned_.world->recorder().get(), [&] {

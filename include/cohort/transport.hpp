@@ -311,6 +311,9 @@ class Transport {
   /// What this rank has left the group with by the transport's own means; nothing before, and where
   /// it has none but the control plane's.
   [[nodiscard]] virtual std::optional<detail::GiveUp> left_with() const { return std::nullopt; }
+  /// What the last call threw where the ranks differed in it, and the group works on; nothing where
+  /// it has failed. Any thread.
+  [[nodiscard]] virtual std::optional<detail::GiveUp> differed() const { return std::nullopt; }
 
   /// Collective. At least so many lanes: a call of one lane needs no order against those of others,
   /// where the transport's own kernels carry it. A transport whose calls block has nothing to do.

@@ -5,6 +5,7 @@
 #include <cohort/host/host_backend.hpp>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -112,6 +113,9 @@ class StandInTransport final : public Transport {
     real_->check(stream, look);
   }
   [[nodiscard]] bool failed() const noexcept override { return real_->failed(); }
+  [[nodiscard]] std::optional<cohort::detail::GiveUp> differed() const override {
+    return real_->differed();
+  }
   void forsake_peers(const cohort::detail::GiveUp& why) noexcept override {
     if (steps_.forsake_peers) {
       steps_.forsake_peers(group_);

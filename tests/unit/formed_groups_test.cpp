@@ -103,6 +103,61 @@ TEST_CASE("a rank that leaves behind one group's failure tells all its groups", 
   CHECK(seconds_since(start) < 30);
 }
 
+TEST_CASE("whoever waits for ranks that leave behind a difference throws the same", "[state]") {
+  const bool mapped = GENERATE(true, false);
+  const bool in_world = GENERATE(true, false);
+  const auto start = Clock::now();
+  run_ranks(
+      4,
+      [&](ControlPlane& world) {
+        auto state = make_state(world, {.tp = 2, .pp = 2, .dcp = 2},
+                                {.backend = host_backend({.map_peers = mapped})});
+        const Tensor x = state.backend().allocate({64}, DType::f32, {});
+        fill(x, 1);
+        const auto differs = [](const auto& call, const std::vector<int>& ranks) {
+          try {
+            call();
+          } catch (const SymmetryError& error) {
+            check_throws<SymmetryError>([] { throw; }, "the ranks make different calls");
+            check(error.ranks() == ranks, error.what());
+            return;
+          }
+          check(false, "a SymmetryError is thrown");
+        };
+        if (world.rank() >= 2) {
+          const auto part = x.view().slice(0, 0, world.rank() == 3 ? 32 : 64);
+          differs([&] { state.tp().all_reduce(part); }, {1});
+          state.shutdown();  // throws no second time
+        } else if (in_world) {
+          differs([&] { state.world().all_reduce(x); }, {3});
+        } else if (world.rank() == 1) {
+          differs([&] { state.pp().all_reduce(x); }, {1});
+          state.shutdown();
+        } else {
+          differs([&] { state.shutdown(); }, {3});
+        }
+      },
+      std::chrono::milliseconds(60'000));
+  CHECK(seconds_since(start) < 30);
+}
+
+TEST_CASE("ranks that go on behind a difference end as if there had been none", "[state]") {
+  run_ranks(2, [](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2, .dcp = 2});
+    const Tensor x = state.backend().allocate({64}, DType::f32, {});
+    fill(x, 1);
+    check_throws<SymmetryError>(
+        [&] { state.tp().all_reduce(x.view().slice(0, 0, world.rank() == 1 ? 32 : 64)); },
+        "the ranks make different calls");
+    check_works_on(state.tp());
+    state.world().control().barrier();
+    for (GroupCoordinator* group : state.groups()) {
+      check(!group->control().poisoned(), group->name());
+    }
+    state.shutdown();
+  });
+}
+
 TEST_CASE("a rank that leaves in good order tells nobody that it failed", "[state]") {
   run_ranks(2, [](ControlPlane& world) {
     auto state = make_state(world, {.tp = 2, .dcp = 2});

@@ -1,11 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <exception>
+#include <mutex>
+#include <optional>
 
 #include "cohort/control_plane.hpp"
+#include "cohort/error.hpp"
 #include "cohort/flight_recorder.hpp"
 #include "cohort/flight_ring.hpp"
+#include "cohort/give_up.hpp"
+#include "cohort/owner_process.hpp"
 #include "cohort/traced_agreement.hpp"
 
 /// \file
@@ -33,11 +40,38 @@ class HostSteps {
   template <class Step>
   void run(const Step& step) {
     count(&TraceProgress::entered);
-    cohort::detail::reporting(control_.recorder(), step);
+    try {
+      cohort::detail::reporting(control_.recorder(), step);
+    } catch (const SymmetryError&) {
+      keep(std::current_exception());
+      throw;
+    }
+    if (has_differed_.load(std::memory_order_relaxed)) [[unlikely]] {
+      has_differed_ = false;  // the ranks have gone on
+    }
     count(&TraceProgress::left);
   }
 
+  /// What the last step threw where the ranks differed in it. Any thread.
+  [[nodiscard]] std::optional<cohort::detail::GiveUp> differed() const {
+    if (!has_differed_) {
+      return std::nullopt;
+    }
+    const std::lock_guard lock(mutex_);
+    return differed_;
+  }
+
  private:
+  void keep(const std::exception_ptr& error) noexcept {
+    const std::lock_guard lock(mutex_);
+    try {
+      differed_ = cohort::detail::GiveUp::because(error, control_.rank());
+    } catch (const std::exception&) {
+      differed_ = {};  // no memory for the reason
+    }
+    has_differed_ = true;
+  }
+
   void count(std::uint64_t TraceProgress::*word) noexcept {
     if (ring_ == nullptr) {
       FlightRecorder* const recorder = control_.recorder();
@@ -58,6 +92,9 @@ class HostSteps {
   TraceRing* ring_ = nullptr;
   CallPath path_;
   std::uint64_t issued_ = 0;
+  std::atomic<bool> has_differed_{false};
+  mutable OwnerMutex mutex_;  // of what follows
+  cohort::detail::GiveUp differed_ = {};
 };
 
 }  // namespace cohort::host

@@ -221,6 +221,10 @@ class HostTransport final : public Transport {
     return access_ != nullptr ? access_->meeting().left_with() : std::nullopt;
   }
 
+  [[nodiscard]] std::optional<cohort::detail::GiveUp> differed() const override {
+    return steps_.differed();
+  }
+
   [[nodiscard]] bool failed() const noexcept override {
     return access_ != nullptr ? access_->meeting().failed() : exchange_.poisoned();
   }

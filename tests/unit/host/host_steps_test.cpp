@@ -3,6 +3,7 @@
 
 #include <cohort/thread_control_planes.hpp>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -31,4 +32,17 @@ TEST_CASE("steps are counted when they are issued, begin and end", "[host_steps]
   CHECK(progress.entered == 2);
   CHECK(progress.left == 1);
   CHECK(reported);
+}
+
+TEST_CASE("what ranks differed in is kept until they go on", "[host_steps]") {
+  const auto planes = make_thread_control_planes(1);
+  HostSteps steps(*planes[0], nullptr, CallPath::mapped);
+  CHECK_FALSE(steps.differed());
+  CHECK_THROWS_AS(steps.run([] { throw SymmetryError("other calls", {2}); }), SymmetryError);
+  REQUIRE(steps.differed());
+  CHECK(steps.differed()->ranks == std::vector{2});
+  CHECK_THROWS_AS(steps.run([] { throw UsageError("no such rank"); }), UsageError);
+  CHECK(steps.differed());
+  steps.run([] {});
+  CHECK_FALSE(steps.differed());
 }
