@@ -19,6 +19,7 @@
 #include "cohort/agreement.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
+#include "cohort/give_up.hpp"
 #include "cohort/hash.hpp"
 #include "cohort/transport.hpp"
 
@@ -33,6 +34,10 @@ struct Audience {
   /// Its limit is that of the arena's waits; `kDefaultTimeLimit` where it is null.
   ControlPlane* control = nullptr;
   std::vector<Transport*> transports = {};  ///< In the same order on every rank.
+  /// Of `control`, and of each of `transports`, so that a rank that was missed in a registration is
+  /// named in the numbers of all; groups without them are told who missed it.
+  detail::Numbering everyone = {};
+  std::vector<detail::Numbering> groups = {};  ///< By transport.
 };
 
 /// Allocates segments, registers each with every group of an audience, and gives all their memory
@@ -170,9 +175,10 @@ class ArenaSegments {
   /// Throws `own`, this rank's failure, as every agreement does, and alone where there is nobody to
   /// agree with.
   void agree_on(const Intent& intent, const std::exception_ptr& own = nullptr,
-                std::chrono::milliseconds patience = {}) {
+                std::chrono::milliseconds patience = {},
+                const std::optional<detail::GiveUp>& told = std::nullopt) {
     if (has_audience()) {
-      agree(*audience_.control, intent, own, patience);
+      cohort::agree(*audience_.control, intent, own, patience, told);
     } else if (own) {
       std::rethrow_exception(own);
     }
@@ -182,19 +188,31 @@ class ArenaSegments {
   /// that all could: a registration that a peer never joins may not end.
   void register_with_all(Segment& segment, Intent intent) {
     std::vector<std::unique_ptr<Window>> windows;
-    for (Transport* transport : audience_.transports) {
+    for (std::size_t i = 0; i < audience_.transports.size(); ++i) {
       std::exception_ptr failure;
       try {
-        windows.push_back(transport->register_segment(segment));
+        windows.push_back(audience_.transports[i]->register_segment(segment));
       } catch (const std::exception&) {
         failure = std::current_exception();
       }
-      intent.place =
-          fmt::format("registration of a segment of arena {} with group {} of {}", arena_,
-                      windows.size() + (failure ? 1 : 0), audience_.transports.size());
-      agree_on(intent, failure, patience_after_a_wait(*audience_.control));
+      intent.place = fmt::format("registration of a segment of arena {} with group {} of {}",
+                                 arena_, i + 1, audience_.transports.size());
+      agree_on(intent, failure, patience_after_a_wait(*audience_.control), cause(failure, i));
     }
     std::move(windows.begin(), windows.end(), std::back_inserter(windows_));
+  }
+
+  /// What the audience learns of a failure of the registration with a group, in its own numbers.
+  [[nodiscard]] std::optional<detail::GiveUp> cause(const std::exception_ptr& failure,
+                                                    std::size_t group) const {
+    if (!failure || group >= audience_.groups.size()) {
+      return std::nullopt;
+    }
+    const detail::Numbering& there = audience_.groups[group];
+    const int self = audience_.everyone.world[static_cast<std::size_t>(audience_.control->rank())];
+    const auto place = std::find(there.world.begin(), there.world.end(), self);
+    return detail::GiveUp::because(failure, static_cast<int>(place - there.world.begin()))
+        .across(there, audience_.everyone);
   }
 
   Backend* backend_;

@@ -46,11 +46,12 @@ class GroupAudiences {
       }
     }
     GroupCoordinator& covering = smallest_around(chosen);
-    Audience audience{&covering.control()};
+    Audience audience{.control = &covering.control(), .everyone = covering.numbering()};
     std::vector<GroupCoordinator*> with_windows;
     for (GroupCoordinator* group : chosen) {
       for (Transport* transport : group->audience().transports) {
         audience.transports.push_back(transport);
+        audience.groups.push_back(group->numbering());
         with_windows.push_back(group);
       }
     }

@@ -115,9 +115,10 @@ class GroupBase {
   /// The group alone; nobody where it has no windows.
   [[nodiscard]] Audience audience() const {
     throw_if_closed();
-    Audience audience{parts_.control.get()};
+    Audience audience{.control = parts_.control.get(), .everyone = numbering()};
     if (parts_.decision.nccl_windows.on) {
       audience.transports.push_back(parts_.transport.get());
+      audience.groups.push_back(numbering());
     }
     return audience;
   }

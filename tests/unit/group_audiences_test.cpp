@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/group_audiences.hpp"
 
+#include <atomic>
 #include <chrono>
 #include <cohort/host/host_backend.hpp>
 #include <memory>
@@ -121,6 +122,46 @@ TEST_CASE("a registration that hangs does not hide why", "[audience]") {
           check_throws<Error>(reserve, "did not return");
         }
         check(seconds_since(start) < 1.25 + 1, "within the limit");
+      },
+      limit);
+}
+
+TEST_CASE("a rank that is missing in one group's registration is named on all ranks",
+          "[audience]") {
+  const bool first = GENERATE(true, false);  // in tp[1], or in pp[1]
+  const auto limit = std::chrono::milliseconds(1000);
+  std::atomic<bool> over{false};
+  std::atomic<int> came{0};
+  run_ranks(
+      4,
+      [&](ControlPlane& world) {
+        auto state =
+            two_by_two(world, {.register_segment = [&](ControlPlane& group, const auto& go_on) {
+                         const bool here = group.name() == (first ? "tp[1]" : "pp[1]");
+                         const auto latest = Clock::now() + 5 * limit;
+                         while (here && world.rank() == 3 && !over && Clock::now() < latest) {
+                           std::this_thread::sleep_for(std::chrono::milliseconds(1));
+                         }
+                         return go_on();
+                       }});
+        const auto both = state.audience({&state.tp(), &state.pp()});
+        world.barrier();
+        const auto reserve = [&] { both.arena->reserve(1 << 20); };
+        if (world.rank() == 3) {
+          check_throws<TimeoutError>(reserve, "rank 1 did not arrive");
+          return;
+        }
+        try {
+          reserve();
+          check(false, "a TimeoutError is thrown");
+        } catch (const TimeoutError& error) {
+          if (++came == 3) {
+            over = true;
+          }
+          const bool waited = world.rank() == (first ? 2 : 1);  // it names it in its own numbers
+          check(error.missing() == std::vector{waited ? 1 : 3}, error.what());
+          check_throws<TimeoutError>([] { throw; }, "rank 1 did not arrive");
+        }
       },
       limit);
 }
