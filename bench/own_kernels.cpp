@@ -109,7 +109,7 @@ std::vector<Rank> make_ranks(int n, const Options& options) {
   const int ranks_per_card = (n + options.cards - 1) / options.cards;
   const auto layout = cuda::InboxLayout::make({.ranks = n,
                                                .flag_word_bytes = 4 << 20,
-                                               .flag_line_bytes = 12 << 20,
+                                               .flag_line_bytes = 16 << 20,
                                                .max_blocks = options.max_blocks / ranks_per_card});
   connect_cards(options.cards);
   std::vector<Rank> ranks(static_cast<std::size_t>(n));
@@ -256,10 +256,18 @@ void time_collectives(Report& report, std::vector<Rank>& ranks) {
             }));
       }
     }
-    if (total <= 512 << 10) {
-      row("all_reduce", total, cuda::PeerPath::flag_word, time_of(ranks, [&](const Rank& r) {
-            cuda::peer_all_reduce(r.table, total / 2, DType::bf16, r.in, r.out, r.stream);
+    for (const auto path : kPaths) {
+      if (!cuda::choose_all_reduce_plan(ranks[0].table.layout, total, path).fits) {
+        continue;
+      }
+      row("all_reduce", total, path, time_of(ranks, [&](const Rank& r) {
+            cuda::peer_all_reduce(r.table, total / 2, DType::bf16, r.in, r.out, r.stream, path);
           }));
+      if (path == cuda::PeerPath::flag_line && total >= 1 << 20) {
+        row("all_reduce in place", total, path, time_of(ranks, [&](const Rank& r) {
+              cuda::peer_all_reduce(r.table, total / 2, DType::bf16, r.out, r.out, r.stream, path);
+            }));
+      }
     }
   }
 }

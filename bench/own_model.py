@@ -76,11 +76,9 @@ class OwnModel:
                    for name, count in terms(call, path, ranks, size).items())
 
     def us(self, call, ranks, size):
-        """The time of the path that `automatic` takes; an all-reduce has words alone."""
-        if call == "all_reduce":
-            steps = [call] if ranks == 2 else [call, "all_reduce in two steps"]
-            return min(self.path_us(one, "words", ranks, size) for one in steps)
-        return min(self.path_us(call, path, ranks, size) for path in WIRE)
+        """The time of the path that `automatic` takes."""
+        steps = [call, "all_reduce in two steps"] if call == "all_reduce" and ranks > 2 else [call]
+        return min(self.path_us(one, path, ranks, size) for one in steps for path in WIRE)
 
     def one_step_bytes(self, ranks, path="words"):
         """Bytes that a rank sends to all peers, below which an all-reduce in one step is the faster."""

@@ -53,6 +53,7 @@ void load_kernels(int n) {
        {n, 0}) {  // 0: those for any number of ranks, which take what is unaligned
     detail::load_gather(ranks);
     detail::load_reduce(ranks);
+    detail::load_all_reduce(ranks);
     detail::load_merge(ranks);
   }
 }
@@ -69,6 +70,7 @@ std::vector<KernelInfo> kernel_report(int n) {
   detail::report_local_merge(report);
   detail::report_gather(n, report);
   detail::report_reduce(n, report);
+  detail::report_all_reduce(n, report);
   detail::report_merge(n, report);
   return report;
 }

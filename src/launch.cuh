@@ -109,6 +109,7 @@ void load(void (*kernel)(Params...)) {
 // Each source file loads its own kernels, and reports them.
 void load_gather(int n);
 void load_reduce(int n);
+void load_all_reduce(int n);
 void load_merge(int n);
 void load_general_merge(int n);
 void load_copy();
@@ -118,6 +119,7 @@ void report_copy(std::vector<KernelInfo>& report);
 void report_local_merge(std::vector<KernelInfo>& report);
 void report_gather(int n, std::vector<KernelInfo>& report);
 void report_reduce(int n, std::vector<KernelInfo>& report);
+void report_all_reduce(int n, std::vector<KernelInfo>& report);
 void report_merge(int n, std::vector<KernelInfo>& report);
 void report_general_merge(int n, std::vector<KernelInfo>& report);
 

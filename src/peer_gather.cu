@@ -196,30 +196,16 @@ struct ShareArgs {
 
 template <class Args>
 __device__ __forceinline__ LineWords<1> load_lines(const Args& a, std::uint32_t group) {
-  const LinePart part(group);
-  const bool has_second = !part.flag && part.word + 1 < a.words;
-  return {{part.word < a.words ? a.load(part.word) : make_uint2(0, 0)},
-          {has_second ? a.load(part.word + 1) : make_uint2(0, 0)}};
+  return load_for_all(a.words, group, [&](std::uint32_t word) { return a.load(word); });
 }
 
 /// A group of lines on its way to every peer, and into the own part of the output.
 template <int kRanks, class Args>
 __device__ __forceinline__ void send_lines(const Group<kRanks>& g, const Call& c, const Args& a,
                                            std::uint32_t group, const LineWords<1>& loaded) {
-  const LinePart part(group);
-  if (is_in(line_mask(part, a.words))) {
-    const std::int64_t place = line_own_place(g, c, part);
-#pragma unroll
-    for (int k = 1; k < g.size(); ++k) {
-      line_store(g.peers[k] + place, loaded.first[0], loaded.second[0], c, part);
-    }
-  }
-  if (part.word < a.words) {
-    a.store(g.rank, part.word, loaded.first[0]);
-  }
-  if (!part.flag && part.word + 1 < a.words) {
-    a.store(g.rank, part.word + 1, loaded.second[0]);
-  }
+  send_to_all(g, c, a.words, group, group, loaded);
+  store_lines(a.words, group, loaded,
+              [&](std::uint32_t word, uint2 value) { a.store(g.rank, word, value); });
 }
 
 /// Polls for the same group of lines of every peer and stores it. Returns as `poll_in_warp`.

@@ -98,6 +98,8 @@ struct LineRole {
   std::uint32_t groups;
   std::uint32_t first;  ///< Group; then every `step`th.
   std::uint32_t step;
+  std::uint32_t senders;  ///< Warps of the block that send; its first ones.
+  bool splits;            ///< Whether those only send.
   bool sends;
   bool receives;
 
@@ -105,8 +107,8 @@ struct LineRole {
       : groups((words + kGroupWords - 1) / kGroupWords) {
     const std::uint32_t warp = threadIdx.x / kWarp;
     const std::uint32_t warps = workers() / kWarp;
-    const bool splits = groups > warps * gridDim.x;
-    const std::uint32_t senders = splits ? warps / 4 : warps;
+    splits = groups > warps * gridDim.x;
+    senders = splits ? warps / 4 : warps;
     sends = warp < senders;
     receives = !splits || !sends;
     const std::uint32_t place = splits && !sends ? warp - senders : warp;
@@ -135,6 +137,44 @@ struct LineWords {
   uint2 first[kPairs];
   uint2 second[kPairs];
 };
+
+/// What all peers get alike: `word_at(word)` is a word of it.
+template <class WordAt>
+__device__ __forceinline__ LineWords<1> load_for_all(std::uint32_t words, std::uint32_t group,
+                                                     const WordAt& word_at) {
+  const LinePart part(group);
+  const bool has_second = !part.flag && part.word + 1 < words;
+  return {{part.word < words ? word_at(part.word) : make_uint2(0, 0)},
+          {has_second ? word_at(part.word + 1) : make_uint2(0, 0)}};
+}
+
+/// Sends a group of lines to every peer, as group `at` of its lanes.
+template <int kRanks>
+__device__ __forceinline__ void send_to_all(const Group<kRanks>& g, const Call& c,
+                                            std::uint32_t words, std::uint32_t group,
+                                            std::uint32_t at, const LineWords<1>& loaded) {
+  const LinePart part(group);
+  if (is_in(line_mask(part, words))) {
+    const std::int64_t place = line_own_place(g, c, LinePart(at));
+#pragma unroll
+    for (int k = 1; k < g.size(); ++k) {
+      line_store(g.peers[k] + place, loaded.first[0], loaded.second[0], c, part);
+    }
+  }
+}
+
+/// Has `store(word, value)` store a thread's words of a group of lines.
+template <class Store>
+__device__ __forceinline__ void store_lines(std::uint32_t words, std::uint32_t group,
+                                            const LineWords<1>& loaded, const Store& store) {
+  const LinePart part(group);
+  if (part.word < words) {
+    store(part.word, loaded.first[0]);
+  }
+  if (!part.flag && part.word + 1 < words) {
+    store(part.word + 1, loaded.second[0]);
+  }
+}
 
 /// Two words for each peer where the number of ranks is a constant; elsewhere they are loaded when
 /// they are sent.
@@ -185,13 +225,89 @@ __device__ __forceinline__ void send_to_peers(const Group<kRanks>& g, const Call
   }
 }
 
+/// Which groups of lines a block's sending warps have read, for calls whose result takes the place
+/// of their input: a peer's group may come before this rank's own has been read, and what is stored
+/// in its place would be sent. Where each warp receives what it has sent, nothing is counted.
+///
+/// A count is stored behind the warp's stores of the group's lines, which have waited for its
+/// loads; that those lines arrive anywhere is not asked, so it is no release, which might wait for
+/// that. A receiver's stores depend on the count.
+class GroupsRead {
+ public:
+  /// Most warps of a block that only send.
+  static constexpr std::uint32_t kMost = 1024 / kWarp / 4;
+  using Counts = std::uint32_t[kMost];
+
+  /// In all threads, before `begin`: `counts` is shared memory of the block.
+  __device__ __forceinline__ GroupsRead(Counts& counts, bool in_place, const LineRole& role)
+      : counts_(counts), role_(role), counted_(in_place && role.splits) {
+    if (counted_) {  // alike in all threads of the launch
+      if (threadIdx.x < kMost) {
+        counts[threadIdx.x] = 0;
+      }
+      __syncthreads();
+    }
+  }
+  /// By a warp that has sent a group, one after the other.
+  __device__ __forceinline__ void add() {
+    if (counted_) {
+      __syncwarp();
+      ++mine_;
+      if ((threadIdx.x & 31U) == 0) {
+        *const_cast<volatile std::uint32_t*>(&counts_[threadIdx.x / kWarp]) = mine_;
+      }
+    }
+  }
+  /// Whether a group has been read, asked for a while in a whole warp.
+  [[nodiscard]] __device__ __forceinline__ bool has(std::uint32_t group) const {
+    if (!counted_) {
+      return true;
+    }
+    const std::uint32_t place = group / gridDim.x;  // among the block's
+    const volatile std::uint32_t* const count = &counts_[place % role_.senders];
+    const std::uint32_t needed = place / role_.senders + 1;
+#pragma unroll 1
+    for (int i = 0; i < Patience::kPolls; ++i) {
+      if (__all_sync(kFullWarp, *count >= needed)) {
+        return true;
+      }
+    }
+    return false;
+  }
+
+ private:
+  Counts& counts_;
+  const LineRole& role_;
+  std::uint32_t mine_ = 0;
+  bool counted_;
+};
+
+/// Polls for groups of lines, one after the other, in a whole warp: `receive(group, missing)`
+/// returns as `poll_in_warp`, and is called again while something is missing. False if the wait
+/// failed.
+template <int kRanks, class Receive>
+__device__ __forceinline__ bool receive_all(const Group<kRanks>& g, const Call& c,
+                                            std::uint32_t first, std::uint32_t step,
+                                            std::uint32_t groups, const Receive& receive) {
+  Patience patience;
+  for (std::uint32_t i = first; i < groups; i += step) {
+    std::uint32_t missing = 0;
+    while (!receive(i, missing)) {
+      if (patience.is_over_in_warp(g, c, missing)) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 /// Sends and receives a call's lines as this warp's role says. `load(group)` gives what the thread
-/// sends and `send(group, loaded)` sends it; `receive(group, missing)` polls for it and returns as
-/// `poll_in_warp`, and is called again while something is missing.
+/// sends, `send(group, loaded)` sends it, and `receive` is as in `receive_all`. False if the wait
+/// failed.
 ///
 /// @param first  What the thread has loaded of the role's first group, if it leads.
 template <int kRanks, class Loaded, class Load, class Send, class Receive>
-__device__ __forceinline__ void exchange_lines(const Group<kRanks>& g, const Call& c,
+__device__ __forceinline__ bool exchange_lines(const Group<kRanks>& g, const Call& c,
                                                const LineRole& role, const Loaded& first,
                                                const Load& load, const Send& send,
                                                const Receive& receive) {
@@ -201,18 +317,11 @@ __device__ __forceinline__ void exchange_lines(const Group<kRanks>& g, const Cal
       send(i, load(i));
     }
   }
-  if (role.receives) {
-    delay_point(g, c, 1);
-    Patience patience;
-    for (std::uint32_t i = role.first; i < role.groups; i += role.step) {
-      std::uint32_t missing = 0;
-      while (!receive(i, missing)) {
-        if (patience.is_over_in_warp(g, c, missing)) {
-          return;
-        }
-      }
-    }
+  if (!role.receives) {
+    return true;
   }
+  delay_point(g, c, 1);
+  return receive_all(g, c, role.first, role.step, role.groups, receive);
 }
 
 }  // namespace cohort::cuda::detail

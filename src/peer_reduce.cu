@@ -1,37 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "byte_view.cuh"
-#include "cohort/cuda/path_sizes.hpp"
-#include "peer_enter.cuh"
 #include "peer_launch.cuh"
-#include "peer_lines.cuh"
+#include "peer_sums.cuh"
 
-// Reduce-scatter through flag words or lines, and all-reduce through flag words.
+// Reduce-scatter through flag words or lines.
 
 namespace cohort::cuda {
 namespace detail {
 namespace {
-
-/// The ranks' sum of a word, in rank order. False if the wait for a peer's failed.
-template <class T, int kRanks>
-__device__ __forceinline__ bool sum_word(const Group<kRanks>& g, const Call& c, std::uint32_t word,
-                                         uint2 own, uint2& sum, Patience& patience) {
-  Sum<T> total;
-  for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
-    uint2 values[kBatch<kRanks>];
-    if (!ll_receive(g, c, r0, word, values, patience)) {
-      return false;
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch<kRanks>; ++j) {
-      if (r0 + j < g.size()) {
-        const bool mine = r0 + j == g.rank;
-        total.add(make_uint2(mine ? own.x : values[j].x, mine ? own.y : values[j].y));
-      }
-    }
-  }
-  sum = total.result();
-  return true;
-}
 
 template <int kRanks, class View, class T>
 __global__ void __launch_bounds__(kLlThreads, 1)
@@ -84,42 +59,6 @@ __global__ void __launch_bounds__(kLlThreads, 1)
   }
 }
 
-/// Sums a group of lines, in rank order. Returns as `poll_in_warp`.
-template <class T, int kRanks, class View>
-__device__ __forceinline__ bool sum_lines(const Group<kRanks>& g, const Call& c, const View& in,
-                                          const View& out, std::uint32_t words, std::uint32_t group,
-                                          std::uint32_t& missing) {
-  const LinePart part(group);
-  const bool has_first = part.word < words;
-  const bool has_second = !part.flag && part.word + 1 < words;
-  const uint2 own_first = has_first ? load_word(in, part.word, g.rank) : make_uint2(0, 0);
-  const uint2 own_second = has_second ? load_word(in, part.word + 1, g.rank) : make_uint2(0, 0);
-  Sum<T> first;
-  Sum<T> second;
-  for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
-    uint4 values[kBatch<kRanks>] = {};
-    if (!receive_lines(g, c, r0, part, part.line * kLineWords < words, values, missing)) {
-      return false;
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch<kRanks>; ++j) {
-      if (r0 + j < g.size()) {
-        const bool mine = r0 + j == g.rank;
-        first.add(make_uint2(mine ? own_first.x : values[j].x, mine ? own_first.y : values[j].y));
-        second.add(
-            make_uint2(mine ? own_second.x : values[j].z, mine ? own_second.y : values[j].w));
-      }
-    }
-  }
-  if (has_first) {
-    store_word(out, part.word, first.result());
-  }
-  if (has_second) {
-    store_word(out, part.word + 1, second.result());
-  }
-  return true;
-}
-
 template <int kRanks, class View, class T>
 __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
     reduce_scatter_line_kernel(const __grid_constant__ Group<kRanks> g,
@@ -140,112 +79,15 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
         send_to_peers(g, c, words, group, loaded, word_for);
       },
       [&](std::uint32_t group, std::uint32_t& missing) {
-        return sum_lines<T>(g, c, in, out, words, group, missing);
-      });
-}
-
-/// Everyone sends everything to everyone and reduces it all: one flight.
-template <int kRanks, class View, class T>
-__global__ void __launch_bounds__(kLlThreads, 1)
-    all_reduce_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ View in,
-                      const __grid_constant__ View out, std::uint32_t words) {
-  Call c;
-  Patience patience;
-  const std::uint32_t first = worker_number();
-  const std::uint32_t step = worker_count();
-  const bool has_first = sends_ahead<kRanks>(words);
-  const WordAt<View> source(in, first);
-  const FirstPlaces<kRanks> places(g, first);
-  const Found found = begin(g);
-  const uint2 value = source.load_if(has_first);  // while the epoch is on its way
-  const auto send_first = [&](bool wanted) {
-#pragma unroll
-    for (int k = 1; k < kRanks; ++k) {
-      places.store_if(wanted && has_first, c, k, value);
-    }
-  };
-  if (!enter(g, found, c, words, send_first)) {
-    return;
-  }
-#pragma unroll 1
-  for (std::uint32_t i = second_word<kRanks>(); i < words; i += step) {
-    ll_send_all(g, c, i, load_word(in, i));
-  }
-  delay_point(g, c, 1);
-#pragma unroll 1
-  for (std::uint32_t i = first; i < words; i += step) {
-    const WordAt<View> target(out, i);
-    uint2 sum;  // the own word is read before it is written: `out` may be `in`
-    if (!sum_word<T>(g, c, i, load_word(in, i), sum, patience)) {
-      return;
-    }
-    target.store(sum);
-  }
-}
-
-/// Reduce-scatter, then all-gather, in one launch: two flights, 2/n of the bytes. Words of the
-/// second step follow the first's in each lane. A thread passes on the very word that it has
-/// reduced, so no block waits for another of its launch.
-template <int kRanks, class T>
-__global__ void __launch_bounds__(kLlThreads, 1)
-    all_reduce_two_step_kernel(const __grid_constant__ Group<kRanks> g,
-                               const __grid_constant__ ByteView in,
-                               const __grid_constant__ ByteView out, std::uint32_t share) {
-  Call c;
-  Patience patience;
-  const Found found = begin(g);
-  const std::uint32_t first = worker_number();
-  const std::uint32_t step = worker_count();
-  const auto own_share = static_cast<std::uint32_t>(g.rank) * share;
-  if (!enter(g, found, c, 2 * share)) {
-    return;
-  }
-#pragma unroll 1
-  for (std::uint32_t i = first; i < share; i += step) {
-    const std::int64_t place = ll_own_place(g, c, i);
-#pragma unroll
-    for (int k = 1; k < g.size(); ++k) {
-      const auto word = static_cast<std::uint32_t>(g.rank_at(k)) * share + i;
-      ll_store(g.peers[k] + place, load_word(in, word), c.flag);
-    }
-  }
-  delay_point(g, c, 1);
-#pragma unroll 1
-  for (std::uint32_t i = first; i < share; i += step) {
-    uint2 sum;
-    if (!sum_word<T>(g, c, i, load_word(in, own_share + i), sum, patience)) {
-      return;
-    }
-    ll_send_all(g, c, share + i, sum);
-    store_word(out, own_share + i, sum);
-  }
-  delay_point(g, c, 2);
-#pragma unroll 1
-  for (std::uint32_t i = first; i < share; i += step) {
-    for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
-      uint2 values[kBatch<kRanks>];
-      if (!ll_receive(g, c, r0, share + i, values, patience)) {
-        return;
-      }
-#pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        if (is_peer(g, r0 + j)) {
-          store_word(out, static_cast<std::uint32_t>(r0 + j) * share + i, values[j]);
+        LineWords<1> sum;
+        const auto own = [&](std::uint32_t word) { return load_word(in, word, g.rank); };
+        if (!sum_lines<T>(g, c, words, group, own, sum, missing)) {
+          return false;
         }
-      }
-    }
-  }
-}
-
-void check_sum_view(DType dtype, const void* in, const void* out, std::int64_t bytes) {
-  require(dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16, "dtype",
-          "expected f32, f16 or bf16, got {}", to_string(dtype));
-  const auto element = size_of(dtype);
-  require(bytes == 0 || (in != nullptr && out != nullptr), "in, out", "null pointer");
-  require(reinterpret_cast<std::uintptr_t>(in) % element == 0 &&
-              reinterpret_cast<std::uintptr_t>(out) % element == 0 &&
-              bytes % static_cast<std::int64_t>(element) == 0,
-          "in, out", "expected whole, aligned elements");
+        store_lines(words, group, sum,
+                    [&](std::uint32_t word, uint2 value) { store_word(out, word, value); });
+        return true;
+      });
 }
 
 }  // namespace
@@ -257,9 +99,6 @@ void load_reduce(int n) {
       load(reduce_scatter_kernel<kRanks, FlatView, T>);
       load(reduce_scatter_kernel<kRanks, ByteView, T>);
       load(reduce_scatter_line_kernel<kRanks, FlatView, T>);
-      load(all_reduce_kernel<kRanks, FlatView, T>);
-      load(all_reduce_kernel<kRanks, ByteView, T>);
-      load(all_reduce_two_step_kernel<kRanks, T>);
     });
     load(reduce_scatter_line_kernel<0, ByteView, T>);
   };
@@ -275,10 +114,6 @@ void report_reduce(int n, std::vector<KernelInfo>& report) {
     report.push_back(describe("reduce_scatter flag_line bf16",
                               reduce_scatter_line_kernel<r(), FlatView, __nv_bfloat16>,
                               kLineThreads<r()>));
-    report.push_back(describe("all_reduce one step bf16",
-                              all_reduce_kernel<r(), FlatView, __nv_bfloat16>, kLlThreads));
-    report.push_back(describe("all_reduce two steps bf16",
-                              all_reduce_two_step_kernel<r(), __nv_bfloat16>, kLlThreads));
   });
 }
 
@@ -319,38 +154,6 @@ void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dty
       with_ranks(table.size, [&](auto n) {
         launch(reduce_scatter_kernel<n(), View, T>, grid.blocks, grid.threads, stream,
                Group<n()>(table, signature), source, target, static_cast<std::uint32_t>(used));
-      });
-    });
-  });
-}
-
-void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, const void* in,
-                     void* out, cudaStream_t stream) {
-  check_table(table);
-  require(count >= 0, "count", "negative");
-  const std::int64_t bytes = count * static_cast<std::int64_t>(size_of(dtype));
-  check_sum_view(dtype, in, out, bytes);
-  const std::int64_t words = std::max<std::int64_t>(words_of(bytes), 1);
-  const std::int64_t share = ceil_div(words, table.size);
-  const bool one_step =
-      words < table.size || words * 8 * (table.size - 1) <= path_sizes(table.size).one_step_sent;
-  const bool one = one_step && words <= table.layout.ll_words;
-  check_ll_words(table, one ? words : 2 * share, "peer_all_reduce");
-  const ByteView from(in, 1, bytes, bytes, 0);
-  const ByteView to(out, 1, bytes, bytes, 0);
-  const Grid grid = ll_grid(one ? words : share, table);
-  with_float_type(dtype, "dtype", [&]<class T>(T*) {
-    with_ranks(table.size, [&](auto n) {
-      const Group<n()> group(table,
-                             signature_of(PeerCall::all_reduce, dtype, bytes, blocks_of(table)));
-      if (!one) {
-        launch(all_reduce_two_step_kernel<n(), T>, grid.blocks, grid.threads, stream, group, from,
-               to, static_cast<std::uint32_t>(share));
-        return;
-      }
-      with_views(from, to, [&]<class View>(const View& source, const View& target) {
-        launch(all_reduce_kernel<n(), View, T>, grid.blocks, grid.threads, stream, group, source,
-               target, static_cast<std::uint32_t>(words));
       });
     });
   });

@@ -101,6 +101,13 @@ inline constexpr std::array kCudaRatios = {
     collective_goal("all_gather", "own", "raw_symmetric", "graph", 2 * kKiB, 256 * kKiB, 0.45),
     collective_goal("reduce_scatter", "own", "raw_symmetric", "graph", 2 * kKiB, 256 * kKiB, 0.40),
     collective_goal("all_reduce", "own", "raw_symmetric", "graph", 2 * kKiB, 256 * kKiB, 0.60),
+    // Of the best of NCCL, on registered buffers or not.
+    collective_goal("all_reduce", "own", "raw", "graph", 512 * kKiB, kMiB, 0.40),
+    collective_goal("all_reduce", "own", "raw", "graph", 2 * kMiB, 2 * kMiB, 0.45),
+    collective_goal("all_reduce", "own", "raw", "graph", 8 * kMiB, 8 * kMiB, 0.60),
+    collective_goal("all_reduce", "own", "raw_symmetric", "graph", 512 * kKiB, kMiB, 0.40),
+    collective_goal("all_reduce", "own", "raw_symmetric", "graph", 2 * kMiB, 2 * kMiB, 0.45),
+    collective_goal("all_reduce", "own", "raw_symmetric", "graph", 8 * kMiB, 8 * kMiB, 0.60),
     decode_goal("dcp_merge", "one_kernel", "graph", "raw_symmetric", {"staged"}, 1, 8, 0.30),
     decode_goal("dcp_merge", "one_kernel", "graph", "raw_symmetric", {"staged"}, 16, 128, 0.45),
     decode_goal("gather_query", "-", "graph", "raw_symmetric", {"-"}, 1, 128, 0.45),

@@ -131,16 +131,20 @@ class GroupBase {
     arena_->reserve(bytes);
   }
   /// Collective. Makes room for these calls, so that none of them grows or fails in a frozen arena:
-  /// results that live at once, eagerly and in one graph or the graphs of one pool besides, and the
-  /// scratch of layouts that have to be packed. What an eager pass over the list returned is
-  /// released before the next eager one begins, what a captured one returned before the next
-  /// capture; both live on through passes of the other kind. A result that lives longer, as in
-  /// `x = group.call(...)` until the new one is there, is one more call in the list. Does not add
-  /// up with other reservations, as `reserve` says: all calls whose results live at once go into
-  /// one list. Throws `UsageError` for a shape that cannot be, and as `reserve`.
+  /// results that live at once, eagerly and in one graph or the graphs of one pool besides, the
+  /// scratch of layouts that have to be packed, and the library's inboxes. What an eager pass over
+  /// the list returned is released before the next eager one begins, what a captured one returned
+  /// before the next capture; both live on through passes of the other kind. A result that lives
+  /// longer, as in `x = group.call(...)` until the new one is there, is one more call in the list.
+  /// Does not add up with other reservations, as `reserve` says: all calls whose results live at
+  /// once go into one list. Throws `UsageError` for a shape that cannot be, and as `reserve`.
   void reserve_for_calls(std::span<const CollectiveShape> calls) {
     throw_if_closed();
+    const detail::CallTime time;
     reserve_room(room_of(calls, size_));
+    if (parts_.transport != nullptr) {
+      reserve_inbox(*parts_.transport, calls);
+    }
   }
   /// Local, by every rank at the same point: the arena never grows again.
   void freeze() {
@@ -483,6 +487,24 @@ class GroupBase {
   [[nodiscard]] TransportStand stand() const noexcept {
     return parts_.transport != nullptr ? parts_.transport->stand()
                                        : TransportStand{.path = CallPath::local};
+  }
+
+  /// Calls of unequal shares do not go through it.
+  void reserve_inbox(Transport& transport, std::span<const CollectiveShape> calls) const {
+    std::size_t most = 0;
+    for (const auto& call : calls) {
+      const std::size_t bytes = static_cast<std::size_t>(numel(call.shape)) * size_of(call.dtype);
+      const bool gathers = call.collective == Collective::all_gather;
+      if (call.widest == 0) {
+        most = std::max(
+            most, transport.slot_bytes(call.collective,
+                                       gathers ? bytes * static_cast<std::size_t>(size_) : bytes));
+      }
+    }
+    PeerKernels* const kernels = transport.peer_kernels();
+    if (kernels != nullptr && most > 0) {
+      kernels->reserve(most);
+    }
   }
 
   /// Of a call that begins.

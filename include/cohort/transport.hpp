@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -281,6 +280,13 @@ class Transport {
   /// A graph that may hold calls of the group is about to be launched. Throws where another rank is
   /// known to have left.
   virtual void before_launch(StreamRef /*stream*/) {}
+
+  /// Bytes of an inbox's slot (see `PeerKernels::reserve`) in which a collective travels whose
+  /// larger side, input or output, has `bytes`; 0 where the library's own kernels do not take it.
+  [[nodiscard]] virtual std::size_t slot_bytes(Collective /*collective*/,
+                                               std::size_t /*bytes*/) const noexcept {
+    return 0;
+  }
 
   /// Whether a call of the group is known to have failed, without asking the device: one load, for
   /// engines that wait by means of their own. `synchronize` then says what happened.

@@ -811,6 +811,26 @@ TEST_CASE("the path can be read back", "[nccl]") {
   CHECK(path(nothing, nothing, 0) == "none");
 }
 
+TEST_CASE("calls that were reserved for go through the inboxes", "[nccl]") {
+  GroupParts of_group = parts("reserved");
+  Transport* const transport = of_group.transport.get();
+  DecodeContextParallelGroup group(std::move(of_group), {});
+  constexpr std::int64_t kCount = 400'000;  // more than an inbox has room for at first
+  auto x = tensor(DType::bf16, {kCount});
+  auto sum = tensor(DType::bf16, {kCount});
+  const std::vector<CollectiveShape> calls{
+      {.collective = Collective::all_reduce, .shape = {kCount}, .dtype = DType::bf16}};
+  group.reserve_for_calls(calls);
+  if (ranks() > 1) {
+    const bool own = transport->slot_bytes(Collective::all_reduce, x.view().bytes()) > 0;
+    CHECK((transport->path(Collective::all_reduce, x.view(), sum.view(), 0) == "own") == own);
+  }
+  x.fill([](std::int64_t i) { return value(rank(), i); });
+  group.all_reduce_into(sum.view(), x.view(), session().ref());
+  group.synchronize(session().ref(), kLimit);
+  CHECK(sum.differs([](std::int64_t i) { return reduced(ReduceOp::sum, i); }) == "");
+}
+
 TEST_CASE("the policy refuses windows for the right reason", "[nccl][policy]") {
   const auto& found = session().transport->capabilities();
   CHECK(found.backend == BackendKind::cuda);

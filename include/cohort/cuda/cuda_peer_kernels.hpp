@@ -230,7 +230,7 @@ class CudaPeerKernels final : public PeerKernels {
 
   [[nodiscard]] bool can_all_reduce(std::size_t bytes, DType dtype, ReduceOp op) const {
     return detail::is_kernel_sum(dtype, op) &&
-           static_cast<std::int64_t>(bytes) <= cuda::max_all_reduce_bytes(table().layout);
+           cuda::choose_all_reduce_plan(table().layout, static_cast<std::int64_t>(bytes)).fits;
   }
   void all_reduce(std::int64_t count, DType dtype, const void* in, void* out, cudaStream_t stream) {
     cuda::peer_all_reduce(table(), count, dtype, in, out, stream);

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cohort/cuda/inbox.hpp"
+#include "cohort/cuda/path_sizes.hpp"
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dcp/merge_rows.hpp"
 #include "cohort/dtype.hpp"
@@ -216,14 +217,17 @@ struct AlongDim {
   }
 };
 
-/// Most bytes that one rank's share (all-gather, reduce-scatter) or the whole buffer (all-reduce)
-/// may have.
+/// Most bytes that one rank's share may have in an all-gather or a reduce-scatter.
 [[nodiscard]] constexpr std::int64_t max_share_bytes(const InboxLayout& layout) noexcept {
   return std::max(layout.flag_word_capacity(), layout.flag_line_capacity());
 }
-[[nodiscard]] constexpr std::int64_t max_all_reduce_bytes(const InboxLayout& layout) noexcept {
-  // In two steps a lane holds a share of the input and a share of the result.
-  return layout.ll_words / 2 * 8 * layout.ranks;
+
+/// How an all-reduce of `bytes` goes, if it fits, by the given path or the faster one.
+[[nodiscard]] constexpr AllReducePlan choose_all_reduce_plan(
+    const InboxLayout& layout, std::int64_t bytes, PeerPath path = PeerPath::automatic) noexcept {
+  return all_reduce_plan(layout.ranks, bytes,
+                         path == PeerPath::flag_line ? 0 : layout.flag_word_capacity(),
+                         path == PeerPath::flag_word ? 0 : layout.flag_line_capacity());
 }
 
 /// in [outer][inner] -> out [outer][n][inner] on every rank. Moves bytes.
@@ -237,9 +241,9 @@ void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dty
                          void* out, cudaStream_t stream, PeerPath path = PeerPath::automatic);
 
 /// out[i] = sum over the ranks of in[i], in rank order, accumulated in fp32 and rounded once; the
-/// same bits on every rank. `out` may be `in`. f32, f16, bf16.
+/// same bits on every rank, whatever the path. `out` may be `in`. f32, f16, bf16.
 void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, const void* in,
-                     void* out, cudaStream_t stream);
+                     void* out, cudaStream_t stream, PeerPath path = PeerPath::automatic);
 
 /// Returns on the stream when every rank has reached it; what the ranks wrote before is visible
 /// after. The floor of every peer kernel.

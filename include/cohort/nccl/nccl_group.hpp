@@ -116,17 +116,19 @@ struct NcclGroup {
                          "an earlier call of this group failed; form the group anew");
   }
 
+  /// Up to which total the own kernels take a collective for which there is room.
+  [[nodiscard]] std::size_t own_limit(Collective collective) const noexcept {
+    return options.own_max_bytes ? static_cast<std::size_t>(*options.own_max_bytes)
+                                 : default_own_max_bytes(collective, size, whole_lines);
+  }
+
   /// Whether the own kernels take a call.
   [[nodiscard]] bool own(Collective collective, const ConstTensorView& in, const TensorView& out,
                          ReduceOp op) const {
     if (peers == nullptr) {
       return false;
     }
-    const std::size_t total = std::max(in.bytes(), out.bytes());
-    const std::size_t limit = options.own_max_bytes
-                                  ? static_cast<std::size_t>(*options.own_max_bytes)
-                                  : default_own_max_bytes(collective, size, whole_lines);
-    if (total > limit) {
+    if (std::max(in.bytes(), out.bytes()) > own_limit(collective)) {
       return false;
     }
     switch (collective) {

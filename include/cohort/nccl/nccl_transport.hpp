@@ -290,6 +290,16 @@ class NcclTransport final : public Transport {
       waits_.check(look);
     }
   }
+  [[nodiscard]] std::size_t slot_bytes(Collective collective,
+                                       std::size_t bytes) const noexcept override {
+    if (group_.peers == nullptr || bytes > group_.own_limit(collective)) {
+      return 0;
+    }
+    return collective == Collective::all_reduce
+               ? static_cast<std::size_t>(
+                     cuda::all_reduce_slot_bytes(group_.size, static_cast<std::int64_t>(bytes)))
+               : bytes;
+  }
   void before_launch(StreamRef stream) override {
     if (group_.size > 1) {
       if (group_.failed()) {

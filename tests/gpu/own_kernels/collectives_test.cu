@@ -47,9 +47,11 @@ Sides sides_of(const Case& c, int n) {
           to_size(c.outer * (c.inner + c.gap) * n)};
 }
 
-std::vector<Buffer> make_buffers(int n, std::size_t bytes) {
+/// One for each rank, on its card.
+std::vector<Buffer> make_buffers(const World& world, std::size_t bytes) {
   std::vector<Buffer> buffers;
-  for (int r = 0; r < n; ++r) {
+  for (int r = 0; r < world.size(); ++r) {
+    world.enter(r);
     buffers.emplace_back(bytes + 64);
   }
   return buffers;
@@ -59,8 +61,8 @@ bool all_gather_right(World& world, const Case& c, PeerPath path, Random& random
   const int n = world.size();
   const Sides s = sides_of(c, n);
   std::vector<std::vector<std::byte>> in;
-  auto from = make_buffers(n, s.shift + s.share_span * s.element);
-  auto to = make_buffers(n, s.shift + s.full_span * s.element);
+  auto from = make_buffers(world, s.shift + s.share_span * s.element);
+  auto to = make_buffers(world, s.shift + s.full_span * s.element);
   for (int r = 0; r < n; ++r) {
     in.push_back(random_elements(random, c.dtype, static_cast<std::int64_t>(s.share_span), false));
     from[to_size(r)].upload(in.back().data(), in.back().size(), s.shift);
@@ -106,8 +108,8 @@ bool reduce_scatter_right(World& world, const Case& c, PeerPath path, Random& ra
   const int n = world.size();
   const Sides s = sides_of(c, n);
   std::vector<std::vector<std::byte>> in;
-  auto from = make_buffers(n, s.shift + s.full_span * s.element);
-  auto to = make_buffers(n, s.shift + s.share_span * s.element);
+  auto from = make_buffers(world, s.shift + s.full_span * s.element);
+  auto to = make_buffers(world, s.shift + s.share_span * s.element);
   for (int r = 0; r < n; ++r) {
     in.push_back(random_elements(random, c.dtype, static_cast<std::int64_t>(s.full_span), exact));
     from[to_size(r)].upload(in.back().data(), in.back().size(), s.shift);
@@ -137,20 +139,21 @@ bool reduce_scatter_right(World& world, const Case& c, PeerPath path, Random& ra
   return good;
 }
 
-bool all_reduce_right(World& world, std::int64_t count, DType dtype, bool in_place, Random& random,
-                      bool exact) {
+bool all_reduce_right(World& world, std::int64_t count, DType dtype, PeerPath path, bool in_place,
+                      Random& random, bool exact) {
   const int n = world.size();
   const std::size_t element = size_of(dtype);
   std::vector<std::vector<std::byte>> in;
-  auto from = make_buffers(n, to_size(count) * element);
-  auto to = make_buffers(n, to_size(count) * element);
+  auto from = make_buffers(world, to_size(count) * element);
+  auto to = make_buffers(world, to_size(count) * element);
   for (int r = 0; r < n; ++r) {
     in.push_back(random_elements(random, dtype, count, exact));
     from[to_size(r)].upload(in.back().data(), in.back().size());
   }
   auto& result = in_place ? from : to;
   world.run([&](int r, const cuda::PeerTable& t, cudaStream_t stream) {
-    cuda::peer_all_reduce(t, count, dtype, from[to_size(r)].at(), result[to_size(r)].at(), stream);
+    cuda::peer_all_reduce(t, count, dtype, from[to_size(r)].at(), result[to_size(r)].at(), stream,
+                          path);
   });
   const auto first = result[0].download<std::byte>(to_size(count) * element);
   bool good = true;
@@ -196,8 +199,11 @@ void test_sizes(Tally& tally, World& world, Random& random) {
         tally.expect(reduce_scatter_right(world, c, path, random, exact),
                      name("reduce_scatter", c, n, path));
       }
-      tally.expect(all_reduce_right(world, count, dtype, random() % 2 == 0, random, exact),
-                   fmt::format("all_reduce n={} count={} {}", n, count, to_string(dtype)));
+      for (const PeerPath path : kPaths) {
+        tally.expect(all_reduce_right(world, count, dtype, path, random() % 2 == 0, random, exact),
+                     fmt::format("all_reduce {} n={} count={} {}", cuda::to_string(path), n, count,
+                                 to_string(dtype)));
+      }
     }
   }
 }
@@ -216,13 +222,62 @@ void test_strides(Tally& tally, World& world, Random& random) {
   }
 }
 
+/// All-reduces in lines in two steps, of shares around the boundaries of lines and groups, the last
+/// ranks' shorter than the others'. The inbox has no room for one step.
+void test_two_steps(Tally& tally, int n, int cards) {
+  Random random(static_cast<unsigned>(300 + n));
+  for (const std::int64_t share : {59, 60, 66, 75, 119, 120, 121, 1000}) {
+    const std::int64_t lane = (share + 59) / 60 * 480 + share * 8;
+    World world(n, 0, lane, 0, cards);
+    for (const std::int64_t missing : {0, 1, n - 1}) {
+      const std::int64_t bytes = (n * share - missing) * 8;
+      const cuda::AllReducePlan plan =
+          cuda::choose_all_reduce_plan(world.layout(), bytes, PeerPath::flag_line);
+      tally.expect(plan == cuda::AllReducePlan{true, true, true},
+                   fmt::format("n={} share={} takes two steps in lines", n, share));
+      for (const bool in_place : {false, true}) {
+        tally.expect(all_reduce_right(world, bytes / 2 - 1, DType::bf16, PeerPath::flag_line,
+                                      in_place, random, true),
+                     fmt::format("all_reduce in two steps n={} share={} missing={} in_place={}", n,
+                                 share, missing, in_place));
+        tally.expect(all_reduce_right(world, bytes / 4, DType::f32, PeerPath::flag_line, in_place,
+                                      random, true),
+                     fmt::format("all_reduce of f32 in two steps n={} share={} missing={}", n,
+                                 share, missing));
+      }
+    }
+    tally.expect(world.healthy(), fmt::format("two steps set no error word, n={}", n));
+  }
+}
+
+/// All-reduces in lines by few blocks, so that some warps send and others receive, which in place
+/// must not overwrite what is still to be sent; blocks of some ranks come late.
+void test_in_place(Tally& tally, int n, int cards) {
+  World world(n, 0, 512 << 10, 0, cards);
+  Random random(static_cast<unsigned>(400 + n));
+  for (const int blocks : {1, 3}) {
+    world.limit_blocks(blocks);
+    for (const std::int64_t bytes : {12 << 10, 40 << 10, 200 << 10}) {
+      for (unsigned turn = 0; turn < 6; ++turn) {
+        world.delay(turn == 0 ? 0 : random() | 1U);
+        const bool in_place = turn % 3 != 2;
+        tally.expect(all_reduce_right(world, bytes / 2 + turn % 2, DType::bf16, PeerPath::flag_line,
+                                      in_place, random, true),
+                     fmt::format("all_reduce n={} bytes={} blocks={} in_place={} turn={}", n, bytes,
+                                 blocks, in_place, turn));
+      }
+    }
+  }
+  tally.expect(world.healthy(), fmt::format("all-reduces in place set no error word, n={}", n));
+}
+
 /// More groups of lines than warps, so that some warps send and others receive.
-void test_large(Tally& tally, int n) {
+void test_large(Tally& tally, int n, int cards) {
   constexpr std::int64_t kWarps = 31;
   constexpr std::int64_t kGroupBytes = 480;
-  const std::int64_t blocks = World(n, 0, 0).layout().max_blocks;
+  const std::int64_t blocks = World(n, 0, 0, 0, cards).layout().max_blocks;
   const std::int64_t bytes = 2 * blocks * kWarps * kGroupBytes;
-  World world(n, 8 << 10, bytes + 1024);
+  World world(n, 8 << 10, bytes + 1024, 0, cards);
   Random random(static_cast<unsigned>(n));
   for (const Case& c :
        {Case{1, bytes / 2 + 1, 0, 0, DType::bf16}, Case{2, bytes / 8, 4, 0, DType::f32}}) {
@@ -230,14 +285,19 @@ void test_large(Tally& tally, int n) {
                  name("large all_gather", c, n, PeerPath::automatic));
     tally.expect(reduce_scatter_right(world, c, PeerPath::automatic, random, true),
                  name("large reduce_scatter", c, n, PeerPath::automatic));
+    for (const bool in_place : {false, true}) {
+      tally.expect(all_reduce_right(world, c.outer * c.inner, c.dtype, PeerPath::automatic,
+                                    in_place, random, true),
+                   name("large all_reduce", c, n, PeerPath::automatic));
+    }
   }
   tally.expect(world.healthy(), fmt::format("large payloads set no error word, n={}", n));
 }
 
 /// Calls whose grids differ, across a wrap of what flags carry of the epoch.
-void test_wrap(Tally& tally, int n) {
+void test_wrap(Tally& tally, int n, int cards) {
   const std::uint64_t start = (std::uint64_t{1} << 32) - 8;
-  World world(n, 64 << 10, 64 << 10, start);
+  World world(n, 64 << 10, 64 << 10, start, cards);
   Random random(static_cast<unsigned>(n));
   std::uint64_t epoch = start;
   bool good = true;
@@ -264,8 +324,8 @@ void test_barrier(Tally& tally, World& world) {
 
 }  // namespace
 
-void test_collectives(Tally& tally, int n) {
-  World world(n, 768 << 10, 768 << 10);
+void test_collectives(Tally& tally, int n, int cards) {
+  World world(n, 768 << 10, 768 << 10, 0, cards);
   Random random(static_cast<unsigned>(100 + n));
   test_sizes(tally, world, random);
   test_strides(tally, world, random);
@@ -274,8 +334,12 @@ void test_collectives(Tally& tally, int n) {
   test_strides(tally, world, random);
   test_barrier(tally, world);
   tally.expect(world.healthy(), fmt::format("no error word set, n={}", n));
-  test_wrap(tally, n);
-  test_large(tally, n);
+  test_wrap(tally, n, cards);
+  if (n > 2) {
+    test_two_steps(tally, n, cards);
+  }
+  test_in_place(tally, n, cards);
+  test_large(tally, n, cards);
 }
 
 }  // namespace cohort::test

@@ -45,6 +45,11 @@ void gather(const cuda::PeerTable& t, std::byte* in, std::byte* out, cudaStream_
 std::vector<Operation> operations() {
   using cuda::PeerPath;
   const auto dims = cuda::AlongDim::contiguous(1, 4096, kRanks);
+  const auto reduces = [](std::int64_t count, PeerPath path) {
+    return [=](const cuda::PeerTable& t, std::byte* in, std::byte* out, cudaStream_t s) {
+      cuda::peer_all_reduce(t, count, DType::bf16, in, out, s, path);
+    };
+  };
   return {
       {"barrier", [](auto& t, auto*, auto*, auto s) { cuda::peer_barrier(t, s); }},
       {"all_gather flag_word",
@@ -63,14 +68,10 @@ std::vector<Operation> operations() {
        [=](auto& t, auto* in, auto* out, auto s) {
          cuda::peer_reduce_scatter(t, dims, DType::bf16, in, out, s, PeerPath::flag_line);
        }},
-      {"all_reduce one step",
-       [](auto& t, auto* in, auto* out, auto s) {
-         cuda::peer_all_reduce(t, 1024, DType::bf16, in, out, s);
-       }},
-      {"all_reduce two steps",
-       [](auto& t, auto* in, auto* out, auto s) {
-         cuda::peer_all_reduce(t, 100000, DType::bf16, in, out, s);
-       }},
+      {"all_reduce one step flag_word", reduces(1024, PeerPath::flag_word)},
+      {"all_reduce one step flag_line", reduces(1024, PeerPath::flag_line)},
+      {"all_reduce two steps flag_word", reduces(100000, PeerPath::flag_word)},
+      {"all_reduce two steps flag_line", reduces(200000, PeerPath::flag_line)},
       {"merge flag_word",
        [](auto& t, auto* in, auto* out, auto s) { merge(t, in, out, s, PeerPath::flag_word); }},
       {"merge flag_line",
@@ -139,6 +140,9 @@ void test_refusals(Tally& tally, World& world, std::byte* memory) {
   refuses("an all-gather beyond the inbox is refused", [&] {
     const auto bytes = cuda::max_share_bytes(t.layout) + 8;
     cuda::peer_all_gather(t, cuda::AlongDim::contiguous(1, bytes, kRanks), memory, memory, nullptr);
+  });
+  refuses("an all-reduce beyond the inbox is refused", [&] {
+    cuda::peer_all_reduce(t, std::int64_t{2} << 20, DType::bf16, memory, memory, nullptr);
   });
   refuses("an integer sum is refused",
           [&] { cuda::peer_all_reduce(t, 8, DType::i32, memory, memory, nullptr); });

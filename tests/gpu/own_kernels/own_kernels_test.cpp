@@ -31,7 +31,7 @@ constexpr std::string_view kHelp =
     "  --soak CALLS   of each rank count's soak, 3000\n"
     "  --seed S       of all data, 1\n"
     "  --ranks N      that many; all counts by default\n"
-    "  --cards C      the soak and overlapping kernels deal their ranks out to, 1\n"
+    "  --cards C      collectives, the soak and overlapping kernels deal their ranks out to, 1\n"
     "  --rounds R     in which kernels of several groups overlap, 300\n"
     "  --only NAME    local, collectives, attention, failures, overlap or soak\n";
 
@@ -91,7 +91,7 @@ int main(int argc, char** argv) {
     }
     for (const int n : counts) {
       if (wants("collectives")) {
-        test_collectives(tally, n);
+        test_collectives(tally, n, options.cards);
       }
       if (wants("attention")) {
         test_attention(tally, n);

@@ -365,7 +365,7 @@ class Soak {
       case Kind::scatter:
         return cuda::peer_reduce_scatter(t, dims, DType::bf16, in, out, stream, s.path);
       case Kind::reduce:
-        return cuda::peer_all_reduce(t, s.outer * s.inner, DType::bf16, in, out, stream);
+        return cuda::peer_all_reduce(t, s.outer * s.inner, DType::bf16, in, out, stream, s.path);
       case Kind::query:
         return cuda::peer_gather_query(t,
                                        {.nope = in,
