@@ -7,11 +7,15 @@ namespace cohort::cuda {
 namespace detail {
 namespace {
 
-// bench/results/own_kernels/nvidia-h100-2cards.json: two H100s, NVLink, 2 ranks, H=128 D=512 bf16,
-// graph replay. Flag words took 2.96 and 3.57 us at B=1 and 2 (64 and 128 KiB sent) against 3.00
-// and 3.20 for lines, and lines were faster at every batch beyond.
-constexpr PathRow kMergePaths[] = {{96 << 10, PeerPath::flag_word},
+// bench/results/own_kernels/nvidia-h200-2cards.json: two H200s, NVLink, 2 ranks, H=128 D=512 bf16,
+// graph replay. Flag words took 3.00 us at B=1 (64 KiB sent) against 2.87 for lines, and lines were
+// faster at every batch beyond.
+constexpr PathRow kMergePaths[] = {{48 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
+// Of 2 and 4 splits, combined while they are loaded, words took 4.33 and 3.83 us at B=1, lines 5.57
+// and 5.12.
+constexpr PathRow kSplitMergePaths[] = {{96 << 10, PeerPath::flag_word},
+                                        {INT64_MAX, PeerPath::flag_line}};
 
 }  // namespace
 
@@ -51,16 +55,17 @@ std::string_view to_string(PeerPath path) noexcept {
 
 std::int64_t merge_lane_bytes(const MergeShape& shape, int n, PeerPath path) {
   check_merge_shape(shape, n);
-  const std::int64_t lse_words = ceil_div(shape.rows(n).widest(), 2);
   const std::int64_t payload = payload_bytes(shape, n);
-  return path == PeerPath::flag_word ? payload + std::max<std::int64_t>(lse_words, 1) * 8 : payload;
+  return path == PeerPath::flag_word ? payload + lse_words_of(shape, n) * 8 : payload;
 }
 
 PeerPath choose_merge_path(const InboxLayout& layout, const MergeShape& shape) {
   const std::int64_t words = merge_lane_bytes(shape, layout.ranks, PeerPath::flag_word);
   const std::int64_t lines = merge_lane_bytes(shape, layout.ranks, PeerPath::flag_line);
-  const bool lses_fit = words - lines <= layout.flag_word_capacity();  // they travel as flag words
-  return choose_path(kMergePaths, "peer_merge",
+  const bool lses_fit = lse_pairs_of(shape, layout.ranks) * 8 <= layout.flag_word_capacity();
+  const std::span<const PathRow> paths =
+      shape.splits > 1 ? std::span<const PathRow>(kSplitMergePaths) : kMergePaths;
+  return choose_path(paths, "peer_merge",
                      {.sent = words * (layout.ranks - 1),
                       .words_needed = words,
                       .words_there = layout.flag_word_capacity(),

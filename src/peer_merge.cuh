@@ -20,7 +20,7 @@ void launch_merge(const WithKernels& with_kernels, const PeerTable& t, const Mer
   const ArgsFor<0> any(t.size, s, partial, merged);
   const CallSignature signature = signature_of(s, blocks_of(t));
   const bool words = path == PeerPath::flag_word || any.words == 0;
-  const std::int64_t lse_words = std::max<std::int64_t>(ceil_div(any.rows, 2), 1);
+  const std::int64_t lse_words = words ? lse_words_of(s, t.size) : lse_pairs_of(s, t.size);
   check_ll_words(t, (words ? any.words : 0) + lse_words, "peer_merge");
   if (!words) {
     check_lines(t, any.words, "peer_merge");
@@ -29,7 +29,8 @@ void launch_merge(const WithKernels& with_kernels, const PeerTable& t, const Mer
     with_kernels(any.is_aligned() ? t.size : 0, [&](auto n) {
       using Args = ArgsFor<n()>;
       const Args args(t.size, s, partial, merged);
-      const Grid grid = words ? ll_grid(args.words + lse_words, t) : line_grid<n()>(args.words, t);
+      const Grid grid =
+          words ? ll_grid(std::max(args.words, 1U), t) : line_grid<n()>(args.words, t);
       launch(words ? merge_word_kernel<n(), T, Args> : merge_line_kernel<n(), T, Args>, grid.blocks,
              grid.threads, stream, Group<n()>(t, signature), args,
              static_cast<std::uint32_t>(lse_words));

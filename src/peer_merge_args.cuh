@@ -27,6 +27,21 @@ inline std::int64_t payload_bytes(const MergeShape& s, int n) {
   return s.rows(n).widest() * s.dim * row_element(s);
 }
 
+/// Rows of a warp's 32 words, at most.
+inline std::int64_t lse_slots_of(const MergeShape& s) {
+  const std::int64_t row = std::max<std::int64_t>(s.dim * row_element(s) / 8, 2);
+  return row % kWarp == 0 ? 1 : kWarp % row == 0 ? kWarp / row : (kWarp - 2) / row + 2;
+}
+/// Flag words of LSEs beside the payload, where that travels in flag words as well.
+inline std::int64_t lse_words_of(const MergeShape& s, int n) {
+  const std::int64_t words = payload_bytes(s, n) / 8;
+  return std::max<std::int64_t>(ceil_div(words, kWarp), 1) * lse_slots_of(s);
+}
+/// Of LSEs where the payload travels in lines: two rows' in a word.
+inline std::int64_t lse_pairs_of(const MergeShape& s, int n) {
+  return std::max<std::int64_t>(ceil_div(is_empty(s) ? 0 : s.rows(n).widest(), 2), 1);
+}
+
 /// What all kernels are given. `rows` counts the (token, head) rows that a rank merges, at most
 /// where ranks merge different numbers, `words` their payload's words of 8 bytes. kAligned: every
 /// row starts on 16 bytes.
@@ -38,6 +53,7 @@ struct MergeArgs {
   FastDiv words_per_row;
   std::uint32_t rows;
   std::uint32_t words;
+  std::uint32_t lse_slots;  ///< Rows of a warp's words, at most.
   LseBase base;
 
   MergeArgs(int n, const MergeShape& s, const Merged& m)
@@ -47,6 +63,7 @@ struct MergeArgs {
         words_per_row(s.dim * row_element(s) / 8),
         rows(static_cast<std::uint32_t>(is_empty(s) ? 0 : s.rows(n).widest())),
         words(static_cast<std::uint32_t>(payload_bytes(s, n) / 8)),
+        lse_slots(static_cast<std::uint32_t>(lse_slots_of(s))),
         base(s.base) {}
 
   __device__ __forceinline__ MergePlace place(std::uint32_t word) const {
@@ -92,6 +109,32 @@ struct PlainMerge : MergeArgs<kAligned> {
     const std::uint32_t batch = this->heads.divide(row);
     const std::uint32_t head = row - batch * this->heads.divisor;
     return *lse.at(batch, static_cast<std::uint32_t>(rank) * this->heads.divisor + head);
+  }
+  /// The same two where they are wanted, without a branch: behind one, what follows would wait.
+  template <class T>
+  __device__ __forceinline__ uint2 load_if(bool wanted, int rank, const MergePlace& p) const {
+    if constexpr (!kAligned) {
+      return wanted ? load<T>(rank, p) : make_uint2(0, 0);
+    }
+    const std::uint32_t head = static_cast<std::uint32_t>(rank) * this->heads.divisor + p.head;
+    uint2 value = make_uint2(0, 0);
+    asm volatile("{.reg .pred p; setp.ne.u32 p,%3,0; @p ld.global.v2.u32 {%0,%1},[%2];}"
+                 : "+r"(value.x), "+r"(value.y)
+                 : "l"(out.row(p.batch, head) + p.byte), "r"(static_cast<unsigned>(wanted))
+                 : "memory");
+    return value;
+  }
+  __device__ __forceinline__ float load_lse_if(bool wanted, int rank, std::uint32_t row) const {
+    const std::uint32_t batch = this->heads.divide(row);
+    const std::uint32_t head = row - batch * this->heads.divisor;
+    float value = 0;
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p,%2,0; @p ld.global.f32 %0,[%1];}"
+        : "+f"(value)
+        : "l"(lse.at(batch, static_cast<std::uint32_t>(rank) * this->heads.divisor + head)),
+          "r"(static_cast<unsigned>(wanted))
+        : "memory");
+    return value;
   }
   /// Of one of the rows that `rank` merges.
   __device__ __forceinline__ float load_sink(int, std::uint32_t) const { return dcp::kEmptyLse; }
@@ -220,6 +263,13 @@ struct GeneralMerge : MergeArgs<kAligned> {
     }
     const auto at = row_at(rank, row);
     return partial.is_empty(at.token) ? dcp::kEmptyLse : *partial.lse.at(at.token, at.head);
+  }
+  template <class T>
+  __device__ __forceinline__ uint2 load_if(bool wanted, int rank, const MergePlace& p) const {
+    return wanted ? load<T>(rank, p) : make_uint2(0, 0);
+  }
+  __device__ __forceinline__ float load_lse_if(bool wanted, int rank, std::uint32_t row) const {
+    return wanted ? load_lse(rank, row) : 0.0F;
   }
   __device__ __forceinline__ float load_sink(int rank, std::uint32_t row) const {
     return sinks.base == nullptr ? dcp::kEmptyLse : sinks.at(row_at(rank, row).head);

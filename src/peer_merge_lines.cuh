@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
   if (!enter(g, found, c, lse_words, send_first)) {
     return;
   }
-  send_lses(g, c, a, 0, second_word<kRanks>(), lse_words);
+  send_lses(g, c, a, second_word<kRanks>(), lse_words);
   bool all_run = false;
   exchange_lines(
       g, c, role, first, load,

@@ -5,8 +5,8 @@
 #include "peer_lines.cuh"
 #include "peer_merge_args.cuh"
 
-// The LSEs of a merge: they travel as flag words on every path, and every word of a row waits for
-// them.
+// The LSEs of a merge in lines: they travel as flag words, two in each, and every word of a row
+// waits for them.
 
 namespace cohort::cuda::detail {
 namespace {
@@ -20,16 +20,14 @@ __device__ __forceinline__ uint2 load_lses(const Args& a, int rank, std::uint32_
   return make_uint2(__float_as_uint(first), __float_as_uint(second));
 }
 
-/// Sends the LSEs, two a flag word, from word `at` of each lane on: words `first` and every
-/// worker_count()th. With `words` 0 the one word of an empty call.
+/// Sends the LSEs from the start of each lane on: words `first` and every worker_count()th.
 template <int kRanks, class Args>
 __device__ __forceinline__ void send_lses(const Group<kRanks>& g, const Call& c, const Args& a,
-                                          std::uint32_t at, std::uint32_t first,
-                                          std::uint32_t count) {
+                                          std::uint32_t first, std::uint32_t count) {
   const std::uint32_t step = worker_count();
 #pragma unroll 1
   for (std::uint32_t i = first; i < count; i += step) {
-    const std::int64_t place = ll_own_place(g, c, at + i);
+    const std::int64_t place = ll_own_place(g, c, i);
 #pragma unroll
     for (int k = 1; k < g.size(); ++k) {
       ll_store(g.peers[k] + place, load_lses(a, g.rank_at(k), i), c.flag);
@@ -70,14 +68,13 @@ static __device__ __noinline__ void send_lse(const Group<kRanks>& g, const Args&
 /// is sent twice is the same.
 ///
 /// @param all_run  What an earlier call found: whether all blocks run.
-/// @param at       Where the LSEs begin in each lane.
 template <int kRanks, class Args>
 __device__ __forceinline__ void cover_lse(const Group<kRanks>& g, const Call& c, const Args& a,
-                                          bool& all_run, std::uint32_t at, std::uint32_t i) {
+                                          bool& all_run, std::uint32_t i) {
   if (i >= (blockIdx.x + 1) * workers() && !all_run) {
     all_run = all_arrived(g, c);
     if (!all_run) {
-      send_lse(g, a, ll_own_place(g, c, at + i), c.flag, i);
+      send_lse(g, a, ll_own_place(g, c, i), c.flag, i);
     }
   }
 }
@@ -94,7 +91,7 @@ __device__ __forceinline__ void cover_lses(const Group<kRanks>& g, const Call& c
   }
   const std::uint32_t row = a.words_per_row.divide(first_word) + (threadIdx.x & 31U);
   if (row <= last_row) {
-    cover_lse(g, c, a, all_run, 0, row / 2);
+    cover_lse(g, c, a, all_run, row / 2);
   }
   __syncwarp();
 }

@@ -10,14 +10,41 @@
 namespace cohort::cuda::detail {
 namespace {
 
+/// Where the LSEs of a warp's 32 words travel: behind the payload, `lse_slots` for each 32 words of
+/// it. A warp sends those of its own words' rows, one a thread, together with the words, so that
+/// none waits for another warp.
+template <class Args>
+struct LseSlot {
+  std::uint32_t chunk;      ///< First of the warp's words.
+  std::uint32_t first_row;  ///< Of those.
+  std::uint32_t at;         ///< Where the first slot lies in each lane.
+  std::uint32_t row;        ///< Whose LSE this thread sends,
+  bool sends;               ///< if any.
+
+  __device__ __forceinline__ LseSlot(const Args& a, std::uint32_t word)
+      : chunk(word & ~(kWarp - 1)),
+        first_row(a.words_per_row.divide(chunk)),
+        at(a.words + chunk / kWarp * a.lse_slots),
+        row(first_row + (word - chunk)),
+        sends(word - chunk < a.lse_slots && chunk < max(a.words, 1U)) {}
+
+  __device__ __forceinline__ std::uint32_t place_of(std::uint32_t of_row) const {
+    return at + (of_row - first_row);
+  }
+  /// Whether it goes to a rank, which merges so many words: the first one always does, because an
+  /// empty call signals nevertheless.
+  __device__ __forceinline__ bool goes_to(std::uint32_t words) const {
+    return sends && chunk < max(words, 1U);
+  }
+};
+
 /// Merges one word that came as a flag word. False if a wait failed.
 template <int kRanks, class T, class Args>
 __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c, const Args& a,
-                                           std::uint32_t word, Patience& patience, bool& all_run) {
+                                           std::uint32_t word, uint2 own, float own_lse,
+                                           Patience& patience) {
   const MergePlace place = a.place(word);
-  cover_lse(g, c, a, all_run, a.words, place.row / 2);
-  const uint2 own = a.template load<T>(g.rank, place);
-  const float own_lse = a.load_lse(g.rank, place.row);
+  const std::uint32_t lse_place = LseSlot<Args>(a, word).place_of(place.row);
   float scales[Group<kRanks>::kMost];
   uint4 values[kBatch<kRanks>] = {};
   const auto receive = [&](int r0) {
@@ -28,7 +55,7 @@ __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c
       for (int j = 0; j < kBatch<kRanks>; ++j) {
         const bool wanted = is_peer(g, r0 + j);
         ll_load_if(wanted, g.own() + ll_place(g, c, r0 + j, word), values[j]);
-        ll_load_if(wanted, g.own() + ll_place(g, c, r0 + j, a.words + place.row / 2), lses[j]);
+        ll_load_if(wanted, g.own() + ll_place(g, c, r0 + j, lse_place), lses[j]);
       }
 #pragma unroll
       for (int j = 0; j < kBatch<kRanks>; ++j) {
@@ -37,7 +64,7 @@ __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c
             is_peer(g, r) && (ll_differs(values[j], c) | ll_differs(lses[j], c)) != 0;
         missing |= differs ? 1U << r : 0U;
         if (r < g.size()) {
-          scales[r] = r == g.rank ? own_lse : lse_of(lses[j], place.row);
+          scales[r] = r == g.rank ? own_lse : __uint_as_float(lses[j].x);
         }
       }
       return missing;
@@ -69,6 +96,27 @@ __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c
   return true;
 }
 
+/// Sends a word, and an LSE where the thread has one, to every peer.
+template <int kRanks, class T, class Args>
+__device__ __forceinline__ void send_word(const Group<kRanks>& g, const Call& c, const Args& a,
+                                          std::uint32_t word) {
+  const LseSlot<Args> slot(a, word);
+  const std::int64_t place = ll_own_place(g, c, word);
+  const std::int64_t lse_place = ll_own_place(g, c, slot.place_of(slot.row));
+#pragma unroll
+  for (int k = 1; k < g.size(); ++k) {
+    const int rank = g.rank_at(k);
+    const std::uint32_t words = a.words_of(rank);
+    if (slot.goes_to(words)) {
+      const float lse = a.load_lse_if(slot.row < a.rows_of(rank), rank, slot.row);
+      ll_store(g.peers[k] + lse_place, make_uint2(__float_as_uint(lse), 0), c.flag);
+    }
+    if (word < words) {
+      ll_store(g.peers[k] + place, a.template load<T>(rank, a.place(word)), c.flag);
+    }
+  }
+}
+
 /// Lane: `words` words of payload, then the LSEs.
 template <int kRanks, class T, class Args>
 __global__ void __launch_bounds__(kLlThreads, 1)
@@ -76,53 +124,51 @@ __global__ void __launch_bounds__(kLlThreads, 1)
                       std::uint32_t lse_words) {
   Call c;
   Patience patience;
-  const Found found = begin(g);
   const std::uint32_t first = worker_number();
   const std::uint32_t step = worker_count();
-  // The words for all peers, loaded while the epoch is on its way, where their number is a
-  // constant.
-  uint2 outgoing[kRanks > 0 ? kRanks : 1];
-  const auto load = [&](std::uint32_t i) {
-    if constexpr (kRanks > 0) {
-      const MergePlace place = a.place(i);
+  const bool ahead = kRanks > 0 && threadIdx.x < workers();
+  const LseSlot<Args> slot(a, first);
+  const MergePlace at = a.place(first);
+  const FirstPlaces<kRanks> places(g, first);
+  const std::int64_t to_lse = std::int64_t{16} * (slot.place_of(slot.row) - first);
+  const Found found = begin(g);
+  // What a thread sends first, loaded while the epoch is on its way.
+  uint2 words[Group<kRanks>::kMost];
+  float lses[Group<kRanks>::kMost];
 #pragma unroll
-      for (int k = 1; k < kRanks; ++k) {
-        outgoing[k] = a.template load<T>(g.rank_at(k), place);
-      }
+  for (int k = 1; k < kRanks; ++k) {
+    const int rank = g.rank_at(k);
+    words[k] = a.template load_if<T>(ahead && first < a.words_of(rank), rank, at);
+    lses[k] = a.load_lse_if(ahead && slot.sends && slot.row < a.rows_of(rank), rank, slot.row);
+  }
+  const auto send_first = [&](bool wanted) {
+#pragma unroll
+    for (int k = 1; k < kRanks; ++k) {
+      const std::uint32_t theirs = a.words_of(g.rank_at(k));
+      places.store_if(wanted && slot.goes_to(theirs), c, k, make_uint2(__float_as_uint(lses[k]), 0),
+                      to_lse);
+      places.store_if(wanted && first < theirs, c, k, words[k]);
     }
   };
-  if (first < a.words) {
-    load(first);
-  }
-  if (!enter(g, found, c, a.words + lse_words)) {
+  if (!enter(g, found, c, a.words + lse_words, send_first)) {
     return;
   }
-  send_lses(g, c, a, a.words, first, lse_words);  // first, because every word of a row needs them
 #pragma unroll 1
-  for (std::uint32_t i = first; i < a.words;) {
-    const std::int64_t place = ll_own_place(g, c, i);
-#pragma unroll
-    for (int k = 1; k < g.size(); ++k) {
-      if (Args::kGeneral && i >= a.words_of(g.rank_at(k))) {
-        continue;
-      }
-      ll_store(g.peers[k] + place,
-               kRanks > 0 ? outgoing[k] : a.template load<T>(g.rank_at(k), a.place(i)), c.flag);
-    }
-    i += step;
-    if (i < a.words) {
-      load(i);
-    }
+  for (std::uint32_t i = second_word<kRanks>(); (i & ~(kWarp - 1)) < max(a.words, 1U); i += step) {
+    send_word<kRanks, T>(g, c, a, i);
   }
   delay_point(g, c, 1);
-  bool all_run = false;
+  const std::uint32_t mine = a.words_of(g.rank);
 #pragma unroll 1
-  for (std::uint32_t i = first; i < a.words_of(g.rank); i += step) {
-    if (!merge_word<kRanks, T>(g, c, a, i, patience, all_run)) {
+  for (std::uint32_t i = first; i < mine; i += step) {
+    const MergePlace place = a.place(i);
+    const uint2 own = a.template load<T>(g.rank, place);
+    const float own_lse = a.load_lse(g.rank, place.row);
+    if (!merge_word<kRanks, T>(g, c, a, i, own, own_lse, patience)) {
       return;
     }
   }
-  if (a.words_of(g.rank) == 0 && first == 0) {
+  if (mine == 0 && first == 0) {
     await_peers(g, c, a.words, patience);
   }
 }

@@ -78,9 +78,10 @@ class FirstPlaces {
       at_[k] = settled(g.peers[k] + g.ll_own + std::int64_t{16} * word);
     }
   }
-  /// To peers[k], without a branch.
-  __device__ __forceinline__ void store_if(bool wanted, const Call& c, int k, uint2 value) const {
-    ll_store_if(wanted, at_[k] + (c.slot != 0 ? slot_bytes_ : 0), value, c.flag);
+  /// To peers[k], without a branch; so many bytes beyond the place.
+  __device__ __forceinline__ void store_if(bool wanted, const Call& c, int k, uint2 value,
+                                           std::int64_t beyond = 0) const {
+    ll_store_if(wanted, at_[k] + (beyond + (c.slot != 0 ? slot_bytes_ : 0)), value, c.flag);
   }
 
  private:

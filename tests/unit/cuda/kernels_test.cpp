@@ -36,8 +36,14 @@ cuda::Query query(std::int64_t batch) {
 
 TEST_CASE("small merges go in flag words and large ones in flag lines", "[kernels]") {
   const auto both = inbox(1024 * kKiB, 16 * 1024 * kKiB);
-  CHECK(cuda::choose_merge_path(both, kSmall) == PeerPath::flag_word);
+  CHECK(cuda::choose_merge_path(both, {1, 64, 512, DType::bf16}) == PeerPath::flag_word);
+  CHECK(cuda::choose_merge_path(both, kSmall) == PeerPath::flag_line);
   CHECK(cuda::choose_merge_path(both, kLarge) == PeerPath::flag_line);
+  MergeShape split = kSmall;  // where words are faster for longer
+  split.splits = 4;
+  CHECK(cuda::choose_merge_path(both, split) == PeerPath::flag_word);
+  split.batch = 2;
+  CHECK(cuda::choose_merge_path(both, split) == PeerPath::flag_line);
   CHECK(cuda::choose_query_path(both, query(1)) == PeerPath::flag_word);
   CHECK(cuda::choose_query_path(both, query(128)) == PeerPath::flag_line);
   CHECK(cuda::choose_share_path(both, 0) == PeerPath::flag_word);
@@ -68,7 +74,7 @@ TEST_CASE("what fits by neither path is refused with the numbers", "[kernels]") 
 
 TEST_CASE("a lane holds the payload, and as flag words the LSEs as well", "[kernels]") {
   CHECK(cuda::merge_lane_bytes(kSmall, 2, PeerPath::flag_line) == 64 * 512 * 2);
-  CHECK(cuda::merge_lane_bytes(kSmall, 2, PeerPath::flag_word) == 64 * 512 * 2 + 32 * 8);
+  CHECK(cuda::merge_lane_bytes(kSmall, 2, PeerPath::flag_word) == 64 * 512 * 2 + 256 * 8);
   // An empty call still signals.
   CHECK(cuda::merge_lane_bytes({0, 128, 512, DType::bf16}, 2, PeerPath::flag_word) == 8);
   CHECK(cuda::query_lane_bytes(query(2), PeerPath::flag_line) == 2 * 64 * 576 * 2);
