@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cohort/cuda/card.hpp"
+#include "cohort/cuda/quick_questions.hpp"
 #include "elements.cuh"
 #include "launch.cuh"
 
@@ -101,6 +102,9 @@ Capability capability_of(int device) {
 }
 
 int current_device() {
+  if (const auto current = cohort::detail::current_device_quickly()) {
+    return *current;
+  }
   int device = 0;
   check_cuda(cudaGetDevice(&device), "cudaGetDevice");
   return device;

@@ -510,8 +510,10 @@ class GroupBase {
   /// Of a call that begins.
   [[nodiscard]] BegunCall record(const Made& made, const StreamOrder::Call& call) {
     const bool collective = made.call != TraceCall::send && made.call != TraceCall::recv;
-    const TransportStand before =
-        parts_.transport != nullptr ? parts_.transport->call_begins(made.call) : TransportStand{};
+    const auto capture = call.stream.valid() ? std::optional(call.capture) : std::nullopt;
+    const TransportStand before = parts_.transport != nullptr
+                                      ? parts_.transport->call_begins(made.call, capture)
+                                      : TransportStand{};
     BegunCall begun(*this);
     begun.recorded(recorder_->begin(
         trace_record(made.call, made.x, made.dim, made.sizes, made.variant), made.x.bytes(),

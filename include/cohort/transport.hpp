@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -295,8 +296,12 @@ class Transport {
   /// Memory for the group's records that its ranks on this machine map, zeros at first; none where
   /// they map nothing. Asked once.
   [[nodiscard]] virtual TraceRings trace_rings() { return {}; }
-  /// A call of the group begins on this rank: what the transport has done so far.
-  [[nodiscard]] virtual TransportStand call_begins(TraceCall /*call*/) noexcept { return {}; }
+  /// A call of the group begins on this rank: what the transport has done so far. `capture`: that
+  /// of the call's stream, where there is one and it has been asked; it holds until `call_ends`.
+  [[nodiscard]] virtual TransportStand call_begins(TraceCall /*call*/,
+                                                   std::optional<CaptureId> /*capture*/) noexcept {
+    return {};
+  }
   /// It has been enqueued.
   [[nodiscard]] virtual TransportStand stand() const noexcept { return {}; }
   /// It has been enqueued, or has failed.

@@ -187,6 +187,9 @@ TEST_CASE_METHOD(Fixture, "a stream tells its capture whatever device is current
     const DeviceGuard other(devices - 1);
     CHECK(a.capture_id() == capture);
   }
+  CaptureId elsewhere = 0;
+  std::thread([&] { elsewhere = a.capture_id(); }).join();  // where no device is current yet
+  CHECK(elsewhere == capture);
   static_cast<void>(a.driver().end_capture(a.native()));
   CHECK(on_another([&] { return a.capture_id(); }) == 0);
 }

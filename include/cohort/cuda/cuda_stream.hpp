@@ -20,6 +20,7 @@
 
 #include "cohort/call_time.hpp"
 #include "cohort/cuda/handles.hpp"
+#include "cohort/cuda/quick_questions.hpp"
 #include "cohort/error.hpp"
 #include "cohort/log.hpp"
 #include "cohort/owner_process.hpp"
@@ -305,10 +306,13 @@ class CudaStreamDriver final : public StreamDriver {
   [[nodiscard]] CaptureId capture_id(void* native) const override {
     const auto stream = static_cast<cudaStream_t>(native);
     std::optional<DeviceGuard> guard;
+    std::optional<cudaStreamCaptureStatus> status;
     if (detail::is_default_stream(stream)) {
       guard.emplace(device_);
+    } else {
+      status = detail::capture_status_quickly(stream);
     }
-    switch (detail::capture_status(stream)) {
+    switch (status ? *status : detail::capture_status(stream)) {
       case cudaStreamCaptureStatusNone:
         return 0;
       case cudaStreamCaptureStatusInvalidated:

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "cohort/cuda/cuda_check.hpp"
+#include "cohort/cuda/quick_questions.hpp"
 
 /// \file
 /// Owners of CUDA's handles: each frees on destruction, reports what could not be freed, and can
@@ -19,7 +20,11 @@ class DeviceGuard {
  public:
   /// Throws `TransportError`.
   explicit DeviceGuard(int device) {
-    cuda_check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (const auto current = detail::current_device_quickly()) [[likely]] {
+      before_ = *current;
+    } else {
+      cuda_check(cudaGetDevice(&before_), "cudaGetDevice");
+    }
     if (before_ != device) {
       cuda_check(cudaSetDevice(device), "cudaSetDevice");
       changed_ = true;

@@ -209,7 +209,9 @@ class HostTransport final : public Transport {
   [[nodiscard]] TraceRings trace_rings() override {
     return access_ != nullptr ? access_->meeting().trace_rings() : TraceRings{};
   }
-  [[nodiscard]] TransportStand call_begins(TraceCall) noexcept override { return steps_.stand(); }
+  [[nodiscard]] TransportStand call_begins(TraceCall, std::optional<CaptureId>) noexcept override {
+    return steps_.stand();
+  }
   [[nodiscard]] TransportStand stand() const noexcept override { return steps_.stand(); }
 
   void forsake_peers(const cohort::detail::GiveUp& why) noexcept override {

@@ -6,6 +6,7 @@
 #include <nccl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <unordered_set>
@@ -201,8 +202,8 @@ class NcclCalls {
   /// @param way  Equal for calls whose ranks are connected once those of one of them are.
   template <class Work>
   void make(const char* name, std::uint64_t way, cudaStream_t stream, Work work) {
-    const bool known = known_.contains(way);
-    if (known && group_.streams.capture_id(stream) == 0) [[likely]] {
+    const bool known = is_known(way);
+    if (known && !group_.is_captured(stream)) [[likely]] {
       nccl(work(group_.communicator->get()), name);
       return;
     }
@@ -228,6 +229,19 @@ class NcclCalls {
       throw;
     }
     known_.insert(way);
+  }
+
+  /// Whether a call has been made that way.
+  [[nodiscard]] bool is_known(std::uint64_t way) {
+    std::uint64_t& recent = recent_[way % recent_.size()];
+    if (recent == way) [[likely]] {
+      return true;
+    }
+    if (!known_.contains(way)) {
+      return false;
+    }
+    recent = way;
+    return true;
   }
 
   /// The peers learn of it, because they may wait for this rank in NCCL.
@@ -283,7 +297,7 @@ class NcclCalls {
         place_check({.nccl_runtime_version = group_.nccl_version,
                      .symmetric_kernel = has_symmetric_kernel(collective, dtype, op),
                      .registered = registered,
-                     .captured = registered && group_.streams.capture_id(stream) != 0,
+                     .captured = registered && group_.is_captured(stream),
                      .debug_checks = group_.debug_checks,
                      .own_kernels = group_.peers != nullptr});
     if (check != PlaceCheck::none) {
@@ -333,6 +347,8 @@ class NcclCalls {
   NcclGroup& group_;
   bool symmetric_asked_for_ = read_nccl_env().symmetric_asked_for;
   std::unordered_set<std::uint64_t> known_;  // ways on which the ranks are connected
+  std::array<std::uint64_t, 64> recent_{
+      1};  // of those, by remainder; what stands there first is none
 };
 
 }  // namespace cohort::detail

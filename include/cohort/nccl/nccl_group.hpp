@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -116,6 +117,12 @@ struct NcclGroup {
                          "an earlier call of this group failed; form the group anew");
   }
 
+  /// Whether the stream of the call under way is being captured. A card answers slowly, so what the
+  /// call's beginning has found is not asked again.
+  [[nodiscard]] bool is_captured(cudaStream_t stream) const {
+    return (capture ? *capture : streams.capture_id(stream)) != 0;
+  }
+
   /// Up to which total the own kernels take a collective for which there is room.
   [[nodiscard]] std::size_t own_limit(Collective collective) const noexcept {
     return options.own_max_bytes ? static_cast<std::size_t>(*options.own_max_bytes)
@@ -159,6 +166,7 @@ struct NcclGroup {
   int ranks_per_card = 1;                      ///< At most, as far as is known.
   TraceRings trace_rings;                      ///< Of the ranks of this machine.
   CallPath path = CallPath::unknown;           ///< Of the call under way, where it is NCCL's.
+  std::optional<CaptureId> capture = {};       ///< Of its stream, where that has been asked.
   std::shared_ptr<Communicator> communicator;  ///< Null in a group of one.
   UniqueMemory barrier_word;
   std::vector<Workspace> workspaces;  ///< By lane.

@@ -41,8 +41,7 @@ inline void copy_unless_same(const ConstTensorView& in, const TensorView& out,
 /// being captured matters only where the memory has to grow.
 [[nodiscard]] inline std::byte* scratch_at_least(NcclGroup& group, const NcclCall& call,
                                                  std::size_t bytes) {
-  return group.workspaces[group.lane].get(
-      bytes, [&] { return group.streams.capture_id(call.stream) != 0; });
+  return group.workspaces[group.lane].get(bytes, [&] { return group.is_captured(call.stream); });
 }
 
 [[nodiscard]] inline TensorView scratch_like(NcclGroup& group, const NcclCall& call,

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -312,9 +313,11 @@ class NcclTransport final : public Transport {
   [[nodiscard]] bool failed() const noexcept override { return group_.failed(); }
 
   [[nodiscard]] TraceRings trace_rings() override { return std::move(group_.trace_rings); }
-  [[nodiscard]] TransportStand call_begins(TraceCall call) noexcept override {
+  [[nodiscard]] TransportStand call_begins(TraceCall call,
+                                           std::optional<CaptureId> capture) noexcept override {
     ranges_.begin(call);
     group_.path = CallPath::unknown;
+    group_.capture = capture;
     steps_before_ = steps();
     return stand();
   }
@@ -328,7 +331,10 @@ class NcclTransport final : public Transport {
     }
     return stand;
   }
-  void call_ends() noexcept override { ranges_.end(); }
+  void call_ends() noexcept override {
+    group_.capture.reset();
+    ranges_.end();
+  }
   /// A card counts a call when it begins it. Whether the last has ended is not told where the card
   /// is busy, perhaps with other work: then it is taken to be under way, as in a group that failed.
   void look_at_device(TraceRing& ring) override {
