@@ -108,8 +108,6 @@ class GroupFormation {
   void form(OwnedGroups& groups, std::exception_ptr failure) const {
     TracedFormation formation(trace_, world_);
     agree_on_options(failure);
-    trace_.belongs_to(formation.part(
-        "the number of the run", [&] { return agree_on_trace_run(world_); }, true));
     const std::uint64_t generation = world_.new_generations(kKinds.size());
     std::optional<GiveUp> cause;
     try {
@@ -141,7 +139,7 @@ class GroupFormation {
   static constexpr std::uint64_t kNumber = (std::uint64_t{1} << 62) - 1;  // for messages
 
   /// A rank that fails leaves the groups that it has not formed at once: their other ranks would
-  /// wait for it.
+  /// wait for it, as soon as they have what it lacks.
   /// @param cause  What it has failed with, in the world's numbers.
   void form_all(OwnedGroups& groups, std::uint64_t generation, TracedFormation& formation,
                 std::optional<GiveUp>& cause) const {
@@ -150,9 +148,11 @@ class GroupFormation {
       parts.push_back(prepare(kind, generation++));
     }
     std::size_t next = 0;
-    std::string name;  // of the group that is being formed
-    std::vector<int> ranks;
+    std::string name = world_.name();  // of the group in which it waits
+    std::vector<int> ranks = everyone_;
     try {
+      trace_.belongs_to(formation.part(
+          "the number of the run", [&] { return agree_on_trace_run(world_); }, true));
       const auto form = [&](auto& group, const auto&... more) {
         formation.part(
             fmt::format("formation of the {} group", to_string(kKinds[next])),

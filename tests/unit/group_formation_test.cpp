@@ -129,6 +129,37 @@ TEST_CASE("a rank that fails while groups are formed ends it everywhere at once"
   CHECK(seconds_since(start) < 30);
 }
 
+TEST_CASE("a rank that fails before groups are formed ends it everywhere at once", "[state]") {
+  /// Shortens the first message of that length to a rank.
+  struct Shortens final : detail::ThreadMessenger {
+    using detail::ThreadMessenger::ThreadMessenger;
+    void send(int receiver, Bytes message) override {
+      if (receiver == to && message.size() == bytes) {
+        message.erase(message.begin(), message.begin() + 8);
+        to = -1;
+      }
+      ThreadMessenger::send(receiver, std::move(message));
+    }
+    std::size_t bytes = 16 + ControlPlane::kTrailerBytes;
+    int to = -1;
+  };
+  const auto start = Clock::now();
+  const auto hub = std::make_shared<detail::ThreadHub>(4);
+  run_ranks(4, [&](ControlPlane& plane) {
+    const auto messenger = std::make_shared<Shortens>(hub, plane.rank());
+    messenger->to = plane.rank() == 3 ? 2 : -1;  // what it says for the number of the run
+    MessageControlPlane world(messenger, std::chrono::milliseconds(60'000));
+    const auto form = [&] { return make_state(world, {.tp = 2, .pp = 2}); };
+    check_blames(
+        3, [&] { (void)form(); }, "rank 3 sent 8 bytes where 16 were expected");
+    check(!world.poisoned(), "the world works on");
+    auto state = form();
+    check_works_on(state.tp());
+    check_works_on(state.pp());
+  });
+  CHECK(seconds_since(start) < 30);
+}
+
 TEST_CASE("ranks with unlike time limits form no state", "[divergence]") {
   const auto hub = std::make_shared<detail::ThreadHub>(3);
   run_ranks(3, [&](ControlPlane& plane) {
