@@ -246,11 +246,11 @@ class Mailbox {
 
   /// A wait in a group begins, and ends, during which this rank answers.
   void begin_wait(std::uint64_t channel) {
-    const auto lock = enter();
+    const auto lock = enter_inquiries();
     ++waits_[channel];
   }
   void end_wait(std::uint64_t channel) {
-    const auto lock = enter();
+    const auto lock = enter_inquiries();
     if (const auto waits = waits_.find(channel); waits != waits_.end() && --waits->second == 0) {
       waits_.erase(waits);
     }
@@ -263,7 +263,7 @@ class Mailbox {
     if (!has_questions_.load(std::memory_order_relaxed)) {
       return taken;
     }
-    const auto lock = enter();
+    const auto lock = enter_inquiries();
     for (auto it = questions_.begin(); it != questions_.end();) {
       const auto& [place, group] = *it;
       if (group != channel && waits_.count(group) > 0) {
@@ -279,17 +279,17 @@ class Mailbox {
 
   /// The number of a new inquiry, whose answers are kept from now on.
   [[nodiscard]] std::uint32_t begin_inquiry() {
-    const auto lock = enter();
+    const auto lock = enter_inquiries();
     answers_[++inquiries_];
     return inquiries_;
   }
   void end_inquiry(std::uint32_t number) {
-    const auto lock = enter();
+    const auto lock = enter_inquiries();
     answers_.erase(number);
   }
   /// In the order in which they have been taken in.
   [[nodiscard]] std::vector<Answer> take_answers(std::uint32_t number) {
-    const auto lock = enter();
+    const auto lock = enter_inquiries();
     const auto found = answers_.find(number);
     return found != answers_.end() ? std::exchange(found->second, {}) : std::vector<Answer>{};
   }
@@ -481,6 +481,12 @@ class Mailbox {
     return lock;
   }
 
+  /// The same for what concerns questions alone, which waits for no thread in the messenger.
+  [[nodiscard]] std::unique_lock<std::mutex> enter_inquiries() {
+    owner_.check("control plane");
+    return std::unique_lock(inquiries_mutex_);
+  }
+
   /// Messages of a pair keep their order: what a rank sent before its goodbye is in `pending_`.
   [[nodiscard]] std::optional<int> first_gone(ControlCall call, const Watch& watch) const {
     if (!goodbyes_.empty()) {
@@ -559,19 +565,9 @@ class Mailbox {
     const std::size_t payload = message.size() - sizeof(trailer);
     std::memcpy(&trailer, message.data() + payload, sizeof(trailer));
     if (trailer.call == ControlCall::waits) {
-      if (const auto inquiry = answers_.find(trailer.sequence); inquiry != answers_.end()) {
-        std::vector<int> waits_for(payload / sizeof(int));
-        if (!waits_for.empty()) {
-          std::memcpy(waits_for.data(), message.data(), waits_for.size() * sizeof(int));
-        }
-        inquiry->second.push_back({from, std::move(waits_for)});
-      }
+      store_answer(from, trailer.sequence, std::span(message).first(payload));
     } else if (trailer.call == ControlCall::asks) {
-      if (questions_.size() >= kMostQuestions) {  // of waits that have long been over
-        questions_.clear();
-      }
-      questions_[{from, trailer.sequence}] = trailer.channel;
-      has_questions_.store(true, std::memory_order_relaxed);
+      store_question(from, trailer);
     } else if (retired_.count(trailer.channel) == 0) {
       if (trailer.call == ControlCall::gave_up) {
         note(trailer.channel, from, trailer.sequence, std::span(message).first(payload));
@@ -590,6 +586,25 @@ class Mailbox {
     }
   }
 
+  void store_answer(int from, std::uint32_t number, std::span<const std::byte> payload) {
+    const std::lock_guard lock(inquiries_mutex_);
+    if (const auto inquiry = answers_.find(number); inquiry != answers_.end()) {
+      std::vector<int> waits_for(payload.size() / sizeof(int));
+      if (!waits_for.empty()) {
+        std::memcpy(waits_for.data(), payload.data(), waits_for.size() * sizeof(int));
+      }
+      inquiry->second.push_back({from, std::move(waits_for)});
+    }
+  }
+  void store_question(int from, const FrameTrailer& trailer) {
+    const std::lock_guard lock(inquiries_mutex_);
+    if (questions_.size() >= kMostQuestions) {  // of waits that have long been over
+      questions_.clear();
+    }
+    questions_[{from, trailer.sequence}] = trailer.channel;
+    has_questions_.store(true, std::memory_order_relaxed);
+  }
+
   inline static std::atomic<Mailbox*> inherited{nullptr};  // what a child keeps, by the last
   Mailbox* inherited_before_ = nullptr;
   OwnerProcess owner_;
@@ -602,17 +617,18 @@ class Mailbox {
   std::optional<Messenger::Arrival> kept_;  // what there was no memory to store
   std::map<Key, std::deque<Frame>> pending_;
   std::set<std::pair<std::uint64_t, int>> goodbyes_;  // channel, sender
-  std::map<std::uint64_t, int> waits_;                // how many threads wait for long, by channel
-  std::map<std::pair<int, std::uint32_t>, std::uint64_t> questions_;  // sender, inquiry: channel
-  std::atomic<bool> has_questions_{false};
-  std::uint32_t inquiries_ = 0;
-  std::map<std::uint32_t, std::vector<Answer>> answers_;  // of inquiries under way, by number
   std::unordered_set<std::uint64_t> retired_;
   std::deque<std::uint64_t> retired_in_order_;
   std::atomic<std::int64_t> looked_{0};  // when, by `tick`
   std::mutex notices_mutex_;             // of the notices alone, and never held for long
   std::map<std::uint64_t, std::vector<Notice>> notices_;
   std::atomic<bool> has_notices_{false};
+  std::mutex inquiries_mutex_;          // of what follows, and never held for long
+  std::map<std::uint64_t, int> waits_;  // how many threads wait for long, by channel
+  std::map<std::pair<int, std::uint32_t>, std::uint64_t> questions_;  // sender, inquiry: channel
+  std::atomic<bool> has_questions_{false};
+  std::uint32_t inquiries_ = 0;
+  std::map<std::uint32_t, std::vector<Answer>> answers_;  // of inquiries under way, by number
 };
 
 }  // namespace cohort::detail
