@@ -406,13 +406,16 @@ class CudaStreamDriver final : public StreamDriver {
   [[nodiscard]] bool idle_within(void* native, std::chrono::milliseconds limit) const {
     const auto deadline = detail::deadline_after(limit);
     detail::PollPause pause;
-    while (!idle(native)) {
-      if (std::chrono::steady_clock::now() >= deadline) {
+    while (true) {
+      const bool is_late = std::chrono::steady_clock::now() >= deadline;  // before the last look
+      if (idle(native)) {
+        return true;
+      }
+      if (is_late) {
         return false;
       }
       pause();
     }
-    return true;
   }
 
   /// Whether all work of the stream is done. Throws `UsageError` on a capturing stream, whose

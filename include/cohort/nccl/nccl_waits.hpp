@@ -53,13 +53,16 @@ class NcclWaits final : private RankWaits {
     auto next_look = start + kLookEvery;
     WaitNotice notice(start, limit);
     PollPause pause;
-    while (!group_.streams.idle(stream.native())) {
+    while (true) {
+      const auto now = std::chrono::steady_clock::now();  // before the look, which may be the last
+      if (group_.streams.idle(stream.native())) {
+        break;
+      }
       if (group_.own_failed()) {
         static_cast<void>(drain(stream, "a wait of its own kernels failed"));
         throw_failure();
       }
       check_asynchronous();
-      const auto now = std::chrono::steady_clock::now();
       if (now >= deadline) {
         const bool drained =
             drain(stream,
