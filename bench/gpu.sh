@@ -92,6 +92,8 @@ if [[ $only == decode_engine ]]; then
   v3=(--preset v3 --ways tp-raw,tp-cohort,dcp-raw,dcp-cohort)
   into tiny
   part 60 --preset tiny --iters 0
+  into many # sequences, whose attention is not split
+  part 60 --preset tiny --prompts 140 --tokens 16 --fp64 0 --iters 0 --ways tp-cohort,dcp-cohort
   into widths # of V3's attention, in fp64 as well
   part 60 --weights random --latent 512 --rope 64 --heads 128 --nope 16 --value 8 --hidden 256 --query-rank 64 \
     --inner 256 --vocabulary 301 --prompts 4 --fp64 150 --iters 0

@@ -19,8 +19,8 @@ struct AttentionSplits {
 };
 
 /// The division that ends first where a multiprocessor runs one block at a time, in units of a
-/// tile's time: a block takes three more to begin and to end, and combining splits 1.5 and what
-/// their results take to be read.
+/// tile's time, some 1.5 us: a block takes three more to begin and to end, and combining splits one
+/// and what their results take to be read.
 [[nodiscard]] inline AttentionSplits split_attention(std::int64_t heads, std::int64_t batch,
                                                      std::int64_t capacity,
                                                      std::int64_t multiprocessors) {
@@ -38,7 +38,7 @@ struct AttentionSplits {
     }
     const auto waves = static_cast<double>(parts(blocks * count, multiprocessors));
     const double combining =
-        1.5 + 1.8 * static_cast<double>(blocks * count) / static_cast<double>(multiprocessors);
+        1 + 2.6 * static_cast<double>(blocks * count) / static_cast<double>(multiprocessors);
     const double time = waves * (static_cast<double>(each) + 3) + (count > 1 ? combining : 0);
     if (count == 1 || time < least) {
       best = {count, each};

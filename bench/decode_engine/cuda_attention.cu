@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <fmt/format.h>
 #include <math_constants.h>
 
-#include <algorithm>
+#include <vector>
 
 #include "attention_splits.hpp"
 #include "cohort/cuda/cuda_check.hpp"
+#include "cohort/cuda/driver.hpp"
 #include "cohort/error.hpp"
 #include "cuda_kernels.hpp"
 #include "wgmma.cuh"
@@ -16,8 +18,8 @@
 // al., "Flash-Decoding for long-context inference", 2023).
 //
 // A block takes 64 heads of a sequence and a range of its tokens, 64 at a time, which lie in shared
-// memory once, as keys and as values. Its first warpgroup fetches them and works out their weights;
-// the two others add up half of the values each, while the first is at the next 64 tokens.
+// memory once, as keys and as values. Its first warpgroup works out their weights; the two others
+// add up half of the values each, while the first is at the next 64 tokens, and fetch those behind.
 
 namespace decode_engine::kernels {
 
@@ -29,9 +31,15 @@ constexpr int kThreads = 3 * kGroup;
 constexpr unsigned kBlockBytes = kTile * wgmma::kBlockRowBytes;
 
 // Barriers of a block.
-constexpr int kFetched = 1;   // of the first warpgroup
-constexpr int kWeighted = 2;  // weights are there
-constexpr int kAdded = 3;  // values have been added: neither weights nor tile are needed any more
+constexpr int kWeighted = 1;  // weights are there
+constexpr int kAdded = 2;     // values have been added: weights may be written
+constexpr int kReleased = 3;  // of the two warpgroups: nobody reads the tile any more
+
+/// Where queries and rows are fetched from.
+struct Maps {
+  CUtensorMap queries;  ///< [heads, batch, row]
+  CUtensorMap rows;     ///< [batch * capacity, row]
+};
 
 template <int kLatentOf, int kRopeOf>
 struct Shape {
@@ -43,30 +51,9 @@ struct Shape {
   static constexpr int kColumns = 128;
   static constexpr bool kHalves = kLatentOf >= 2 * kColumns;
   static constexpr int kParts = kHalves ? kLatentOf / 2 / kColumns : 1;
-  /// Queries, two tiles of rows, weights, a number of each head, and room to align.
-  static constexpr unsigned kShared = 3 * kTileBytes + kBlockBytes + kTile * 4 + 1024;
+  /// Queries, two tiles of rows, weights, a number of each head, three arrivals, and room to align.
+  static constexpr unsigned kShared = 3 * kTileBytes + kBlockBytes + kTile * 4 + 3 * 8 + 1024;
 };
-
-/// 64 rows into shared memory, by a warpgroup; what lies beyond a row's end or behind `rows` is
-/// zeros.
-template <class S>
-__device__ __forceinline__ void fetch(unsigned to, const BFloat16* from, std::int64_t stride,
-                                      int rows) {
-  const int part = static_cast<int>(threadIdx.x) % 8;
-#pragma unroll
-  for (int quarter = 0; quarter < 4; ++quarter) {
-    const int row = static_cast<int>(threadIdx.x) % kGroup / 8 + 16 * quarter;
-    const bool exists = row < rows;
-    const BFloat16* const at = from + (exists ? row : 0) * stride + part * 8;
-    const unsigned place = to + wgmma::place_of(row, part);
-#pragma unroll
-    for (int block = 0; block < S::kBlocks; ++block) {
-      const bool whole = exists && block * wgmma::kBlockColumns + part * 8 < S::kRow;
-      wgmma::copy_async(place + block * kBlockBytes,
-                        whole ? at + block * wgmma::kBlockColumns : from, whole);
-    }
-  }
-}
 
 __device__ __forceinline__ float over_quad(float value, bool largest) {
 #pragma unroll
@@ -80,7 +67,7 @@ __device__ __forceinline__ float over_quad(float value, bool largest) {
 /// What a block works on, and where.
 template <class S>
 struct Work {
-  unsigned queries, tiles, weights;  ///< in shared memory; two tiles
+  unsigned queries, tiles, weights, arrivals;  ///< in shared memory; two tiles
   std::uint8_t* weights_at;
   float* of_heads;  ///< [64]: how much sums shrink, at the end the sum of weights
   int first_head, heads, split;
@@ -95,6 +82,7 @@ struct Work {
     weights = tiles + 2 * S::kTileBytes;
     weights_at = shared + (weights - start);
     of_heads = reinterpret_cast<float*>(weights_at + kBlockBytes);
+    arrivals = weights + kBlockBytes + kTile * 4;
     const int place = static_cast<int>(blockIdx.x);
     const int groups = (static_cast<int>(a.heads) + kTile - 1) / kTile;
     first_head = place % groups * kTile;
@@ -106,7 +94,29 @@ struct Work {
     end = min(begin + splits.tiles, (count + kTile - 1) / kTile);
   }
   [[nodiscard]] __device__ unsigned tile(int number) const {
-    return tiles + static_cast<unsigned>(number & 1) * S::kTileBytes;
+    return tiles + static_cast<unsigned>((number - begin) & 1) * S::kTileBytes;
+  }
+  /// One thread: queries, in front of everything else.
+  __device__ void fetch_queries(const Maps& maps) const {
+    wgmma::expect(arrivals + 16, S::kTileBytes);
+    for (int columns = 0; columns < S::kBlocks; ++columns) {
+      wgmma::copy_box(queries + columns * kBlockBytes, maps.queries, columns * wgmma::kBlockColumns,
+                      static_cast<int>(sequence), first_head, arrivals + 16);
+    }
+  }
+  __device__ void fetch(const Attention& a, const Maps& maps, int number) const {
+    const unsigned arrival = arrivals + static_cast<unsigned>((number - begin) & 1) * 8;
+    wgmma::expect(arrival, S::kTileBytes);
+    for (int columns = 0; columns < S::kBlocks; ++columns) {
+      wgmma::copy_box(tile(number) + columns * kBlockBytes, maps.rows,
+                      columns * wgmma::kBlockColumns,
+                      static_cast<int>(sequence * a.capacity) + number * kTile, arrival);
+    }
+  }
+  __device__ void wait_for_queries() const { wgmma::wait_for(arrivals + 16, 0); }
+  __device__ void wait_for_tile(int number) const {
+    const auto place = static_cast<unsigned>(number - begin);
+    wgmma::wait_for(arrivals + (place & 1) * 8, place >> 1 & 1);
   }
   /// Of a head's results among those of all splits.
   [[nodiscard]] __device__ std::int64_t result(const Attention& a, int head) const {
@@ -121,25 +131,25 @@ __device__ __forceinline__ int upper_head() {
 /// The first of two neighbouring columns that it has of each 8.
 __device__ __forceinline__ int first_column() { return static_cast<int>(threadIdx.x) % 4 * 2; }
 
-/// The first warpgroup: fetches queries and rows, and weighs the tokens.
+/// A power of two, by the hardware.
+__device__ __forceinline__ float power(float exponent) {
+  float result = 0;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(exponent));
+  return result;
+}
+
+/// The first warpgroup: weighs the tokens.
 template <class S>
 __device__ __forceinline__ void weigh(const Attention& a, const Splits& splits,
                                       const Work<S>& work) {
-  const BFloat16* const rows = a.cache + work.sequence * a.capacity * S::kRow;
-  const auto fetch_tile = [&](int tile) {
-    fetch<S>(work.tile(tile), rows + std::int64_t{tile} * kTile * S::kRow, S::kRow, kTile);
-  };
   const float scale = static_cast<float>(a.scale * 1.4426950408889634);  // of base two
   float largest[2] = {-CUDART_INF_F, -CUDART_INF_F};
   float total[2] = {0, 0};
   if (work.begin < work.end) {
-    fetch<S>(work.queries, a.q + (work.first_head * a.batch + work.sequence) * S::kRow,
-             a.batch * S::kRow, work.heads);
-    fetch_tile(work.begin);
+    work.wait_for_queries();
   }
   for (int tile = work.begin; tile < work.end; ++tile) {
-    wgmma::finish_copies();
-    wgmma::wait_at<kFetched, kGroup>();
+    work.wait_for_tile(tile);
     float scores[32] = {};
     wgmma::pin(scores);
     wgmma::begin();
@@ -153,12 +163,6 @@ __device__ __forceinline__ void weigh(const Attention& a, const Splits& splits,
       }
     }
     wgmma::commit();
-    if (tile > work.begin) {
-      wgmma::wait_at<kAdded, kThreads>();
-    }
-    if (tile + 1 < work.end) {
-      fetch_tile(tile + 1);
-    }
     wgmma::finish();
     wgmma::pin(scores);
 
@@ -169,28 +173,38 @@ __device__ __forceinline__ void weigh(const Attention& a, const Splits& splits,
       scores[i] = first + i / 4 * 8 + i % 2 < work.count ? scores[i] : -CUDART_INF_F;
       most[i / 2 % 2] = fmaxf(most[i / 2 % 2], scores[i]);
     }
-    float base[2];
+    float shrink[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float now = fmaxf(largest[half], over_quad(most[half], true));
-      const float shrink = exp2f((largest[half] - now) * scale);
+      shrink[half] = power((largest[half] - now) * scale);
       largest[half] = now;
-      base[half] = now * scale;
-      total[half] *= shrink;
-      if (first_column() == 0) {
-        work.of_heads[upper_head() + 8 * half] = shrink;
-      }
+      total[half] *= shrink[half];
     }
+    __nv_bfloat162 pairs[16];
 #pragma unroll
     for (int i = 0; i < 32; i += 2) {
       const int half = i / 2 % 2;
+      const float base = largest[half] * scale;
       // Rounded as the product takes them, so that weights and their sum agree.
-      const __nv_bfloat162 pair = __floats2bfloat162_rn(exp2f(scores[i] * scale - base[half]),
-                                                        exp2f(scores[i + 1] * scale - base[half]));
-      total[half] += __low2float(pair) + __high2float(pair);
-      *reinterpret_cast<__nv_bfloat162*>(
-          work.weights_at + wgmma::place_of(upper_head() + 8 * half, i / 4) + first_column() * 2) =
-          pair;
+      pairs[i / 2] = __floats2bfloat162_rn(power(scores[i] * scale - base),
+                                           power(scores[i + 1] * scale - base));
+      total[half] += __low2float(pairs[i / 2]) + __high2float(pairs[i / 2]);
+    }
+    if (tile > work.begin) {
+      wgmma::wait_at<kAdded, kThreads>();
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if (first_column() == 0) {
+        work.of_heads[upper_head() + 8 * half] = shrink[half];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 16; ++i) {
+      *reinterpret_cast<__nv_bfloat162*>(work.weights_at +
+                                         wgmma::place_of(upper_head() + 8 * (i % 2), i / 2) +
+                                         first_column() * 2) = pairs[i];
     }
     wgmma::publish();
     wgmma::arrive_at<kWeighted, kThreads>();
@@ -213,14 +227,24 @@ __device__ __forceinline__ void weigh(const Attention& a, const Splits& splits,
   __syncthreads();
 }
 
-/// Each of the two others: adds up values.
+/// Each of the two others: adds up values. The first of their threads fetches queries and rows.
 template <class S>
-__device__ __forceinline__ void add_up(const Attention& a, const Splits& splits,
+__device__ __forceinline__ void add_up(const Attention& a, const Splits& splits, const Maps& maps,
                                        const Work<S>& work) {
   const int own = S::kHalves ? (static_cast<int>(threadIdx.x) / kGroup - 1) * S::kParts : 0;
+  const bool fetches = static_cast<int>(threadIdx.x) == kGroup && work.begin < work.end;
+  if (fetches) {
+    work.fetch_queries(maps);
+    work.fetch(a, maps, work.begin);
+    if (work.begin + 1 < work.end) {
+      work.fetch(a, maps, work.begin + 1);
+    }
+  }
+  __syncwarp();
   float out[S::kParts][64] = {};
   for (int tile = work.begin; tile < work.end; ++tile) {
     wgmma::wait_at<kWeighted, kThreads>();
+    work.wait_for_tile(tile);
     const float shrink[2] = {work.of_heads[upper_head()], work.of_heads[upper_head() + 8]};
     if (__any_sync(0xffffffff, shrink[0] != 1 || shrink[1] != 1)) {
 #pragma unroll
@@ -255,6 +279,13 @@ __device__ __forceinline__ void add_up(const Attention& a, const Splits& splits,
       wgmma::pin(out[part]);
     }
     wgmma::arrive_at<kAdded, kThreads>();
+    if (tile + 2 < work.end) {
+      wgmma::wait_at<kReleased, kThreads - kGroup>();
+      if (fetches) {
+        work.fetch(a, maps, tile + 2);
+      }
+      __syncwarp();
+    }
   }
   __syncthreads();
   if (!S::kHalves && static_cast<int>(threadIdx.x) >= 2 * kGroup) {
@@ -292,13 +323,20 @@ __device__ __forceinline__ void add_up(const Attention& a, const Splits& splits,
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, 1)
-    attend_kernel(const __grid_constant__ Attention a, const __grid_constant__ Splits splits) {
+    attend_kernel(const __grid_constant__ Attention a, const __grid_constant__ Splits splits,
+                  const __grid_constant__ Maps maps) {
   extern __shared__ std::uint8_t shared[];
   const Work<S> work(a, splits, shared);
+  if (threadIdx.x == 0) {
+    for (unsigned i = 0; i < 3; ++i) {
+      wgmma::set_up_arrival(work.arrivals + 8 * i);
+    }
+  }
+  __syncthreads();
   if (threadIdx.x < kGroup) {
     weigh(a, splits, work);
   } else {
-    add_up(a, splits, work);
+    add_up(a, splits, maps, work);
   }
 }
 
@@ -407,11 +445,51 @@ void prepare_attention(std::int64_t latent, std::int64_t rope) {
   });
 }
 
+namespace {
+
+using Encode = decltype(&::cuTensorMapEncodeTiled);
+
+/// Of bf16, the first extent lying without gaps. A box has 64 columns and 64 of the last extent, in
+/// the order that products read.
+CUtensorMap map_of(const BFloat16* data, std::vector<cuuint64_t> extents,
+                   const std::vector<cuuint64_t>& strides) {
+  static const Encode encode = [] {
+    Encode found = nullptr;
+    cohort::detail::load_driver_function("cuTensorMapEncodeTiled", found);
+    return found;
+  }();
+  const std::vector<cuuint32_t> steps(extents.size(), 1);
+  std::vector<cuuint32_t> box(extents.size(), 1);
+  box.front() = wgmma::kBlockColumns;
+  box.back() = kTile;
+  CUtensorMap map{};
+  const CUresult code =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(extents.size()),
+             const_cast<BFloat16*>(data), extents.data(), strides.data(), box.data(), steps.data(),
+             CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (code != CUDA_SUCCESS) {
+    throw cohort::TransportError({.call = "cuTensorMapEncodeTiled", .native_code = code},
+                                 "attention's rows or queries");
+  }
+  return map;
+}
+
+Maps maps_of(const Attention& a) {
+  const auto row = static_cast<cuuint64_t>(a.latent + a.rope);
+  const auto batch = static_cast<cuuint64_t>(a.batch);
+  return {.queries = map_of(a.q, {row, batch, static_cast<cuuint64_t>(a.heads)},
+                            {2 * row, 2 * row * batch}),
+          .rows = map_of(a.cache, {row, batch * static_cast<cuuint64_t>(a.capacity)}, {2 * row})};
+}
+
+}  // namespace
+
 void attend(const Attention& a, const Splits& splits, cudaStream_t stream) {
   const std::int64_t groups = (a.heads + kTile - 1) / kTile;
   with_kernel(a.latent, a.rope, [&](auto* kernel, unsigned shared) {
     kernel<<<static_cast<unsigned>(a.batch * groups * splits.count), kThreads, shared, stream>>>(
-        a, splits);
+        a, splits, maps_of(a));
     cohort::cuda_check(cudaGetLastError(), "kernel launch");
   });
   if (splits.count > 1) {

@@ -150,6 +150,7 @@ class CudaDevice final : public Device {
                                  captured ? cudaEventRecordExternal : cudaEventRecordDefault),
         "cudaEventRecordWithFlags");
   }
+  bool marks_take_time() const override { return true; }
   std::vector<double> between_marks(std::size_t places) override {
     std::vector<double> seconds;
     for (std::size_t i = 0; i + 1 < places; ++i) {

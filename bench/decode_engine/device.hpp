@@ -76,6 +76,8 @@ class Device {
 
   /// Notes when the stream gets here, in every launch of a graph as well.
   virtual void mark(std::size_t place) = 0;
+  /// Whether a mark keeps the stream from going on at once.
+  [[nodiscard]] virtual bool marks_take_time() const = 0;
   /// Seconds from each of the first `places` marks to the next.
   [[nodiscard]] virtual std::vector<double> between_marks(std::size_t places) = 0;
 

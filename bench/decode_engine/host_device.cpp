@@ -209,6 +209,7 @@ class HostDevice final : public Device {
       marks_[place] = Clock::now();
     });
   }
+  bool marks_take_time() const override { return false; }
   std::vector<double> between_marks(std::size_t places) override {
     std::vector<double> seconds;
     for (std::size_t i = 0; i + 1 < places; ++i) {

@@ -122,8 +122,10 @@ void tell(Session& session, const Timed& timed, std::int64_t context, std::int64
   const Sizes& sizes = session.model.sizes();
   const cohort::bench::Summary us =
       cohort::bench::summarize(cohort::bench::max_over_ranks(gather(session.world, timed.samples)));
-  const KindTimes kinds =
-      without_marks(mean_kinds(session, timed), timed.engine->stretches(), us.p50);
+  KindTimes kinds = mean_kinds(session, timed);
+  if (session.device.marks_take_time()) {
+    kinds = without_marks(kinds, timed.engine->stretches(), us.p50);
+  }
   const double roofline = attention_roofline(session, place, batch, context);
   const std::int64_t kv = cache_bytes(sizes, place, batch, context);
   const std::int64_t fit =

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 /// \file
@@ -98,17 +100,51 @@ __device__ __forceinline__ void multiply_async(float (&d)[64], std::uint64_t a, 
       : "l"(a), "l"(b), "r"(add), "n"(kTransposed));
 }
 
-/// Copies 16 bytes, or none and writes zeros.
-__device__ __forceinline__ void copy_async(unsigned to, const void* from, bool whole) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from),
-               "r"(whole ? 16 : 0)
+/// Lets products see what this thread wrote, once a barrier is behind.
+__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async;\n" ::: "memory"); }
+
+/// A barrier in shared memory that ends when one thread has said how many bytes are to come and
+/// these have come. Set up by one thread, in front of a barrier of all.
+__device__ __forceinline__ void set_up_arrival(unsigned arrival) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;\n"
+      "fence.proxy.async;\n" ::"r"(arrival)
+      : "memory");
+}
+__device__ __forceinline__ void expect(unsigned arrival, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(arrival), "r"(bytes)
                : "memory");
 }
-/// Waits for this thread's copies, and lets products see what it wrote once a barrier is behind.
-__device__ __forceinline__ void finish_copies() {
-  asm volatile("cp.async.wait_all;\nfence.proxy.async;\n" ::: "memory");
+/// Waits for the end of its first use, whose phase is 0, its second with 1, its third with 0 ...
+__device__ __forceinline__ void wait_for(unsigned arrival, unsigned phase) {
+  unsigned ended = 0;
+  do {
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}\n"
+        : "=r"(ended)
+        : "r"(arrival), "r"(phase)
+        : "memory");
+  } while (ended == 0);
+  __syncwarp();
 }
-__device__ __forceinline__ void publish() { asm volatile("fence.proxy.async;\n" ::: "memory"); }
+/// One thread copies a map's box into shared memory. What lies outside of the map is zeros.
+__device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap& map, int column, int row,
+                                         unsigned arrival) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+      "%3}], [%4];\n" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(arrival)
+      : "memory");
+}
+__device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap& map, int column, int row,
+                                         int plane, unsigned arrival) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
+      "%3, %4}], [%5];\n" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(plane), "r"(arrival)
+      : "memory");
+}
 
 /// Barriers between some of a block's warps, besides the first one, which is __syncthreads'.
 template <int kBarrier, int kThreads>
