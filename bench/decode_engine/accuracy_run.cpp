@@ -272,7 +272,7 @@ Told share(Session& session, const Told& mine) {
   std::string_view rest(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   const auto line = [&rest] {
     const auto end = rest.find('\n');
-    const std::string first(rest.substr(0, end));
+    std::string first(rest.substr(0, end));
     rest.remove_prefix(end + 1);
     return first;
   };

@@ -123,6 +123,7 @@ class CopyModel final : public Model {
                                std::int64_t column) const {
     const std::int64_t k = code_;
     const std::int64_t constant = 4 * k;  // its place in the hidden state
+    const std::int64_t repeats = sizes().inner / k;
     const double normalized = kConstant / size_of_hidden(layer);
     switch (part) {
       case Part::embedding:
@@ -148,9 +149,8 @@ class CopyModel final : public Model {
       case Part::up:
         return layer == last_ && row < sizes().inner / k * k ? same(2 * k + row % k, column) : 0;
       case Part::down:
-        return layer == last_ && row >= 3 * k && row < 4 * k && column < sizes().inner / k * k
-                   ? same(row - 3 * k, column % k) /
-                         (kGate * static_cast<double>(sizes().inner / k))
+        return layer == last_ && row >= 3 * k && row < 4 * k && column < repeats * k
+                   ? same(row - 3 * k, column % k) / (kGate * static_cast<double>(repeats))
                    : 0;
       case Part::head:
         return column >= 3 * k && column < 4 * k
@@ -174,8 +174,9 @@ class CopyModel final : public Model {
     // A constant, turned back by one position: the score of a token at distance d is
     // sum_j kPair * cos(frequency_j * (d - 1)).
     const std::int64_t i = row - sizes().nope;
+    const std::int64_t even = i / 2 * 2;
     const double angle =
-        std::pow(10000.0, -static_cast<double>(i / 2 * 2) / static_cast<double>(sizes().rope));
+        std::pow(10000.0, -static_cast<double>(even) / static_cast<double>(sizes().rope));
     const double size = kPair / (scale * kKey) / static_cast<double>(sizes().query_rank - code_);
     return size * (i % 2 == 0 ? std::cos(angle) : -std::sin(angle));
   }
