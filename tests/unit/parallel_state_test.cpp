@@ -165,7 +165,7 @@ TEST_CASE("a state that ends without a shutdown refuses what needs it later, and
       world.barrier();
       const auto start = Clock::now();
       check_throws<TransportError>([&] { state->tp().send(x, 2); }, "rank 2 has ");
-      check_throws<TransportError>([&] { state->shutdown(); }, "rank 2 has left the group");
+      state->shutdown();  // behind a failure it waits for nobody
       check(Clock::now() - start < kRanksTimeLimit / 2, "before the limit");
     } else {
       if (world.rank() == 1) {
