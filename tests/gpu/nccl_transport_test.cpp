@@ -1083,6 +1083,7 @@ TEST_CASE("what another allocator hands out of a window may lie anywhere", "[ncc
     }
     cuda_check(cudaMemcpy(tensor.data(), values.data(), tensor.bytes(), cudaMemcpyHostToDevice),
                "cudaMemcpy");
+    cuda_check(cudaStreamSynchronize(cudaStreamLegacy), "cudaStreamSynchronize");
   };
   const auto wrong = [&](const TensorView& tensor, const auto& expected) {
     transport.synchronize(stream, kLimit);
