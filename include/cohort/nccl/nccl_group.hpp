@@ -30,6 +30,7 @@
 #include "cohort/nccl/trace_memory.hpp"
 #include "cohort/nccl/transport_options.hpp"
 #include "cohort/tensor.hpp"
+#include "cohort/traced_agreement.hpp"
 #include "cohort/transport.hpp"
 
 /// \file
@@ -231,11 +232,15 @@ struct NcclGroup {
 struct NcclCall {
   NcclCall(NcclGroup& group, StreamRef reference)
       : guard(group.device), use(use_of(group)), stream(native(reference)) {
-    if (group.failed() || (group.communicator != nullptr && !use)) {
-      group.throw_failed();
-    }
+    reporting(group.control.recorder(), [&] {
+      if (group.failed() || (group.communicator != nullptr && !use)) {
+        group.throw_failed();
+      }
+      if (group.size > 1) {
+        group.check_peers(PeerLook::lately);
+      }
+    });
     if (group.size > 1) {
-      group.check_peers(PeerLook::lately);
       group.comes_on(stream);
     }
   }

@@ -33,6 +33,7 @@
 #include "cohort/nccl/profiler_ranges.hpp"
 #include "cohort/nccl/transport_options.hpp"
 #include "cohort/tensor.hpp"
+#include "cohort/traced_agreement.hpp"
 #include "cohort/transport.hpp"
 
 /// \file
@@ -303,10 +304,12 @@ class NcclTransport final : public Transport {
   }
   void before_launch(StreamRef stream) override {
     if (group_.size > 1) {
-      if (group_.failed()) {
-        group_.throw_failed();
-      }
-      group_.check_peers(PeerLook::lately);
+      detail::reporting(group_.control.recorder(), [&] {
+        if (group_.failed()) {
+          group_.throw_failed();
+        }
+        group_.check_peers(PeerLook::lately);
+      });
       group_.comes_on(detail::native(stream));
     }
   }
