@@ -102,10 +102,21 @@ struct NcclGroup {
     }
   }
 
-  /// A call, or a launch of a graph that may hold some, comes on `stream`.
-  void comes_on(cudaStream_t stream) noexcept {
-    last_stream.store(stream, std::memory_order_relaxed);
-    used.store(true, std::memory_order_release);
+  /// A call, or a launch of a graph that may hold some, comes on `stream`. Throws where it cannot
+  /// work, because the group has failed or another rank has left, which the recorder learns.
+  void enter(cudaStream_t stream, bool can_work = true) {
+    reporting(control.recorder(), [&] {
+      if (failed() || !can_work) {
+        throw_failed();
+      }
+      if (size > 1) {
+        check_peers(PeerLook::lately);
+      }
+    });
+    if (size > 1) {
+      last_stream.store(stream, std::memory_order_relaxed);
+      used.store(true, std::memory_order_release);
+    }
   }
   /// Whether the last one came on `stream`. Any thread.
   [[nodiscard]] bool came_on(cudaStream_t stream) const noexcept {
@@ -232,17 +243,7 @@ struct NcclGroup {
 struct NcclCall {
   NcclCall(NcclGroup& group, StreamRef reference)
       : guard(group.device), use(use_of(group)), stream(native(reference)) {
-    reporting(group.control.recorder(), [&] {
-      if (group.failed() || (group.communicator != nullptr && !use)) {
-        group.throw_failed();
-      }
-      if (group.size > 1) {
-        group.check_peers(PeerLook::lately);
-      }
-    });
-    if (group.size > 1) {
-      group.comes_on(stream);
-    }
+    group.enter(stream, group.communicator == nullptr || use);
   }
 
   DeviceGuard guard;

@@ -33,7 +33,6 @@
 #include "cohort/nccl/profiler_ranges.hpp"
 #include "cohort/nccl/transport_options.hpp"
 #include "cohort/tensor.hpp"
-#include "cohort/traced_agreement.hpp"
 #include "cohort/transport.hpp"
 
 /// \file
@@ -304,13 +303,7 @@ class NcclTransport final : public Transport {
   }
   void before_launch(StreamRef stream) override {
     if (group_.size > 1) {
-      detail::reporting(group_.control.recorder(), [&] {
-        if (group_.failed()) {
-          group_.throw_failed();
-        }
-        group_.check_peers(PeerLook::lately);
-      });
-      group_.comes_on(detail::native(stream));
+      group_.enter(detail::native(stream));
     }
   }
   [[nodiscard]] bool failed() const noexcept override { return group_.failed(); }
