@@ -8,6 +8,7 @@
 
 #include "cohort/control_plane.hpp"
 #include "cohort/merge_plan.hpp"
+#include "cohort/stream.hpp"
 #include "cohort/tensor.hpp"
 #include "device.hpp"
 #include "sizes.hpp"
@@ -56,6 +57,15 @@ class Exchange {
   /// Collective; nothing is called afterwards.
   virtual void close() = 0;
 };
+
+/// `Exchange::capture` for calls of which nothing but their stream has to know.
+[[nodiscard]] inline std::function<void()> captured_on(cohort::StreamRef stream,
+                                                       const std::function<void()>& record) {
+  stream.driver().begin_capture(stream.native());
+  record();
+  return [stream, graph = std::shared_ptr<cohort::ExecutableGraph>(
+                      stream.driver().end_capture(stream.native()))] { graph->launch(stream); };
+}
 
 /// The world's groups by Cohort.
 [[nodiscard]] std::unique_ptr<Exchange> make_cohort_exchange(cohort::ControlPlane& world,

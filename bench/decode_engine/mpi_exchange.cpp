@@ -110,11 +110,7 @@ class MpiExchange final : public Exchange {
   }
 
   std::function<void()> capture(const std::function<void()>& record) override {
-    const cohort::StreamRef stream = device_.stream();
-    stream.driver().begin_capture(stream.native());
-    record();
-    return [stream, graph = std::shared_ptr<cohort::ExecutableGraph>(
-                        stream.driver().end_capture(stream.native()))] { graph->launch(stream); };
+    return captured_on(device_.stream(), record);
   }
   void synchronize() override { device_.synchronize(); }
   void close() override {}

@@ -136,11 +136,7 @@ class NcclExchange final : public Exchange {
   }
 
   std::function<void()> capture(const std::function<void()>& record) override {
-    const cohort::StreamRef on = device_.stream();
-    on.driver().begin_capture(on.native());
-    record();
-    return [on, graph = std::shared_ptr<cohort::ExecutableGraph>(
-                    on.driver().end_capture(on.native()))] { graph->launch(on); };
+    return captured_on(device_.stream(), record);
   }
   void synchronize() override { device_.synchronize(); }
   void close() override { device_.synchronize(); }
