@@ -915,19 +915,30 @@ TEST_CASE("in windows NCCL takes its symmetric path, and the guard precedes it",
   }
 }
 
+namespace {
+
+/// A transport all of whose calls NCCL takes, and memory in a window of its.
+struct InWindow {
+  std::unique_ptr<Segment> segment = session().backend->allocate_segment(std::size_t{8} << 20);
+  std::unique_ptr<NcclTransport> transport = std::make_unique<NcclTransport>(
+      world(), session().backend->streams(), session().backend->device().index,
+      NcclTransportOptions{.own_max_bytes = 0});
+  std::unique_ptr<Window> window = transport->register_segment(*segment);
+};
+
+}  // namespace
+
 TEST_CASE("buffers at different places of a window cannot be captured, nor used under debug checks",
           "[nccl][window]") {
   if (skip_all_without_windows()) {
     return;
   }
-  NcclTransport transport(world(), session().backend->streams(), session().backend->device().index,
-                          {.own_max_bytes = 0});
+  const InWindow memory;
+  NcclTransport& transport = *memory.transport;
   const StreamRef stream = session().ref();
   const Device device = session().backend->device();
-  const auto segment = session().backend->allocate_segment(std::size_t{8} << 20);
-  const auto window = transport.register_segment(*segment);
   constexpr std::int64_t kCount = 4096;
-  auto* const base = static_cast<BFloat16*>(segment->data());
+  auto* const base = static_cast<BFloat16*>(memory.segment->data());
   const auto at = [&](std::int64_t offset, std::int64_t count) {
     return TensorView(base + offset, DType::bf16, {count}, device);
   };
@@ -997,16 +1008,14 @@ TEST_CASE("eager calls of buffers at different places of a window fail the group
   const auto collective =
       GENERATE(Collective::all_gather, Collective::reduce_scatter, Collective::all_reduce);
   CAPTURE(static_cast<int>(collective));
+  const InWindow memory;
+  NcclTransport& transport = *memory.transport;
   const StreamRef stream = session().ref();
   const Device device = session().backend->device();
-  const auto segment = session().backend->allocate_segment(std::size_t{8} << 20);
-  NcclTransport transport(world(), session().backend->streams(), device.index,
-                          {.own_max_bytes = 0});
-  const auto window = transport.register_segment(*segment);
   constexpr std::int64_t kCount = 4096;
   const std::int64_t whole = kCount * ranks();
   const auto at = [&](std::int64_t offset, std::int64_t count) {
-    return TensorView(static_cast<BFloat16*>(segment->data()) + offset, DType::bf16, {count},
+    return TensorView(static_cast<BFloat16*>(memory.segment->data()) + offset, DType::bf16, {count},
                       device);
   };
   const auto sizes = equal_sizes(kCount);
@@ -1058,16 +1067,14 @@ TEST_CASE("what another allocator hands out of a window may lie anywhere", "[ncc
   if (skip_all_without_windows()) {
     return;
   }
-  NcclTransport transport(world(), session().backend->streams(), session().backend->device().index,
-                          {.own_max_bytes = 0});
+  const InWindow memory;
+  NcclTransport& transport = *memory.transport;
   const StreamRef stream = session().ref();
   const Device device = session().backend->device();
-  const auto segment = session().backend->allocate_segment(std::size_t{8} << 20);
-  const auto window = transport.register_segment(*segment);
   constexpr std::int64_t kCount = 4096;
   const std::int64_t whole = kCount * ranks();
-  auto* const base = static_cast<float*>(segment->data());
-  segment->loose_parts().add(base, std::size_t{4} << 20);
+  auto* const base = static_cast<float*>(memory.segment->data());
+  memory.segment->loose_parts().add(base, std::size_t{4} << 20);
   const auto view = [&](std::int64_t at, std::int64_t count) {
     return TensorView(base + at, DType::f32, {count}, device);
   };
