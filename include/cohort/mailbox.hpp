@@ -5,13 +5,11 @@
 #include <time.h>
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <deque>
 #include <limits>
 #include <map>
@@ -21,83 +19,22 @@
 #include <optional>
 #include <set>
 #include <span>
-#include <string_view>
 #include <thread>
 #include <tuple>
 #include <unordered_set>
 #include <utility>
-#include <vector>
 
+#include "cohort/control_frame.hpp"
 #include "cohort/error.hpp"
 #include "cohort/messenger.hpp"
+#include "cohort/notice_board.hpp"
 #include "cohort/owner_process.hpp"
+#include "cohort/question_box.hpp"
 
 /// \file
-/// The mailbox, which lets many groups and threads share the messages of one messenger, and what a
-/// message carries for it.
+/// The mailbox, which lets many groups and threads share the messages of one messenger.
 
 namespace cohort::detail {
-
-/// What a message is part of. The last four are no calls: a rank tells the others that it has
-/// left, because of an error or in good order; it asks one for whom that waits, and is told.
-enum class ControlCall : std::uint32_t {
-  all_gather,
-  barrier,
-  broadcast,
-  exchange,
-  gave_up,
-  left,
-  asks,
-  waits
-};
-
-[[nodiscard]] constexpr std::string_view to_string(ControlCall call) noexcept {
-  switch (call) {
-    case ControlCall::all_gather:
-      return "all_gather";
-    case ControlCall::barrier:
-      return "barrier";
-    case ControlCall::broadcast:
-      return "broadcast";
-    case ControlCall::exchange:
-      return "exchange";
-    case ControlCall::gave_up:
-      return "notice";
-    case ControlCall::left:
-      return "goodbye";
-    case ControlCall::asks:
-      return "question";
-    case ControlCall::waits:
-      return "answer";
-  }
-  return "unknown call";
-}
-
-/// What each payload carries at its end, where adding and removing it moves no byte of the payload:
-/// the group, the call and its number in that group.
-struct FrameTrailer {
-  std::uint64_t channel = 0;
-  ControlCall call = ControlCall::all_gather;
-  std::uint32_t sequence = 0;
-};
-
-/// What a rank said when it left a group.
-struct Notice {
-  int from = 0;                ///< Rank in the messenger.
-  std::uint32_t sequence = 0;  ///< The first collective call of the group that it did not finish.
-  Bytes reason;
-};
-
-/// Whose notices concern a call: this rank's always do.
-struct Watch {
-  std::uint64_t channel = 0;
-  std::span<const int> ranks;  ///< In the messenger.
-  /// The number of the call: who left a later one has finished this one. Nothing where calls are
-  /// not numbered.
-  std::optional<std::uint32_t> sequence;
-  /// In the messenger: whose messages the call still needs. None comes behind a goodbye.
-  std::span<const int> awaited = {};
-};
 
 /// Sorts the messages of one messenger by group and sender, so that many groups share it, each used
 /// by a thread of its own.
@@ -112,7 +49,8 @@ class Mailbox {
     Bytes payload;
   };
 
-  explicit Mailbox(std::shared_ptr<Messenger> messenger) : messenger_(std::move(messenger)) {}
+  explicit Mailbox(std::shared_ptr<Messenger> messenger)
+      : messenger_(std::move(messenger)), notices_(messenger_->rank()) {}
 
   /// One that a forked child of its owner keeps for good, with its messenger: the end of either
   /// there would speak to the parent's peers, sending once more what the parent has not sent yet,
@@ -129,6 +67,10 @@ class Mailbox {
 
   [[nodiscard]] Messenger& messenger() noexcept { return *messenger_; }
   [[nodiscard]] const OwnerProcess& owner() const noexcept { return owner_; }
+  /// Who has left, of what has been taken in.
+  [[nodiscard]] NoticeBoard& notices() noexcept { return notices_; }
+  /// What has been asked and answered, of what has been taken in.
+  [[nodiscard]] QuestionBox& questions() noexcept { return questions_; }
 
   void send(int to, const FrameTrailer& trailer, Bytes payload) {
     const auto lock = enter();
@@ -136,14 +78,12 @@ class Mailbox {
       pending_[key(trailer, to)].push_back({trailer, std::move(payload)});
       return;
     }
-    std::array<std::byte, sizeof(trailer)> bytes{};
-    std::memcpy(bytes.data(), &trailer, sizeof(trailer));
-    payload.insert(payload.end(), bytes.begin(), bytes.end());
+    append(payload, trailer);
     messenger_->send(to, std::move(payload));
   }
 
   /// The next frame of that kind of call from a rank, or nothing: at the deadline, or as soon as
-  /// `notice` or `who_left` has something to tell. What has arrived by then counts, also where the
+  /// a notice or `who_left` has something to tell. What has arrived by then counts, also where the
   /// deadline has passed before the call.
   std::optional<Frame> receive(int from, ControlCall call, const Watch& watch, Deadline deadline) {
     const Key wanted = key({watch.channel, call, 0}, from);
@@ -160,7 +100,7 @@ class Mailbox {
       if (from == messenger_->rank()) {
         return std::nullopt;  // own messages are there before anyone can ask for them
       }
-      if (notice(watch)) {
+      if (notices_.first(watch)) {
         while (take_in() && Clock::now() < drained) {
         }
         return take(wanted);  // what has arrived before the notice counts
@@ -231,118 +171,13 @@ class Mailbox {
     return first_gone(call, watch);
   }
 
-  // Questions, of which `sequence` is the number of the inquiry that they are part of.
-
-  /// What a rank wants to know: for whom this one waits.
-  struct Question {
-    int from = 0;
-    FrameTrailer trailer;
-  };
-  /// For whom a rank waits, in the messenger; for nobody any more where that is empty.
-  struct Answer {
-    int from = 0;
-    std::vector<int> waits_for;
-  };
-
-  /// A wait in a group begins, and ends, during which this rank answers.
-  void begin_wait(std::uint64_t channel) {
-    const auto lock = enter_inquiries();
-    ++waits_[channel];
-  }
-  void end_wait(std::uint64_t channel) {
-    const auto lock = enter_inquiries();
-    if (const auto waits = waits_.find(channel); waits != waits_.end() && --waits->second == 0) {
-      waits_.erase(waits);
-    }
-  }
-  /// Of the questions taken in those that a wait in that group is to answer, which then is to do
-  /// so: those asked in the group, and in groups in which this rank does not wait. Costs nothing
-  /// where there is none.
-  [[nodiscard]] std::vector<Question> take_questions(std::uint64_t channel) {
-    std::vector<Question> taken;
-    if (!has_questions_.load(std::memory_order_relaxed)) {
-      return taken;
-    }
-    const auto lock = enter_inquiries();
-    for (auto it = questions_.begin(); it != questions_.end();) {
-      const auto& [place, group] = *it;
-      if (group != channel && waits_.count(group) > 0) {
-        ++it;
-        continue;
-      }
-      taken.push_back({place.first, {group, ControlCall::waits, place.second}});
-      it = questions_.erase(it);
-    }
-    has_questions_.store(!questions_.empty(), std::memory_order_relaxed);
-    return taken;
-  }
-
-  /// The number of a new inquiry, whose answers are kept from now on.
-  [[nodiscard]] std::uint32_t begin_inquiry() {
-    const auto lock = enter_inquiries();
-    answers_[++inquiries_];
-    return inquiries_;
-  }
-  void end_inquiry(std::uint32_t number) {
-    const auto lock = enter_inquiries();
-    answers_.erase(number);
-  }
-  /// In the order in which they have been taken in.
-  [[nodiscard]] std::vector<Answer> take_answers(std::uint32_t number) {
-    const auto lock = enter_inquiries();
-    const auto found = answers_.find(number);
-    return found != answers_.end() ? std::exchange(found->second, {}) : std::vector<Answer>{};
-  }
-
   /// Whether a goodbye of a rank has been taken in.
   [[nodiscard]] bool has_left(std::uint64_t channel, int from) {
     const auto lock = enter();
     return goodbyes_.count({channel, from}) > 0;
   }
 
-  /// The first notice that concerns a call, of those taken in. Waits for nobody, and costs nothing
-  /// where there is none.
-  [[nodiscard]] std::optional<Notice> notice(const Watch& watch) {
-    if (!has_notices_.load(std::memory_order_relaxed)) {
-      return std::nullopt;
-    }
-    const std::lock_guard lock(notices_mutex_);
-    const auto of_group = notices_.find(watch.channel);
-    if (of_group == notices_.end()) {
-      return std::nullopt;
-    }
-    const auto concerns = [&](const Notice& notice) {
-      return notice.from == messenger_->rank() ||
-             (std::count(watch.ranks.begin(), watch.ranks.end(), notice.from) > 0 &&
-              (!watch.sequence ||
-               static_cast<std::int32_t>(notice.sequence - *watch.sequence) <= 0));
-    };
-    const auto found = std::find_if(of_group->second.begin(), of_group->second.end(), concerns);
-    return found != of_group->second.end() ? std::optional(*found) : std::nullopt;
-  }
-
-  /// Takes in why this rank leaves. False where it has said so before: the first cause stays.
-  bool note_own(std::uint64_t channel, std::span<const std::byte> reason) {
-    const std::lock_guard lock(notices_mutex_);
-    auto& of_group = notices_[channel];
-    const auto is_own = [&](const Notice& notice) { return notice.from == messenger_->rank(); };
-    if (std::any_of(of_group.begin(), of_group.end(), is_own)) {
-      return false;
-    }
-    of_group.push_back({messenger_->rank(), 0, Bytes(reason.begin(), reason.end())});
-    has_notices_.store(true, std::memory_order_relaxed);
-    return true;
-  }
-
-  /// Takes in what another rank says. Waits for nobody.
-  void note(std::uint64_t channel, int from, std::uint32_t sequence,
-            std::span<const std::byte> reason) {
-    const std::lock_guard lock(notices_mutex_);
-    notices_[channel].push_back({from, sequence, Bytes(reason.begin(), reason.end())});
-    has_notices_.store(true, std::memory_order_relaxed);
-  }
-
-  /// `Messenger::flush`. Ends as well as soon as `notice` has something to tell.
+  /// `Messenger::flush`. Ends as well as soon as a notice concerns the call.
   bool flush(int to, const Watch& watch, Deadline deadline) {
     if (to == messenger_->rank()) {
       return true;
@@ -360,7 +195,7 @@ class Mailbox {
         next_look = now + kSlice;
         take_in();
       }
-      if (start >= deadline || notice(watch)) {
+      if (start >= deadline || notices_.first(watch)) {
         return false;
       }
       if (shared || in_front_ > 0) {
@@ -385,11 +220,7 @@ class Mailbox {
       pending_.erase(begin, end);
       goodbyes_.erase(goodbyes_.lower_bound({channel, kLowest}),
                       goodbyes_.upper_bound({channel, std::numeric_limits<int>::max()}));
-      {
-        const std::lock_guard notices(notices_mutex_);
-        notices_.erase(channel);
-        has_notices_.store(!notices_.empty(), std::memory_order_relaxed);
-      }
+      notices_.forget(channel);
       if (retired_.insert(channel).second) {
         retired_in_order_.push_back(channel);
       }
@@ -409,13 +240,7 @@ class Mailbox {
     for (const auto& [key, frames] : pending_) {
       count += frames.size();
     }
-    const std::lock_guard for_notices(notices_mutex_);
-    for (const auto& [channel, notices] : notices_) {
-      count += static_cast<std::size_t>(
-          std::count_if(notices.begin(), notices.end(),
-                        [&](const Notice& notice) { return notice.from != messenger_->rank(); }));
-    }
-    return count;
+    return count + notices_.held();
   }
 
   void abandon() noexcept {
@@ -435,7 +260,6 @@ class Mailbox {
   // How long threads stay out of the messenger after they have met in front of it.
   static constexpr std::chrono::seconds kSharing{1};
   static constexpr std::size_t kMostRetired = 4096;
-  static constexpr std::size_t kMostQuestions = 4096;
 
   using Key = std::tuple<std::uint64_t, bool, int>;  // channel, whether of an exchange, sender
 
@@ -479,12 +303,6 @@ class Mailbox {
       shared_until_ = Clock::now() + kSharing;
     }
     return lock;
-  }
-
-  /// The same for what concerns questions alone, which waits for no thread in the messenger.
-  [[nodiscard]] std::unique_lock<std::mutex> enter_inquiries() {
-    owner_.check("control plane");
-    return std::unique_lock(inquiries_mutex_);
   }
 
   /// Messages of a pair keep their order: what a rank sent before its goodbye is in `pending_`.
@@ -554,23 +372,23 @@ class Mailbox {
     }
     const int from = kept_->from;
     Bytes& message = kept_->message;
-    FrameTrailer trailer;
-    if (message.size() < sizeof(trailer)) {
+    const auto found = trailer_of(message);
+    if (!found) {
       const std::size_t size = message.size();
       kept_.reset();
       throw TransportError(
           {.call = "Messenger::receive", .rank = messenger_->rank()},
           fmt::format("a message of {} bytes from rank {} is no control message", size, from));
     }
+    const FrameTrailer& trailer = *found;
     const std::size_t payload = message.size() - sizeof(trailer);
-    std::memcpy(&trailer, message.data() + payload, sizeof(trailer));
     if (trailer.call == ControlCall::waits) {
-      store_answer(from, trailer.sequence, std::span(message).first(payload));
+      questions_.store_answer(from, trailer.sequence, std::span(message).first(payload));
     } else if (trailer.call == ControlCall::asks) {
-      store_question(from, trailer);
+      questions_.store_question(from, trailer);
     } else if (retired_.count(trailer.channel) == 0) {
       if (trailer.call == ControlCall::gave_up) {
-        note(trailer.channel, from, trailer.sequence, std::span(message).first(payload));
+        notices_.note(trailer.channel, from, trailer.sequence, std::span(message).first(payload));
       } else if (trailer.call == ControlCall::left) {
         goodbyes_.insert({trailer.channel, from});
       } else {
@@ -586,29 +404,12 @@ class Mailbox {
     }
   }
 
-  void store_answer(int from, std::uint32_t number, std::span<const std::byte> payload) {
-    const std::lock_guard lock(inquiries_mutex_);
-    if (const auto inquiry = answers_.find(number); inquiry != answers_.end()) {
-      std::vector<int> waits_for(payload.size() / sizeof(int));
-      if (!waits_for.empty()) {
-        std::memcpy(waits_for.data(), payload.data(), waits_for.size() * sizeof(int));
-      }
-      inquiry->second.push_back({from, std::move(waits_for)});
-    }
-  }
-  void store_question(int from, const FrameTrailer& trailer) {
-    const std::lock_guard lock(inquiries_mutex_);
-    if (questions_.size() >= kMostQuestions) {  // of waits that have long been over
-      questions_.clear();
-    }
-    questions_[{from, trailer.sequence}] = trailer.channel;
-    has_questions_.store(true, std::memory_order_relaxed);
-  }
-
   inline static std::atomic<Mailbox*> inherited{nullptr};  // what a child keeps, by the last
   Mailbox* inherited_before_ = nullptr;
   OwnerProcess owner_;
   std::shared_ptr<Messenger> messenger_;
+  NoticeBoard notices_;
+  QuestionBox questions_;
   std::mutex mutex_;  // of everything below that is not atomic, and of the messenger
   std::condition_variable stored_;
   std::atomic<int> in_front_{0};  // threads in front of the mutex
@@ -620,15 +421,6 @@ class Mailbox {
   std::unordered_set<std::uint64_t> retired_;
   std::deque<std::uint64_t> retired_in_order_;
   std::atomic<std::int64_t> looked_{0};  // when, by `tick`
-  std::mutex notices_mutex_;             // of the notices alone, and never held for long
-  std::map<std::uint64_t, std::vector<Notice>> notices_;
-  std::atomic<bool> has_notices_{false};
-  std::mutex inquiries_mutex_;          // of what follows, and never held for long
-  std::map<std::uint64_t, int> waits_;  // how many threads wait for long, by channel
-  std::map<std::pair<int, std::uint32_t>, std::uint64_t> questions_;  // sender, inquiry: channel
-  std::atomic<bool> has_questions_{false};
-  std::uint32_t inquiries_ = 0;
-  std::map<std::uint32_t, std::vector<Answer>> answers_;  // of inquiries under way, by number
 };
 
 }  // namespace cohort::detail

@@ -177,8 +177,9 @@ class MessageControlPlane : public ControlPlane {
   }
 
   [[nodiscard]] std::optional<detail::GiveUp> left_with() const override {
-    const auto said =
-        poisoned() ? mailbox_->notice({channel_, member(rank_), std::nullopt}) : std::nullopt;
+    const auto said = poisoned()
+                          ? mailbox_->notices().first({channel_, member(rank_), std::nullopt})
+                          : std::nullopt;
     return said ? std::optional(detail::GiveUp::deserialize(said->reason)) : std::nullopt;
   }
 
@@ -277,14 +278,14 @@ class MessageControlPlane : public ControlPlane {
           mailbox_(*plane.mailbox_),
           asks_at_(plane.size() > 2 ? asks_at : Deadline::max()),
           inquiry_(plane.rank(), patience) {
-      mailbox_.begin_wait(plane_.channel_);
+      mailbox_.questions().begin_wait(plane_.channel_);
     }
     ~Talk() override {
       try {
         if (number_) {
-          mailbox_.end_inquiry(*number_);
+          mailbox_.questions().end_inquiry(*number_);
         }
-        mailbox_.end_wait(plane_.channel_);
+        mailbox_.questions().end_wait(plane_.channel_);
         for (const auto& [inquiry, question] : answered_) {
           answer(question, {});
         }
@@ -294,7 +295,7 @@ class MessageControlPlane : public ControlPlane {
     }
 
     void look(const Missing& missing) noexcept override try {
-      const auto questions = mailbox_.take_questions(plane_.channel_);
+      const auto questions = mailbox_.questions().take_questions(plane_.channel_);
       const bool asks = Clock::now() >= asks_at_;
       if (questions.empty() && !asks) {
         return;
@@ -327,7 +328,7 @@ class MessageControlPlane : public ControlPlane {
     }
 
    private:
-    void answer(const detail::Mailbox::Question& question, const std::vector<int>& missing) {
+    void answer(const detail::Question& question, const std::vector<int>& missing) {
       std::vector<int> members;
       for (const int r : missing) {
         members.push_back(plane_.members_[index(r)]);
@@ -339,7 +340,7 @@ class MessageControlPlane : public ControlPlane {
     void ask(const std::vector<int>& missing) {
       hear();
       if (!number_) {
-        number_ = mailbox_.begin_inquiry();
+        number_ = mailbox_.questions().begin_inquiry();
       }
       for (const int r : inquiry_.whom_to_ask(missing, Clock::now())) {
         try {
@@ -355,7 +356,7 @@ class MessageControlPlane : public ControlPlane {
         return;
       }
       mailbox_.look();
-      for (auto& [from, waits_for] : mailbox_.take_answers(*number_)) {
+      for (auto& [from, waits_for] : mailbox_.questions().take_answers(*number_)) {
         for (int& r : waits_for) {
           r = plane_.group_rank(r);
         }
@@ -371,7 +372,7 @@ class MessageControlPlane : public ControlPlane {
     Deadline asks_at_;
     detail::Inquiry inquiry_;
     std::optional<std::uint32_t> number_;  // of the inquiry, once it has begun
-    std::map<std::pair<int, std::uint32_t>, detail::Mailbox::Question> answered_;
+    std::map<std::pair<int, std::uint32_t>, detail::Question> answered_;
   };
 
   /// One wait for several ranks, which share its time.
@@ -480,7 +481,8 @@ class MessageControlPlane : public ControlPlane {
 
   /// What this rank leaves with behind an error: what another said is passed on as it is.
   [[nodiscard]] Bytes said_or_own(const std::exception_ptr& error) {
-    const auto said = heard_ ? mailbox_->notice({channel_, members_, std::nullopt}) : std::nullopt;
+    const auto said =
+        heard_ ? mailbox_->notices().first({channel_, members_, std::nullopt}) : std::nullopt;
     return said ? said->reason : detail::GiveUp::because(error, rank_).serialize();
   }
 
@@ -493,7 +495,7 @@ class MessageControlPlane : public ControlPlane {
     }
     try {
       const Bytes reason = why();
-      const bool is_first = mailbox_->note_own(channel_, reason);
+      const bool is_first = mailbox_->notices().note_own(channel_, reason);
       const std::uint64_t before = progress_.fetch_or(kLeft);
       if (is_first) {
         tell(reason, static_cast<std::uint32_t>(before));
@@ -696,7 +698,7 @@ class MessageControlPlane : public ControlPlane {
   }
 
   void throw_if_told(detail::ControlCall call, const detail::Watch& concern) {
-    if (const auto notice = mailbox_->notice(concern)) {
+    if (const auto notice = mailbox_->notices().first(concern)) {
       heard_ = true;
       detail::GiveUp::deserialize(notice->reason).raise(to_string(call), name_);
     }
