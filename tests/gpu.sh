@@ -226,31 +226,34 @@ part_cards() {
   ranks "visibility guard" 2 one "$bin/gpu_visibility_guard"
 }
 
-# survivor WAY: a rank is killed among own calls or NCCL's. mpirun's own status is that of the rank
-# that was killed, so the counts decide.
+# survivor WAY HOSTS: a rank is killed among own calls or NCCL's. mpirun's own status is that of the
+# rank that was killed, so the counts decide.
 survivor() {
-  run "a rank killed among calls: $1" bash -c \
-    'mpirun -n 2 --enable-recovery --timeout 100 "$@" 2>&1 | grep -a "^survivor\|^cohort-test" |
-     tee /dev/stderr | grep -q "^cohort-test: passed=[1-9][0-9]* failed=0"' _ \
-    "$bin/gpu_survivor" "$1"
+  run "a rank killed among calls: $1, hosts: $2" bash -c \
+    'mpirun -n 2 --enable-recovery --timeout 100 bash tests/gpu/as_hosts.sh "$@" 2>&1 |
+     grep -a "^survivor\|^cohort-test" | tee /dev/stderr |
+     grep -q "^cohort-test: passed=[1-9][0-9]* failed=0"' _ "$2" "$bin/gpu_survivor" "$1"
 }
 
-# Ranks that are late, stopped, absent or killed, or that make other calls.
+# Ranks that are late, stopped, absent or killed, or that make other calls: a card a rank, or two
+# ranks that share the only one.
 part_faults() {
-  local n rounds=$( ((full)) && echo 200 || echo 6)
+  local n hosts=one rounds=$( ((full)) && echo 200 || echo 6)
   run "chaos, one card" "$bin/gpu_chaos" 1 --ranks 2 --rounds "$rounds"
   if ((gpus < 2)); then
-    skip "late, stopped, absent and killed ranks of several cards: one GPU"
-    return
+    skip "chaos with a card a rank: one GPU"
+    hosts=rank
+  else
+    run "chaos, a card a rank" "$bin/gpu_chaos" 2 --ranks 2 --rounds "$rounds"
   fi
-  run "chaos, a card a rank" "$bin/gpu_chaos" 2 --ranks 2 --rounds "$rounds"
-  for ((n = 2; n <= cards; n *= 2)); do
-    ranks "late, stopped and absent ranks" "$n" one "$bin/gpu_liveness"
+  for ((n = 2; n <= (cards < 2 ? 2 : cards); n *= 2)); do
+    ranks "late, stopped and absent ranks" "$n" "$hosts" "$bin/gpu_liveness"
   done
-  survivor own
-  survivor nccl
+  survivor own "$hosts"
+  survivor nccl "$hosts"
   if [[ -x $bin/cohort_trace ]]; then
-    run "what traces say of ranks that hang" bash tests/gpu/trace.sh "$bin/gpu_survivor" "$bin/cohort_trace"
+    run "what traces say of ranks that hang" bash tests/gpu/trace.sh "$bin/gpu_survivor" "$bin/cohort_trace" \
+      "$hosts"
   else
     skip "what traces say of ranks that hang: no $bin/cohort_trace"
   fi
