@@ -59,6 +59,14 @@ struct FrameTrailer {
   std::uint32_t sequence = 0;
 };
 
+/// A payload that becomes a message without being moved.
+[[nodiscard]] inline Bytes copy_with_room(std::span<const std::byte> payload) {
+  Bytes message;
+  message.reserve(payload.size() + sizeof(FrameTrailer));
+  message.assign(payload.begin(), payload.end());
+  return message;
+}
+
 /// A payload becomes a message.
 inline void append(Bytes& payload, const FrameTrailer& trailer) {
   std::array<std::byte, sizeof(trailer)> bytes{};

@@ -14,11 +14,13 @@ using namespace cohort::detail;
 
 TEST_CASE("a message is its payload, untouched, and the trailer that was put behind it") {
   for (const std::size_t size : {0U, 1U, 100U}) {
-    Bytes message(size, std::byte{7});
+    Bytes message = copy_with_room(Bytes(size, std::byte{7}));
+    const std::byte* const place = message.data();
     append(message, {0x0123456789abcdefU, ControlCall::exchange, 0xfffffff0U});
     REQUIRE(message.size() == size + ControlPlane::kTrailerBytes);
     CHECK(Bytes(message.begin(), message.begin() + static_cast<std::ptrdiff_t>(size)) ==
           Bytes(size, std::byte{7}));
+    CHECK(message.data() == place);  // nothing is moved for the trailer
     const auto trailer = trailer_of(message);
     REQUIRE(trailer);
     CHECK(trailer->channel == 0x0123456789abcdefU);
