@@ -224,8 +224,11 @@ class NcclCalls {
               group_.throw_failed();
             }
           });
-    } catch (...) {
+    } catch (const TransportError& error) {
       group_.communicator->abort();  // once the thread is back: what it began must come to an end
+      group_.throw_told(error);
+    } catch (...) {
+      group_.communicator->abort();
       throw;
     }
     known_.insert(way);
@@ -264,9 +267,8 @@ class NcclCalls {
     }
     try {
       group_.communicator->check(code, call);
-    } catch (const TransportError&) {
-      group_.control.give_up_because(std::current_exception());
-      throw;
+    } catch (const TransportError& error) {
+      group_.throw_told(error);
     }
   }
   /// What NCCL does with a call of these buffers.

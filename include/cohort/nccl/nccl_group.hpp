@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -15,20 +16,24 @@
 #include <vector>
 
 #include "cohort/agreement.hpp"
+#include "cohort/call_time.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/cuda/block_budget.hpp"
 #include "cohort/cuda/cuda_peer_kernels.hpp"
 #include "cohort/cuda/cuda_stream.hpp"
 #include "cohort/cuda/handles.hpp"
+#include "cohort/cuda/process_liveness.hpp"
 #include "cohort/cuda/workspace.hpp"
 #include "cohort/error.hpp"
 #include "cohort/hash.hpp"
+#include "cohort/joined.hpp"
 #include "cohort/log.hpp"
 #include "cohort/nccl/bounded_call.hpp"
 #include "cohort/nccl/communicator.hpp"
 #include "cohort/nccl/machine_probe.hpp"
 #include "cohort/nccl/trace_memory.hpp"
 #include "cohort/nccl/transport_options.hpp"
+#include "cohort/poll_pause.hpp"
 #include "cohort/tensor.hpp"
 #include "cohort/traced_agreement.hpp"
 #include "cohort/transport.hpp"
@@ -124,6 +129,45 @@ struct NcclGroup {
            last_stream.load(std::memory_order_relaxed) == stream;
   }
 
+  /// The ranks whose processes are known to have ended.
+  [[nodiscard]] std::vector<int> gone_ranks() const {
+    std::vector<int> gone;
+    for (int r = 0; r < size; ++r) {
+      if (process_is_gone(processes[static_cast<std::size_t>(rank)],
+                          processes[static_cast<std::size_t>(r)])) {
+        gone.push_back(r);
+      }
+    }
+    return gone;
+  }
+
+  /// Throws what NCCL told: what another rank has said, or the ranks whose processes have ended, or
+  /// `error` itself. The others learn of it. Sockets of a process close a while before it has
+  /// ended.
+  [[noreturn]] void throw_told(const TransportError& error) const {
+    const bool remote =
+        error.site().native_code == ncclRemoteError || error.site().native_code == ncclSystemError;
+    const auto deadline = deadline_after(remote ? kEndOfProcess : std::chrono::milliseconds(0));
+    PollPause pause;
+    while (true) {
+      const auto now = std::chrono::steady_clock::now();
+      control.check_peers();
+      if (auto gone = gone_ranks(); !gone.empty()) {
+        const TimeoutError named(
+            fmt::format("{}; the process of rank {} is gone, and the group must be formed anew",
+                        error.what(), joined(gone, ", ")),
+            std::move(gone));
+        control.give_up_because(std::make_exception_ptr(named));
+        throw named;
+      }
+      if (now >= deadline) {
+        control.give_up_because(std::make_exception_ptr(error));
+        throw error;
+      }
+      pause();
+    }
+  }
+
   [[noreturn]] void throw_failed() const {
     throw TransportError({.call = "a collective", .rank = rank, .group = control.name()},
                          "an earlier call of this group failed; form the group anew");
@@ -188,6 +232,9 @@ struct NcclGroup {
   std::unique_ptr<CudaPeerKernels> peers;  ///< Null where the ranks do not map each other's memory.
 
  private:
+  /// How long a process may take to end once its connections are closed.
+  static constexpr std::chrono::milliseconds kEndOfProcess{500};
+
   void agree_on_options() {
     std::uint64_t history = kHashSeed;
     for (const std::int64_t word :

@@ -15,7 +15,6 @@
 #include "cohort/cuda/cuda_stream.hpp"
 #include "cohort/cuda/device_drain.hpp"
 #include "cohort/cuda/inbox.hpp"
-#include "cohort/cuda/process_liveness.hpp"
 #include "cohort/error.hpp"
 #include "cohort/flight_recorder.hpp"
 #include "cohort/joined.hpp"
@@ -114,7 +113,6 @@ class NcclWaits final : private RankWaits {
   /// How often a wait looks whether another rank has left.
   static constexpr std::chrono::milliseconds kLookEvery{5};
 
-  /// What NCCL noticed itself, and where another rank had said why, that.
   /// Whom the stream is likely to wait for.
   [[nodiscard]] std::string waiting_text() const {
     const FlightRecorder* const recorder = group_.control.recorder();
@@ -126,16 +124,15 @@ class NcclWaits final : private RankWaits {
                        : ": " + behind);
   }
 
+  /// What NCCL noticed itself.
   void check_asynchronous() {
     if (group_.communicator == nullptr) {
       return;
     }
     try {
       group_.communicator->check_asynchronous();
-    } catch (const TransportError&) {
-      group_.control.check_peers();
-      group_.control.give_up_because(std::current_exception());
-      throw;
+    } catch (const TransportError& error) {
+      group_.throw_told(error);
     }
   }
 
@@ -231,13 +228,7 @@ class NcclWaits final : private RankWaits {
     if (group_.communicator != nullptr) {
       group_.communicator->mark_broken();
     }
-    std::vector<int> gone;
-    for (std::size_t r = 0; r < group_.processes.size(); ++r) {
-      if (process_is_gone(group_.processes[static_cast<std::size_t>(group_.rank)],
-                          group_.processes[r])) {
-        gone.push_back(static_cast<int>(r));
-      }
-    }
+    std::vector<int> gone = group_.gone_ranks();
     const std::string others = group_.streams.failures(*this);
     throw TimeoutError(
         fmt::format(
