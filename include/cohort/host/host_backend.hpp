@@ -214,7 +214,7 @@ inline std::shared_ptr<SharedMemory> HostBackend::make_pad(const PadGeometry& ge
                                                            Introduction& mine) const {
   try {
     auto pad = make_shared_memory(geometry.bytes(), Commit::at_first_access);
-    Rendezvous::construct(*pad, geometry);
+    GroupPads::construct(*pad, geometry);
     mine.pad = pad->handle();
     return pad;
   } catch (const TransportError& error) {

@@ -310,7 +310,7 @@ inline Call HostPeerKernels::merge_call(const MergeArguments& arguments) const {
 }
 
 inline void HostPeerKernels::merge(const MergeArguments& arguments) {
-  meeting_.check_usable("merge_attention");
+  meeting_.departure().check_usable("merge_attention");
   const cohort::detail::CallTime time;
   const MergeShape shape = shape_of(arguments);
   const Partials& partials = arguments.partials;
@@ -404,7 +404,7 @@ inline Showing HostPeerKernels::show_query(const ConstTensorView& q_nope,
 
 inline void HostPeerKernels::gather(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                                     const TensorView& q, QueryTypes types) {
-  meeting_.check_usable("gather_query");
+  meeting_.departure().check_usable("gather_query");
   const cohort::detail::CallTime time;
   Call call{.operation = Operation::gather_query, .dtype = q.dtype(), .bytes = q.bytes()};
   for (const std::int64_t word : {q.shape()[0], q.shape()[1], q_nope.shape()[2], types.number()}) {

@@ -60,7 +60,7 @@ class HostTransport final : public Transport {
                                     : CallPath::exchange),
         lifeline_(std::make_shared<Lifeline>(fmt::format("group {}", control.name()))) {
     if (access_ != nullptr) {
-      access_->meeting().end_with(control_);
+      access_->meeting().departure().end_with(control_);
       peers_.emplace(*access_);
       kernels_.emplace(*access_, lifeline_, steps_);
     }
@@ -200,14 +200,14 @@ class HostTransport final : public Transport {
     }
     check_usable("synchronize");
     if (access_ != nullptr) {
-      access_->meeting().check_peers();
+      access_->meeting().departure().check_peers();
     } else {
       control_.check_peers();
     }
   }
 
   [[nodiscard]] TraceRings trace_rings() override {
-    return access_ != nullptr ? access_->meeting().trace_rings() : TraceRings{};
+    return access_ != nullptr ? access_->meeting().pads().trace_rings() : TraceRings{};
   }
   [[nodiscard]] TransportStand call_begins(TraceCall, std::optional<CaptureId>) noexcept override {
     return steps_.stand();
@@ -216,11 +216,11 @@ class HostTransport final : public Transport {
 
   void forsake_peers(const cohort::detail::GiveUp& why) noexcept override {
     if (access_ != nullptr) {  // ranks without one wait over the control plane
-      access_->meeting().give_up(why);
+      access_->meeting().departure().give_up(why);
     }
   }
   [[nodiscard]] std::optional<cohort::detail::GiveUp> left_with() const override {
-    return access_ != nullptr ? access_->meeting().left_with() : std::nullopt;
+    return access_ != nullptr ? access_->meeting().departure().left_with() : std::nullopt;
   }
 
   [[nodiscard]] std::optional<cohort::detail::GiveUp> differed() const override {
@@ -228,12 +228,12 @@ class HostTransport final : public Transport {
   }
 
   [[nodiscard]] bool failed() const noexcept override {
-    return access_ != nullptr ? access_->meeting().failed() : exchange_.poisoned();
+    return access_ != nullptr ? access_->meeting().departure().failed() : exchange_.poisoned();
   }
 
  private:
   [[nodiscard]] static TraceRing* own_ring(const PeerAccess& access) {
-    return access.meeting().trace_rings().by_rank[static_cast<std::size_t>(access.rank())];
+    return access.meeting().pads().trace_rings().by_rank[static_cast<std::size_t>(access.rank())];
   }
   static int from_front(int dim, int ndim) noexcept { return dim < 0 ? dim + ndim : dim; }
 
@@ -245,7 +245,7 @@ class HostTransport final : public Transport {
 
   void check_usable(std::string_view call) const {
     if (access_ != nullptr) {
-      access_->meeting().check_usable(call);
+      access_->meeting().departure().check_usable(call);
       return;
     }
     owner_.check(control_.name());

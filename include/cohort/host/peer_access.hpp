@@ -46,7 +46,7 @@ class PeerAccess {
 
   /// Bytes that a call may put into a slot at a time.
   [[nodiscard]] std::size_t piece_bytes() const noexcept {
-    return std::min(meeting_->slot_bytes(), kPieceBytes);
+    return std::min(meeting_->pads().slot_bytes(), kPieceBytes);
   }
 
   /// The window that peers would read the view in, if they would.
@@ -95,10 +95,10 @@ class PeerAccess {
   [[nodiscard]] const std::byte* peer_memory(const WindowOffset& where, int peer) {
     const std::byte* memory = windows_->at(where, peer);
     if (memory == nullptr) {
-      meeting_->fail(SymmetryError(
+      meeting_->departure().fail(SymmetryError(
           fmt::format("group {}: rank {} uses byte {} of window {}, which rank {} has not, or has "
                       "deregistered",
-                      meeting_->group(), peer, where.offset, where.window, rank()),
+                      meeting_->departure().group(), peer, where.offset, where.window, rank()),
           {rank()}));
     }
     if (peer != rank() && (read_.empty() || read_.back() != peer)) {

@@ -14,7 +14,7 @@ struct Alone {
   Alone() {
     const PadGeometry geometry{.ranks = 1, .slot_bytes = 4096};
     auto pad = make_shared_memory(geometry.bytes(), Commit::at_first_access);
-    Rendezvous::construct(*pad, geometry);
+    GroupPads::construct(*pad, geometry);
     access = std::make_unique<PeerAccess>(
         std::make_unique<Rendezvous>(std::vector{pad}, geometry, 0, "test",
                                      std::chrono::milliseconds(100)),
@@ -62,7 +62,7 @@ TEST_CASE("a window that this rank has given up is an error, not an access", "[h
   rank.access->meeting().enter(Call{}, rank.access->show(tensor));
   rank.window.reset();
   CHECK_THROWS_AS(rank.access->peer_tensor(rank.access->await(0, Call{}), 0), SymmetryError);
-  CHECK(rank.access->meeting().failed());
+  CHECK(rank.access->meeting().departure().failed());
 }
 
 TEST_CASE("parts of a view start where they should", "[host]") {
