@@ -17,16 +17,14 @@
 #include <utility>
 #include <vector>
 
-#include "cohort/agreement.hpp"
 #include "cohort/call_time.hpp"
 #include "cohort/collective_arguments.hpp"
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
 #include "cohort/flight_recorder.hpp"
 #include "cohort/give_up.hpp"
-#include "cohort/joined.hpp"
+#include "cohort/group_calls.hpp"
 #include "cohort/owner_process.hpp"
-#include "cohort/stream_order.hpp"
 #include "cohort/symmetric_arena.hpp"
 #include "cohort/symmetric_policy.hpp"
 #include "cohort/symmetric_scope.hpp"
@@ -63,11 +61,10 @@ class GroupBase {
       : parts_(std::move(parts)),
         rank_(parts_.control->rank()),
         size_(parts_.control->size()),
-        lifeline_(std::make_shared<Lifeline>("group " + parts_.name)) {
-    lanes_.emplace_back("group " + parts_.name);
-    recorder_ = std::make_shared<FlightRecorder>(
-        parts_.name, rank_, parts_.ranks,
-        parts_.transport != nullptr ? parts_.transport->trace_rings() : TraceRings{});
+        recorder_(std::make_shared<FlightRecorder>(
+            parts_.name, rank_, parts_.ranks,
+            parts_.transport != nullptr ? parts_.transport->trace_rings() : TraceRings{})),
+        calls_(parts_.name, parts_.transport.get(), recorder_) {
     if (parts_.transport != nullptr) {
       recorder_->look_at_device([transport = parts_.transport.get()](TraceRing& ring) {
         transport->look_at_device(ring);
@@ -78,6 +75,9 @@ class GroupBase {
     if (parts_.debug_checks && parts_.transport != nullptr) {
       parts_.transport->compare_places();
       parts_.transport->compare_shapes();
+    }
+    if (parts_.debug_checks && size_ > 1) {
+      calls_.compare_over(*parts_.control, *arena_);
     }
   }
   GroupBase(const GroupBase&) = delete;
@@ -196,27 +196,12 @@ class GroupBase {
   /// kernels carry them. Not within a capture.
   void reserve_lanes(int lanes) {
     throw_if_closed();
-    if (lanes < 1) {
-      throw UsageError(fmt::format("reserve_lanes: expected at least 1, got {}", lanes));
-    }
-    if (parts_.transport != nullptr) {
-      parts_.transport->reserve_lanes(lanes);
-    }
-    while (lanes_.size() < static_cast<std::size_t>(lanes)) {
-      lanes_.emplace_back("group " + parts_.name);
-    }
+    calls_.reserve_lanes(lanes);
   }
   /// The lane of the calls that follow, equal on all ranks for each of them. Lane 0 at first.
   void use_lane(int lane) {
     throw_if_closed();
-    if (lane < 0 || static_cast<std::size_t>(lane) >= lanes_.size()) {
-      throw UsageError(fmt::format("use_lane: expected one of the {} reserved lanes, got {}",
-                                   lanes_.size(), lane));
-    }
-    lane_ = static_cast<std::size_t>(lane);
-    if (parts_.transport != nullptr) {
-      parts_.transport->select_lane(lane);
-    }
+    calls_.use_lane(lane);
   }
   /// Most thread blocks of the own kernels in the calls that follow, so that other work keeps the
   /// rest of the device; 0 for the backend's budget. Equal on all ranks for each call.
@@ -238,12 +223,7 @@ class GroupBase {
   /// engine does not say.
   void order(StreamRef stream, CaptureId graph = 0) {
     throw_if_closed();
-    if (parts_.transport != nullptr) {
-      parts_.transport->before_launch(stream);
-    }
-    for (StreamOrder& lane : lanes_) {  // a graph may hold calls of any
-      static_cast<void>(lane.before(stream));
-    }
+    calls_.before_launch(stream);
     arena_->order_launch(stream);
     recorder_->launch(stream, graph);
   }
@@ -251,11 +231,7 @@ class GroupBase {
   /// and for nothing that `stream` gets afterwards.
   void launched(StreamRef stream) {
     throw_if_closed();
-    if (stream.valid()) {
-      for (StreamOrder& lane : lanes_) {
-        lane.after({stream, stream.capture_id()});
-      }
-    }
+    calls_.launched(stream);
   }
 
   /// Local. Leaves the group and tells those that still wait for this rank, or will, why: for a
@@ -325,7 +301,7 @@ class GroupBase {
   /// Local: `shutdown` once the ranks have waited for each other, or where they no longer can.
   void close() noexcept {
     closed_ = true;
-    lifeline_->end();
+    calls_.end();
     recorder_->close();
     settle(kTeardownPatience);  // before memory goes away that its calls may use
     if (arena_ != nullptr) {
@@ -361,67 +337,10 @@ class GroupBase {
   // The steps of each call: check the arguments, `begin`, compare them across the ranks, allocate,
   // issue, `finish`.
 
-  /// Ends what the transport and the recorder have begun, in whichever way the call is left.
-  class BegunCall {
-   public:
-    /// A call of `group`, with nothing recorded yet.
-    explicit BegunCall(GroupBase& group) noexcept : group_(&group) {}
-    BegunCall(const BegunCall&) = delete;
-    BegunCall& operator=(const BegunCall&) = delete;
-    /// Takes it over.
-    BegunCall(BegunCall&& other) noexcept
-        : group_(std::exchange(other.group_, nullptr)),
-          entry_(other.entry_),
-          recorded_(other.recorded_) {}
-    BegunCall& operator=(BegunCall&&) = delete;
-    ~BegunCall() {
-      if (group_ == nullptr) {
-        return;
-      }
-      if (recorded_) {
-        group_->recorder_->abandon(entry_, group_->stand());
-      }
-      if (group_->parts_.transport != nullptr) {
-        group_->parts_.transport->call_ends();
-      }
-    }
-
-    /// Its record.
-    void recorded(const TraceEntry& entry) noexcept {
-      entry_ = entry;
-      recorded_ = true;
-    }
-    /// All of it has been enqueued.
-    void finish() const {
-      recorded_ = false;
-      group_->recorder_->end(entry_, group_->stand(), detail::call_clock().waits);
-    }
-
-   private:
-    GroupBase* group_;
-    TraceEntry entry_ = {};
-    mutable bool recorded_ = false;  // and not ended
-  };
-
-  /// What a call is, for its record and for those who compare it across the ranks.
-  struct Made {
-    TraceCall call = TraceCall::none;          ///< Which it is.
-    ConstTensorView x = {};                    ///< Empty for a barrier.
-    int dim = 0;                               ///< Along which sizes differ.
-    std::span<const std::int64_t> sizes = {};  ///< Of all ranks, where they may.
-    int variant = 0;                           ///< The op, root, peer or base.
-    std::optional<QueryTypes> types = {};      ///< Of what a query's bytes are.
-  };
-
-  /// A call's place in the order of the group's calls, and its time.
-  struct Call : StreamOrder::Call {
-    /// In this place; once it is recorded, the time begins.
-    Call(GroupBase& group, const StreamOrder::Call& ordered, const Made& made)
-        : StreamOrder::Call(ordered), begun(group.record(made, ordered)) {}
-
-    BegunCall begun;        ///< With the transport and the recorder.
-    detail::CallTime time;  ///< From here to the call's end.
-  };
+  /// What a call is.
+  using Made = detail::MadeCall;
+  /// A call that has begun.
+  using Call = detail::GroupCalls::Call;
 
   /// The group is up, and `x` lies on its device.
   template <class Void>
@@ -433,18 +352,10 @@ class GroupBase {
   /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.
   /// The call is recorded, and where debug checks are on compared across the ranks.
   [[nodiscard]] Call begin(StreamRef stream, const Made& made) {
-    const StreamOrder::Call call = lanes_[lane_].before(stream);
-    if (call.capture != 0) {
-      // Not each piece of work: local arithmetic belongs to the backend, which outlives the group.
-      call.stream.check_at_launch(lifeline_);
-    }
-    return Call(*this, call, made);
+    return calls_.begin(stream, made);
   }
   /// All of the call has been enqueued.
-  void finish(const Call& call) {
-    call.begun.finish();
-    lanes_[lane_].after(call);
-  }
+  void finish(const Call& call) { calls_.finish(call); }
 
   /// For errors of arguments.
   [[nodiscard]] Caller caller() const noexcept { return {parts_.name, rank_, size_}; }
@@ -484,11 +395,6 @@ class GroupBase {
     }
   }
 
-  [[nodiscard]] TransportStand stand() const noexcept {
-    return parts_.transport != nullptr ? parts_.transport->stand()
-                                       : TransportStand{.path = CallPath::local};
-  }
-
   /// Calls of unequal shares do not go through it.
   void reserve_inbox(Transport& transport, std::span<const CollectiveShape> calls) const {
     std::size_t most = 0;
@@ -507,58 +413,13 @@ class GroupBase {
     }
   }
 
-  /// Of a call that begins.
-  [[nodiscard]] BegunCall record(const Made& made, const StreamOrder::Call& call) {
-    const bool collective = made.call != TraceCall::send && made.call != TraceCall::recv;
-    const auto capture = call.stream.valid() ? std::optional(call.capture) : std::nullopt;
-    const TransportStand before = parts_.transport != nullptr
-                                      ? parts_.transport->call_begins(made.call, capture)
-                                      : TransportStand{};
-    BegunCall begun(*this);
-    begun.recorded(recorder_->begin(
-        trace_record(made.call, made.x, made.dim, made.sizes, made.variant), made.x.bytes(),
-        collective, call.stream, call.capture, before, detail::call_clock().waits));
-    if (parts_.debug_checks && size_ > 1 && collective) {
-      debug_compare(made);
-    }
-    return begun;
-  }
-
-  [[nodiscard]] static std::string types_of(const Made& made) {
-    return made.types ? fmt::format(" from {} and {}", to_string(made.types->nope),
-                                    to_string(made.types->pe))
-                      : std::string();
-  }
-
-  /// The opt-in comparison of a call's arguments across the ranks, before anything is allocated for
-  /// it.
-  void debug_compare(const Made& made) {
-    // Extents along `dim` differ between ranks in the v-variants; their list does not.
-    Dims shape = made.x.shape();
-    if (!made.sizes.empty()) {
-      shape[made.dim] = 0;
-    }
-    const std::string call =
-        made.call == TraceCall::barrier
-            ? std::string(to_string(made.call))
-            : fmt::format("{} of {}{}{} dim {} sizes [{}] variant {}", to_string(made.call),
-                          to_string(made.x.dtype()), to_string(shape), types_of(made), made.dim,
-                          detail::joined(made.sizes, ","), made.variant);
-    agree(*parts_.control, {.place = fmt::format("{} in group {}", call, parts_.name),
-                            .sequence = debug_sequence_++,
-                            .history = arena_->history_to_agree_on()});
-  }
-
   GroupParts parts_;
   int rank_;
   int size_;
   std::shared_ptr<FlightRecorder> recorder_;
-  std::shared_ptr<Lifeline> lifeline_;  // kept by graphs with calls of the group
+  detail::GroupCalls calls_;
   std::shared_ptr<SymmetricArena> arena_;
   std::vector<GroupBase*> others_;  // of the same state
-  std::vector<StreamOrder> lanes_;  // each with an order of its own
-  std::size_t lane_ = 0;
-  std::uint64_t debug_sequence_ = 0;
   OwnerMutex ending_;  // the transport goes under it; the threads of other groups ask under it
   std::atomic<bool> closed_{false};
 };

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <chrono>
-#include <cohort/cohort.hpp>
+#include <cohort/host/host_stream.hpp>
 #include <functional>
 #include <memory>
 #include <utility>
