@@ -10,7 +10,7 @@
 
 #include "driver.hpp"
 #include "setup.hpp"
-#include "support/decode_checks.hpp"
+#include "support/decode_cases.hpp"
 #include "support/threads.hpp"
 #include "tensors.hpp"
 

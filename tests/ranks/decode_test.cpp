@@ -3,6 +3,7 @@
 #include "support/catch.hpp"
 #include "support/decode_checks.hpp"
 #include "support/partials_checks.hpp"
+#include "support/query_checks.hpp"
 #include "support/ranks.hpp"
 
 using namespace cohort::test;

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "support/collective_checks.hpp"
-#include "support/decode_checks.hpp"
+#include "support/decode_cases.hpp"
 #include "support/group_tensors.hpp"
 
 /// \file

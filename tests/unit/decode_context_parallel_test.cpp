@@ -9,6 +9,7 @@
 #include "support/counting_driver.hpp"
 #include "support/decode_checks.hpp"
 #include "support/partials_checks.hpp"
+#include "support/query_checks.hpp"
 #include "support/stand_in_backend.hpp"
 #include "support/threads.hpp"
 
