@@ -1,225 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <fcntl.h>
-#include <sys/resource.h>
-#include <sys/time.h>
+#include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cohort/cohort.hpp>
-#include <csignal>
-#include <cstdio>
-#include <exception>
+#include <cstdint>
+#include <cstdlib>
 #include <filesystem>
-#include <fstream>
-#include <functional>
 #include <memory>
-#include <mutex>
+#include <numeric>
 #include <optional>
 #include <set>
-#include <span>
-#include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#include "chaos/allocations.hpp"
 #include "chaos/machine.hpp"
 #include "chaos/plan.hpp"
+#include "chaos/steps.hpp"
+#include "chaos/trouble.hpp"
 #include "own_control_plane/unix_messenger.hpp"
 #include "support/collective_checks.hpp"
-#include "support/decode_checks.hpp"
+#include "support/decode_cases.hpp"
 
 /// \file
 /// One rank of a round: an engine in miniature. It goes through all phases, checks every result,
 /// and tells its supervisor how each step ended.
 
 namespace cohort::chaos {
-
-/// What the victim's engine throws.
-class EngineFailure : public std::runtime_error {
- public:
-  using std::runtime_error::runtime_error;
-};
-
-/// Writes lines to the supervisor.
-class Reporter {
- public:
-  explicit Reporter(int fd) noexcept : fd_(fd) {}
-
-  /// One line; tabs separate its fields. Signals interrupt and resume it.
-  void line(std::string text) const {
-    text += '\n';
-    for (std::size_t written = 0; written < text.size();) {
-      const auto now = ::write(fd_, text.data() + written, text.size() - written);
-      if (now < 0 && errno != EINTR) {
-        std::_Exit(70);  // the supervisor is gone
-      }
-      written += now > 0 ? static_cast<std::size_t>(now) : 0;
-    }
-  }
-
- private:
-  int fd_;
-};
-
-/// The fault, as it comes over the victim.
-class Trouble {
- public:
-  Trouble(const Plan& plan, int rank, std::chrono::milliseconds limit)
-      : plan_(plan), victim_(rank == plan.victim), limit_(limit) {
-    if (plan.fault == Fault::signals) {
-      bombard();
-    }
-  }
-
-  /// Called at the start of every step on every rank. True where the step's arguments are to be
-  /// other ones.
-  [[nodiscard]] bool at(Phase phase, int step) const {
-    if (!victim_ || phase != plan_.phase || step != plan_.step) {
-      return false;
-    }
-    switch (plan_.fault) {
-      case Fault::kill:
-        signal_soon(SIGKILL);
-        break;
-      case Fault::stop:
-        signal_soon(SIGSTOP);
-        break;
-      case Fault::hesitate:
-        std::this_thread::sleep_for(limit_ / 3);
-        break;
-      case Fault::late:
-        std::this_thread::sleep_for(limit_ + limit_ / 2);
-        break;
-      case Fault::throws:
-        throw EngineFailure("the engine failed");
-      case Fault::arguments:
-        return true;
-      case Fault::memory:
-        allow(RLIMIT_AS, address_space() + (std::size_t{1} << 20));
-        break;
-      case Fault::descriptors:
-        allow(RLIMIT_NOFILE, static_cast<std::size_t>(lowest_free_descriptor()));
-        break;
-      case Fault::signals:
-        break;
-      case Fault::allocation:
-        allocation_fault() = {.left = plan_.allocations + 1, .again = plan_.allocates_again};
-        break;
-    }
-    return false;
-  }
-
-  /// What the system refused is allowed again, as after an operator's help.
-  void end() const noexcept {
-    const std::lock_guard lock(fate_->mutex);
-    fate_->over = true;  // a fault that has not come yet would meet the recovery
-    for (const auto resource : {RLIMIT_AS, RLIMIT_NOFILE}) {
-      rlimit limits{};
-      if (::getrlimit(resource, &limits) == 0) {
-        limits.rlim_cur = limits.rlim_max;
-        ::setrlimit(resource, &limits);
-      }
-    }
-  }
-
- private:
-  static void bombard() {
-    struct sigaction action {};
-    action.sa_handler = [](int) {};  // without SA_RESTART: what can be interrupted is
-    ::sigaction(SIGALRM, &action, nullptr);
-    const itimerval each{.it_interval = {0, 200}, .it_value = {0, 200}};
-    ::setitimer(ITIMER_REAL, &each, nullptr);
-  }
-
-  void signal_soon(int signal) const {
-    std::thread([signal, delay = plan_.delay_us, fate = fate_] {
-      std::this_thread::sleep_for(std::chrono::microseconds(delay));
-      const std::lock_guard lock(fate->mutex);
-      if (!fate->over) {
-        ::kill(::getpid(), signal);
-      }
-    }).detach();
-  }
-
-  static void allow(decltype(RLIMIT_AS) resource, std::size_t most) {
-    rlimit limits{};
-    ::getrlimit(resource, &limits);
-    limits.rlim_cur = most;
-    ::setrlimit(resource, &limits);
-  }
-
-  static std::size_t address_space() {
-    std::ifstream file("/proc/self/statm");
-    std::size_t pages = 0;
-    file >> pages;
-    return pages * static_cast<std::size_t>(::sysconf(_SC_PAGESIZE));
-  }
-
-  static int lowest_free_descriptor() {
-    const int fd = ::dup(STDERR_FILENO);
-    ::close(fd);
-    return fd;
-  }
-
-  struct Fate {
-    std::mutex mutex;
-    bool over = false;
-  };
-
-  Plan plan_;
-  bool victim_;
-  std::chrono::milliseconds limit_;
-  std::shared_ptr<Fate> fate_ = std::make_shared<Fate>();
-};
-
-/// World ranks of the group that an error's text speaks of first; of `otherwise` where it names
-/// none.
-[[nodiscard]] inline std::vector<int> group_in(const std::string& text, const Plan& plan,
-                                               const std::vector<int>& otherwise) {
-  const ParallelLayout layout{.tp = plan.tp, .pp = plan.pp, .dcp = plan.dcp};
-  std::size_t first = std::string::npos;
-  std::vector<int> ranks = otherwise;
-  for (const GroupKind kind : {GroupKind::world, GroupKind::tensor_parallel,
-                               GroupKind::pipeline_parallel, GroupKind::decode_context_parallel}) {
-    for (int member = 0; member < plan.ranks; ++member) {
-      const auto at = text.find("group " + group_name(kind, group_index(layout, kind, member)));
-      if (at < first) {
-        first = at;
-        ranks = group_ranks(layout, kind, member);
-      }
-    }
-  }
-  return ranks;
-}
-
-/// World ranks that an error's text names as those: of the failure of another group.
-[[nodiscard]] inline std::string world_ranks_in(const std::string& text) {
-  constexpr std::string_view kBefore = " of rank ";
-  const auto end = text.find(" of the world: ");
-  const auto begin = end == std::string::npos ? end : text.rfind(kBefore, end);
-  if (begin == std::string::npos) {
-    return "";
-  }
-  std::string ranks = text.substr(begin + kBefore.size(), end - begin - kBefore.size());
-  std::erase(ranks, ' ');
-  return ranks;
-}
-
-/// World ranks that an error names, from its ranks in the group whose call threw it.
-[[nodiscard]] inline std::string named_ranks(const std::vector<int>& in_group,
-                                             const std::vector<int>& group) {
-  std::string text;
-  for (const int rank : in_group) {
-    const bool known = rank >= 0 && static_cast<std::size_t>(rank) < group.size();
-    text += fmt::format("{}{}", text.empty() ? "" : ",",
-                        known ? group[static_cast<std::size_t>(rank)] : -1);
-  }
-  return text;
-}
 
 class Rank {
  public:
@@ -296,68 +110,6 @@ class Rank {
                                now.size() - before.size(), folder, more));
   }
 
-  /// How long this thread could have run so far and had no processor. Read before a limit on
-  /// descriptors forbids to open anything.
-  [[nodiscard]] double queued_ms() const {
-    char text[64] = {};
-    unsigned long long ran = 0;
-    unsigned long long queued = 0;
-    if (::pread(schedule_.get(), text, sizeof(text) - 1, 0) <= 0 ||
-        std::sscanf(text, "%llu %llu", &ran, &queued) != 2) {
-      return 0;
-    }
-    return static_cast<double>(queued) / 1e6;
-  }
-
-  /// Runs one step and reports it. Throws `Failed` where the step threw.
-  struct Failed {};
-  template <class Call>
-  void step(Phase phase, int index, const std::vector<int>& group, const std::string& name,
-            const Call& call) {
-    const auto start = Clock::now();
-    const double queued = queued_ms();
-    const auto say = [&](std::string_view outcome, const std::string& ranks, std::string text) {
-      for (char& c : text) {
-        c = c == '\n' || c == '\t' ? ' ' : c;
-      }
-      const auto took = std::chrono::duration<double, std::milli>(Clock::now() - start).count();
-      reporter_.line(fmt::format("step\t{}\t{}\t{}\t{:.0f}\t{:.0f}\t{}\t{}\t{}", to_string(phase),
-                                 index, name, took, queued_ms() - queued, outcome, ranks, text));
-    };
-    try {
-      {
-        const FailingAllocations until_here;
-        call();
-      }
-      say("ok", "", "");
-      return;
-    } catch (const EngineFailure&) {
-      throw;
-    } catch (const TimeoutError& error) {
-      say("TimeoutError", named_in(error.what(), error.missing(), group), error.what());
-    } catch (const SymmetryError& error) {
-      say("SymmetryError", named_in(error.what(), error.ranks(), group), error.what());
-    } catch (const TransportError& error) {
-      say("TransportError", "", error.what());
-    } catch (const UsageError& error) {
-      say("UsageError", "", error.what());
-    } catch (const ConfigError& error) {
-      say("ConfigError", "", error.what());
-    } catch (const std::bad_alloc& error) {
-      say("bad_alloc", "", error.what());
-    } catch (const std::exception& error) {
-      say("WRONG", "", error.what());
-    }
-    throw Failed();
-  }
-
-  /// World ranks that an error of a call of `group` names.
-  [[nodiscard]] std::string named_in(const std::string& text, const std::vector<int>& ranks,
-                                     const std::vector<int>& group) const {
-    const std::string world = world_ranks_in(text);
-    return world.empty() ? named_ranks(ranks, group_in(text, plan_, group)) : world;
-  }
-
   [[nodiscard]] std::vector<int> everyone() const {
     std::vector<int> ranks(static_cast<std::size_t>(plan_.ranks));
     std::iota(ranks.begin(), ranks.end(), 0);
@@ -395,7 +147,7 @@ class Rank {
   void go_through_phases(ControlPlane& world, std::optional<ParallelState>& state,
                          const Trouble& trouble) {
     try {
-      step(Phase::forming, 0, everyone(), "create", [&] {
+      steps_.run(Phase::forming, 0, everyone(), "create", [&] {
         auto chosen = options({.tp = plan_.tp, .pp = plan_.pp, .dcp = plan_.dcp});
         if (trouble.at(Phase::forming, 0)) {
           chosen.arena.growth_bytes *= 2;
@@ -409,7 +161,7 @@ class Rank {
         call(*state, Phase::calling, i, trouble);
       }
       replay(*state, trouble);
-      step(Phase::leaving, 0, everyone(), plan_.shuts_down ? "shutdown" : "destroy", [&] {
+      steps_.run(Phase::leaving, 0, everyone(), plan_.shuts_down ? "shutdown" : "destroy", [&] {
         const bool other = trouble.at(Phase::leaving, 0);
         if (plan_.shuts_down != other) {
           state->shutdown();
@@ -417,7 +169,7 @@ class Rank {
           state.reset();
         }
       });
-    } catch (const Failed&) {
+    } catch (const Steps::Failed&) {
       // reported; the engine goes on to what its supervisor decides
     }
   }
@@ -431,7 +183,7 @@ class Rank {
     };
     switch (i % 3) {
       case 0:
-        return step(Phase::reserving, i, group.ranks(), "reserve", [&] {
+        return steps_.run(Phase::reserving, i, group.ranks(), "reserve", [&] {
           const std::size_t most = bytes();
           if (i == 0) {
             group.reserve(most);
@@ -443,13 +195,13 @@ class Rank {
           }
         });
       case 1:
-        return step(Phase::reserving, i, state.dcp().ranks(), "reserve_for", [&] {
+        return steps_.run(Phase::reserving, i, state.dcp().ranks(), "reserve_for", [&] {
           const std::int64_t batch = static_cast<std::int64_t>(bytes()) / 300'000;
           state.dcp().reserve_for(
               {.batch = batch, .heads = 8 * plan_.dcp, .latent = 64, .rope = 16, .value = 64});
         });
       default:
-        return step(Phase::reserving, i, everyone(), "growth of an audience", [&] {
+        return steps_.run(Phase::reserving, i, everyone(), "growth of an audience", [&] {
           const auto several = plan_.pp > 1
                                    ? state.audience({&state.tp(), &state.pp()})
                                    : state.audience({&state.tp(), &state.dcp(), &state.world()});
@@ -471,54 +223,55 @@ class Rank {
     const Dims shape{1 + random.below(5), 2 * group.size(), 1 + random.below(600)};
     const int dim = random.below(3);
     const int root = random.below(group.size());
-    step(phase, i, kind == 7 ? state.dcp().ranks() : group.ranks(),
-         fmt::format("call {} of {}", kind, kind == 7 ? state.dcp().name() : group.name()), [&] {
-           Dims mine = shape;
-           int mine_kind = kind;
-           DType mine_dtype = dtype;
-           if (trouble.at(phase, i)) {
-             switch (plan_.other) {
-               case Other::extent:
-                 mine[2] += 7;
-                 break;
-               case Other::dtype:
-                 mine_dtype = dtype == DType::f32 ? DType::bf16 : DType::f32;
-                 mine[2] += kind == 7 ? 1 : 0;  // whose partials have one type
-                 break;
-               case Other::call:
-                 mine_kind = kind == 7 ? 3 : (kind + 2) % 6;
-                 break;
-               case Other::nothing:
-                 return;
-             }
-           }
-           const StreamRef stream = machine_->stream();
-           machine_->follow(group);
-           test::Site site(group, memory, stream);
-           switch (mine_kind) {
-             case 0:
-               return test::check_all_gather(group, site, mine, dim, equal(group, mine[dim]),
-                                             mine_dtype, form, stream);
-             case 1:
-               return test::check_all_gather(group, site, mine, dim,
-                                             test::uneven(mine[dim] * group.size(), group.size()),
-                                             mine_dtype, form, stream);
-             case 2:
-               return test::check_reduce_scatter(group, site, mine, 1, equal(group, 2), mine_dtype,
-                                                 form, stream);
-             case 3:
-               return test::check_all_reduce(group, site, mine, mine_dtype, form, ReduceOp::sum,
-                                             stream);
-             case 4:
-               return test::check_broadcast(group, site, mine, mine_dtype, form, root, stream);
-             case 5:
-               return test::check_all_to_all(group, site, mine, mine_dtype, form, stream);
-             case 6:
-               return test::check_send_recv(group, site, mine, mine_dtype, form, stream);
-             default:
-               return decode(state, mine[0] + mine[2] % 9, memory);
-           }
-         });
+    steps_.run(
+        phase, i, kind == 7 ? state.dcp().ranks() : group.ranks(),
+        fmt::format("call {} of {}", kind, kind == 7 ? state.dcp().name() : group.name()), [&] {
+          Dims mine = shape;
+          int mine_kind = kind;
+          DType mine_dtype = dtype;
+          if (trouble.at(phase, i)) {
+            switch (plan_.other) {
+              case Other::extent:
+                mine[2] += 7;
+                break;
+              case Other::dtype:
+                mine_dtype = dtype == DType::f32 ? DType::bf16 : DType::f32;
+                mine[2] += kind == 7 ? 1 : 0;  // whose partials have one type
+                break;
+              case Other::call:
+                mine_kind = kind == 7 ? 3 : (kind + 2) % 6;
+                break;
+              case Other::nothing:
+                return;
+            }
+          }
+          const StreamRef stream = machine_->stream();
+          machine_->follow(group);
+          test::Site site(group, memory, stream);
+          switch (mine_kind) {
+            case 0:
+              return test::check_all_gather(group, site, mine, dim, equal(group, mine[dim]),
+                                            mine_dtype, form, stream);
+            case 1:
+              return test::check_all_gather(group, site, mine, dim,
+                                            test::uneven(mine[dim] * group.size(), group.size()),
+                                            mine_dtype, form, stream);
+            case 2:
+              return test::check_reduce_scatter(group, site, mine, 1, equal(group, 2), mine_dtype,
+                                                form, stream);
+            case 3:
+              return test::check_all_reduce(group, site, mine, mine_dtype, form, ReduceOp::sum,
+                                            stream);
+            case 4:
+              return test::check_broadcast(group, site, mine, mine_dtype, form, root, stream);
+            case 5:
+              return test::check_all_to_all(group, site, mine, mine_dtype, form, stream);
+            case 6:
+              return test::check_send_recv(group, site, mine, mine_dtype, form, stream);
+            default:
+              return decode(state, mine[0] + mine[2] % 9, memory);
+          }
+        });
   }
 
   void decode(ParallelState& state, std::int64_t batch, test::Memory memory) {
@@ -559,7 +312,7 @@ class Rank {
     const Tensor gathered = state.backend().allocate({96 * state.tp().size()}, DType::f32, stream);
     std::optional<CapturedGraph> graph;
     int i = 0;
-    step(Phase::capturing, plan_.step, everyone(), "capture", [&] {
+    steps_.run(Phase::capturing, plan_.step, everyone(), "capture", [&] {
       graph.emplace(state.capture(stream, [&] {
         for (; i < kSteps; ++i) {
           const bool other = trouble.at(Phase::capturing, i);
@@ -569,7 +322,7 @@ class Rank {
       }));
     });
     for (int launch = 0; launch < kSteps; ++launch) {
-      step(Phase::replaying, launch, everyone(), "launch", [&] {
+      steps_.run(Phase::replaying, launch, everyone(), "launch", [&] {
         if (trouble.at(Phase::replaying, launch)) {
           return;  // makes one launch less than its peers
         }
@@ -584,7 +337,7 @@ class Rank {
                            [expected](std::int64_t k) { return k % 96 % 3 == 0 ? expected : 0; });
       });
     }
-    step(Phase::replaying, kSteps, everyone(), "reclaim_graphs", [&] {
+    steps_.run(Phase::replaying, kSteps, everyone(), "reclaim_graphs", [&] {
       graph.reset();
       state.reclaim_graphs();
     });
@@ -597,7 +350,7 @@ class Rank {
       return;
     }
     try {
-      step(Phase::forming, 1, left, "recover", [&] {
+      steps_.run(Phase::forming, 1, left, "recover", [&] {
         const auto again = world.subgroup(left, 7, "survivors");
         auto state = ParallelState::create(
             *again, options({.tp = again->size(), .pp = 1, .dcp = again->size()}));
@@ -611,7 +364,7 @@ class Rank {
         decode(state, 3, plan_.mixed_memory ? test::Memory::mixed : test::Memory::arena);
         state.shutdown();
       });
-    } catch (const Failed&) {
+    } catch (const Steps::Failed&) {
     }
   }
 
@@ -643,7 +396,7 @@ class Rank {
   std::string job_;
   Reporter reporter_;
   int from_;
-  UniqueFd schedule_{::open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC)};
+  Steps steps_{plan_, reporter_};
 };
 
 }  // namespace cohort::chaos
