@@ -183,6 +183,64 @@ void bench_scope(Session& session) {
   session.runner.run(work);
 }
 
+namespace {
+
+/// Records that a call makes beyond those it should.
+[[nodiscard]] std::int64_t wrong_records(Session& session, const Variant& variant,
+                                         FlightRecorder& recorder, bool recorded) {
+  const std::uint64_t before = recorder.own().calls;
+  variant.call();
+  session.bed.synchronize();
+  return recorder.own().calls - before == (recorded ? 1U : 0U) ? 0 : 1;
+}
+
+/// A whole call with its record and without, in turn: an all-gather of 2 KiB.
+void bench_recorded_call(Session& session) {
+  const int n = session.ranks();
+  const DType dtype = session.options.dtypes.front();
+  const bool is_own = session.bed.kind() == BackendKind::cuda && session.options.has(Path::own) &&
+                      path_obstacle(session, Path::own).empty();
+  const Path path = is_own ? Path::own : Path::plain;
+  const Way way{.path = path, .lane = lane_of(session, path)};
+  const std::int64_t share = 2048 / static_cast<std::int64_t>(size_of(dtype)) / n;
+  const Buffer in = filled(session, way, {share}, dtype,
+                           [&](std::int64_t i) { return input_value(session.rank(), i, n); });
+  const Buffer out = allocate(way, {share * n}, dtype);
+  Case work{.bench = "recorded_call",
+            .dtype = std::string(to_string(dtype)),
+            .bytes = static_cast<std::int64_t>(out.view.bytes()),
+            .most_calls = 50,
+            .least_calls = 50};  // also where cards that ranks share make a call slow
+  auto& group = way.lane->group();
+  const auto recorder = group.recorder();
+  for (const bool recorded : {true, false}) {
+    Variant variant{.path = std::string(to_string(path)),
+                    .plan = recorded ? "recorded" : "unrecorded",
+                    .lane = way.lane};
+    variant.call = [&session, &group, recorder, in, out, recorded] {
+      recorder->turn(recorded);
+      group.all_gather_into(out.view, in.view, 0, session.bed.stream());
+      recorder->turn(true);
+    };
+    variant.poison = [&session, out] { poison(session, out.view); };
+    variant.wrong = [&session, variant, recorder, out, dtype, share, n, recorded] {
+      return wrong_records(session, variant, *recorder, recorded) +
+             count_wrong(dtype, fetch(session, out.view), [&](std::int64_t i) {
+               return input_value(static_cast<int>(i / share), i % share, n);
+             });
+    };
+    for (const Mode mode : session.options.modes) {
+      if (mode != Mode::graph) {  // whose launches record what their captures listed
+        work.variants.push_back(variant);
+        work.variants.back().mode = mode;
+      }
+    }
+  }
+  session.runner.run(work);
+}
+
+}  // namespace
+
 void bench_recorder(Session& session) {
   struct Load {
     FlightRecorder recorder{"bench", 0, std::vector<int>(8), {}};
@@ -209,6 +267,7 @@ void bench_recorder(Session& session) {
          return calls == load->steps && load->recorder.own().calls == calls ? 0 : 1;
        }});
   session.runner.run(work);
+  bench_recorded_call(session);
 }
 
 void bench_registration(Session& session) {

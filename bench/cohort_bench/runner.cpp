@@ -106,7 +106,7 @@ std::int64_t Runner::choose_calls(const Case& work, std::vector<State>& states) 
   for (const auto& theirs : gather<double>(world_, fastest)) {
     slowest_rank = std::max(slowest_rank, theirs.at(0));
   }
-  return calls_per_sample(slowest_rank, kSampleUs, work.most_calls);
+  return std::max(work.least_calls, calls_per_sample(slowest_rank, kSampleUs, work.most_calls));
 }
 
 void Runner::capture(const Variant& variant, State& state, std::int64_t calls) {

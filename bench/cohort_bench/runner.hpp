@@ -40,6 +40,7 @@ struct Case {
   std::int64_t batch = 0;
   double bus_factor = 0;          ///< 0: the row has no bandwidths.
   std::int64_t most_calls = 100;  ///< Of one sample.
+  std::int64_t least_calls = 1;   ///< And at least so many.
   double parts_per_call = 1;      ///< What a call repeats within itself; rows give the time of one.
   std::optional<int> iters = {};  ///< At most so many samples.
   std::optional<int> warmup = {};  ///< At most so many calls before them.

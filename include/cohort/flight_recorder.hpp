@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -19,6 +20,7 @@
 #include <utility>
 #include <vector>
 
+#include "cohort/call_time.hpp"
 #include "cohort/captured_calls.hpp"
 #include "cohort/fixed_text.hpp"
 #include "cohort/flight_ring.hpp"
@@ -144,6 +146,12 @@ class FlightRecorder {
     return detail::load_words(own_->counters[static_cast<std::size_t>(path)]);
   }
 
+  /// Whether calls are to be recorded: they are, unless what records cost is being measured. Equal
+  /// on all ranks for each call.
+  [[nodiscard]] bool is_on() const noexcept { return is_on_; }
+  /// Between calls, by the thread that makes them.
+  void turn(bool on) noexcept { is_on_ = on; }
+
   /// A call begins. `record` says what it is; sequence, time, number and stream are filled in here.
   [[nodiscard]] TraceEntry begin(const TraceRecord& record, std::size_t bytes, bool collective,
                                  const StreamRef& stream, CaptureId capture,
@@ -162,6 +170,7 @@ class FlightRecorder {
       return entry;
     }
     entry.sequence = own_->calls + 1;
+    comes_on(stream, stand.inbox);
     TraceRing::push(own_->records, own_->calls, record,
                     {.sequence = entry.sequence,
                      .ticks = trace_ticks(),
@@ -182,7 +191,7 @@ class FlightRecorder {
       captured_.end(*own_, entry.capture, entry.inbox, steps, path, entry.bytes);
       return;
     }
-    TraceRing::add(own_->progress[entry.inbox].issued, steps);
+    issue(entry.inbox, steps);
     PathCounters& counters = own_->counters[path];
     TraceRing::add(counters.calls, 1);
     TraceRing::add(counters.bytes, entry.bytes);
@@ -198,7 +207,7 @@ class FlightRecorder {
     const std::uint64_t steps = stand.steps - entry.steps;
     note_end(entry, stand.path, steps, TraceRecord::kFailed);
     if (entry.capture == 0) {
-      TraceRing::add(own_->progress[entry.inbox].issued, steps);
+      issue(entry.inbox, steps);
       TraceRing::store(own_->open, entry.before);
     }
   }
@@ -207,7 +216,7 @@ class FlightRecorder {
   /// own, of which nothing is known. Nothing is recorded of graphs without calls of the group. It
   /// is compared with the others' launches where all ranks make calls in the graph.
   void launch(const StreamRef& stream, CaptureId capture) noexcept {
-    if (captured_.empty() || !writes()) {
+    if (captured_.empty() || !writes() || !is_on_) {
       return;
     }
     TraceRecord record{.ticks = trace_ticks(),
@@ -226,7 +235,8 @@ class FlightRecorder {
       for (const auto& [inbox, steps] : list.steps) {
         record.inbox = inbox;
         record.extents[1] += static_cast<std::uint32_t>(steps);
-        TraceRing::add(own_->progress[inbox].issued, steps);
+        comes_on(stream, inbox);
+        issue(inbox, steps);
       }
       for (std::size_t path = 0; path < kCallPaths; ++path) {
         TraceRing::add(own_->counters[path].calls, list.counters[path].calls);
@@ -240,6 +250,33 @@ class FlightRecorder {
     record.variant = static_cast<std::int32_t>(reinterpret_cast<std::uintptr_t>(stream.native()));
     record.sequence = own_->calls + 1;
     TraceRing::push(own_->records, own_->calls, record);
+  }
+
+  /// A wait for `stream` came back: what it got has ended, and so has whatever came before that in
+  /// the same inbox. Taken into account where this thread made the last call, because nobody can
+  /// have enqueued more since. `perhaps_left` and `left` follow when the device is looked at.
+  void settle(const StreamRef& stream) noexcept {
+    const detail::CallClock* mine = &detail::call_clock();
+    const auto is_mine = [&] { return unsettled_by_.load(std::memory_order_relaxed) == mine; };
+    if (!is_mine() || !writes()) {
+      return;
+    }
+    bool all = true;
+    for (std::size_t inbox = 0; inbox < TraceRing::kInboxes; ++inbox) {
+      TraceProgress& progress = own_->progress[inbox];
+      const std::uint64_t issued = TraceRing::load(progress.issued);
+      if (TraceRing::load(progress.settled) == issued) {
+        continue;
+      }
+      if (streams_[inbox].load(std::memory_order_relaxed) != stream.native()) {
+        all = false;
+      } else if (is_mine()) {  // and no other thread has come meanwhile
+        TraceRing::store(progress.settled, issued);
+      }
+    }
+    if (all) {
+      unsettled_by_.compare_exchange_strong(mine, nullptr, std::memory_order_relaxed);
+    }
   }
 
   /// The calls in graphs' lists, in the order of capture: the last `CapturedCalls::kMostListed` of
@@ -401,6 +438,17 @@ class FlightRecorder {
   }
 
  private:
+  /// A call or launch that has not enqueued its steps.
+  void comes_on(const StreamRef& stream, std::uint8_t inbox) noexcept {
+    unsettled_by_.store(&detail::call_clock(), std::memory_order_relaxed);
+    streams_[inbox].store(stream.native(), std::memory_order_relaxed);
+  }
+  /// Steps were enqueued. Who sees them sees who enqueued them.
+  void issue(std::uint8_t inbox, std::uint64_t steps) noexcept {
+    std::uint64_t& issued = own_->progress[inbox].issued;
+    TraceRing::store(issued, issued + steps);
+  }
+
   /// Whether the ring is this process's: a forked child would write into its parent's.
   [[nodiscard]] bool writes() const noexcept { return alone_ != nullptr || owner_.is_here(); }
 
@@ -458,7 +506,11 @@ class FlightRecorder {
   std::unique_ptr<TraceRing> alone_;  // where no other rank can see it
   TraceRing* own_ = nullptr;
   CapturedCalls captured_;
-  mutable OwnerMutex mutex_;  // of what follows
+  bool is_on_ = true;
+  // The thread that made the last call or launch, where it is not known that all of them ended.
+  std::atomic<const detail::CallClock*> unsettled_by_{nullptr};
+  std::array<std::atomic<const void*>, TraceRing::kInboxes> streams_{};  // of the last, by inbox
+  mutable OwnerMutex mutex_;                                             // of what follows
   std::function<void(TraceRing&)> look_;
   std::optional<TraceFailure> failure_;
   OwnerMutex act_mutex_;  // of what is done then: who takes it away may be gone afterwards

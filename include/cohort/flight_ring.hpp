@@ -110,6 +110,18 @@ struct TraceProgress {
   std::uint64_t issued = 0;   ///< Steps that were enqueued, launches of graphs counted in.
   std::uint64_t entered = 0;  ///< Steps that began to run.
   std::uint64_t left = 0;     ///< Steps that ended.
+  /// Steps that may have ended: `left`, or more where the device does not say. Nothing of it where
+  /// `left` is written as it happens.
+  std::uint64_t perhaps_left = 0;
+  /// Steps behind which a wait of the host came back, whatever the device says.
+  std::uint64_t settled = 0;
+};
+
+/// What is known of a device that counts a step of an inbox when it begins it.
+struct DeviceLook {
+  std::uint64_t begun = 0;  ///< Steps that it has begun.
+  bool over = false;        ///< All of them have ended, and none before its time.
+  bool waits = false;       ///< The last one was given up because it waited for other ranks.
 };
 
 /// Calls that took one path.
@@ -161,7 +173,7 @@ template <class Value>
 
 /// What a rank writes. Zeros are an empty ring.
 struct TraceRing {
-  static constexpr std::uint32_t kProtocol = 2;              ///< Changes with the layout.
+  static constexpr std::uint32_t kProtocol = 3;              ///< Changes with the layout.
   static constexpr std::size_t kRecords = 1024;              ///< Of each kind.
   static constexpr std::size_t kNotes = 32;                  ///< The last ones.
   static constexpr std::size_t kInboxes = 64;                ///< That a group has at most.
@@ -213,6 +225,16 @@ struct TraceRing {
   static void add(std::uint64_t& word, std::uint64_t more) noexcept {
     std::atomic_ref<std::uint64_t> shared(word);
     shared.store(shared.load(std::memory_order_relaxed) + more, std::memory_order_relaxed);
+  }
+
+  /// Writes what a look at the device says of an inbox. Steps of an inbox run one behind the other,
+  /// so that all have ended but perhaps the last one that began.
+  static void look(TraceProgress& progress, const DeviceLook& seen) noexcept {
+    const std::uint64_t before = seen.begun == 0 ? 0 : seen.begun - 1;
+    const bool ended = seen.over || load(progress.settled) >= seen.begun;
+    store(progress.entered, seen.begun);
+    store(progress.left, ended && !seen.waits ? seen.begun : before);
+    store(progress.perhaps_left, seen.waits ? before : seen.begun);
   }
 
   /// Writes a record; `last` is the word that counts its kind.

@@ -165,6 +165,7 @@ class GroupBase {
     } else if (stream.valid()) {
       stream.synchronize(limit);
     }
+    recorder_->settle(stream);
     // The look of this group behind the stream's end took in what was said to the others as well.
     const PeerLook look = parts_.transport != nullptr ? PeerLook::heard : PeerLook::now;
     for (GroupBase* const other : others_) {
@@ -392,6 +393,7 @@ class GroupBase {
     const std::lock_guard lock(ending_);
     if (!closed_ && parts_.transport != nullptr) {
       detail::reporting(recorder_.get(), [&] { parts_.transport->check(stream, look); });
+      recorder_->settle(stream);
     }
   }
 

@@ -137,7 +137,9 @@ class GroupCalls {
     }
     /// All of it has been enqueued.
     void finish() const {
-      recorded_ = false;
+      if (!std::exchange(recorded_, false)) {
+        return;
+      }
       calls_->recorder_->end(entry_, calls_->stand(), call_clock().waits);
     }
 
@@ -191,9 +193,11 @@ class GroupCalls {
     const TransportStand before =
         transport_ != nullptr ? transport_->call_begins(made.call, capture) : TransportStand{};
     BegunCall begun(*this);
-    begun.recorded(recorder_->begin(
-        trace_record(made.call, made.x, made.dim, made.sizes, made.variant), made.x.bytes(),
-        collective, call.stream, call.capture, before, call_clock().waits));
+    if (recorder_->is_on()) {
+      begun.recorded(recorder_->begin(
+          trace_record(made.call, made.x, made.dim, made.sizes, made.variant), made.x.bytes(),
+          collective, call.stream, call.capture, before, call_clock().waits));
+    }
     if (compared_over_ != nullptr && collective) {
       debug_compare(made);
     }

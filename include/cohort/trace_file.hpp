@@ -176,8 +176,8 @@ inline void write_ring(std::string& out, const TraceRing& ring, const FlightReco
     for (std::size_t inbox = 0; inbox < TraceRing::kInboxes; ++inbox) {
       const TraceProgress progress = load_words(ring.progress[inbox]);
       if (progress.issued != 0 || progress.entered != 0) {
-        array.next() +=
-            fmt::format("[{},{},{},{}]", inbox, progress.issued, progress.entered, progress.left);
+        array.next() += fmt::format("[{},{},{},{},{}]", inbox, progress.issued, progress.entered,
+                                    progress.left, live ? progress.left : progress.perhaps_left);
       }
     }
   }

@@ -202,7 +202,7 @@ class StateTrace final : private detail::SignalListener {
     const std::lock_guard lock(mutex_);
     const auto end = TraceClock::now();
     std::string out = fmt::format(
-        R"({{"cohort_trace":2,"run":"{:016x}","rank":{},"ranks":{},"hosts":[{}],"machine":{},)"
+        R"({{"cohort_trace":3,"run":"{:016x}","rank":{},"ranks":{},"hosts":[{}],"machine":{},)"
         R"("process":{},"written":{},"late":{},"reason":{},"groups":)",
         run_.id, rank_, ranks_, detail::joined(run_.hosts, ","), detail::json_text(machine_),
         ::getpid(), end.ns, late, detail::json_text(reason));

@@ -3,8 +3,10 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <chrono>
 #include <csignal>
+#include <cstdlib>
 #include <functional>
 #include <stdexcept>
 #include <string>
@@ -20,10 +22,41 @@
 
 namespace cohort::test {
 
+/// Work that keeps a card busy on a stream of its own, until it goes.
+class BusyCard {
+ public:
+  explicit BusyCard(int device) : stream_(make_stream(device)) {
+    cuda_check(cudaLaunchHostFunc(
+                   stream_.get(),
+                   [](void* over) {
+                     while (!static_cast<std::atomic<bool>*>(over)->load()) {
+                       std::this_thread::sleep_for(std::chrono::milliseconds(1));
+                     }
+                   },
+                   &over_),
+               "cudaLaunchHostFunc");
+  }
+  BusyCard(const BusyCard&) = delete;
+  BusyCard& operator=(const BusyCard&) = delete;
+  ~BusyCard() {
+    over_ = true;
+    static_cast<void>(cudaStreamSynchronize(stream_.get()));
+  }
+
+ private:
+  std::atomic<bool> over_{false};
+  UniqueStream stream_;
+};
+
 /// Has the last rank hang, or die, in the way that `mode` says: "call", "replay", "growth", "death"
-/// or "difference". Throws where no call of this rank failed.
-inline void hang(ControlPlane& world, const std::string& mode) {
+/// or "difference"; "busy": all ranks write their traces when their calls have ended and their
+/// cards have other work. Behind "bare_" they have waited for their calls by CUDA's means alone.
+/// Throws where no call of this rank failed.
+inline void hang(ControlPlane& world, std::string mode) {
   constexpr std::chrono::milliseconds kLimit{1500};
+  const std::string by_cuda = "bare_";
+  const bool bare = mode.starts_with(by_cuda);
+  mode = bare ? mode.substr(by_cuda.size()) : mode;
   const auto backend = cuda_backend({.environment = {.multicast = false}});
   cuda_check(cudaSetDevice(backend->device().index), "cudaSetDevice");  // for the own calls here
   const bool last = world.rank() == world.size() - 1;
@@ -45,8 +78,21 @@ inline void hang(ControlPlane& world, const std::string& mode) {
   });
   graph.launch(stream);
   graph.launch(stream);
-  tp.synchronize(stream, std::chrono::seconds(20));
+  if (bare) {
+    cuda_check(cudaStreamSynchronize(own.get()), "cudaStreamSynchronize");
+  } else {
+    tp.synchronize(stream, std::chrono::seconds(20));
+  }
   world.barrier();
+
+  if (mode == "busy") {
+    const BusyCard busy(backend->device().index);
+    std::this_thread::sleep_for(std::chrono::milliseconds(700));  // long enough for a finding
+    const std::string name = "/cohort.rank" + std::to_string(world.rank()) + ".busy.json";
+    state.write_trace(std::getenv("COHORT_TRACE_DIR") + name);
+    world.barrier();
+    return;
+  }
 
   const bool grows = mode == "growth";
   if (last && mode == "death") {

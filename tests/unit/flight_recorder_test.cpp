@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cohort/error.hpp"
+#include "cohort/host/host_stream.hpp"
 #include "support/catch.hpp"
 #include "support/forked.hpp"
 
@@ -289,6 +290,71 @@ TEST_CASE("a forked child closes it though a thread of its parent's looks", "[fl
   }));
   over = true;
   thread.join();
+}
+
+TEST_CASE("a wait that came back ends what its stream got", "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  HostStream streams[2];
+  const auto call_on = [&](int stream, std::uint8_t inbox, CaptureId capture = 0) {
+    const TraceEntry entry = recorder.begin(kReduce, 8, true, streams[stream].ref(), capture,
+                                            {.steps = 3, .inbox = inbox}, 0);
+    recorder.end(entry, {.steps = 5, .inbox = inbox, .path = CallPath::own}, 0);
+  };
+  const auto settled = [&](std::size_t inbox) { return recorder.own().progress[inbox].settled; };
+  call_on(0, 0);
+  recorder.settle(streams[1].ref());
+  CHECK(settled(0) == 0);
+  recorder.settle(streams[0].ref());
+  CHECK(settled(0) == 2);
+
+  SECTION("of those inboxes alone whose last call it had") {
+    call_on(0, 0);
+    call_on(0, 1);
+    call_on(1, 1);
+    recorder.settle(streams[0].ref());
+    CHECK(settled(0) == 4);
+    CHECK(settled(1) == 0);
+    recorder.settle(streams[1].ref());
+    CHECK(settled(1) == 4);
+  }
+  SECTION("launches of graphs too") {
+    call_on(0, 0, 77);
+    call_on(0, 1, 77);
+    CHECK(settled(0) == 2);
+    recorder.launch(streams[1].ref(), 77);
+    recorder.settle(streams[0].ref());
+    CHECK(settled(0) == 2);
+    recorder.settle(streams[1].ref());
+    CHECK(settled(0) == 4);
+    CHECK(settled(1) == 2);
+  }
+  SECTION("not what another thread may be enqueueing more of") {
+    call_on(0, 0);
+    std::thread([&] { recorder.settle(streams[0].ref()); }).join();
+    CHECK(settled(0) == 2);
+    recorder.settle(streams[0].ref());
+    CHECK(settled(0) == 4);
+  }
+  SECTION("nothing of a call that is left by an exception is missed") {
+    const TraceEntry entry = recorder.begin(kReduce, 8, true, streams[0].ref(), 0, {}, 0);
+    recorder.abandon(entry, {.steps = 1});
+    recorder.settle(streams[0].ref());
+    CHECK(settled(0) == 3);
+  }
+}
+
+TEST_CASE("a recorder that is turned off notes no launches", "[flight_recorder]") {
+  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
+  CHECK(recorder.is_on());
+  call(recorder, 77, 1);
+  recorder.turn(false);
+  recorder.launch({}, 77);
+  CHECK_FALSE(recorder.is_on());
+  CHECK(recorder.own().calls == 0);
+  CHECK(recorder.own().progress[0].issued == 0);
+  recorder.turn(true);
+  recorder.launch({}, 77);
+  CHECK(recorder.own().calls == 1);
 }
 
 TEST_CASE("the device is asked until the group closes", "[flight_recorder]") {

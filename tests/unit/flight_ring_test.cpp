@@ -62,6 +62,28 @@ TEST_CASE("who reads while another writes gets whole records or none", "[flight_
   CHECK(torn == 0);
 }
 
+TEST_CASE("a look at a device tells what has ended, what has not, and what nobody knows",
+          "[flight_ring]") {
+  struct Want {
+    std::uint64_t entered, left, perhaps_left;
+  };
+  const auto look = [](const DeviceLook& seen, std::uint64_t settled, const Want& want) {
+    TraceProgress progress{.issued = 9, .settled = settled};
+    TraceRing::look(progress, seen);
+    CHECK(progress.issued == 9);
+    CHECK(progress.entered == want.entered);
+    CHECK(progress.left == want.left);
+    CHECK(progress.perhaps_left == want.perhaps_left);
+  };
+  look({.begun = 7}, 0, {7, 6, 7});
+  look({.begun = 7}, 6, {7, 6, 7});
+  look({.begun = 7}, 7, {7, 7, 7});  // the host waited for it
+  look({.begun = 7, .over = true}, 0, {7, 7, 7});
+  look({.begun = 7, .waits = true}, 6, {7, 6, 6});
+  look({}, 0, {0, 0, 0});
+  look({.over = true}, 0, {0, 0, 0});
+}
+
 TEST_CASE("signatures tell calls and arguments apart", "[flight_ring]") {
   const auto of = [](TraceCall call, const Dims& shape, int variant) {
     return TraceSignature(call).mix(shape).mix(variant).word();

@@ -46,6 +46,19 @@ TEST_CASE("a call that was enqueued is counted, and one that an error ended is o
   CHECK(group.recorder->counters(CallPath::local).calls == 1);
 }
 
+TEST_CASE("calls go on without records where the recorder is turned off") {
+  Alone group;
+  HostStream stream;
+  group.recorder->turn(false);
+  group.call(stream);
+  CHECK(group.recorder->own().calls == 0);
+  CHECK(group.recorder->counters(CallPath::local).calls == 0);
+  group.recorder->turn(true);
+  group.call(stream);
+  CHECK(group.recorder->own().calls == 1);
+  CHECK(group.recorder->counters(CallPath::local).calls == 1);
+}
+
 TEST_CASE("calls of one lane wait for each other across streams, those of two do not") {
   Alone group;
   CountingDriver driver;

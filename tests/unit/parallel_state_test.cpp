@@ -342,6 +342,9 @@ TEST_CASE("a state counts its calls, those of graphs at each launch, and writes 
       const TraceProgress& progress = tp.recorder()->own().progress[0];
       check_equal(progress.issued, std::uint64_t{7}, "steps issued");
       check_equal(progress.left, std::uint64_t{7}, "steps that ended");
+      check(progress.settled < 7, "nobody has waited for the last launch");
+      state.synchronize(stream, std::chrono::seconds(10));
+      check_equal(progress.settled, std::uint64_t{7}, "steps that were waited for");
 
       const std::string file = (std::filesystem::temp_directory_path() /
                                 fmt::format("state-{}-{}.json", ::getpid(), world.rank()))

@@ -61,7 +61,7 @@ TEST_CASE("a group's rings are written with what was recorded", "[trace_file]") 
   CHECK_THAT(out, contains(R"("all_reduce",1,9,"bf16","own",2,0,1,0,3,2,[8,16]])"));
   CHECK_THAT(out, contains(R"("counters":[["own",1,256,2]])"));
   CHECK_THAT(out, contains(R"("notes":[[1,"growth of arena tp[0]"]])"));
-  CHECK_THAT(out, contains(R"("progress":[[0,1,0,0]])"));
+  CHECK_THAT(out, contains(R"("progress":[[0,1,0,0,0]])"));
 }
 
 TEST_CASE("a failure is written with who was missing", "[trace_file]") {

@@ -96,7 +96,7 @@ TEST_CASE("without a folder nothing is written, but on demand", "[trace_writer]"
   CHECK(std::filesystem::is_empty(folder.path()));
   trace->write(folder.file(), "on demand");
   CHECK_THAT(folder.content(),
-             contains(R"({"cohort_trace":2,"run":"0000000000000011","rank":3,"ranks":5,)",
+             contains(R"({"cohort_trace":3,"run":"0000000000000011","rank":3,"ranks":5,)",
                       R"("hosts":[0,0,0,1,1],)", R"("name":"tp[0]")"));
   CHECK_THROWS_AS(trace->write(folder.path() + "/absent/file", "on demand"), TransportError);
 }

@@ -331,19 +331,17 @@ class NcclTransport final : public Transport {
     group_.capture.reset();
     ranges_.end();
   }
-  /// A card counts a call when it begins it. Whether the last has ended is not told where the card
-  /// is busy, perhaps with other work: then it is taken to be under way, as in a group that failed.
+  /// A card counts a call when it begins it. Whether the last has ended is known where the card is
+  /// idle and nothing was ended before its time, where a wait of the host came back (`settled`),
+  /// and where this rank gave the call up; not where the card is busy, perhaps with other work.
   void look_at_device(TraceRing& ring) override {
     if (group_.peers == nullptr) {
       return;
     }
-    const bool over = !group_.failed() && device_idle_within(group_.device, {});
-    const auto epochs = group_.peers->epochs();
-    for (std::size_t inbox = 0; inbox < epochs.size(); ++inbox) {
-      TraceRing::store(ring.progress[inbox].entered, epochs[inbox]);
-      TraceRing::store(ring.progress[inbox].left,
-                       over || epochs[inbox] == 0 ? epochs[inbox] : epochs[inbox] - 1);
-    }
+    const bool cut_short = group_.own_failed() || group_.communicator->broken();
+    constexpr std::chrono::milliseconds kPatience{10};  // the card's answer takes a thread
+    const bool over = !cut_short && device_idle_within(group_.device, kPatience);
+    look_at_epochs(ring, group_.peers->epochs(), over, group_.peers->error(), group_.rank);
   }
   void settle(std::chrono::milliseconds patience) noexcept override { waits_.settle(patience); }
   void forsake_peers(const cohort::detail::GiveUp& /*why*/) noexcept override {

@@ -4,12 +4,15 @@
 #include <fmt/format.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include "cohort/control_plane.hpp"
 #include "cohort/cuda/descriptor_exchange.hpp"
+#include "cohort/cuda/inbox.hpp"
 #include "cohort/error.hpp"
 #include "cohort/flight_recorder.hpp"
 #include "cohort/flight_ring.hpp"
@@ -61,6 +64,20 @@ namespace cohort {
   }
   rings.keep = std::move(all);
   return rings;
+}
+
+/// Writes how far a card has come into its rank's ring.
+/// @param epochs  The last call of each inbox that it has begun.
+/// @param over    All of them have ended, and none before its time.
+/// @param error   The first wait of the group that failed.
+inline void look_at_epochs(TraceRing& ring, std::span<const std::uint64_t> epochs, bool over,
+                           const cuda::InboxError& error, int rank) noexcept {
+  constexpr std::uint64_t kErrorEpoch = (std::uint64_t{1} << 40) - 1;  // what an error has of one
+  for (std::size_t inbox = 0; inbox < epochs.size(); ++inbox) {
+    const bool waits =
+        error && error.waiting_rank == rank && error.epoch == (epochs[inbox] & kErrorEpoch);
+    TraceRing::look(ring.progress[inbox], {.begun = epochs[inbox], .over = over, .waits = waits});
+  }
 }
 
 }  // namespace cohort

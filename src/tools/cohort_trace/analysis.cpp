@@ -77,7 +77,8 @@ std::vector<Finding> findings(const State& state) {
     const bool is_cause = std::any_of(finding.ranks.begin(), finding.ranks.end(),
                                       [&waits](int one) { return waits.count(one) == 0; });
     const bool differs = finding.kind == Finding::Kind::differs;
-    const bool last = finding.kind == Finding::Kind::differed;
+    const bool no_cause = finding.kind == Finding::Kind::differed;
+    const int last = no_cause ? 2 : finding.kind == Finding::Kind::begun ? 1 : 0;
     return std::tuple(!differs, last, !is_cause, static_cast<int>(finding.kind), finding.since);
   };
   std::stable_sort(all.begin(), all.end(),
@@ -87,9 +88,10 @@ std::vector<Finding> findings(const State& state) {
 
 std::string verdict(const State& state) {
   const auto found = findings(state);
-  if (found.empty() || found.front().kind == Finding::Kind::differed) {
+  const bool begun = !found.empty() && found.front().kind == Finding::Kind::begun;
+  if (found.empty() || begun || found.front().kind == Finding::Kind::differed) {
     const auto unknown = unknown_ranks(state);
-    const std::string but = found.empty() ? "" : ", now; " + found.front().text;
+    const std::string but = found.empty() ? "" : (begun ? "; " : ", now; ") + found.front().text;
     return "no rank is behind another, and no calls differ, as far as is known" + but +
            (unknown.empty() ? ""
                             : fmt::format("; nothing is known of {}, of which no trace was found",
@@ -116,8 +118,9 @@ std::string verdict(const State& state) {
 }
 
 std::string to_json(const State& state) {
-  static constexpr const char* kKinds[] = {"differs", "behind",          "behind on the device",
-                                           "unknown", "all in one call", "differed once"};
+  static constexpr const char* kKinds[] = {
+      "differs",         "behind",         "behind on the device", "unknown",
+      "all in one call", "all have begun", "differed once"};
   nlohmann::json j{
       {"run", state.run}, {"verdict", verdict(state)}, {"findings", nlohmann::json::array()}};
   for (const Finding& finding : findings(state)) {

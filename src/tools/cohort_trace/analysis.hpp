@@ -38,6 +38,7 @@ struct Record {
 /// How far the work of an inbox has come.
 struct Progress {
   std::uint64_t issued = 0, entered = 0, left = 0;
+  std::uint64_t perhaps_left = 0;  ///< Steps that may have ended: `left` or more.
 };
 
 /// Calls that took one path.
@@ -98,7 +99,7 @@ struct State {
 
 /// What a group's calls come to.
 struct Finding {
-  enum class Kind { differs, behind, behind_on_device, unknown, together, differed };
+  enum class Kind { differs, behind, behind_on_device, unknown, together, begun, differed };
 
   Kind kind = Kind::behind;
   std::string group;

@@ -18,6 +18,18 @@
 namespace cohort::trace {
 namespace {
 
+/// What a rank's device does in a group, or "" for nothing that is known.
+std::string device_text(const Group& group, const Ring& ring) {
+  const Stand stand = stand_of(group, ring);
+  if (stand.unsure) {
+    return fmt::format("its device has begun {} of {}, the end of which is not recorded",
+                       describe(ring, *stand.unsure), group.name);
+  }
+  return stand.pending
+             ? fmt::format("its device is in {} of {}", describe(ring, *stand.pending), group.name)
+             : "";
+}
+
 /// What is known of a rank that ranks wait for.
 std::string whereabouts(const State& state, const Group& group, int rank) {
   const auto mine = group.rings.find(rank);
@@ -38,9 +50,8 @@ std::string whereabouts(const State& state, const Group& group, int rank) {
       wrote = wrote || ring.own;
       if (const Record* const open = open_record(ring)) {
         text = fmt::format("it is in {} of {}", describe(ring, *open), other.name);
-      } else if (const auto stand = stand_of(other, ring);
-                 text.empty() && stand.pending && &other != &group) {
-        text = fmt::format("its device is in {} of {}", describe(ring, *stand.pending), other.name);
+      } else if (text.empty() && &other != &group) {
+        text = device_text(other, ring);
       }
     }
   }
@@ -91,9 +102,15 @@ Finding behind_on_device(const State& state, const Judged& judged, const std::ve
   const int further = judged.order.ahead.front();
   const Stand& other = judged.stands.by_rank.at(further);
   const auto other_ring = group.rings.find(further);
-  std::string theirs = "have ended theirs";
-  if (other.pending && other_ring != group.rings.end()) {
-    theirs = fmt::format("{} in {}", judged.order.ahead.size() == 1 ? "is" : "are",
+  const bool one = judged.order.ahead.size() == 1;
+  std::string theirs = one ? "has ended it" : "have ended it";
+  if (other.unsure && other_ring != group.rings.end()) {
+    theirs = fmt::format("{} begun {}", one ? "has" : "have",
+                         describe(other_ring->second, *other.unsure));
+  } else if (other.pending && other_ring != group.rings.end()) {
+    const char* const come = one ? "has come to" : "have come to";
+    const char* const in = one ? "is in" : "are in";
+    theirs = fmt::format("{} {}", other.pending->begun ? in : come,
                          describe(other_ring->second, *other.pending));
   }
   const Record* const last = last_numbered(ring);
@@ -103,8 +120,8 @@ Finding behind_on_device(const State& state, const Judged& judged, const std::ve
       group.name, verb(found.ranks, "it", "they"),
       stand.pending->begun ? verb(found.ranks, "is in", "are in")
                            : verb(found.ranks, "has not begun", "have not begun"),
-      describe(ring, *stand.pending), judged.order.ahead.size() == 1 ? "that" : "those",
-      listed(found.waiting), theirs, verb(found.ranks, "its host has", "their hosts have"),
+      describe(ring, *stand.pending), one ? "that" : "those", listed(found.waiting), theirs,
+      verb(found.ranks, "its host has", "their hosts have"),
       last == nullptr ? "none" : describe(ring, *last));
   found.text += excuse_text(group, excused);
   static_cast<void>(state);
@@ -127,7 +144,11 @@ Finding behind_on_host(const State& state, const Judged& judged, const std::vect
   if (next != nullptr) {
     found.since = next->ns;
     std::string inside;
-    if (const Stand stand = stand_of(group, *came); next->call == "launch" && stand.pending) {
+    if (const Stand& stand = judged.stands.by_rank.at(came->rank);
+        next->call == "launch" && stand.unsure) {
+      inside =
+          ", of which the last that is known to have begun is " + describe(*came, *stand.unsure);
+    } else if (next->call == "launch" && stand.pending) {
       inside = ", and wait in " + describe(*came, *stand.pending);
     }
     found.text += fmt::format(": {} not come to {}, to which {} came at {}, {} before the end{}",
@@ -234,37 +255,51 @@ std::optional<Finding> fewer_steps(const Group& group) {
 
 namespace {
 
-/// Where ranks wait that have all come equally far, and in which call.
+/// Where ranks are that have all come equally far.
 struct Waiting {
-  std::vector<int> ranks = {};  ///< World ranks.
-  std::string text = {};        ///< "all_reduce #5 of f32(16)"
+  std::vector<int> ranks = {};   ///< World ranks that wait.
+  std::vector<int> unsure = {};  ///< Those of which it is known alone that they began the call.
+  std::string text = {};         ///< "all_reduce #5 of f32(16)"
   std::int64_t since = 0;
   std::int64_t for_ns = 0;
+
+  [[nodiscard]] std::vector<int> all() const {
+    std::vector<int> both = ranks;
+    both.insert(both.end(), unsure.begin(), unsure.end());
+    return both;
+  }
 };
+
+/// Whether a device that is known would show that the call is under way.
+bool device_counts(const Record& record) {
+  return (record.call == "launch" ? record.extents[1] : record.steps) > 0;
+}
 
 std::optional<Waiting> waiting_together(const State& state, const Judged& judged) {
   const Group& group = *judged.group;
   std::optional<Waiting> waiting;
   for (const auto& [rank, stand] : judged.stands.by_rank) {
-    const auto ring = group.rings.find(rank);
-    if (!stand.waits || ring == group.rings.end() || pair_call(stand, ring->second) != nullptr) {
+    const auto found = group.rings.find(rank);
+    if (found == group.rings.end() || !(stand.waits || stand.unsure) ||
+        pair_call(stand, found->second) != nullptr) {
       continue;
     }
-    const Record* const open = open_record(ring->second);
-    const Record* const record = stand.pending     ? &stand.pending->record
+    const Ring& ring = found->second;
+    const auto& on_device = stand.unsure ? stand.unsure : stand.pending;
+    const Record* const open = open_record(ring);
+    const Record* const record = on_device         ? &on_device->record
                                  : open != nullptr ? open
-                                                   : last_numbered(ring->second);
-    if (record == nullptr) {
+                                                   : last_numbered(ring);
+    if (record == nullptr || (on_device == std::nullopt && open == nullptr && stand.by_device &&
+                              device_counts(*record))) {
       continue;
     }
-    const std::int64_t for_ns = end_of(state, ring->second) - record->ns;
     if (!waiting) {
-      waiting = Waiting{.text = stand.pending ? describe(ring->second, *stand.pending)
-                                              : describe(ring->second, *record),
+      waiting = Waiting{.text = on_device ? describe(ring, *on_device) : describe(ring, *record),
                         .since = record->ns};
     }
-    waiting->ranks.push_back(world_rank(group, rank));
-    waiting->for_ns = std::max(waiting->for_ns, for_ns);
+    (stand.unsure ? waiting->unsure : waiting->ranks).push_back(world_rank(group, rank));
+    waiting->for_ns = std::max(waiting->for_ns, end_of(state, ring) - record->ns);
   }
   const bool failed =
       std::any_of(group.failures.begin(), group.failures.end(),
@@ -283,30 +318,52 @@ std::optional<Finding> unknown(const State& state, const Judged& judged) {
   Finding found{.kind = Finding::Kind::unknown,
                 .group = group.name,
                 .ranks = world_ranks(group, {group.forsaken.begin(), group.forsaken.end()}),
-                .waiting = waiting->ranks,
+                .waiting = waiting->all(),
                 .since = waiting->since};
+  const std::string come =
+      waiting->ranks.empty()
+          ? fmt::format("{} {} begun {} {} before the end, the end of which is not recorded",
+                        listed(found.waiting), verb(found.waiting, "has", "have"), waiting->text,
+                        duration(waiting->for_ns))
+          : fmt::format("{} {} in {} for {}", listed(found.waiting),
+                        verb(found.waiting, "has waited", "have waited"), waiting->text,
+                        duration(waiting->for_ns));
   found.text = fmt::format(
       "nothing is known of {} in {}, of which no trace was found, nor one of another rank of {}: "
-      "{} {} in {} for {}, to which no other rank is known to be late",
-      listed(found.ranks), group.name, verb(found.ranks, "its machine", "their machines"),
-      listed(found.waiting), verb(found.waiting, "has waited", "have waited"), waiting->text,
-      duration(waiting->for_ns));
+      "{}, to which no other rank is known to be late",
+      listed(found.ranks), group.name, verb(found.ranks, "its machine", "their machines"), come);
   return found;
 }
 
 std::optional<Finding> together(const State& state, const Judged& judged) {
   const Group& group = *judged.group;
   const auto waiting = waiting_together(state, judged);
-  if (!waiting || waiting->ranks.size() < group.ranks.size() || !judged.order.ahead.empty()) {
+  if (!waiting || waiting->all().size() < group.ranks.size() || !judged.order.ahead.empty()) {
     return std::nullopt;
   }
-  return Finding{.kind = Finding::Kind::together,
-                 .group = group.name,
-                 .ranks = waiting->ranks,
-                 .since = waiting->since,
-                 .text = fmt::format("{} are all in {} of {} for {}, and none has come to its end",
-                                     listed(waiting->ranks), waiting->text, group.name,
-                                     duration(waiting->for_ns))};
+  Finding found{.kind = Finding::Kind::together,
+                .group = group.name,
+                .ranks = waiting->all(),
+                .since = waiting->since};
+  const auto& unsure = waiting->unsure;
+  if (waiting->ranks.empty()) {
+    found.kind = Finding::Kind::begun;
+    found.text = fmt::format(
+        "{} have all begun {} of {}, {} before the end, and its end is not "
+        "recorded",
+        listed(found.ranks), waiting->text, group.name, duration(waiting->for_ns));
+  } else if (!unsure.empty()) {
+    found.text = fmt::format(
+        "{} {} in {} of {} for {}, which {} {} begun as well, and its end is "
+        "not recorded there",
+        listed(waiting->ranks), verb(waiting->ranks, "is", "are"), waiting->text, group.name,
+        duration(waiting->for_ns), listed(unsure), verb(unsure, "has", "have"));
+  } else {
+    found.text =
+        fmt::format("{} are all in {} of {} for {}, and none has come to its end",
+                    listed(found.ranks), waiting->text, group.name, duration(waiting->for_ns));
+  }
+  return found;
 }
 
 }  // namespace cohort::trace

@@ -38,7 +38,7 @@ struct Stands {
 struct Order {
   Place least;
   std::vector<int> behind = {};  ///< Ranks in the group that came no further.
-  std::vector<int> ahead = {};   ///< The others.
+  std::vector<int> ahead = {};   ///< The others, but those that may have come no further.
   bool waited = false;           ///< Somebody waits for somebody.
 };
 
@@ -86,7 +86,7 @@ inline constexpr std::int64_t kPatience = 500'000'000;
 [[nodiscard]] std::optional<Finding> fewer_steps(const Group& group);
 /// Ranks of which nothing is known, for which others are likely to wait.
 [[nodiscard]] std::optional<Finding> unknown(const State& state, const Judged& judged);
-/// Ranks that are all in one call, which nobody ends.
+/// Ranks that are all in one call, which nobody ends, as far as is known.
 [[nodiscard]] std::optional<Finding> together(const State& state, const Judged& judged);
 
 }  // namespace cohort::trace

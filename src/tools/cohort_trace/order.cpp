@@ -18,7 +18,25 @@ std::uint64_t failed_in(const Ring& ring, const Stand& stand) {
   if (const Record* const open = open_record(ring)) {
     return open->number;
   }
-  return stand.pending ? stand.pending->record.number : 0;
+  const auto& on_device = stand.unsure ? stand.unsure : stand.pending;
+  return on_device ? on_device->record.number : 0;
+}
+
+/// What a device counts are calls that no rank ends before all have begun them: where one has not,
+/// the others are still in it.
+void make_sure(Stands& stands) {
+  for (auto& [rank, stand] : stands.by_rank) {
+    const bool is_in =
+        stand.unsure && std::any_of(stands.by_rank.begin(), stands.by_rank.end(),
+                                    [&unsure = stand.unsure_place](const auto& other) {
+                                      return other.second.place < unsure;
+                                    });
+    if (is_in) {
+      stand.place = stand.unsure_place;
+      stand.pending = std::exchange(stand.unsure, std::nullopt);
+      stand.waits = true;
+    }
+  }
 }
 
 /// What a time-out says of those that it missed holds whatever they did later: they had not come.
@@ -47,11 +65,13 @@ Stands stands_in(const Group& group) {
       stand->second.place = {.number = call - 1};
       stand->second.host = std::min(stand->second.host, call - 1);
       stand->second.pending.reset();
+      stand->second.unsure.reset();
       stand->second.waits = false;
     } else if (stand == stands.by_rank.end()) {
       stands.by_rank[rank] = {.host = call - 1, .place = {.number = call - 1}};
     }
   }
+  make_sure(stands);
   return stands;
 }
 
@@ -92,7 +112,9 @@ Order order_of(const State& state, const Group& group, const Stands& stands) {
                        [](const auto& a, const auto& b) { return a.second.place < b.second.place; })
           ->second.place;
   for (const auto& [rank, stand] : stands.by_rank) {
-    (stand.place == order.least ? order.behind : order.ahead).push_back(rank);
+    if (!stand.may_be_at(order.least)) {
+      (stand.place == order.least ? order.behind : order.ahead).push_back(rank);
+    }
   }
   order.waited = std::any_of(order.ahead.begin(), order.ahead.end(), [&](int rank) {
     return group.failures.count(rank) > 0 && !group.failures.at(rank).over;

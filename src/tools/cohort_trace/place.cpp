@@ -73,50 +73,75 @@ void look_into_launch(const Group& group, const Ring& ring, int inbox, std::uint
   }
 }
 
-/// The first work of an inbox that the device has not ended. False where that is not known.
-bool find_pending(const Group& group, const Ring& ring, int inbox, const Progress& progress,
-                  std::optional<Pending>& first) {
-  if (progress.left > progress.issued || progress.entered > progress.issued) {
-    // Steps of a call under way are counted at its end; others are of launches of which nothing is
-    // known.
-    return open_record(ring) != nullptr || ring.open != 0;
-  }
-  const std::uint64_t open = progress.issued - progress.left;
-  if (open == 0) {
-    return true;
-  }
+/// Eager calls and launches, the newest first.
+std::vector<const Record*> newest_first(const Ring& ring) {
   std::vector<const Record*> all;
   for (const auto* const part : {&ring.records, &ring.afterwards}) {
     for (const Record& record : *part) {
       all.push_back(&record);
     }
   }
+  std::reverse(all.begin(), all.end());
+  return all;
+}
+
+/// The work of an inbox that begins with the last `open` of its steps; nothing where the ring does
+/// not tell.
+std::optional<Pending> work_at(const Group& group, const Ring& ring, int inbox,
+                               std::uint64_t open) {
   std::uint64_t seen = 0;
-  for (auto record = all.rbegin(); record != all.rend(); ++record) {
-    std::optional<std::uint64_t> steps = (*record)->inbox == inbox ? (*record)->steps : 0;
-    if (is_launch(**record)) {
-      steps = launch_steps(group, ring, **record, inbox);
+  for (const Record* const record : newest_first(ring)) {
+    std::optional<std::uint64_t> steps = record->inbox == inbox ? record->steps : 0;
+    if (is_launch(*record)) {
+      steps = launch_steps(group, ring, *record, inbox);
     }
     if (!steps) {
-      return false;
+      return std::nullopt;
     }
     seen += *steps;
     if (*steps == 0 || seen < open) {
       continue;
     }
-    Pending found{.record = **record, .begun = progress.entered > progress.left};
+    Pending found{.record = *record};
     if (is_launch(found.record)) {
       look_into_launch(group, ring, inbox, seen - open, found);
     }
-    const auto order = [](const Pending& one) {
-      return std::pair(one.record.sequence, one.position);
-    };
-    if (!first || order(found) < order(*first)) {
-      first = std::move(found);
-    }
-    return true;
+    return found;
   }
-  return false;  // it is further behind than the ring reaches back
+  return std::nullopt;  // it is further behind than the ring reaches back
+}
+
+bool comes_before(const Pending& a, const Pending& b) {
+  return std::pair(a.record.sequence, a.position) < std::pair(b.record.sequence, b.position);
+}
+
+/// Takes over what the device has not ended of an inbox, where that is earlier, and of what nobody
+/// knows whether it has, where that is later. False where the first is not known.
+bool look_at_inbox(const Group& group, const Ring& ring, int inbox, const Progress& progress,
+                   Stand& stand) {
+  if (progress.perhaps_left > progress.issued || progress.entered > progress.issued) {
+    // Steps of a call under way are counted at its end; others are of launches of which nothing is
+    // known.
+    return open_record(ring) != nullptr || ring.open != 0;
+  }
+  if (progress.issued > progress.perhaps_left) {
+    auto found = work_at(group, ring, inbox, progress.issued - progress.perhaps_left);
+    if (!found) {
+      return false;
+    }
+    found->begun = progress.entered > progress.perhaps_left;
+    if (!stand.pending || comes_before(*found, *stand.pending)) {
+      stand.pending = std::move(found);
+    }
+  }
+  if (progress.perhaps_left > progress.left) {
+    auto found = work_at(group, ring, inbox, progress.issued - progress.left);
+    if (found && (!stand.unsure || comes_before(*stand.unsure, *found))) {
+      found->begun = true;
+      stand.unsure = std::move(found);
+    }
+  }
+  return true;
 }
 
 /// The last number before a record.
@@ -202,15 +227,20 @@ Stand stand_of(const Group& group, const Ring& ring) {
   bool known = ring.device_known;
   for (const auto& [inbox, progress] : ring.progress) {
     counted = counted || progress.issued != 0 || progress.entered != 0;
-    if (known && !find_pending(group, ring, inbox, progress, stand.pending)) {
+    if (known && !look_at_inbox(group, ring, inbox, progress, stand)) {
       known = false;
       stand.steps_differ = true;
-      stand.waits = stand.waits || progress.entered > progress.left;
+      stand.waits = stand.waits || progress.entered > progress.perhaps_left;
     }
   }
   stand.by_device = known && counted;
+  // The host is in something definite, to which it came later.
+  const bool host_is_in = !stand.pending && open != nullptr;
   if (!stand.by_device) {
     stand.pending.reset();
+  }
+  if (!stand.by_device || host_is_in) {
+    stand.unsure.reset();
   }
   if (stand.pending) {
     stand.place = place_of(group, ring, *stand.pending);
@@ -220,16 +250,19 @@ Stand stand_of(const Group& group, const Ring& ring) {
   }
   // What came too late to matter was begun later still.
   const Place end{.number = stand.host};
-  if (stand.place > end) {
+  const std::uint64_t newest = ring.records.empty() ? 0 : ring.records.back().sequence;
+  if (stand.place > end || (stand.pending && stand.pending->record.sequence > newest)) {
     stand.place = end;
     stand.pending.reset();
     stand.waits = open != nullptr;
   }
-  if (stand.pending &&
-      stand.pending->record.sequence > (ring.records.empty() ? 0 : ring.records.back().sequence)) {
-    stand.pending.reset();
-    stand.place = end;
-    stand.waits = open != nullptr;
+  if (stand.unsure && stand.unsure->record.sequence > newest) {
+    stand.unsure.reset();
+  }
+  if (stand.unsure) {
+    stand.unsure_place = place_of(group, ring, *stand.unsure);
+    // Where it has ended, work that has not begun waits for nobody.
+    stand.waits = open != nullptr || (stand.pending && stand.pending->begun);
   }
   return stand;
 }

@@ -41,7 +41,16 @@ struct Stand {
   bool by_device = false;               ///< Which of both.
   bool steps_differ = false;            ///< Steps are of launches of which nothing is known.
   std::optional<Pending> pending = {};  ///< Where the device is, or would be next.
-  bool waits = false;                   ///< It is in a call, or its device has not ended all.
+  /// The last call that the device has begun, where nobody knows whether it has ended: `place` and
+  /// `pending` take it that it has.
+  std::optional<Pending> unsure = {};
+  Place unsure_place = {};  ///< And this that it has not.
+  bool waits = false;       ///< It is in a call, or its device has not ended all.
+
+  /// Whether it may be there, although `place` is beyond.
+  [[nodiscard]] bool may_be_at(const Place& there) const {
+    return unsure && unsure_place <= there && there < place && place.number == there.number;
+  }
 };
 
 /// How far a rank of a group came.

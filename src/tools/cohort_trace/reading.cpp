@@ -55,7 +55,7 @@ Ring ring_of(const json& j) {
   ring.device_known =
       j.at("live").get<bool>() || (ring.own && j.at("looked").get<std::int64_t>() != 0);
   for (const auto& one : j.at("progress")) {
-    ring.progress[one.at(0)] = {one.at(1), one.at(2), one.at(3)};
+    ring.progress[one.at(0)] = {one.at(1), one.at(2), one.at(3), one.at(4)};
   }
   for (const auto& one : j.at("counters")) {
     ring.counters.push_back({one.at(0), one.at(1), one.at(2), one.at(3)});
@@ -131,7 +131,7 @@ GroupView group_of(const json& j, const File& file) {
 
 File file_of(const std::string& text) {
   const json j = json::parse(text);
-  if (!j.is_object() || j.value("cohort_trace", 0) != 2) {
+  if (!j.is_object() || j.value("cohort_trace", 0) != 3) {
     throw std::runtime_error("no trace of a version that this program knows");
   }
   File file;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "support/catch.hpp"
 #include "support/threads.hpp"
@@ -25,4 +26,26 @@ TEST_CASE("every rank of a machine sees what the others record", "[trace_memory]
     }
     plane.barrier();
   });
+}
+
+TEST_CASE("what a card counts is told with the wait that failed", "[trace_memory]") {
+  TraceRing ring;
+  const std::vector<std::uint64_t> epochs{7, 3, (std::uint64_t{1} << 40) + 7};
+  const auto look = [&](bool over, const cuda::InboxError& error, int rank,
+                        const std::vector<std::uint64_t>& left,
+                        const std::vector<std::uint64_t>& perhaps_left) {
+    look_at_epochs(ring, epochs, over, error, rank);
+    for (std::size_t i = 0; i < epochs.size(); ++i) {
+      CHECK(ring.progress[i].entered == epochs[i]);
+      CHECK(ring.progress[i].left == left[i]);
+      CHECK(ring.progress[i].perhaps_left == perhaps_left[i]);
+    }
+  };
+  const auto wide = std::uint64_t{1} << 40;
+  look(true, {}, 0, epochs, epochs);
+  look(false, {}, 0, {6, 2, wide + 6}, epochs);
+  const auto error = cuda::InboxError::decode(
+      cuda::InboxError::encode(wide + 7, 0, 1, cuda::PeerCall::all_reduce));
+  look(false, error, 0, {6, 2, wide + 6}, {6, 3, wide + 6});
+  look(false, error, 1, {6, 2, wide + 6}, epochs);  // another rank's wait
 }

@@ -62,7 +62,11 @@ json launch(int number, std::int64_t at, unsigned signature = 7, int graph = 1, 
 }
 /// Inbox 0.
 json progress(std::uint64_t issued, std::uint64_t entered, std::uint64_t left) {
-  return json::array({json::array({0, issued, entered, left})});
+  return json::array({json::array({0, issued, entered, left, left})});
+}
+/// The same where nobody knows whether the last step that began has ended.
+json begun(std::uint64_t issued, std::uint64_t entered) {
+  return json::array({json::array({0, issued, entered, entered - 1, entered})});
 }
 
 json ring(int rank, bool own, json records, std::uint64_t open = 0) {
@@ -93,7 +97,7 @@ struct Common {
 std::string file(int rank, std::int64_t at,
                  const std::vector<std::pair<std::string, std::vector<json>>>& groups,
                  bool late = true, const Common& common = {}) {
-  json j{{"cohort_trace", 2},
+  json j{{"cohort_trace", 3},
          {"run", common.run},
          {"rank", rank},
          {"ranks", common.ranks.size()},
@@ -259,7 +263,8 @@ TEST_CASE("the inboxes of a graph are told apart", "[cohort_trace]") {
   const auto rank = [](int r, std::uint64_t first, std::uint64_t second) {
     json mine = ring(r, true, json::array({launch(1, 1, 7, 1, 2, 2, 2)}), 0);
     mine["captured"] = {listed(1, "all_reduce", 1, 1, 1, 0), listed(2, "all_gather", 1, 1, 2, 1)};
-    mine["progress"] = json::array({json::array({0, 1, 1, first}), json::array({1, 1, 1, second})});
+    mine["progress"] =
+        json::array({json::array({0, 1, 1, first, first}), json::array({1, 1, 1, second, second})});
     return file(r, 5, {{"tp[0]", {mine}}});
   };
   CHECK_THAT(verdict(one({rank(0, 0, 0), rank(1, 1, 0)})),
@@ -286,6 +291,94 @@ TEST_CASE("where hosts ran ahead, devices say who is behind", "[cohort_trace]") 
   CHECK_THAT(verdict(one({rank(0, 10, 5, 4), rank(1, 4, 4, 4), rank(2, 10, 5, 4)})),
              contains("rank 1 is behind in tp[0]: it has not come to all_reduce #5 of bf16(8,4), "
                       "to which ranks 0 and 2 came"));
+}
+
+TEST_CASE("a call that has begun is not one that goes on", "[cohort_trace]") {
+  // What the last launch of a graph of two calls left behind on each rank.
+  struct Rank {
+    json progress;
+    bool grows = false;  ///< Its host is in the growth of an arena, the next call.
+    std::uint64_t calls = 0;
+  };
+  const auto rank = [](int r, const Rank& of) {
+    json records = json::array({launch(1, 1), launch(2, 2)});
+    if (of.grows) {
+      records.push_back(
+          {3, kStart + 3 * kSecond, "agreement", 3, 3, "u8", "unknown", 2, 0, 0, 0, 1, 1, {4096}});
+    }
+    for (std::uint64_t i = 0; i < of.calls; ++i) {
+      records.push_back(reduce(3 + i, 3));
+    }
+    json mine = ring(r, true, records, of.grows ? 3 : 0);
+    mine["captured"] = {listed(1, "all_reduce"), listed(2, "all_gather")};
+    mine["progress"] = of.progress;
+    return file(r, 9, {{"tp[0]", {mine}}}, of.grows, {.ranks = {0, 1}, .hosts = {0, 0}});
+  };
+  const Rank unsure{.progress = begun(4, 4)};
+  const Rank ended{.progress = progress(4, 4, 4)};
+  const Rank inside{.progress = progress(4, 4, 3)};
+  const std::string call = "call 2 of 2 of graph 1, all_gather of f32(16)";
+
+  SECTION("a rank that is in something definite wins") {
+    for (const Rank& late : {unsure, ended}) {
+      for (const Rank& grows : {unsure, ended}) {
+        CHECK(verdict(one({rank(0, {.progress = grows.progress, .grows = true}), rank(1, late)})) ==
+              "rank 1 is behind in tp[0]: it has not come to agreement #3 on growth of arena "
+              "tp[0], to which rank 0 came at 22:13:23.000 UTC, 6.0 s before the end; its last "
+              "call there is launch #2 of graph 1, and it is in no call of the state");
+      }
+    }
+  }
+  SECTION("so does one that lacks a call") {
+    CHECK_THAT(verdict(one({rank(0, {.progress = begun(5, 5), .calls = 1}), rank(1, unsure)})),
+               contains("rank 1 is behind in tp[0]: it has not come to all_reduce #3 of bf16(8,4), "
+                        "to which rank 0 came at "));
+  }
+  SECTION("nobody ends a call that another has not begun") {
+    for (const json& late : {progress(4, 3, 3), begun(4, 3)}) {
+      CHECK(verdict(one({rank(0, unsure), rank(1, {.progress = late})})) ==
+            "the device of rank 1 is behind in tp[0]: it has not begun " + call +
+                ", while that of rank 0 is in " + call +
+                "; its host has made all calls up to launch #2 of graph 1");
+    }
+  }
+  SECTION("where one is in it, the others may be") {
+    const State state = one({rank(0, unsure), rank(1, inside)});
+    CHECK(verdict(state) == "rank 1 is in " + call +
+                                " of tp[0] for 7.0 s, which rank 0 has begun as well, and its end "
+                                "is not recorded there");
+    CHECK(json::parse(to_json(state)).at("findings").at(0).at("kind") == "all in one call");
+  }
+  SECTION("where one has ended it, the other may have") {
+    CHECK(findings(one({rank(0, unsure), rank(1, ended)})).empty());
+  }
+  SECTION("where nothing else is known, that is said") {
+    const State state = one({rank(0, unsure), rank(1, unsure)});
+    CHECK(verdict(state) ==
+          "no rank is behind another, and no calls differ, as far as is known; ranks 0 and 1 have "
+          "all begun " +
+              call + " of tp[0], 7.0 s before the end, and its end is not recorded");
+    CHECK(json::parse(to_json(state)).at("findings").at(0).at("kind") == "all have begun");
+    CHECK(findings(one({rank(0, ended), rank(1, ended)})).empty());
+  }
+}
+
+TEST_CASE("a call whose end is not recorded explains no other group's hang", "[cohort_trace]") {
+  // Rank 1 does not come to a call of tp; in dp all have begun the last one, whose cards are busy.
+  const auto rank = [](int r, std::uint64_t calls) {
+    json dp = ring(r, true, reduces(2));
+    dp["progress"] = begun(2, 2);
+    json tp = ring(r, true, reduces(calls, 10));
+    tp["progress"] = begun(calls, calls);
+    return file(r, 60, {{"dp[0]", {dp}}, {"tp[0]", {tp}}});
+  };
+  const State state = one({rank(0, 4), rank(1, 3), rank(2, 4)});
+  CHECK_THAT(verdict(state),
+             contains("rank 1 is behind in tp[0]: it has not come to all_reduce #4 of bf16(8,4)",
+                      "and its device has begun all_reduce #2 of bf16(8,4) of dp[0], the end of "
+                      "which is not recorded"));
+  REQUIRE(findings(state).size() == 2);
+  CHECK(findings(state)[1].kind == Finding::Kind::begun);
 }
 
 TEST_CASE("what another rank saw of a device is old", "[cohort_trace]") {
@@ -364,7 +457,7 @@ TEST_CASE("what is no trace is left out with its name", "[cohort_trace]") {
   std::string rank_of_nobody = file(0, 5, {{"tp[0]", {ring(7, true, reduces(2))}}});
   for (const std::string& text :
        {std::string(), std::string("{}"), std::string("[]"), std::string("[1]"),
-        std::string(R"({"cohort_trace":1})"), std::string(R"({"cohort_trace":2})"),
+        std::string(R"({"cohort_trace":2})"), std::string(R"({"cohort_trace":3})"),
         good.substr(0, good.size() / 2), rank_of_nobody}) {
     const Reading all = reading({good, text});
     CHECK(all.states.size() == 1);
@@ -406,6 +499,16 @@ TEST_CASE("a machine that left no trace is named", "[cohort_trace]") {
         "another rank of their machines: ranks 0 and 1 have waited in all_reduce #5 of bf16(8,4) "
         "for 26.0 s, to which no other rank is known to be late");
   CHECK_THAT(to_text(state, 40), contains("no trace was found of ranks 2, 3"));
+
+  const auto unsure = [&](int r) {
+    json mine = ring(r, true, reduces(5));
+    mine["progress"] = begun(5, 5);
+    return file(r, 30, {{"tp[0]", {mine}}}, true, common);
+  };
+  CHECK_THAT(verdict(one({unsure(0), unsure(1)})),
+             contains("nothing is known of ranks 2 and 3 in tp[0]",
+                      "ranks 0 and 1 have begun all_reduce #5 of bf16(8,4) 26.0 s before the end, "
+                      "the end of which is not recorded, to which no other rank"));
 
   // A time-out that names them says more.
   Common named = common;
