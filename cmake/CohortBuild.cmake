@@ -23,12 +23,16 @@ target_compile_options(
                             "$<$<COMPILE_LANGUAGE:CUDA>:${cohort_cuda_warnings}>")
 
 # cohort_build_quickly(LEVEL [ONE_SOURCE]): for folders of programs that are run to see that they work. At -O1 they
-# take a third of the time of -O2, and those that nothing is asked of a fifth less at -O0. Installed
+# take a third of the time of -O2, and those that nothing is asked of a fifth less at -O0; debug
+# information is a tenth, and only the reports of sanitizers show it. Installed
 # consumers and tests of a consumer's flags bring -O2 and -O3, and `--full` runs all at -O2. With
 # ONE_SOURCE a program's C++ sources are compiled as one: most of the time goes into the headers.
 function(cohort_build_quickly level)
   if(COHORT_QUICK_BUILD)
     add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:${level}>")
+    if(NOT COHORT_SANITIZE)
+      add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-g0>")
+    endif()
     if("ONE_SOURCE" IN_LIST ARGN)
       set(CMAKE_UNITY_BUILD ON PARENT_SCOPE)
       set(CMAKE_UNITY_BUILD_BATCH_SIZE 0 PARENT_SCOPE)
@@ -50,16 +54,22 @@ endif()
 # cohort_add_program(name source...): a program of the tree, linked with what its sources include, so
 # that an example without <cohort/mpi.hpp> proves that it needs no MPI. A source that can use the
 # GPU parts but does not need them tests COHORT_PROGRAM_CUDA, which is 1 where cohort::cuda is built.
-# Programs whose libraries are missing are left out with a message.
+# Programs whose libraries are missing are left out with a message. Builds of the suite compile those
+# that need MPI as one (CohortJoin).
 function(cohort_add_program name)
   set(includes "")
   set(optional_cuda "")
+  set(apart OFF)
   foreach(source IN LISTS ARGN)
     cmake_path(ABSOLUTE_PATH source)
     file(STRINGS "${source}" found REGEX "^#include [<\"](cohort/|mpi|CLI/|nlohmann/)")
     list(APPEND includes ${found})
     file(STRINGS "${source}" found REGEX "COHORT_PROGRAM_CUDA")
     list(APPEND optional_cuda ${found})
+    file(READ "${source}" text)  # joined, main() is a function like any other, which has to end by a return
+    if(NOT text MATCHES "\n +return [^\n]*\n( *}\n)*$" AND text MATCHES "\nint main")
+      set(apart ON)
+    endif()
   endforeach()
   set(libraries cohort::cohort)
   if(includes MATCHES "[<\"](cohort/)?mpi")
@@ -82,7 +92,15 @@ function(cohort_add_program name)
       return()
     endif()
   endforeach()
+  if(optional_cuda AND TARGET cohort::cuda)
+    list(APPEND libraries cohort::cuda)
+  endif()
 
+  if(TARGET cohort_programs AND cohort::mpi IN_LIST libraries AND NOT apart)
+    cohort_join_program(cohort_programs ${name} ${ARGN})
+    target_link_libraries(cohort_programs PUBLIC ${libraries})
+    return()
+  endif()
   add_executable(${name} ${ARGN})
   target_link_libraries(${name} PRIVATE ${libraries} cohort_warnings)
   target_include_directories(${name} PRIVATE "${PROJECT_SOURCE_DIR}/src/tools")  # command_line/
@@ -90,9 +108,6 @@ function(cohort_add_program name)
     target_link_libraries(${name} PRIVATE cohort_cuda_sources)
   endif()
   if(optional_cuda)
-    if(TARGET cohort::cuda)
-      target_link_libraries(${name} PRIVATE cohort::cuda)
-    endif()
     target_compile_definitions(${name} PRIVATE "COHORT_PROGRAM_CUDA=$<TARGET_EXISTS:cohort::cuda>")
   endif()
 endfunction()

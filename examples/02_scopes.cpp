@@ -82,4 +82,5 @@ int main(int argc, char** argv) {
     say(error.what());
   }
   state.shutdown();
+  return 0;
 }

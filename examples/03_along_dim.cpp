@@ -99,4 +99,5 @@ int main(int argc, char** argv) {
     }
   }
   state.shutdown();
+  return 0;
 }

@@ -93,4 +93,5 @@ int main(int argc, char** argv) {
   state.reclaim_graphs();
   say(fmt::format("all graphs gone: {} bytes used", state.tp().arena()->statistics().used));
   state.shutdown();
+  return 0;
 }

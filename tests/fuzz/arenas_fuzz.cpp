@@ -16,7 +16,7 @@
 #include "setup.hpp"
 #include "support/threads.hpp"
 
-namespace cohort::fuzz {
+namespace cohort::fuzz::arenas {
 namespace {
 
 using test::u;
@@ -372,8 +372,8 @@ void round(Random& random, std::string& words) {
 }
 
 }  // namespace
-}  // namespace cohort::fuzz
+}  // namespace cohort::fuzz::arenas
 
 int main(int argc, char** argv) {
-  return cohort::fuzz::drive(argc, argv, "arenas", 150, cohort::fuzz::round);
+  return cohort::fuzz::drive(argc, argv, "arenas", 150, cohort::fuzz::arenas::round);
 }

@@ -14,7 +14,7 @@
 #include "support/threads.hpp"
 #include "tensors.hpp"
 
-namespace cohort::fuzz {
+namespace cohort::fuzz::collectives {
 namespace {
 
 using test::u;
@@ -418,8 +418,8 @@ void round(Random& random, std::string& words) {
 }
 
 }  // namespace
-}  // namespace cohort::fuzz
+}  // namespace cohort::fuzz::collectives
 
 int main(int argc, char** argv) {
-  return cohort::fuzz::drive(argc, argv, "collectives", 400, cohort::fuzz::round);
+  return cohort::fuzz::drive(argc, argv, "collectives", 400, cohort::fuzz::collectives::round);
 }

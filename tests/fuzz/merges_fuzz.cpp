@@ -14,7 +14,7 @@
 #include "support/threads.hpp"
 #include "tensors.hpp"
 
-namespace cohort::fuzz {
+namespace cohort::fuzz::merges {
 namespace {
 
 using test::u;
@@ -539,8 +539,8 @@ void round(Random& random, std::string& words) {
 }
 
 }  // namespace
-}  // namespace cohort::fuzz
+}  // namespace cohort::fuzz::merges
 
 int main(int argc, char** argv) {
-  return cohort::fuzz::drive(argc, argv, "merges", 100, cohort::fuzz::round);
+  return cohort::fuzz::drive(argc, argv, "merges", 100, cohort::fuzz::merges::round);
 }

@@ -53,7 +53,7 @@ class BusyCard {
 /// cards have other work. Behind "bare_" they have waited for their calls by CUDA's means alone.
 /// Throws where no call of this rank failed.
 inline void hang(ControlPlane& world, std::string mode) {
-  constexpr std::chrono::milliseconds kLimit{1500};
+  constexpr std::chrono::milliseconds kHangLimit{1500};
   const std::string by_cuda = "bare_";
   const bool bare = mode.starts_with(by_cuda);
   mode = bare ? mode.substr(by_cuda.size()) : mode;
@@ -100,7 +100,7 @@ inline void hang(ControlPlane& world, std::string mode) {
     static_cast<void>(std::raise(SIGKILL));
   }
   if (last && mode != "difference") {
-    const std::chrono::milliseconds limit = grows ? world.limit() : kLimit;
+    const std::chrono::milliseconds limit = grows ? world.limit() : kHangLimit;
     std::this_thread::sleep_for(limit + std::chrono::seconds(3));
   }
   try {
@@ -114,7 +114,7 @@ inline void hang(ControlPlane& world, std::string mode) {
       const std::int64_t rows = last && mode == "difference" ? 2048 : 4096;
       tp.all_reduce(x.view().slice(0, 0, rows), stream);
     }
-    tp.synchronize(stream, kLimit);
+    tp.synchronize(stream, kHangLimit);
   } catch (const UsageError&) {
     throw;
   } catch (const Error&) {
