@@ -31,6 +31,7 @@ using namespace cohort::bench::own_kernels;
 /// What the command line asks for.
 struct Options : Cards {
   std::vector<int> counts = {2, 4, 8};
+  std::string only;  ///< One part; empty for all.
   std::string json;
 };
 
@@ -76,6 +77,52 @@ void time_collectives(Report& report, std::vector<Rank>& ranks) {
             }));
       }
     }
+  }
+}
+
+/// An all-reduce with residual and RMS norm in one launch, beside the all-reduce and the norm as
+/// two, and the norm alone: of a model with rows of 7168.
+void time_norms(Report& report, std::vector<Rank>& ranks) {
+  const int n = static_cast<int>(ranks.size());
+  constexpr std::int64_t kHidden = 7168;
+  constexpr std::int64_t kPart = std::int64_t{8} << 20;
+  for (const std::int64_t batch : {1, 2, 4, 8, 16, 32, 64}) {
+    for (const DType out : {DType::bf16, DType::f8_e4m3}) {
+      const cuda::NormShape shape{.rows = batch, .hidden = kHidden, .out_dtype = out};
+      const auto norm_of = [&](const Rank& r, const std::byte* x) {
+        return cuda::Norm{.shape = shape,
+                          .x = x,
+                          .residual = r.in + 2 * kPart,
+                          .weight = r.in + 3 * kPart,
+                          .out = r.out,
+                          .scale = out == DType::bf16 ? nullptr : r.lse,
+                          .epsilon = 1e-6F};
+      };
+      const auto row = [&](const char* op, std::string_view path, double us) {
+        report.add(
+            fmt::format(R"("op": "{}{}", "ranks": {}, "batch": {}, "path": "{}", "us": {:.3f})", op,
+                        out == DType::bf16 ? "" : " f8", n, batch, path, us));
+      };
+      for (const auto path : kPaths) {
+        if (cuda::choose_norm_plan(ranks[0].table.layout, shape, path).fits) {
+          row("all_reduce_rms_norm", cuda::to_string(path), time_of(ranks, [&](const Rank& r) {
+                cuda::peer_all_reduce_rms_norm(r.table, norm_of(r, r.in), r.stream, path);
+              }));
+        }
+      }
+      row("all_reduce, then rms_norm", "automatic", time_of(ranks, [&](const Rank& r) {
+            std::byte* const sum = r.out + kPart;
+            cuda::peer_all_reduce(r.table, batch * kHidden, DType::bf16, r.in, sum, r.stream);
+            cuda::rms_norm(norm_of(r, sum), r.stream);
+          }));
+      row("rms_norm", "local",
+          time_of(ranks, [&](const Rank& r) { cuda::rms_norm(norm_of(r, r.in), r.stream); }));
+    }
+    report.add(fmt::format(
+        R"("op": "all_reduce", "ranks": {}, "batch": {}, "path": "automatic", "us": {:.3f})", n,
+        batch, time_of(ranks, [&](const Rank& r) {
+          cuda::peer_all_reduce(r.table, batch * kHidden, DType::bf16, r.in, r.out, r.stream);
+        })));
   }
 }
 
@@ -377,6 +424,7 @@ int main(int argc, char** argv) {
       "  --ranks N       that many; 2, 4 and 8 by default\n"
       "  --cards C       rank r runs on card r mod C, 1 by default\n"
       "  --max-blocks N  most thread blocks of a launch\n"
+      "  --only NAME     floors, collectives, norms, attention, partials or local\n"
       "  --json FILE     where the figures go\n";
   cohort::tools::help_if_asked(argc, argv, kHelp);
   Options options;
@@ -395,6 +443,8 @@ int main(int argc, char** argv) {
       options.cards = std::atoi(argv[i + 1]);
     } else if (key == "--max-blocks") {
       options.max_blocks = std::atoi(argv[i + 1]);
+    } else if (key == "--only") {
+      options.only = argv[i + 1];
     } else {
       options.json = argv[i + 1];
     }
@@ -412,14 +462,22 @@ int main(int argc, char** argv) {
   Report report;
   for (const int n : options.counts) {
     auto ranks = make_ranks(n, options);
-    time_floors(report, ranks);
-    time_collectives(report, ranks);
-    time_attention(report, ranks);
-    time_partials(report, ranks);
+    const auto part = [&](const char* name, const auto& time) {
+      if (options.only.empty() || options.only == name) {
+        time(report, ranks);
+      }
+    };
+    part("floors", time_floors);
+    part("collectives", time_collectives);
+    part("norms", time_norms);
+    part("attention", time_attention);
+    part("partials", time_partials);
     free_ranks(ranks);
   }
   check(cudaSetDevice(0), "cudaSetDevice");
-  time_local(report);
+  if (options.only.empty() || options.only == "local") {
+    time_local(report);
+  }
   if (!options.json.empty()) {
     std::FILE* file = std::fopen(options.json.c_str(), "w");
     if (file == nullptr) {

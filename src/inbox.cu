@@ -54,6 +54,7 @@ void load_kernels(int n) {
     detail::load_gather(ranks);
     detail::load_reduce(ranks);
     detail::load_all_reduce(ranks);
+    detail::load_norm(ranks);
     detail::load_merge(ranks);
   }
 }
@@ -61,6 +62,7 @@ void load_kernels(int n) {
 void load_local_kernels() {
   detail::load_copy();
   detail::load_local_merge();
+  detail::load_local_norm();
   detail::load_support();
 }
 
@@ -71,6 +73,7 @@ std::vector<KernelInfo> kernel_report(int n) {
   detail::report_gather(n, report);
   detail::report_reduce(n, report);
   detail::report_all_reduce(n, report);
+  detail::report_norm(n, report);
   detail::report_merge(n, report);
   return report;
 }

@@ -110,16 +110,19 @@ void load(void (*kernel)(Params...)) {
 void load_gather(int n);
 void load_reduce(int n);
 void load_all_reduce(int n);
+void load_norm(int n);
 void load_merge(int n);
 void load_general_merge(int n);
 void load_copy();
 void load_local_merge();
+void load_local_norm();
 void load_support();
 void report_copy(std::vector<KernelInfo>& report);
 void report_local_merge(std::vector<KernelInfo>& report);
 void report_gather(int n, std::vector<KernelInfo>& report);
 void report_reduce(int n, std::vector<KernelInfo>& report);
 void report_all_reduce(int n, std::vector<KernelInfo>& report);
+void report_norm(int n, std::vector<KernelInfo>& report);
 void report_merge(int n, std::vector<KernelInfo>& report);
 void report_general_merge(int n, std::vector<KernelInfo>& report);
 

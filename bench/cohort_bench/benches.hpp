@@ -13,6 +13,7 @@ void bench_all_gather(Session& session);
 void bench_reduce_scatter(Session& session);
 void bench_all_reduce(Session& session);
 void bench_all_gather_dim(Session& session);
+void bench_all_reduce_norm(Session& session);
 void bench_gather_query(Session& session);
 void bench_dcp_merge(Session& session);
 void bench_merge_by_token(Session& session);

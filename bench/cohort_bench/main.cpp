@@ -31,6 +31,8 @@ void run_bench(Session& session, Bench bench) {
       return bench_all_reduce(session);
     case Bench::all_gather_dim:
       return bench_all_gather_dim(session);
+    case Bench::all_reduce_norm:
+      return bench_all_reduce_norm(session);
     case Bench::gather_query:
       return bench_gather_query(session);
     case Bench::dcp_merge:

@@ -265,6 +265,13 @@ struct StepRoom {
         out[dim] = in[dim] / size;
       }
       room.add_block(out, call.dtype);
+    } else if (call.collective == Collective::all_reduce_rms_norm) {
+      if (in.size() != 2) {
+        throw UsageError(
+            fmt::format("reserve_for_calls shape: expected [B, hidden], got {}", to_string(in)));
+      }
+      room.add_block(in, call.dtype);  // the sum, where the output has another type
+      room.add_block(in, call.dtype);  // the output, where the call returns it
     }
     room.scratch = std::max(room.scratch,
                             static_cast<std::size_t>(numel(in) + numel(out)) * size_of(call.dtype));

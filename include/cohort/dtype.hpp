@@ -21,7 +21,7 @@ enum class DType : std::uint8_t {
   u8,
   i32,
   i64,
-  f8_e4m3,  ///< moved as bytes; no arithmetic
+  f8_e4m3,  ///< moved as bytes; no arithmetic, but what a norm gives may be of it
   f8_e5m2,  ///< moved as bytes; no arithmetic
 };
 
@@ -136,6 +136,35 @@ namespace detail {
   rounded = detail::select(magnitude >= 0x477ff000U, 0x7c00U, rounded);  // from 65520 on: infinity
   rounded = detail::select(magnitude > 0x7f800000U, nan, rounded);
   return static_cast<std::uint16_t>(sign | rounded);
+}
+
+/// float to f8_e4m3, to nearest even, within +-448: what lies beyond, infinity too, becomes that;
+/// NaN becomes 0x7f. Source: P. Micikevicius et al., "FP8 Formats for Deep Learning", 2022.
+[[nodiscard]] constexpr std::uint8_t float_to_f8_e4m3(float value) noexcept {
+  const auto bits = std::bit_cast<std::uint32_t>(value);
+  const std::uint32_t sign = (bits >> 24) & 0x80U;
+  const std::uint32_t magnitude = bits & 0x7fffffffU;
+  // Below 2^-6 the result is subnormal: adding 2^14 rounds at 2^-9.
+  const std::uint32_t small = detail::select(magnitude < 0x3c800000U, magnitude, 0U);
+  const std::uint32_t subnormal =
+      std::bit_cast<std::uint32_t>(std::bit_cast<float>(small) + 16384.0F) - 0x46800000U;
+  const std::uint32_t rebased = magnitude - (120U << 23);
+  const std::uint32_t normal = (rebased + 0x7ffffU + ((rebased >> 20) & 1U)) >> 20;
+  std::uint32_t rounded = detail::select(magnitude < 0x3c800000U, subnormal, normal);
+  rounded = detail::select(magnitude > 0x43e00000U, 0x7eU, rounded);  // beyond 448
+  rounded = detail::select(magnitude > 0x7f800000U, 0x7fU, rounded | sign);
+  return static_cast<std::uint8_t>(rounded);
+}
+
+/// f8_e4m3 to float: exact.
+[[nodiscard]] constexpr float f8_e4m3_to_float(std::uint8_t bits) noexcept {
+  const std::uint32_t magnitude = bits & 0x7fU;
+  const std::uint32_t sign = (bits & 0x80U) << 24;
+  const float subnormal = static_cast<float>(magnitude) * std::bit_cast<float>((127U - 9U) << 23);
+  const std::uint32_t normal = (magnitude << 20) + (120U << 23);
+  const std::uint32_t value =
+      detail::select(magnitude < 8, std::bit_cast<std::uint32_t>(subnormal), normal);
+  return std::bit_cast<float>(sign | detail::select(magnitude == 0x7fU, 0x7fc00000U, value));
 }
 
 /// Host storage of one binary16 element.

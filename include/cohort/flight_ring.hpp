@@ -39,15 +39,27 @@ enum class TraceCall : std::uint8_t {
   barrier,
   gather_query,
   merge_attention,
+  all_reduce_rms_norm,
   agreement,  ///< The ranks agree over the control plane; the record's note says on what.
   launch,     ///< Of a graph with calls of the group.
 };
 
 /// Such as "all_gather".
 [[nodiscard]] constexpr std::string_view to_string(TraceCall call) noexcept {
-  constexpr std::array<std::string_view, 13> kNames{
-      "none", "all_gather", "reduce_scatter", "all_reduce",      "broadcast", "all_to_all", "send",
-      "recv", "barrier",    "gather_query",   "merge_attention", "agreement", "launch"};
+  constexpr std::array<std::string_view, 14> kNames{"none",
+                                                    "all_gather",
+                                                    "reduce_scatter",
+                                                    "all_reduce",
+                                                    "broadcast",
+                                                    "all_to_all",
+                                                    "send",
+                                                    "recv",
+                                                    "barrier",
+                                                    "gather_query",
+                                                    "merge_attention",
+                                                    "all_reduce_rms_norm",
+                                                    "agreement",
+                                                    "launch"};
   const auto index = static_cast<std::size_t>(call);
   return index < kNames.size() ? kNames[index] : "unknown";
 }

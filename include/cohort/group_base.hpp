@@ -404,9 +404,13 @@ class GroupBase {
       const std::size_t bytes = static_cast<std::size_t>(numel(call.shape)) * size_of(call.dtype);
       const bool gathers = call.collective == Collective::all_gather;
       if (call.widest == 0) {
-        most = std::max(
-            most, transport.slot_bytes(call.collective,
-                                       gathers ? bytes * static_cast<std::size_t>(size_) : bytes));
+        const std::size_t row =
+            call.shape.size() == 0
+                ? 0
+                : static_cast<std::size_t>(call.shape[call.shape.size() - 1]) * size_of(call.dtype);
+        most = std::max(most, transport.slot_bytes(
+                                  call.collective,
+                                  gathers ? bytes * static_cast<std::size_t>(size_) : bytes, row));
       }
     }
     PeerKernels* const kernels = transport.peer_kernels();

@@ -12,6 +12,8 @@
 
 #include "cohort/collective_arguments.hpp"
 #include "cohort/group_base.hpp"
+#include "cohort/norm_arguments.hpp"
+#include "cohort/residual_norm.hpp"
 #include "cohort/tensor.hpp"
 #include "cohort/transport.hpp"
 
@@ -106,6 +108,42 @@ class GroupCoordinator : public GroupBase {
       transport()->all_reduce(x, out, op, call.stream);
     }
     finish(call);
+  }
+
+  /// All-reduces `x` [B, hidden], adds the sum to the residual and norms that, as every layer of a
+  /// model does behind a row-parallel product: residual += sum of x; `out` = residual / sqrt(mean
+  /// of its squares + epsilon) * weight of each row. The sum is that of `all_reduce`, rounded to
+  /// the type of `x`, and so is the new residual; from there on everything is fp32 and rounded
+  /// once. The same bits on every rank whose residual and weight are the same. What carries the
+  /// call, one launch or an all-reduce and a norm, does not change them but where the all-reduce of
+  /// NCCL's ordinary path rounds half types at every hop.
+  ///
+  /// `out` [B, hidden] is of the type of `x`, f32, f16 or bf16, or of f8_e4m3: then it is that over
+  /// `norm.scale`, to the nearest within +-448. All are without gaps, and what is written, `out`
+  /// and the residual, overlaps nothing else. With the library's kernels one launch does it where
+  /// a rank had better send all its rows; elsewhere an all-reduce and a kernel behind it do.
+  void all_reduce_rms_norm_into(const TensorView& out, const ConstTensorView& x,
+                                const ResidualNorm& norm, StreamRef stream = {}) {
+    throw_if_closed();
+    const NormArguments arguments{x, norm, out};
+    detail::check_norm(caller(), backend().device(), arguments);
+    check_normable(x, out.dtype());
+    const Call call = begin(stream, made_norm(x, out.dtype()));
+    issue_norm(arguments, call);
+    finish(call);
+  }
+  /// The same with a tensor from the group's arena: of f8_e4m3 where there is a scale.
+  [[nodiscard]] Tensor all_reduce_rms_norm(const TensorView& x, const ResidualNorm& norm,
+                                           StreamRef stream = {}) {
+    throw_if_closed();
+    const DType dtype = norm.scale ? DType::f8_e4m3 : x.dtype();
+    detail::check_residual_norm(caller(), backend().device(), x, norm, dtype);
+    check_normable(x, dtype);
+    const Call call = begin(stream, made_norm(x, dtype));
+    Tensor out = temporary(x.shape(), dtype, call);
+    issue_norm({x, norm, out}, call);
+    finish(call);
+    return out;
   }
 
   /// Overwrites `x` with the root's, in place. What `x` must be is the same on the root, which only
@@ -220,6 +258,40 @@ class GroupCoordinator : public GroupBase {
   }
 
  private:
+  /// Throws `UsageError` where the backend cannot norm such rows by any path.
+  void check_normable(const ConstTensorView& x, DType out) const {
+    if (const auto obstacle = backend().ops().norm_obstacle(x, out); !obstacle.empty()) {
+      throw UsageError("all_reduce_rms_norm " + obstacle);
+    }
+  }
+  [[nodiscard]] static Made made_norm(const ConstTensorView& x, DType out) {
+    return {TraceCall::all_reduce_rms_norm, x, 0, {}, static_cast<int>(out)};
+  }
+  /// Enqueues a checked one.
+  void issue_norm(const NormArguments& arguments, const Call& call) {
+    if (arguments.x.numel() == 0) {
+      return;  // on every rank
+    }
+    TensorOps& ops = backend().ops();
+    if (size() == 1) {
+      ops.rms_norm(arguments, call.stream);
+      return;
+    }
+    if (transport()->all_reduce_rms_norm(arguments, call.stream)) {
+      return;
+    }
+    NormArguments summed = arguments;
+    Tensor sum;
+    TensorView to = arguments.out;
+    if (to.dtype() != arguments.x.dtype()) {
+      sum = temporary(arguments.x.shape(), arguments.x.dtype(), call);
+      to = sum;
+    }
+    transport()->all_reduce(arguments.x, to, ReduceOp::sum, call.stream);
+    summed.x = to;
+    ops.rms_norm(summed, call.stream);
+  }
+
   // What messages call the dimensions.
   static constexpr std::string_view kGatherDim = "all_gather x dim";
   static constexpr std::string_view kScatterDim = "reduce_scatter x dim";

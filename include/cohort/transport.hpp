@@ -17,6 +17,7 @@
 #include "cohort/flight_recorder.hpp"
 #include "cohort/give_up.hpp"
 #include "cohort/loose_parts.hpp"
+#include "cohort/residual_norm.hpp"
 #include "cohort/stream.hpp"
 #include "cohort/symmetric_policy.hpp"
 #include "cohort/tensor.hpp"
@@ -53,6 +54,7 @@ enum class Collective : std::uint8_t {
   all_reduce,
   all_to_all,
   broadcast,
+  all_reduce_rms_norm,
 };
 
 /// One local allocation that can be registered with groups. Freed on destruction, which comes
@@ -117,6 +119,12 @@ class TensorOps {
     return {};
   }
 
+  /// The same of rows that are to be normed, into that type.
+  [[nodiscard]] virtual std::string norm_obstacle(const ConstTensorView& /*x*/,
+                                                  DType /*out*/) const {
+    return {};
+  }
+
   /// Copies elements between equal shapes of any strides; converts f32 to f16 or bf16 where the
   /// types differ so.
   virtual void copy(const ConstTensorView& from, const TensorView& to, StreamRef stream) = 0;
@@ -152,6 +160,12 @@ class TensorOps {
   /// Merges the pieces that all ranks packed for this one, in rank order.
   virtual void merge_pieces(const ConstTensorView& pieces, const MergeArguments& arguments,
                             int rank, StreamRef stream) = 0;
+
+  /// residual += x, rounded to their type; out = residual / sqrt(mean of its squares + epsilon) *
+  /// weight of each row, from the rounded residual on in fp32, and rounded once; or that over the
+  /// scale, to the nearest of f8_e4m3 within +-448. The squares are added in an order that depends
+  /// on nothing but the row's size and type. `x` may be `out`.
+  virtual void rms_norm(const NormArguments& arguments, StreamRef stream) = 0;
 
   /// Merges what a group's only rank has, with the bits of the two above, where that needs no
   /// pieces. Where it does, does nothing and returns false.
@@ -255,6 +269,13 @@ class Transport {
   /// `in` may be `out`.
   virtual void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
                           StreamRef stream) = 0;
+  /// An all-reduce of x and what `TensorOps::rms_norm` does with the sum, where the transport has
+  /// one launch for both; where it has none, which follows from sizes, types and the group alone,
+  /// does nothing and returns false.
+  [[nodiscard]] virtual bool all_reduce_rms_norm(const NormArguments& /*arguments*/,
+                                                 StreamRef /*stream*/) {
+    return false;
+  }
   /// Every rank gets `root`'s elements.
   virtual void broadcast(const TensorView& tensor, int root, StreamRef stream) = 0;
   /// Part r of `in` along dimension 0 goes to rank r; part r of `out` came from rank r.
@@ -283,9 +304,10 @@ class Transport {
   virtual void before_launch(StreamRef /*stream*/) {}
 
   /// Bytes of an inbox's slot (see `PeerKernels::reserve`) in which a collective travels whose
-  /// larger side, input or output, has `bytes`; 0 where the library's own kernels do not take it.
-  [[nodiscard]] virtual std::size_t slot_bytes(Collective /*collective*/,
-                                               std::size_t /*bytes*/) const noexcept {
+  /// larger side, input or output, has `bytes`, and its last dimension `row_bytes`; 0 where the
+  /// library's own kernels do not take it.
+  [[nodiscard]] virtual std::size_t slot_bytes(Collective /*collective*/, std::size_t /*bytes*/,
+                                               std::size_t /*row_bytes*/) const noexcept {
     return 0;
   }
 

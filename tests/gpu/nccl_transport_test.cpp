@@ -368,13 +368,87 @@ TEST_CASE("calls that were reserved for go through the inboxes", "[nccl]") {
       {.collective = Collective::all_reduce, .shape = {kCount}, .dtype = DType::bf16}};
   group.reserve_for_calls(calls);
   if (ranks() > 1) {
-    const bool own = transport->slot_bytes(Collective::all_reduce, x.view().bytes()) > 0;
+    const bool own =
+        transport->slot_bytes(Collective::all_reduce, x.view().bytes(), x.view().bytes()) > 0;
     CHECK((transport->path(Collective::all_reduce, x.view(), sum.view(), 0) == "own") == own);
   }
   x.fill([](std::int64_t i) { return value(rank(), i); });
   group.all_reduce_into(sum.view(), x.view(), session().ref());
   group.synchronize(session().ref(), kLimit);
   CHECK(sum.differs([](std::int64_t i) { return reduced(ReduceOp::sum, i); }) == "");
+}
+
+TEST_CASE("an all-reduce with residual and norm is exact in one launch and in two",
+          "[nccl][graph]") {
+  DecodeContextParallelGroup group(parts("normed"), {});
+  const StreamRef stream = session().ref();
+  CaptureDomain domain;
+  domain.add(group.arena());
+  const bool reserved = GENERATE(false, true);
+  for (const std::int64_t rows : {1, 3, 16, 70}) {
+    for (const std::int64_t hidden : {7168, 250}) {
+      for (const DType out_dtype : {DType::bf16, DType::f8_e4m3}) {
+        CAPTURE(rows, hidden, to_string(out_dtype), reserved);
+        const std::vector<CollectiveShape> calls{{.collective = Collective::all_reduce_rms_norm,
+                                                  .shape = {rows, hidden},
+                                                  .dtype = DType::bf16}};
+        if (reserved) {
+          group.reserve_for_calls(calls);
+        }
+        auto x = tensor(DType::bf16, {rows, hidden});
+        auto residual = tensor(DType::bf16, {rows, hidden});
+        auto weight = tensor(DType::bf16, {hidden});
+        auto scale = tensor(DType::f32, {1});
+        auto out = tensor(out_dtype, {rows, hidden});
+        // The new residual is 2 or -2 everywhere, whose root mean square is 2.
+        const auto target = [](std::int64_t i, int seed) {
+          return (i + seed) % 3 == 0 ? -2.0 : 2.0;
+        };
+        const auto weight_at = [](std::int64_t i) { return static_cast<double>(1 + i % 7); };
+        const bool fp8 = out_dtype == DType::f8_e4m3;
+        const auto expected = [&](int seed) {
+          return [&, seed](std::int64_t i) {
+            const double normed = target(i, seed) / 2 * weight_at(i % hidden);
+            return fp8 ? static_cast<double>(float_to_f8_e4m3(static_cast<float>(2 * normed)))
+                       : normed;
+          };
+        };
+        weight.fill(weight_at);
+        scale.fill([](std::int64_t) { return 0.5; });
+        const auto prepare = [&](int seed) {
+          x.fill([seed](std::int64_t i) { return value(rank(), i, seed); });
+          residual.fill(
+              [&](std::int64_t i) { return target(i, seed) - reduced(ReduceOp::sum, i, seed); });
+          out.fill([](std::int64_t) { return 99; });
+        };
+        ResidualNorm norm{.residual = residual.view(), .weight = weight.view(), .epsilon = 0.0F};
+        if (fp8) {
+          norm.scale = scale.view();
+        }
+        const auto check = [&](int seed) {
+          CHECK(out.differs(expected(seed)) == "");
+          CHECK(residual.differs([&](std::int64_t i) { return target(i, seed); }) == "");
+        };
+        prepare(0);
+        group.all_reduce_rms_norm_into(out.view(), x.view(), norm, stream);
+        group.synchronize(stream, kLimit);
+        check(0);
+        stream.driver().begin_capture(stream.native());
+        std::unique_ptr<ExecutableGraph> graph;
+        {
+          const CaptureScope scope(domain, stream);  // the sum's, where the output has another type
+          group.all_reduce_rms_norm_into(out.view(), x.view(), norm, stream);
+          graph = stream.driver().end_capture(stream.native());
+        }
+        for (int seed = 1; seed < 3; ++seed) {
+          prepare(seed);
+          graph->launch(stream);
+          group.synchronize(stream, kLimit);
+          check(seed);
+        }
+      }
+    }
+  }
 }
 
 TEST_CASE("the policy refuses windows for the right reason", "[nccl][policy]") {

@@ -2,6 +2,7 @@
 #include "support/capture_checks.hpp"
 #include "support/catch.hpp"
 #include "support/collective_checks.hpp"
+#include "support/norm_checks.hpp"
 #include "support/ranks.hpp"
 
 using namespace cohort;
@@ -32,5 +33,9 @@ TEST_CASE("ranks that cannot map each other exchange the same bytes") {
     check_send_recv(tp, site, {3, 900}, DType::f32, form);
   }
 }
+
+TEST_CASE("an all-reduce with residual and norm is exact, and near fp64") { check_norms(world()); }
+
+TEST_CASE("captured norms go on from what the residual holds") { check_captured_norms(world()); }
 
 TEST_CASE("replays compute from fresh inputs, with eager calls between") { check_replays(world()); }

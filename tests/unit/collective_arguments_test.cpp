@@ -97,11 +97,12 @@ TEST_CASE("the room of calls counts their results and what they pack", "[argumen
       {.collective = Collective::reduce_scatter, .shape = {7}, .widest = 5},
       {.collective = Collective::all_to_all, .shape = {8}},
       {.collective = Collective::all_reduce, .shape = {10'000}},
+      {.collective = Collective::all_reduce_rms_norm, .shape = {2, 10}, .dtype = DType::bf16},
       {.collective = Collective::broadcast, .shape = {}}};
   const auto room = room_of(calls, 2);
-  CHECK(room.blocks == std::vector<std::size_t>{3200, 6400, 600, 20, 32});
+  CHECK(room.blocks == std::vector<std::size_t>{3200, 6400, 600, 20, 32, 40, 40});
   CHECK(room.scratch == 80'000);
-  const std::size_t sum = 3328 + 6400 + 768 + 256 + 256;
+  const std::size_t sum = 3328 + 6400 + 768 + 256 + 256 + 256 + 256;
   CHECK(room.bytes() == 2 * sum);
   CHECK(StepRoom{}.bytes() == 0);
   StepRoom huge;
@@ -115,6 +116,7 @@ TEST_CASE("the room of calls counts their results and what they pack", "[argumen
   refused({.collective = Collective::reduce_scatter, .shape = {3}}, "2 ranks divide");
   refused({.collective = Collective::all_to_all, .shape = {3}}, "2 ranks divide");
   refused({.collective = Collective::all_to_all, .shape = {}}, "");
+  refused({.collective = Collective::all_reduce_rms_norm, .shape = {3}}, "[B, hidden]");
   refused({.collective = Collective::all_gather, .shape = {3}, .dim = 1}, "dim");
   refused({.collective = Collective::all_gather, .shape = {3}, .widest = -1}, "widest");
   CHECK_THROWS_AS(room_of(std::vector<CollectiveShape>{{.shape = {-1}}}, 2), UsageError);

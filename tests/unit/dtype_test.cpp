@@ -283,3 +283,54 @@ TEST_CASE("dtype_of maps C++ types of the same size", "[dtype]") {
   STATIC_REQUIRE(size_of(dtype_of<double>) == sizeof(double));
   STATIC_REQUIRE(size_of(dtype_of<Half>) == sizeof(Half));
 }
+
+namespace {
+
+// By the definition of the format: exponents 0 to 15 with a bias of 7, no infinity, one NaN.
+double decode_e4m3(std::uint8_t bits) {
+  const int exponent = (bits >> 3) & 15;
+  const int fraction = bits & 7;
+  const double sign = (bits & 0x80U) != 0 ? -1.0 : 1.0;
+  return sign * std::ldexp(static_cast<double>(exponent == 0 ? fraction : 8 + fraction),
+                           (exponent == 0 ? 1 : exponent) - 10);
+}
+
+}  // namespace
+
+TEST_CASE("f8_e4m3 is decoded by its definition, and comes back", "[dtype]") {
+  for (int i = 0; i < 256; ++i) {
+    const auto bits = static_cast<std::uint8_t>(i);
+    const float value = f8_e4m3_to_float(bits);
+    if ((bits & 0x7fU) == 0x7fU) {
+      CHECK(std::isnan(value));
+      continue;
+    }
+    CHECK(same_value(static_cast<double>(value), decode_e4m3(bits)));
+    CHECK(float_to_f8_e4m3(value) == bits);
+  }
+}
+
+TEST_CASE("floats become the nearest f8_e4m3, ties the even one, within 448", "[dtype]") {
+  for (std::uint8_t below = 0; below < 0x7eU; ++below) {
+    const auto above = static_cast<std::uint8_t>(below + 1);
+    const auto low = static_cast<float>(decode_e4m3(below));
+    const auto high = static_cast<float>(decode_e4m3(above));
+    const float middle = (low + high) / 2;  // exact
+    const std::uint8_t even = below % 2 == 0 ? below : above;
+    const auto signed_too = [](float value, std::uint8_t wanted) {
+      CHECK(float_to_f8_e4m3(value) == wanted);
+      CHECK(float_to_f8_e4m3(-value) == (wanted | 0x80U));
+    };
+    signed_too(middle, even);
+    signed_too(std::nextafter(middle, 0.0F), below);
+    signed_too(std::nextafter(middle, 1e9F), above);
+  }
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for (const float value : {448.0F, 449.0F, 464.0F, 480.0F, 1e30F, kInfinity}) {
+    CHECK(float_to_f8_e4m3(value) == 0x7e);
+    CHECK(float_to_f8_e4m3(-value) == 0xfe);
+  }
+  CHECK(float_to_f8_e4m3(std::numeric_limits<float>::quiet_NaN()) == 0x7f);
+  CHECK(float_to_f8_e4m3(-std::numeric_limits<float>::quiet_NaN()) == 0x7f);
+  CHECK(float_to_f8_e4m3(std::numeric_limits<float>::denorm_min()) == 0);
+}

@@ -140,6 +140,8 @@ TEST_CASE("a call asks its stream once for its capture", "[group]") {
     Site site(group, Memory::arena);
     const auto share = site.filled({4, 6}, DType::f32);
     const auto whole = site.filled({8, 6}, DType::f32);
+    const auto weight = site.filled({6}, DType::f32);
+    const auto residual = site.filled({4, 6}, DType::f32);
     CountingDriver driver;
     HostStream first;
     HostStream second;
@@ -154,6 +156,9 @@ TEST_CASE("a call asks its stream once for its capture", "[group]") {
     once("reduce_scatter_into", [&] { group.reduce_scatter_into(share, whole, 0, stream); });
     once("reduce_scatter", [&] { (void)group.reduce_scatter_along_dim(whole, 1, stream); });
     once("all_reduce", [&] { group.all_reduce(share, stream); });
+    once("all_reduce_rms_norm", [&] {
+      (void)group.all_reduce_rms_norm(share, {.residual = residual, .weight = weight}, stream);
+    });
     once("all_to_all", [&] { (void)group.all_to_all(whole, stream); });
     once("barrier", [&] { group.barrier(stream); });
 

@@ -32,6 +32,7 @@ enum class PeerCall : std::uint8_t {
   nccl_all_gather,
   nccl_reduce_scatter,
   nccl_all_reduce,
+  all_reduce_rms_norm,
 };
 
 [[nodiscard]] constexpr bool is_over_nccl(PeerCall call) noexcept {
@@ -61,6 +62,8 @@ enum class PeerCall : std::uint8_t {
       return "reduce_scatter over NCCL";
     case PeerCall::nccl_all_reduce:
       return "all_reduce over NCCL";
+    case PeerCall::all_reduce_rms_norm:
+      return "all_reduce_rms_norm";
   }
   return "unknown";
 }

@@ -191,6 +191,23 @@ inline void copy_view(const ConstTensorView& from, const TensorView& to, cudaStr
           .dtype = q_nope.dtype()};
 }
 
+/// Of rows [B, hidden] that are normed into that type.
+[[nodiscard]] inline cuda::NormShape norm_shape_of(const ConstTensorView& x, DType out) {
+  return {.rows = x.shape()[0], .hidden = x.shape()[1], .dtype = x.dtype(), .out_dtype = out};
+}
+
+/// A checked norm.
+[[nodiscard]] inline cuda::Norm norm_of(const NormArguments& arguments) {
+  const ResidualNorm& norm = arguments.norm;
+  return {.shape = norm_shape_of(arguments.x, arguments.out.dtype()),
+          .x = arguments.x.data(),
+          .residual = norm.residual.data(),
+          .weight = norm.weight.data(),
+          .out = arguments.out.data(),
+          .scale = norm.scale ? static_cast<const float*>(norm.scale->data()) : nullptr,
+          .epsilon = norm.epsilon};
+}
+
 [[nodiscard]] inline cudaStream_t native(StreamRef stream) noexcept {
   return static_cast<cudaStream_t>(stream.native());
 }
@@ -209,6 +226,10 @@ class CudaOps final : public TensorOps {
   [[nodiscard]] std::string query_obstacle(const ConstTensorView& q_nope,
                                            const ConstTensorView& q_pe) const override {
     return cuda::query_obstacle(detail::query_of(q_nope, q_pe));
+  }
+
+  [[nodiscard]] std::string norm_obstacle(const ConstTensorView& x, DType out) const override {
+    return cuda::norm_obstacle(detail::norm_shape_of(x, out));
   }
 
   void copy(const ConstTensorView& from, const TensorView& to, StreamRef stream) override {
@@ -291,6 +312,11 @@ class CudaOps final : public TensorOps {
                                          : partial.sink + block.first_head * partial.sink_stride,
          .sink_stride = partial.sink_stride},
         detail::native(stream));
+  }
+
+  void rms_norm(const NormArguments& arguments, StreamRef stream) override {
+    const DeviceGuard guard(device_);
+    cuda::rms_norm(detail::norm_of(arguments), detail::native(stream));
   }
 
   void pack_partial(const MergeArguments& arguments, const TensorView& pieces,

@@ -237,6 +237,15 @@ class CudaPeerKernels final : public PeerKernels {
     ++steps_;
   }
 
+  /// Whether one launch takes such rows.
+  [[nodiscard]] bool can_all_reduce_rms_norm(const cuda::NormShape& shape) const {
+    return cuda::choose_norm_plan(table().layout, shape).fits;
+  }
+  void all_reduce_rms_norm(const cuda::Norm& norm, cudaStream_t stream) {
+    cuda::peer_all_reduce_rms_norm(table(), norm, stream);
+    ++steps_;
+  }
+
   void barrier(cudaStream_t stream) {
     cuda::peer_barrier(table(), stream);
     ++steps_;

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cohort/cuda/inbox.hpp"
+#include "cohort/cuda/norm_plan.hpp"
 #include "cohort/cuda/path_sizes.hpp"
 #include "cohort/dcp/lse_merge.hpp"
 #include "cohort/dcp/merge_rows.hpp"
@@ -154,6 +155,29 @@ struct Query {
 void pack_query(const Query& query, void* out, std::int64_t out_batch_stride,
                 std::int64_t out_head_stride, cudaStream_t stream);
 
+/// A residual and an RMS norm of rows without gaps, on which nothing that is written may lie.
+struct Norm {
+  NormShape shape;
+  const void* x = nullptr;       ///< [rows, hidden]: what is added to the residual.
+  void* residual = nullptr;      ///< [rows, hidden], read and written.
+  const void* weight = nullptr;  ///< [hidden]
+  void* out = nullptr;  ///< [rows, hidden] in the output's type; `rms_norm`: or `x` itself.
+  const float* scale = nullptr;  ///< Of an output in f8_e4m3 alone: one element.
+  float epsilon = 0;
+};
+
+/// residual += x, rounded to the type; out = residual / sqrt(mean of its squares + epsilon) *
+/// weight, in fp32 from the rounded residual on, and rounded once; or that over the scale, to the
+/// nearest of f8_e4m3 within +-448.
+///
+/// The order of fp32 sums: a row is taken in groups of 60 words of 8 bytes, those in lines of 15,
+/// of which thread k of eight has words 2k and 2k+1. A thread adds its squares in order with fused
+/// multiply-adds; 32 threads' sums of a group, and then up to 32 sums of every 32nd group in order,
+/// are added in a butterfly, the farthest first. That times the reciprocal of `hidden` is the mean;
+/// the reciprocal of its root is the card's, within two units in the last place. So the bits depend
+/// on the row and the kind of card alone.
+void rms_norm(const Norm& norm, cudaStream_t stream);
+
 // --- peer kernels
 // ---------------------------------------------------------------------------------
 
@@ -244,6 +268,18 @@ void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dty
 /// same bits on every rank, whatever the path. `out` may be `in`. f32, f16, bf16.
 void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, const void* in,
                      void* out, cudaStream_t stream, PeerPath path = PeerPath::automatic);
+
+/// How `peer_all_reduce_rms_norm` goes by the given path or the faster one, if in one launch.
+[[nodiscard]] constexpr NormPlan choose_norm_plan(const InboxLayout& layout, const NormShape& shape,
+                                                  PeerPath path = PeerPath::automatic) noexcept {
+  return norm_plan(layout.ranks, shape, path == PeerPath::flag_line ? 0 : layout.ll_words,
+                   path == PeerPath::flag_word ? 0 : layout.lines);
+}
+
+/// `peer_all_reduce` of `norm.x` and `rms_norm` of the sum in one launch; bitwise equal to the two,
+/// whatever the path. `out` may not be `x`.
+void peer_all_reduce_rms_norm(const PeerTable& table, const Norm& norm, cudaStream_t stream,
+                              PeerPath path = PeerPath::automatic);
 
 /// Returns on the stream when every rank has reached it; what the ranks wrote before is visible
 /// after. The floor of every peer kernel.

@@ -14,6 +14,7 @@
 #include "cohort/dcp/packed_piece.hpp"
 #include "cohort/dcp/partials.hpp"
 #include "cohort/float_mode.hpp"
+#include "cohort/host/host_norm.hpp"
 #include "cohort/host/host_stream.hpp"
 #include "cohort/host/partial_rows.hpp"
 #include "cohort/host/peer_access.hpp"
@@ -110,6 +111,11 @@ class HostOps final : public TensorOps {
           with_counts(given, counts, [&](const MergeArguments& a) { merge_now(from, a, rank); });
         },
         pieces, arguments, arguments.rows.counts);
+  }
+
+  void rms_norm(const NormArguments& arguments, StreamRef stream) override {
+    enqueue(
+        stream, [](const NormArguments& given) { norm_rows(given); }, arguments);
   }
 
   [[nodiscard]] bool merge_alone(const MergeArguments& arguments, StreamRef stream) override {

@@ -368,7 +368,7 @@ inline std::string HostTransport::path(Collective collective, const ConstTensorV
   if (access_ == nullptr) {
     return "exchange";
   }
-  if (collective == Collective::all_reduce) {
+  if (collective == Collective::all_reduce || collective == Collective::all_reduce_rms_norm) {
     return peers_->reduces_in_place(in, out) ? "direct" : "slot";
   }
   return access_->window_of(in) ? "direct" : "slot";

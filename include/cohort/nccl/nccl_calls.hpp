@@ -337,6 +337,7 @@ class NcclCalls {
         return cuda::PeerCall::nccl_all_reduce;
       case Collective::all_to_all:
       case Collective::broadcast:
+      case Collective::all_reduce_rms_norm:
         break;
     }
     return cuda::PeerCall::none;

@@ -103,6 +103,7 @@ inline void nccl_check(ncclResult_t code, const char* call, int rank = -1,
       return op == ReduceOp::sum && small_float;
     case Collective::all_to_all:
     case Collective::broadcast:
+    case Collective::all_reduce_rms_norm:
       return false;
   }
   return false;

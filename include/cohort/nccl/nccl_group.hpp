@@ -203,9 +203,18 @@ struct NcclGroup {
         return peers->can_all_reduce(in.bytes(), in.dtype(), op);
       case Collective::all_to_all:
       case Collective::broadcast:
+      case Collective::all_reduce_rms_norm:
         return false;
     }
     return false;
+  }
+
+  /// Whether one launch of theirs takes an all-reduce and a norm.
+  [[nodiscard]] bool own_norm(const cuda::NormShape& shape) const {
+    return peers != nullptr &&
+           static_cast<std::size_t>(shape.rows * shape.row_bytes()) <=
+               own_limit(Collective::all_reduce) &&
+           peers->can_all_reduce_rms_norm(shape);
   }
 
   ControlPlane& control;

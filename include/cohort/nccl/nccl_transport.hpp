@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <span>
@@ -160,6 +161,17 @@ class NcclTransport final : public Transport {
     packed.unpack(out, call.stream);
   }
 
+  [[nodiscard]] bool all_reduce_rms_norm(const NormArguments& arguments,
+                                         StreamRef stream) override {
+    const cuda::Norm norm = detail::norm_of(arguments);
+    if (!group_.own_norm(norm.shape)) {
+      return false;
+    }
+    const detail::NcclCall call(group_, stream);
+    group_.peers->all_reduce_rms_norm(norm, call.stream);
+    return true;
+  }
+
   void broadcast(const TensorView& tensor, int root, StreamRef stream) override {
     if (tensor.numel() == 0 || group_.size == 1) {
       return;
@@ -254,7 +266,8 @@ class NcclTransport final : public Transport {
 
   /// "own", "nccl symmetric", "nccl" or, where NCCL's cost model decides, "nccl, maybe symmetric";
   /// with ", packed" where this rank's tensors do not lie as the path needs them; "copy" in a group
-  /// of one, "none" where there is nothing to move. Reductions are taken to be sums.
+  /// of one, "none" where there is nothing to move. Reductions are taken to be sums. An all-reduce
+  /// with a norm that is no launch of its own has the path of an all-reduce, with ", then a norm".
   [[nodiscard]] std::string path(Collective collective, const ConstTensorView& in,
                                  const TensorView& out, int dim) const override {
     if (in.numel() == 0 && out.numel() == 0) {
@@ -262,6 +275,12 @@ class NcclTransport final : public Transport {
     }
     if (group_.size == 1) {
       return "copy";
+    }
+    if (collective == Collective::all_reduce_rms_norm) {
+      if (in.ndim() == 2 && group_.own_norm(detail::norm_shape_of(in, out.dtype()))) {
+        return "own";
+      }
+      return path(Collective::all_reduce, in, out, dim) + ", then a norm";
     }
     const bool gather = collective == Collective::all_gather;
     const bool along = gather || collective == Collective::reduce_scatter;
@@ -291,10 +310,20 @@ class NcclTransport final : public Transport {
       waits_.check(look);
     }
   }
-  [[nodiscard]] std::size_t slot_bytes(Collective collective,
-                                       std::size_t bytes) const noexcept override {
+  [[nodiscard]] std::size_t slot_bytes(Collective collective, std::size_t bytes,
+                                       std::size_t row_bytes) const noexcept override {
     if (group_.peers == nullptr || bytes > group_.own_limit(collective)) {
       return 0;
+    }
+    if (collective == Collective::all_reduce_rms_norm && row_bytes > 0) {
+      const cuda::NormShape shape{.rows = static_cast<std::int64_t>(bytes / row_bytes),
+                                  .hidden = static_cast<std::int64_t>(row_bytes),
+                                  .dtype = DType::u8};
+      constexpr std::int64_t kPlenty = std::numeric_limits<std::int64_t>::max() / 2;
+      if (cuda::norm_plan(group_.size, shape, 0, kPlenty).fits) {
+        return static_cast<std::size_t>(cuda::norm_slot_bytes(group_.size, shape));
+      }
+      collective = Collective::all_reduce;
     }
     return collective == Collective::all_reduce
                ? static_cast<std::size_t>(

@@ -34,6 +34,7 @@ namespace cohort {
     case Collective::reduce_scatter:
       return total(sizes.share_total);
     case Collective::all_reduce:
+    case Collective::all_reduce_rms_norm:
       return total(sizes.all_reduce_total);
     case Collective::all_to_all:
     case Collective::broadcast:

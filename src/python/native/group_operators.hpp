@@ -82,11 +82,13 @@ inline std::int64_t arena_offset(const at::Tensor& x, Name group) {
 inline std::string path(Name collective, const at::Tensor& x, const at::Tensor& out,
                         std::int64_t dim, Name group) {
   const GroupUse<> use(group);
-  for (const auto& [name, known] : {std::pair{"all_gather", Collective::all_gather},
-                                    std::pair{"reduce_scatter", Collective::reduce_scatter},
-                                    std::pair{"all_reduce", Collective::all_reduce},
-                                    std::pair{"all_to_all", Collective::all_to_all},
-                                    std::pair{"broadcast", Collective::broadcast}}) {
+  for (const auto& [name, known] :
+       {std::pair{"all_gather", Collective::all_gather},
+        std::pair{"reduce_scatter", Collective::reduce_scatter},
+        std::pair{"all_reduce", Collective::all_reduce},
+        std::pair{"all_to_all", Collective::all_to_all},
+        std::pair{"broadcast", Collective::broadcast},
+        std::pair{"all_reduce_rms_norm", Collective::all_reduce_rms_norm}}) {
     if (collective == name) {
       return use->path(known, const_view_of(x), view_of(out), as_int(dim));
     }

@@ -23,6 +23,7 @@ std::string variant_name(const std::string& call) {
          : call == "send" || call == "recv" ? "peer"
          : call == "merge_attention"        ? "base"
          : call == "gather_query"           ? "extent of q_pe"
+         : call == "all_reduce_rms_norm"    ? "type of out"
                                             : "op";
 }
 

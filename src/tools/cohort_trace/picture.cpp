@@ -19,13 +19,19 @@ struct Drawn {
   char letter;
   const char* colour;
 };
-constexpr std::array kDrawn{
-    Drawn{"all_gather", 'G', "#4477aa"},   Drawn{"reduce_scatter", 'S', "#66ccee"},
-    Drawn{"all_reduce", 'R', "#228833"},   Drawn{"broadcast", 'B', "#ccbb44"},
-    Drawn{"all_to_all", 'X', "#ee6677"},   Drawn{"send", '>', "#888888"},
-    Drawn{"recv", '<', "#888888"},         Drawn{"barrier", '|', "#000000"},
-    Drawn{"gather_query", 'Q', "#aa3377"}, Drawn{"merge_attention", 'M', "#bb5500"},
-    Drawn{"agreement", 'a', "#bbbbbb"},    Drawn{"launch", 'L', "#332288"}};
+constexpr std::array kDrawn{Drawn{"all_gather", 'G', "#4477aa"},
+                            Drawn{"reduce_scatter", 'S', "#66ccee"},
+                            Drawn{"all_reduce", 'R', "#228833"},
+                            Drawn{"broadcast", 'B', "#ccbb44"},
+                            Drawn{"all_to_all", 'X', "#ee6677"},
+                            Drawn{"send", '>', "#888888"},
+                            Drawn{"recv", '<', "#888888"},
+                            Drawn{"barrier", '|', "#000000"},
+                            Drawn{"gather_query", 'Q', "#aa3377"},
+                            Drawn{"merge_attention", 'M', "#bb5500"},
+                            Drawn{"all_reduce_rms_norm", 'N', "#117733"},
+                            Drawn{"agreement", 'a', "#bbbbbb"},
+                            Drawn{"launch", 'L', "#332288"}};
 
 const Drawn& drawn(const std::string& call) {
   static constexpr Drawn kOther{"", '?', "#555555"};

@@ -33,7 +33,7 @@ constexpr std::string_view kHelp =
     "  --ranks N      that many; all counts by default\n"
     "  --cards C      collectives, the soak and overlapping kernels deal their ranks out to, 1\n"
     "  --rounds R     in which kernels of several groups overlap, 300\n"
-    "  --only NAME    local, collectives, attention, failures, overlap or soak\n";
+    "  --only NAME    local, collectives, attention, norms, failures, overlap or soak\n";
 
 Options parse(int argc, char** argv) {
   cohort::tools::help_if_asked(argc, argv, kHelp);
@@ -79,7 +79,7 @@ int main(int argc, char** argv) {
   Tally tally;
   if (!has_devices(options.cards)) {
     std::printf("skipped: fewer CUDA devices than %d\n", options.cards);
-    tally.skipped = 6;  // the parts that `--only` names
+    tally.skipped = 7;  // the parts that `--only` names
   } else {
     const auto wants = [&](const char* part) {
       return options.only.empty() || options.only == part;
@@ -95,6 +95,9 @@ int main(int argc, char** argv) {
       }
       if (wants("attention")) {
         test_attention(tally, n);
+      }
+      if (wants("norms")) {
+        test_norms(tally, n, options.cards);
       }
       std::printf("n=%d: passed=%d failed=%d\n", n, tally.passed, tally.failed);
       std::fflush(stdout);

@@ -320,6 +320,7 @@ inline std::vector<std::byte> random_elements(Random& random, DType dtype, std::
 void test_local(Tally& tally);
 void test_collectives(Tally& tally, int n, int cards);
 void test_attention(Tally& tally, int n);
+void test_norms(Tally& tally, int n, int cards);
 void test_failures(Tally& tally);
 void test_overlap(Tally& tally, int cards, int rounds);
 void soak(Tally& tally, int n, int cards, std::int64_t calls, std::uint32_t seed);

@@ -35,6 +35,10 @@ has() {
 for bench in all_gather reduce_scatter all_reduce all_gather_dim; do
   for path in raw shared_loop plain symmetric; do has "$bench" "$path" -; done
 done
+for bench in all_reduce_norm all_reduce_norm8; do
+  for path in raw plain symmetric; do has "$bench" "$path" two_calls; done
+  for path in plain symmetric; do has "$bench" "$path" -; done
+done
 for path in raw plain symmetric own; do has gather_query "$path" -; done
 for bench in dcp_merge decode_step; do
   has "$bench" raw staged

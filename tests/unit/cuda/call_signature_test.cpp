@@ -33,7 +33,7 @@ TEST_CASE("a signature has the call's kind, and differs where anything else does
 TEST_CASE("every kind of call has a name of its own, and survives a signature and an error word",
           "[call_signature]") {
   std::set<std::string_view> names;
-  for (int kind = 0; kind <= static_cast<int>(PeerCall::nccl_all_reduce); ++kind) {
+  for (int kind = 0; kind <= static_cast<int>(PeerCall::all_reduce_rms_norm); ++kind) {
     const auto call = static_cast<PeerCall>(kind);
     CAPTURE(kind);
     names.insert(to_string(call));
@@ -43,7 +43,7 @@ TEST_CASE("every kind of call has a name of its own, and survives a signature an
     CHECK(error.theirs == call);
     CHECK(is_over_nccl(call) == (to_string(call).find("over NCCL") != std::string_view::npos));
   }
-  CHECK(names.size() == static_cast<std::size_t>(PeerCall::nccl_all_reduce) + 1);
+  CHECK(names.size() == static_cast<std::size_t>(PeerCall::all_reduce_rms_norm) + 1);
   CHECK_FALSE(names.contains("unknown"));
 }
 

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <optional>
+
+#include "cohort/tensor.hpp"
+
+/// \file
+/// What follows an all-reduce in every layer of a model: the residual is added and the sum normed.
+
+namespace cohort {
+
+/// A residual and the RMS norm of what it becomes (B. Zhang and R. Sennrich, "Root Mean Square
+/// Layer Normalization", 2019): of B rows of a model's hidden size.
+struct ResidualNorm {
+  TensorView residual;                        ///< [B, hidden], read and written, without gaps.
+  ConstTensorView weight;                     ///< [hidden] in the type of the residual.
+  float epsilon = 1e-6F;                      ///< Equal on all ranks; at least 0.
+  std::optional<ConstTensorView> scale = {};  ///< [1] in f32, of the device: of an fp8 output.
+};
+
+/// The same with what is added and where the normed rows go, as transports and backends get it,
+/// which has been checked.
+struct NormArguments {
+  ConstTensorView x;  ///< [B, hidden]: f32, f16 or bf16, without gaps.
+  ResidualNorm norm;  ///< In the type of `x`.
+  TensorView out;     ///< [B, hidden] in that type or f8_e4m3, without gaps.
+};
+
+}  // namespace cohort
