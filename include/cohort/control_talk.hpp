@@ -85,7 +85,7 @@ class ControlTalk : public LongWait {
   }
 
  private:
-  void answer(const Question& question, const std::vector<int>& missing) {
+  void answer(const QuestionBox::Question& question, const std::vector<int>& missing) {
     std::vector<int> members;
     for (const int r : missing) {
       members.push_back(group_.member(r));
@@ -129,7 +129,7 @@ class ControlTalk : public LongWait {
   Deadline asks_at_;
   Inquiry inquiry_;
   std::optional<std::uint32_t> number_;  // of the inquiry, once it has begun
-  std::map<std::pair<int, std::uint32_t>, Question> answered_;
+  std::map<std::pair<int, std::uint32_t>, QuestionBox::Question> answered_;
 };
 
 /// `ControlPlane::begin_long_wait`: asks in the last eighth of the limit.

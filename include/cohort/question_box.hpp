@@ -19,24 +19,23 @@
 
 namespace cohort::detail {
 
-/// What a rank wants to know: for whom this one waits.
-struct Question {
-  int from = 0;
-  FrameTrailer trailer;
-};
-
-/// For whom a rank waits, in the messenger; for nobody any more where that is empty.
-struct Answer {
-  int from = 0;
-  std::vector<int> waits_for;
-};
-
 /// The questions that have come for this rank, and the answers to its own. The `sequence` of either
 /// is the number of the inquiry that it is part of. Any thread; nobody waits for long, also while
 /// another is in the messenger. Throws `UsageError` in a forked child of its owner, where another
 /// thread may have held the mutex.
 class QuestionBox {
  public:
+  /// What a rank wants to know: for whom this one waits.
+  struct Question {
+    int from = 0;
+    FrameTrailer trailer;
+  };
+  /// For whom a rank waits, in the messenger; for nobody any more where that is empty.
+  struct Answer {
+    int from = 0;
+    std::vector<int> waits_for;
+  };
+
   /// A wait in a group begins, and ends, during which this rank answers.
   void begin_wait(std::uint64_t channel) {
     const auto lock = enter();
