@@ -5,7 +5,8 @@
 # break the one definition rule wherever both headers meet in one program, also where no source
 # includes both. Read from the text, so headers of every part are checked, built here or not. What
 # is indented is a member or a local, because the project's format (style.format) does not indent
-# namespaces.
+# namespaces. Nor does a type of cohort::detail have the name of one of cohort: which of them a header
+# finds would depend on what was included before it.
 set -euo pipefail
 cd "$1"
 fewest=${2:-100}  # names that the headers have at least, or the check has gone blind
@@ -60,13 +61,14 @@ awk -v fewest="$fewest" '
     gsub(/\[\[[^]]*\]\] */, "", text)
     gsub(/alignas\([^)]*\) */, "", text)
     if (text ~ /^(using namespace|static_assert|extern|friend|return|public|private|namespace)/) next
-    if (text ~ /^using [A-Za-z_]+ *=/) { sub(/^using /, "", text); sub(/ *=.*/, "", text); note(text); next }
+    if (text ~ /^using [A-Za-z_]+ *=/) { sub(/^using /, "", text); sub(/ *=.*/, "", text); types[scope "::" text] = FILENAME; note(text); next }
     if (text ~ /^(class|struct|union|enum|enum class) /) {
       if (kind == "statement") next  # a declaration only
       sub(/^(class|struct|union|enum class|enum) /, "", text)
       sub(/ +final.*| *:[^:].*/, "", text)
       gsub(/ +$/, "", text)
       if (text ~ /[<:]/) next  # a specialization or a member
+      types[scope "::" text] = FILENAME
       note(text); next
     }
     if (text ~ /^(inline |static |constexpr |const |thread_local )+[^(]*=/ || text ~ /^(inline |static |constexpr |const |thread_local )+[^(]*$/) {
@@ -90,6 +92,13 @@ awk -v fewest="$fewest" '
     }
   }
   END {
-    printf "one definition: %d names of the headers, %d defined twice\n", count, failures
+    for (key in types) {
+      plain = key
+      if (sub(/^cohort::detail::/, "cohort::", plain) && plain in types) {
+        printf "one definition: %s in %s hides %s of %s\n", key, types[key], plain, types[plain]
+        failures++
+      }
+    }
+    printf "one definition: %d names of the headers, %d defined twice or hidden\n", count, failures
     exit (failures > 0 || count < fewest)
   }' "${headers[@]}"

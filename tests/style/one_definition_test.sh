@@ -35,4 +35,12 @@ expect 0 $'inline void rest(int rounds) {\n}' $'inline void rest(double rounds) 
 expect 0 $'inline void rest(int rounds) {\n}' "void rest(int rounds);"
 expect 1 "inline constexpr int kRounds = 3;" "inline constexpr std::int64_t kRounds = 4;"
 expect 1 "using Clock = std::chrono::steady_clock;" "using Clock = std::chrono::system_clock;"
+# outside TEXT: TEXT in namespace cohort, between two parts of cohort::detail.
+outside() {
+  printf '}  // namespace cohort::detail\n\nnamespace cohort {\n\n%s\n\n}  // namespace cohort\n\nnamespace cohort::detail {' "$1"
+}
+expect 1 "$class" "$(outside $'struct Pause {\n};')"
+expect 1 "using Pause = int;" "$(outside $'struct Pause {\n};')"
+expect 0 "$class" "$(outside $'struct Pauses {\n};')"
+expect 0 $'inline void rest(int rounds) {\n}' "$(outside $'inline void rest(int rounds) {\n}')"
 echo "one definition: the check finds every kind of double definition"
