@@ -66,24 +66,27 @@ with_pkg_config() {  # COMPILER STANDARD
     "$work/pc-$1"
 }
 
+# Groups without run-time type information are built without MPI; the long run builds them with it too.
 with_pkg_config_mpi() {  # COMPILER STANDARD
-  local flags
+  local flags sources=("$here/inside/mpi.cpp")
+  [[ $full == 0 ]] || sources=("$here/main.cpp" "$here/groups.cpp")
   flags=$(PKG_CONFIG_PATH=$pc_dir pkg-config --cflags --libs cohort-mpi) &&
-    "$1" "-std=$2" -fno-rtti -Wall -Wextra -DWITH_MPI "$here/main.cpp" "$here/groups.cpp" $flags \
-      -o "$work/pc-mpi-$1" &&
+    "$1" "-std=$2" -fno-rtti -Wall -Wextra -DWITH_MPI "${sources[@]}" $flags -o "$work/pc-mpi-$1" &&
     "$work/pc-mpi-$1"
 }
 
-# The README's program and the consumer, as users compile them whose own warnings are errors. What g++
-# finds in the headers depends on how far its optimizer goes; what clang++ finds does not.
-no_warnings_by() {  # COMPILER FLAG
-  local package=cohort-mpi sources=("$here/groups.cpp" "$here/../../examples/first_program.cpp")
+# The README's program and the consumer, compiled as one for each FLAG, as by users whose own warnings
+# are errors. What g++ finds in the headers depends on how far its optimizer goes; what clang++ finds
+# does not.
+no_warnings_by() {  # COMPILER FLAG...
+  local compiler=$1 package=cohort-mpi sources=(-include "$here/groups.cpp" "$here/../../examples/first_program.cpp")
+  shift
   [[ $mpi == ON ]] || { package=cohort; sources=("$here/groups.cpp"); }
-  local flags source job running=() status=0
+  local flags flag job running=() status=0
   flags=$(PKG_CONFIG_PATH=$pc_dir pkg-config --cflags "$package") || return
-  for source in "${sources[@]}"; do
+  for flag in "$@"; do
     # shellcheck disable=SC2086
-    "$1" -std=c++20 "$2" $warnings $flags -c "$source" -o "$work/$1$2-$(basename "$source").o" &
+    "$compiler" -std=c++20 "$flag" $warnings $flags -c "${sources[@]}" -o "$work/$compiler$flag.o" &
     running+=($!)
   done
   for job in "${running[@]}"; do
@@ -127,14 +130,11 @@ done
 [[ $mpi == OFF ]] || attempt "g++ without MPI and without RTTI" with_find_package g++ 20 OFF -fno-rtti
 [[ $mpi == ON && $full == 0 ]] || attempt "pkg-config" with_pkg_config g++ c++20
 [[ $mpi == OFF ]] || attempt "pkg-config with MPI, without RTTI" with_pkg_config_mpi g++ c++20
-for level in -O2 -O3; do  # at -O0 the README's project is built
-  attempt "no warnings by g++ at $level" no_warnings_by g++ "$level"
-done
+attempt "no warnings by g++" no_warnings_by g++ -O2 -O3  # at -O0 the README's project is built
 for compiler in "${compilers[@]:1}"; do
   attempt "no warnings by $compiler" no_warnings_by "$compiler" -fsyntax-only
-  [[ $full == 0 ]] || for level in -O0 -O2 -O3; do  # its front end finds what it finds
-    attempt "no warnings by $compiler at $level" no_warnings_by "$compiler" "$level"
-  done
+  # Its front end finds what it finds.
+  [[ $full == 0 ]] || attempt "no warnings by $compiler at each level" no_warnings_by "$compiler" -O0 -O2 -O3
 done
 for way in add_subdirectory FetchContent; do
   attempt "inside a project by $way" inside_a_project "$way"
