@@ -187,7 +187,8 @@ one_tree() {
       ;;
     *) problem "build gpu" ;;
   esac
-  [[ -e build/$tree/CTestTestfile.cmake ]] && run_tests "$tree"
+  # Most tests of ranks wait most of their time.
+  [[ -e build/$tree/CTestTestfile.cmake ]] && run_tests "$tree" -j $((2 * jobs))
 }
 
 mkdir -p build
