@@ -55,7 +55,7 @@ endif()
 # that an example without <cohort/mpi.hpp> proves that it needs no MPI. A source that can use the
 # GPU parts but does not need them tests COHORT_PROGRAM_CUDA, which is 1 where cohort::cuda is built.
 # Programs whose libraries are missing are left out with a message. Builds of the suite compile those
-# that need MPI as one (CohortJoin).
+# that need MPI as one, and those that need nothing (CohortJoin).
 function(cohort_add_program name)
   set(includes "")
   set(optional_cuda "")
@@ -99,6 +99,10 @@ function(cohort_add_program name)
   if(TARGET cohort_programs AND cohort::mpi IN_LIST libraries AND NOT apart)
     cohort_join_program(cohort_programs ${name} ${ARGN})
     target_link_libraries(cohort_programs PUBLIC ${libraries})
+    return()
+  elseif(TARGET cohort_host_programs AND libraries STREQUAL "cohort::cohort" AND NOT apart)
+    cohort_join_program(cohort_host_programs ${name} ${ARGN})
+    target_include_directories(cohort_host_programs PRIVATE "${CMAKE_CURRENT_SOURCE_DIR}")
     return()
   endif()
   add_executable(${name} ${ARGN})
