@@ -5,6 +5,7 @@
 #include <cohort/cohort.hpp>
 #include <functional>
 #include <memory>
+#include <string>
 
 #include "chaos/plan.hpp"
 
@@ -37,5 +38,18 @@ class Machine {
 /// Of the rank, in its own process. `limit` is that of a wait.
 using MakeMachine = std::function<std::unique_ptr<Machine>(const Plan& plan, int rank,
                                                            std::chrono::milliseconds limit)>;
+
+/// What a kind of machine changes in a round.
+struct Kind {
+  MakeMachine make;
+  /// Rounds that the machine cannot have become others.
+  std::function<Plan(Plan)> adapt = [](Plan plan) { return plan; };
+  /// Beyond 1.25 times the limit: what an oversubscribed machine takes to run a rank at all.
+  std::chrono::milliseconds slack{};
+  /// The same for forming and leaving a state, which are no single wait.
+  std::chrono::milliseconds forming_slack{};
+  /// Whether a time-out, by its text, was one that cannot know who was missing.
+  std::function<bool(const std::string&)> cannot_name = [](const std::string&) { return false; };
+};
 
 }  // namespace cohort::chaos
