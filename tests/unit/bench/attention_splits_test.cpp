@@ -5,6 +5,7 @@
 
 using decode_engine::AttentionSplits;
 using decode_engine::kAttentionTile;
+using decode_engine::kAttentionWaveTiles;
 using decode_engine::kMostAttentionSplits;
 using decode_engine::split_attention;
 
@@ -42,9 +43,11 @@ TEST_CASE(
   CHECK(split_attention(64, 1, 8192, kMultiprocessors).count > 32);
   CHECK(split_attention(64, 1, 64, kMultiprocessors).count == 1);
   CHECK(split_attention(64, kMultiprocessors, 8192, kMultiprocessors).count == 1);
-  // Of 112 blocks, one wave would leave 20 multiprocessors idle.
-  const AttentionSplits many = split_attention(64, 112, 131072, kMultiprocessors);
+  // Of 224 blocks, two waves would leave 40 multiprocessors idle in the second.
+  const AttentionSplits many = split_attention(128, 112, 65536, kMultiprocessors);
   CHECK(many.count > 1);
-  CHECK(waves_of(64, 112, many.count) * (many.tiles + 3) <
-        waves_of(64, 112, 1) * (131072 / kAttentionTile + 3));
+  CHECK(waves_of(128, 112, many.count) * (many.tiles + kAttentionWaveTiles) <
+        waves_of(128, 112, 1) * (65536 / kAttentionTile + kAttentionWaveTiles));
+  // Of 112, the idle ones of one wave would not bring memory to answer sooner.
+  CHECK(split_attention(64, 112, 131072, kMultiprocessors).count == 1);
 }
