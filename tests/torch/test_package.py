@@ -9,9 +9,7 @@ skipped=S", added up over the ranks. Without mpirun, RANK, WORLD_SIZE and MASTER
 where rank 0 fails by an exception and the others wait for it.
 """
 
-import argparse
 import datetime
-import faulthandler
 import gc
 import math
 import os
@@ -23,47 +21,7 @@ import torch
 import torch.distributed as dist
 
 import cohort
-
-parser = argparse.ArgumentParser()
-parser.add_argument("--control", default=None)
-parser.add_argument("--leave", default="in_order")
-parser.add_argument("--device", default="cpu")
-args = parser.parse_args()
-
-faulthandler.dump_traceback_later(float(os.environ.get("COHORT_TORCH_LIMIT", 240)) - 1, exit=True)
-torch.set_num_threads(1)
-RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("RANK", 0)))
-SIZE = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
-os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-CUDA = args.device != "cpu"
-DEVICE = torch.device("cuda", RANK) if CUDA else torch.device("cpu")
-if CUDA:
-    torch.cuda.set_device(DEVICE)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-passed = failed = skipped = 0
-
-
-def check(name, ok):
-    global passed, failed
-    if bool(ok):
-        passed += 1
-    else:
-        failed += 1
-        print(f"[rank {RANK}] FAIL {name}", flush=True)
-
-
-def refuses(name, kind, call, *parts):
-    """`call` raises `kind` with all of `parts` in its text."""
-    try:
-        call()
-    except kind as error:
-        missing = [part for part in parts if part not in str(error)]
-        check(f"{name}: {missing} not in: {error}", not missing)
-    except Exception as error:  # noqa: BLE001
-        check(f"{name}: {type(error).__name__}: {error}", False)
-    else:
-        check(f"{name}: nothing was raised", False)
+from harness import CUDA, DEVICE, DTYPES, RANK, SIZE, args, check, counts, refuses
 
 
 def shared_random(seed):
@@ -496,14 +454,13 @@ def main():
                 "rank 0")
     everyone = [None] * SIZE
     if args.leave != "raising":
-        dist.all_gather_object(everyone, (passed, failed, skipped))
+        dist.all_gather_object(everyone, counts)
         if RANK == 0:
-            print("cohort-test: passed={} failed={} skipped={}".format(*(sum(r[i] for r in everyone) for i in range(3))),
-                  flush=True)
+            print("cohort-test:", *(f"{key}={sum(one[key] for one in everyone)}" for key in counts), flush=True)
     if args.leave == "in_order":
         state.shutdown()
         dist.destroy_process_group()
-    return 1 if failed else 0
+    return 1 if counts["failed"] else 0
 
 
 if __name__ == "__main__":
