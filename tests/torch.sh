@@ -104,6 +104,12 @@ export -f store_ranks
 port=$((20000 + RANDOM % 20000))
 next_port() { export MASTER_PORT=$((++port)); }
 
+told_apart='import runpy, setuptools
+setuptools.setup = lambda **_: None
+folder = runpy.run_path("src/python/setup.py")["native_folder"]
+assert folder(["-DCOHORT_CUDA=OFF"]) != folder([]) == folder([]), "CMake keeps what it was told once"'
+report "builds for other arguments" 0 "$python" -c "$told_apart"
+
 report "pools of torch's allocator" 0 "$python" tests/torch/test_pools.py
 
 mpi=0
