@@ -129,9 +129,9 @@ class Group:
 
     def mem_pool(self) -> torch.cuda.MemPool | None:
         """This thread's pool of torch's allocator over the group's arena, for
-        `torch.cuda.use_mem_pool`; `use_symmetric_memory` does it by itself, in captures too. None
-        where the group has no windows, and on the host."""
-        return self._pools.of(0)
+        `torch.cuda.use_mem_pool`; `use_symmetric_memory` does it by itself, in captures too, with
+        another. None where the group has no windows, and on the host."""
+        return self._pools.of(Pools.OWN)
 
     def reserve(self, size: int) -> None:
         """Collective. Makes room for a block of `size` bytes in the group's arena."""
@@ -254,7 +254,7 @@ def use_symmetric_memory(group: Group, disabled: bool = False) -> Iterator[None]
         else:
             capture = ops.capture(group.name)
             pool = None if disabled else group._pools.id_of(capture)
-            with allocating(group.device.index, pool, capture):
+            with allocating(group.device.index, pool):
                 yield
     finally:
         ops.leave_symmetric()

@@ -21,72 +21,63 @@ _kept: list[torch.cuda.MemPool] = []  # for good
 
 
 class _Here(threading.local):
-    """Where this thread's allocations go."""
+    """Where this thread's allocations go. Torch takes the pool that was begun last, of those that the
+    thread and the stream have: a capture's own, and what `torch.cuda.use_mem_pool` began, stay as
+    they are."""
 
-    depth = 0
-    active: Optional[_PoolId] = None  # what torch was told last
-    outside: Optional[_PoolId] = None  # what counts outside of every scope: a capture's own pool
-    known: tuple[int, Optional[_PoolId]] = (0, None)  # a capture and its pool
+    def __init__(self) -> None:
+        self.scopes: list[Optional[_PoolId]] = []  # the innermost last
+        self.begun: list[_PoolId] = []  # of theirs, those that torch knows
 
 
 _here = _Here()
 
 
-def _pool_of_capture(device: int) -> Optional[_PoolId]:
-    """The pool of the torch.cuda.graph that the current stream is captured by. Torch does not tell
-    it, but where something lies that was allocated just now."""
-    probe = torch.empty(1, device=f"cuda:{device}")
-    for segment in torch.cuda.memory_snapshot(include_traces=False):
-        begin = segment["address"]
-        if segment["device"] == device and begin <= probe.data_ptr() < begin + segment["total_size"]:
-            pool = tuple(segment["segment_pool_id"])
-            return None if pool == (0, 0) else pool
-    return None
+def _begin(device: int, pool: _PoolId, begun: list[_PoolId]) -> None:
+    torch._C._cuda_beginAllocateCurrentThreadToPool(device, pool)
+    torch._C._cuda_releasePool(device, pool)  # who keeps it does so already
+    begun.append(pool)
 
 
-def _switch(device: int, to: Optional[_PoolId]) -> None:
-    """Torch asks the pools in the order in which they were begun, so one at a time is."""
-    if to == _here.active:
-        return
-    if _here.active is not None:
-        torch._C._cuda_endAllocateToPool(device, _here.active)
-        _here.active = None
-    if to is not None:
-        torch._C._cuda_beginAllocateCurrentThreadToPool(device, to)
-        torch._C._cuda_releasePool(device, to)  # who keeps it does so already
-        _here.active = to
+def _finish(device: int, pool: _PoolId, begun: list[_PoolId]) -> None:
+    torch._C._cuda_endAllocateToPool(device, pool)
+    begun.remove(pool)
 
 
 @contextlib.contextmanager
-def allocating(device: int, pool: Optional[_PoolId], capture: int) -> Iterator[None]:
+def allocating(device: int, pool: Optional[_PoolId]) -> Iterator[None]:
     """Inside, this thread's tensors come from `pool`; where it is none, from where they came before
-    any scope. `capture`: the number of the current stream's, or 0."""
-    if _here.depth == 0 and pool is None:
-        yield
-        return
-    if _here.depth == 0:
-        if capture and _here.known[0] != capture:
-            _here.known = (capture, _pool_of_capture(device))
-        _here.outside = _here.active = _here.known[1] if capture else None
-    before = _here.active
-    _here.depth += 1
+    any scope."""
+    scopes, begun = _here.scopes, _here.begun  # of the thread that enters
+    outer = scopes[-1] if scopes else None
+    scopes.append(pool)
     try:
-        _switch(device, pool if pool is not None else _here.outside)
+        if pool is None:
+            for other in reversed(begun.copy()):
+                _finish(device, other, begun)
+        elif pool != outer:
+            if pool in begun:
+                _finish(device, pool, begun)
+            _begin(device, pool, begun)
         yield
     finally:
-        _switch(device, before)
-        _here.depth -= 1
-        if _here.depth == 0:
-            _here.active = None
+        scopes.pop()
+        if pool != outer and pool in begun:
+            _finish(device, pool, begun)
+        if outer is not None and outer not in begun:
+            _begin(device, outer, begun)
 
 
 def is_allocating() -> bool:
     """Whether this thread is inside of such a scope."""
-    return _here.depth > 0
+    return any(pool is not None for pool in _here.scopes)
 
 
 class Pools:
-    """Of one group: one for each thread, and one for each capture, whose graph keeps the memory."""
+    """Of one group: one for each thread, and one for each capture, whose graph keeps the memory; and
+    for each thread one for its own use, so that it is never begun twice."""
+
+    OWN = -1
 
     def __init__(self, group: str, device: torch.device):
         self._group = group
@@ -99,8 +90,8 @@ class Pools:
         weakref.finalize(self, _end, self._pools, self._device)
 
     def of(self, capture: int) -> Optional[torch.cuda.MemPool]:
-        """That of this thread, or of the capture where it is not 0. None where the group has no
-        windows, and on the host, of which torch has no pools."""
+        """That of this thread, or of the capture where it is not 0, or the thread's own. None where
+        the group has no windows, and on the host, of which torch has no pools."""
         with self._lock:
             if not self._entered:
                 self._entered = True
@@ -109,7 +100,7 @@ class Pools:
                     self._allocator = torch._C._cuda_customAllocator(*functions)
             if self._allocator is None:
                 return None
-            key = (threading.get_ident(), 0) if capture == 0 else (0, capture)
+            key = (0, capture) if capture > 0 else (threading.get_ident(), capture)
             if key not in self._pools:
                 with torch.cuda.device(self._device):
                     self._pools[key] = torch.cuda.MemPool(self._allocator)
@@ -124,7 +115,7 @@ class Pools:
         """What captures have not kept goes back when torch empties its cache, as it does before the
         next capture."""
         with self._lock:
-            ended = {key: self._pools.pop(key) for key in list(self._pools) if key[1] != 0}
+            ended = {key: self._pools.pop(key) for key in list(self._pools) if key[1] > 0}
             self._left = self._left or bool(ended)
         _end(ended, self._device)
 
