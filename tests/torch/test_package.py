@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 import cohort
+import edges
 from harness import CUDA, DEVICE, DTYPES, RANK, SIZE, args, check, counts, refuses
 
 
@@ -446,6 +447,7 @@ def main():
         check_stages()
         if SIZE > 1:
             check_subsets()
+            edges.check_used_store()
     if args.leave == "raising":
         if RANK == 0:
             raise KeyError("this rank fails")

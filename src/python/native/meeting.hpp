@@ -17,6 +17,7 @@
 #include <utility>
 
 #include "cohort/cohort.hpp"
+#include "store_meeting.hpp"
 #include "store_messenger.hpp"
 #if COHORT_TORCH_WITH_MPI
 #include "cohort/mpi.hpp"
@@ -41,10 +42,11 @@ namespace cohort::python {
     const std::lock_guard lock(mutex);
     number = states[std::string(control)]++;
   }
+  const StoreCalls calls(std::move(store), rank);
+  const std::string meeting =
+      StoreMeeting(calls, fmt::format("cohort/{}", number), rank, size, limit).agree();
   return std::make_shared<MessageControlPlane>(
-      std::make_shared<StoreMessenger>(std::move(store), fmt::format("cohort/{}", number), rank,
-                                       size),
-      limit);
+      std::make_shared<StoreMessenger>(calls, meeting, rank, size), limit);
 }
 
 [[nodiscard]] inline c10::intrusive_ptr<c10d::Store> connect_store(
