@@ -106,7 +106,7 @@ template <class Void>
 
 inline void check_plain(const at::Tensor& x) {
   TORCH_CHECK_VALUE(x.defined(), "cohort: expected a tensor, got none");
-  TORCH_CHECK_TYPE(x.layout() == c10::kStrided && !x.is_conj() && !x.is_neg(),
+  TORCH_CHECK_TYPE(x.layout() == c10::kStrided && !x.is_nested() && !x.is_conj() && !x.is_neg(),
                    "cohort: expected a strided tensor whose elements lie in memory as they are");
 }
 

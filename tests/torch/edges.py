@@ -1,13 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How states begin. A part of test_package.py."""
+"""What torch itself expects of operators, beside their results: gradients, versions, kinds of tensors,
+what a compiler may drop; and how states begin. A part of test_package.py."""
 
+import math
 import os
 
 import torch
 import torch.distributed as dist
 
 import cohort
-from harness import RANK, SIZE, check
+from harness import CUDA, DEVICE, RANK, SIZE, check, refuses
+
+ops = torch.ops.cohort
+
+
+def check_autograd(state):
+    """What is written is as little differentiable as what is returned, and autograd hears of it."""
+    tp = state.tp
+    weight = torch.ones(2 * SIZE, 2, requires_grad=True, device=DEVICE)
+    more = torch.ones(2 * SIZE * SIZE, 2, device=DEVICE)
+    writes = {
+        "all_reduce_": lambda x: tp.all_reduce_(x),
+        "broadcast_": lambda x: tp.broadcast(x),
+        "all_reduce_into": lambda x: tp.all_reduce_into(out := torch.empty_like(x), x) or out,
+        "all_gather_into": lambda x: tp.all_gather_into_tensor(out := torch.empty_like(more), x) or out,
+        "reduce_scatter_into": lambda x: tp.reduce_scatter_tensor(out := torch.empty_like(x[:2]), x) or out,
+    }
+    for name, call in writes.items():
+        refuses(f"backward through {name}", RuntimeError, lambda: call(weight * 1).sum().backward(), f"cohort::{name}")
+        refuses(f"a part's through {name}", RuntimeError,
+                lambda: torch.autograd.grad(call(weight * 1).sum() + weight.sum(), weight), f"cohort::{name}")
+        with torch.no_grad():
+            check(f"{name} without gradients", not call(weight * 1).requires_grad)
+    refuses("a leaf", RuntimeError, lambda: tp.all_reduce_(weight), "leaf")
+    saved = (weight * 2).exp()
+    with torch.no_grad():
+        tp.all_reduce_(saved)
+    refuses("what a backward has kept", RuntimeError, lambda: saved.sum().backward(), "modified by an inplace operation")
+    plain = more[:2].clone()
+    tp.all_reduce_(plain)
+    tp.all_reduce_into(plain, plain.clone())
+    tp.broadcast(plain)
+    check("writes are counted", plain._version == 3)
+    with torch.inference_mode():
+        of_inference = torch.ones(2, device=DEVICE)
+        check("in inference mode", (tp.all_reduce_(of_inference) == SIZE).all())
+    refuses("its tensors elsewhere", RuntimeError, lambda: tp.all_reduce_(of_inference), "inference tensor")
+
+
+def check_arguments(state):
+    tp, x = state.tp, torch.ones(2, 2)
+    if not CUDA:
+        refuses("sparse", TypeError, lambda: ops.all_gather(x.to_sparse(), 0, tp.name), "strided")
+        refuses("nested", TypeError, lambda: ops.all_reduce(torch.nested.nested_tensor([x, x[:1]]), "sum", tp.name), "strided")
+        refuses("quantised", TypeError, lambda: ops.all_gather(torch.quantize_per_tensor(x, 0.1, 0, torch.qint8), 0, tp.name),
+                "element type")
+        refuses("no tensor", ValueError, lambda: ops.all_gather(None, 0, tp.name), "got none")
+    refuses("without memory", ValueError, lambda: tp.all_reduce_into(x, torch.ones(2, 2, device="meta")), "one device")
+    alone = {"control": "single", "device": "cpu"}
+    for name, options in (("tp", {"tp": 2**32 + 1}), ("growth_bytes", {"growth_bytes": -1}), ("timeout", {"timeout": math.inf}),
+                          ("timeout", {"timeout": math.nan}), ("timeout", {"timeout": 0}), ("control", {"control": "gloo"}),
+                          ("control", {"control": 7})):
+        refuses(f"{name} of {options}", ValueError, lambda: cohort.ParallelState(**{**alone, **options}), name)
+    first = dist.new_group([0])
+    if RANK > 0:
+        refuses("a group of others", ValueError, lambda: cohort.ParallelState(control=first), "that this rank is in")
+    check("a tuple as size", state.dcp.empty((2, 3), dtype=torch.float32).shape == (2, 3))
 
 
 def check_used_store():
@@ -26,3 +84,34 @@ def check_used_store():
     for name, value in before.items():
         os.environ.pop(name) if value is None else os.environ.update({name: value})
     dist.all_gather_object(ports, None)  # rank 0 keeps it until then
+
+
+def check_compiled_calls(state):
+    """A rank that makes nothing of a call's result takes part in it all the same; and equal calls stay
+    as many."""
+    tp = state.tp
+
+    def step(x):
+        whole, written, sent = tp.all_gather(x, 0), torch.empty(SIZE * 4, 2, device=DEVICE), x * 3
+        tp.all_gather_into_tensor(written, x, 0)
+        tp.broadcast(sent)
+        tp.barrier()
+        twice = tp.all_reduce(x) + 2 * tp.all_reduce(x if RANK == 0 else x + 1)
+        if RANK == 0:
+            return whole.sum() + written.sum() + sent.sum(), twice
+        return x.new_zeros(()), twice
+
+    x = torch.full((4, 2), RANK + 1.0, device=DEVICE)
+    with torch.no_grad():
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        check("calls whose results are not used", all(torch.equal(a, b) for a, b in zip(step(x), compiled(x))))
+
+        def inside(x):
+            with cohort.use_symmetric_memory(state.dcp):
+                return state.dcp.all_gather(x, 0)
+
+        refuses("a scope in what is compiled", Exception,
+                lambda: torch.compile(inside, fullgraph=True, backend="aot_eager")(x), "use_symmetric_memory")
+    # What compilers keep on disk they know again by the arguments.
+    check("the number of ranks is in the name", state.tp.name.endswith(f":{SIZE}"))
+    check("which shapes follow from", ops.all_gather(torch.ones(2, device="meta"), 0, "cohort1/tp:3").shape == (6,))

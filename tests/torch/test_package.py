@@ -407,8 +407,10 @@ def check_stages():
     tensors = {"hidden": of_rank((3, 8), torch.bfloat16, 9, 0), "residual": of_rank((5,), torch.int64, 10, 0)}
     if not state.pp.is_first_rank:
         tensors = state.pp.recv_tensor_dict()
+        check("a dict of nothing", state.pp.recv_tensor_dict() == {})
     if not state.pp.is_last_rank:
         state.pp.send_tensor_dict(tensors)
+        state.pp.send_tensor_dict({})
     check("names", list(tensors) == ["hidden", "residual"])
     check("tensors", torch.equal(tensors["hidden"], of_rank((3, 8), torch.bfloat16, 9, 0))
           and torch.equal(tensors["residual"], of_rank((5,), torch.int64, 10, 0)))
@@ -434,7 +436,11 @@ def main():
         check_collectives(state)
         check_decode(state)
         check_refusals(state)
+        edges.check_autograd(state)
+        edges.check_arguments(state)
         check_compiled(state)
+        if SIZE > 1:
+            edges.check_compiled_calls(state)
         check_symmetric(state)
         if CUDA and SIZE > 1:
             check_torch_results(state)

@@ -11,8 +11,12 @@ from typing import Literal, overload
 import torch
 from torch.nn.functional import pad
 
-from ._library import ops, sizes
+from ._library import eager_only, ops
 from ._pools import Pools, allocating
+
+
+def _extents(size: Sequence) -> list[int]:
+    return list(size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size)
 
 
 class Group:
@@ -41,7 +45,6 @@ class Group:
         """Where its tensors lie."""
         self.closed = False
         """Whether the state was shut down."""
-        sizes[name] = self.world_size
         self._pools = Pools(name, device)
 
     @property
@@ -121,11 +124,12 @@ class Group:
         """What the current stream gets after this runs once every rank's has come here."""
         ops.barrier(self.name)
 
-    def empty(self, *size: int, dtype: torch.dtype) -> torch.Tensor:
-        """An uninitialised tensor in the group's arena. Collective: all ranks allocate and drop
-        the same tensors in the same order. `cohort.record_stream`, not torch's, tells it of other
-        streams."""
-        return ops.empty(list(size), dtype, self.name)
+    def empty(self, *size: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialised tensor in the group's arena, its size as `torch.empty` takes it.
+        Collective: all ranks allocate and drop the same tensors in the same order.
+        `cohort.record_stream`, not torch's, tells it of other streams."""
+        eager_only("empty")
+        return ops.empty(_extents(size), dtype, self.name)
 
     def mem_pool(self) -> torch.cuda.MemPool | None:
         """This thread's pool of torch's allocator over the group's arena, for
@@ -160,6 +164,7 @@ class PipelineGroup(Group):
 
     def send_tensor_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """To the next stage, which makes one `recv_tensor_dict`."""
+        eager_only("send_tensor_dict")
         for name, tensor in tensors.items():
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"send_tensor_dict {name}: expected a tensor, got {type(tensor)}")
@@ -167,6 +172,7 @@ class PipelineGroup(Group):
 
     def recv_tensor_dict(self) -> dict[str, torch.Tensor]:
         """From the previous stage, in its order."""
+        eager_only("recv_tensor_dict")
         names, tensors = ops.recv_tensors(self.name)
         return dict(zip(names, tensors))
 
@@ -247,6 +253,7 @@ def use_symmetric_memory(group: Group, disabled: bool = False) -> Iterator[None]
     where `disabled`, or where the group has none. Contexts nest, and the innermost counts. In a
     capture it is opened inside of it, and of `graph_capture`. Collective over the group: all ranks
     allocate and drop the same tensors in the same order."""
+    eager_only("use_symmetric_memory")
     ops.enter_symmetric(group.name, disabled)
     try:
         if group.device.type == "cpu":
@@ -260,9 +267,10 @@ def use_symmetric_memory(group: Group, disabled: bool = False) -> Iterator[None]
         ops.leave_symmetric()
 
 
-def empty(*size: int, dtype: torch.dtype) -> torch.Tensor:
+def empty(*size: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor from the innermost `use_symmetric_memory` of this thread."""
-    return ops.empty_in_scope(list(size), dtype)
+    eager_only("empty")
+    return ops.empty_in_scope(_extents(size), dtype)
 
 
 def cp_lse_ag_out_rs(cp_attn_out: torch.Tensor, cp_attn_lse: torch.Tensor,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import sys
 import weakref
@@ -30,15 +31,27 @@ def _meeting(control) -> tuple[str, int, int]:
         else:
             control = "single"
     if not isinstance(control, str):
+        if not dist.is_available() or not isinstance(control, dist.ProcessGroup):
+            raise ValueError("control: expected a process group that this rank is in, or a string, "
+                             f"got {control!r}")
         return control.group_name, dist.get_rank(control), dist.get_world_size(control)
     if control in ("mpi", "single"):
         return control, 0, 1
+    if not control.startswith("store://"):
+        raise ValueError("control: expected a process group, mpi, single or store://HOST:PORT, "
+                         f"got {control}")
     for rank, size in (("RANK", "WORLD_SIZE"),
                        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")):
         if rank in os.environ and size in os.environ:
             return control, int(os.environ[rank]), int(os.environ[size])
     raise ValueError(f"control {control}: expected the rank and the number of ranks in RANK and "
                      "WORLD_SIZE, or in the variables of an MPI launcher")
+
+
+def _milliseconds(timeout: float) -> int:
+    if not 0 < timeout < math.inf:
+        raise ValueError(f"timeout: expected seconds, more than 0, got {timeout}")
+    return max(1, round(min(timeout, 1e9) * 1000))
 
 
 class ParallelState:
@@ -86,7 +99,7 @@ class ParallelState:
         name, rank, size = _meeting(control)
         self._id = ops.parallel_state(name, [rank, size], [tp, pp, dcp], ordinal, list(symmetric),
                                       merge_plan, peer_mapping, debug_checks,
-                                      max(0, round(timeout * 1000)), growth_bytes)
+                                      _milliseconds(timeout), growth_bytes)
         names = ops.groups(self._id)
         self.world = Group(names[0], self.device)
         self.tp = Group(names[1], self.device)
@@ -109,7 +122,7 @@ class ParallelState:
 
     def synchronize(self, timeout: float = 60.0) -> None:
         """Waits until the current stream is idle, watching the peers of all groups as well."""
-        ops.synchronize(self._id, max(0, round(timeout * 1000)))
+        ops.synchronize(self._id, _milliseconds(timeout))
 
     def shutdown(self) -> None:
         """Collective over the world: waits for all ranks, then leaves all groups. Tensors stay

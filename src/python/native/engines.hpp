@@ -98,8 +98,10 @@ class Engines {
     return found->second;
   }
 
+  /// Ends with the number of ranks: what a compiler keeps of an operator's shapes, on disk too, it
+  /// keeps by the arguments.
   [[nodiscard]] static std::string name_of(const Engine& engine, const GroupCoordinator& group) {
-    return fmt::format("{}{}", engine.prefix, to_string(group.kind()));
+    return fmt::format("{}{}:{}", engine.prefix, to_string(group.kind()), group.size());
   }
   /// How the names of a state's groups begin, and no others.
   [[nodiscard]] static std::string prefix_of(std::int64_t id) {

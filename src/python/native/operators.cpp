@@ -3,13 +3,13 @@
 // The operators of the Python package: what torch.ops.cohort has. Built without Python's headers,
 // so that one library serves every interpreter that the installed torch serves.
 
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
 #include <string>
 #include <string_view>
 #include <utility>
 
+#include "autograd.hpp"
 #include "cohort/torch.hpp"
 #include "collective_operators.hpp"
 #include "decode_operators.hpp"
@@ -34,9 +34,10 @@ struct Operator<Function> {
 template <auto Function>
 inline constexpr auto* as_operator = &Operator<Function>::call;
 
-/// Calls `visit` with the schema and the implementation of each operator on tensors.
+/// Calls `visit` with the schema and the implementation of each operator that a compiler may have
+/// in its graphs: what has a fake implementation.
 template <class Visit>
-void for_each_tensor_operator(const Visit& visit) {
+void for_each_graph_operator(const Visit& visit) {
   visit("all_gather(Tensor x, int dim, str group) -> Tensor", as_operator<&all_gather>);
   visit("all_gather_into(Tensor(a!) out, Tensor x, int dim, str group) -> ()",
         as_operator<&all_gather_into>);
@@ -70,6 +71,7 @@ void for_each_tensor_operator(const Visit& visit) {
       "bool replicated, Tensor? sink, Tensor? local_tokens, Tensor(b!)? merged_lse, str group) "
       "-> ()",
       as_operator<&merge_attention_into>);
+  visit("barrier(str group) -> ()", as_operator<&barrier>);
 }
 
 [[nodiscard]] std::string name_in(std::string_view schema) {
@@ -77,7 +79,7 @@ void for_each_tensor_operator(const Visit& visit) {
 }
 
 TORCH_LIBRARY(cohort, m) {
-  for_each_tensor_operator([&](const char* schema, auto) { m.def(schema); });
+  for_each_graph_operator([&](const char* schema, auto) { m.def(schema); });
   m.def(
       "parallel_state(str control, int[] meeting, int[] layout, int device, str[] symmetric, "
       "str merge_plan, bool peer_mapping, bool debug_checks, int limit_ms, int growth_bytes) "
@@ -109,7 +111,6 @@ TORCH_LIBRARY(cohort, m) {
   m.def("path(str collective, Tensor x, Tensor out, int dim, str group) -> str",
         as_operator<&path>);
   m.def("last_merge(str group) -> str[]", as_operator<&last_merge>);
-  m.def("barrier(str group) -> ()", as_operator<&barrier>);
   m.def("enter_symmetric(str group, bool disabled) -> ()", as_operator<&enter_symmetric>);
   m.def("leave_symmetric() -> ()", as_operator<&leave_symmetric>);
   m.def("enter_pools(str group) -> int[]", as_operator<&enter_pools>);
@@ -121,17 +122,27 @@ TORCH_LIBRARY(cohort, m) {
 }
 
 void implement(torch::Library& m) {
-  for_each_tensor_operator(
+  for_each_graph_operator(
       [&](const char* schema, auto function) { m.impl(name_in(schema).c_str(), function); });
 }
 
-TORCH_LIBRARY_IMPL(cohort, CPU, m) { implement(m); }
-TORCH_LIBRARY_IMPL(cohort, CUDA, m) { implement(m); }
+/// For every backend, and for calls without a tensor: which tensors it takes the library says
+/// itself.
+TORCH_LIBRARY_IMPL(cohort, CompositeExplicitAutograd, m) { implement(m); }
+TORCH_LIBRARY_IMPL(cohort, NestedTensorCPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(cohort, NestedTensorCUDA, m) { implement(m); }
 
-/// A backward through any of them is refused by the operator's name.
+TORCH_LIBRARY_IMPL(cohort, ADInplaceOrView, m) {
+  for_each_graph_operator([&](const char* schema, auto) {
+    if (std::string_view(schema).find("!)") != std::string_view::npos) {
+      m.impl(name_in(schema).c_str(), torch::CppFunction::makeFromBoxedFunction<&count_writes>());
+    }
+  });
+}
+
 TORCH_LIBRARY_IMPL(cohort, Autograd, m) {
-  for_each_tensor_operator([&](const char* schema, auto) {
-    m.impl(name_in(schema).c_str(), torch::autograd::autogradNotImplementedFallback());
+  for_each_graph_operator([&](const char* schema, auto) {
+    m.impl(name_in(schema).c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse_backward>());
   });
 }
 

@@ -34,7 +34,7 @@ namespace cohort::python {
   }
 #if COHORT_TORCH_WITH_CUDA
   // Torch has started CUDA, and threads run: the environment is as it is.
-  return cuda_backend({.device = static_cast<int>(device),
+  return cuda_backend({.device = as_int(device),
                        .environment = {.leave_alone = true},
                        .peer_mapping = peer_mapping});
 #else
@@ -81,14 +81,16 @@ inline std::int64_t parallel_state(Name control, Sizes meeting, Sizes layout, st
   if (!is_time_limit(limit)) {
     throw ConfigError(fmt::format("timeout: expected more than 0 s, got {} ms", limit_ms));
   }
+  if (growth_bytes < 0) {
+    throw ConfigError(fmt::format("growth_bytes: expected at least 0, got {}", growth_bytes));
+  }
   auto engine = std::make_shared<Engine>();
   engine->backend = make_backend(device, peer_mapping);
-  engine->world =
-      meet(control, static_cast<int>(meeting.at(0)), static_cast<int>(meeting.at(1)), limit);
+  engine->world = meet(control, as_int(meeting.at(0)), as_int(meeting.at(1)), limit);
   engine->state.emplace(ParallelState::create(
-      *engine->world, {.layout = {.tp = static_cast<int>(layout.at(0)),
-                                  .pp = static_cast<int>(layout.at(1)),
-                                  .dcp = static_cast<int>(layout.at(2))},
+      *engine->world, {.layout = {.tp = as_int(layout.at(0)),
+                                  .pp = as_int(layout.at(1)),
+                                  .dcp = as_int(layout.at(2))},
                        .backend = engine->backend,
                        .symmetric = symmetric_options(symmetric, peer_mapping),
                        .merge = {.plan = *plan},
