@@ -130,11 +130,15 @@ next_port
 report "2 ranks that leave without shutdown" 0 bash -c 'store_ranks 2 --leave silently'
 next_port
 report "2 ranks of which one fails" 1 bash -c 'store_ranks 2 --leave raising'
+next_port
+report "2 ranks of which one leaves in a call" 0 bash -c 'store_ranks 2 --leave in_a_call'
 if ((mpi)); then
   next_port
   report "2 ranks over MPI that leave without shutdown" 0 mpirun -n 2 "$python" tests/torch/test_package.py --control mpi --leave silently
   next_port
   report "2 ranks over MPI of which one fails" any mpirun -n 2 "$python" tests/torch/test_package.py --control mpi --leave raising
+  next_port
+  report "2 ranks over MPI of which one fails by its status" any mpirun -n 2 "$python" tests/torch/test_package.py --control mpi --leave with_a_status
 fi
 
 on_cards=$((mpi && cards >= 2))

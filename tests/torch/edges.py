@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What torch itself expects of operators, beside their results: gradients, versions, kinds of tensors,
-what a compiler may drop; and how states begin. A part of test_package.py."""
+what a compiler may drop; and how long states live. A part of test_package.py."""
 
+import copy
+import gc
 import math
 import os
+import pickle
+import sys
+import threading
+import time
 
 import torch
 import torch.distributed as dist
 
 import cohort
-from harness import CUDA, DEVICE, RANK, SIZE, check, refuses
+from harness import CUDA, DEVICE, RANK, SIZE, args, check, refuses
 
 ops = torch.ops.cohort
 
@@ -68,6 +74,43 @@ def check_arguments(state):
     check("a tuple as size", state.dcp.empty((2, 3), dtype=torch.float32).shape == (2, 3))
 
 
+def check_lives():
+    """Groups keep their state, a copy is the same, and what is left is closed."""
+    group = cohort.ParallelState(control="single", device="cpu").tp
+    gc.collect()
+    check("a group keeps its state", ops.all_reduce(torch.ones(1), "sum", group.name) == 1)
+    check("copies are the same", copy.deepcopy({"group": group})["group"] is group and copy.copy(group) is group)
+    refuses("other processes", TypeError, lambda: pickle.dumps(group), "this process")
+    name = group.name
+    del group
+    gc.collect()
+    refuses("and goes with the last", ValueError, lambda: ops.arena(name), "no ParallelState")
+    try:
+        with cohort.ParallelState(control="single", device="cpu") as left:
+            raise KeyError
+    except KeyError:
+        refuses("left by an exception", ValueError, lambda: left.tp.all_reduce(torch.ones(1)), "used after shutdown")
+
+
+def check_leaving_a_call():
+    """Who leaves ends what another thread waits in, and waits for nobody."""
+    state = cohort.ParallelState(tp=SIZE, control=dist.group.WORLD, device="cpu", timeout=30)
+    began = time.monotonic()
+    if RANK == 0:
+        thread = threading.Thread(target=refuses, args=(
+            "a call that is left", dist.DistBackendError, lambda: state.tp.all_reduce(torch.ones(1)), "another thread"))
+        thread.start()
+        time.sleep(0.3)
+        state._life.leave()
+        check("without waiting", time.monotonic() - began < 15)
+        thread.join()
+    else:
+        time.sleep(0.6)
+        refuses("a call that rank 0 has left", dist.DistBackendError, lambda: state.tp.all_reduce(torch.ones(1)), "rank 0")
+        state._life.leave()
+    check("nor the others", time.monotonic() - began < 15)
+
+
 def check_used_store():
     """What an attempt of processes that are dead has left in a store is nobody's."""
     store, ports = None, [None] * SIZE
@@ -115,3 +158,36 @@ def check_compiled_calls(state):
     # What compilers keep on disk they know again by the arguments.
     check("the number of ranks is in the name", state.tp.name.endswith(f":{SIZE}"))
     check("which shapes follow from", ops.all_gather(torch.ones(2, device="meta"), 0, "cohort1/tp:3").shape == (6,))
+
+
+def leave_in_a_call():
+    """Rank 0 ends while a thread of it waits for another rank."""
+    state = cohort.ParallelState(tp=SIZE, control=args.control, device="cpu", timeout=60)
+    everyone = [None] * SIZE
+    dist.all_gather_object(everyone, os.getpid())
+    if RANK == 0:
+        threading.Thread(target=lambda: state.tp.all_reduce(torch.ones(1)), daemon=True).start()
+        time.sleep(0.5)
+        sys.exit(0)
+
+    def is_there():
+        try:
+            with open(f"/proc/{everyone[0]}/stat") as stat:
+                return stat.read().rpartition(")")[2].split()[0] != "Z"
+        except OSError:
+            return False
+
+    end = time.monotonic() + 25
+    while is_there() and time.monotonic() < end:
+        time.sleep(0.1)
+    check("rank 0 has ended", not is_there())
+    refuses("a call that it was in", dist.DistBackendError, lambda: state.tp.all_reduce(torch.ones(1)), "rank 0")
+
+
+def leave_with_a_status():
+    """Rank 0 fails by its exit status, which ends the job of MPI without waiting for the others."""
+    cohort.ParallelState(tp=SIZE, control=args.control, device="cpu", timeout=60)
+    if RANK == 0:
+        sys.exit(3)
+    time.sleep(25)
+    check("the job has ended", False)

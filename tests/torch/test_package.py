@@ -6,7 +6,8 @@ torch.compile, and what is refused. The last line of rank 0 is "cohort-test: pas
 skipped=S", added up over the ranks. Without mpirun, RANK, WORLD_SIZE and MASTER_PORT tell the place.
 
 --leave: how the ranks end, to see that none hangs: "in_order"; "silently", without shutdown; "raising",
-where rank 0 fails by an exception and the others wait for it.
+where rank 0 fails by an exception and the others wait for it; "in_a_call", while a thread of rank 0
+waits for another; "with_a_status", where rank 0 fails by that while the others work on.
 """
 
 import datetime
@@ -396,8 +397,7 @@ def check_subsets():
     check("and all", int(total) == SIZE * (SIZE - 1) // 2)
     with cohort.use_symmetric_memory(state.tp):
         state.shutdown()
-        del state
-        gc.collect()
+        state._life.leave()
         refuses("a scope of a state that is gone", ValueError, lambda: cohort.empty(4, dtype=torch.float32), "is gone")
 
 
@@ -454,12 +454,21 @@ def main():
         if SIZE > 1:
             check_subsets()
             edges.check_used_store()
+            edges.check_leaving_a_call()
+        edges.check_lives()
+    if args.leave == "in_a_call":
+        edges.leave_in_a_call()
+    if args.leave == "with_a_status":
+        edges.leave_with_a_status()
     if args.leave == "raising":
         if RANK == 0:
             raise KeyError("this rank fails")
         refuses("a rank that is gone", dist.DistBackendError, lambda: (state.world.reserve(1 << 20),
                                                                       state.world.barrier(), state.synchronize(10)),
                 "rank 0")
+    if args.leave in ("in_a_call", "with_a_status"):  # rank 0 is gone
+        print("cohort-test:", *(f"{key}={count}" for key, count in counts.items()), flush=True)
+        return 1 if counts["failed"] else 0
     everyone = [None] * SIZE
     if args.leave != "raising":
         dist.all_gather_object(everyone, counts)

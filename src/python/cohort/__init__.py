@@ -4,7 +4,8 @@
 from ._groups import (DecodeContextGroup, Group, PipelineGroup, cp_lse_ag_out_ar, cp_lse_ag_out_rs,
                       empty, use_symmetric_memory)
 from ._library import ops
-from ._state import ParallelState, finalize_mpi, record_stream
+from ._life import finalize_mpi
+from ._state import ParallelState, record_stream
 
 
 def parts() -> list[str]:

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 
 from ._library import eager_only, ops
+from ._life import Handle, Life
 from ._pools import Pools, allocating
 
 
@@ -19,8 +20,8 @@ def _extents(size: Sequence) -> list[int]:
     return list(size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size)
 
 
-class Group:
-    """The ranks of one group. Made by `ParallelState`.
+class Group(Handle):
+    """The ranks of one group. Made by `ParallelState`, which lives as long as one of its groups.
 
     Every call but `send` and `recv` is collective: all ranks of the group make the same calls in
     the same order. Calls go to torch's current stream; on CPU tensors they are done when they
@@ -31,7 +32,7 @@ class Group:
     missing, gone or elsewhere a `torch.distributed.DistBackendError` that names it.
     """
 
-    def __init__(self, name: str, device: torch.device):
+    def __init__(self, name: str, device: torch.device, life: Life):
         self.name = name
         """What operators know the group by."""
         members = ops.members(name)
@@ -43,8 +44,7 @@ class Group:
         """Ranks of the group."""
         self.device = device
         """Where its tensors lie."""
-        self.closed = False
-        """Whether the state was shut down."""
+        self._life = life
         self._pools = Pools(name, device)
 
     @property
@@ -57,9 +57,14 @@ class Group:
         """Whether this is the last rank of the group."""
         return self.rank_in_group == self.world_size - 1
 
+    @property
+    def closed(self) -> bool:
+        """Whether the state was shut down or left."""
+        return self._life.closed
+
     def _alone(self, x: torch.Tensor) -> torch.Tensor:
         """The result in a group of one."""
-        if self.closed:
+        if self._life.closed:
             raise ValueError(f"group {self.name}: used after shutdown")
         return x
 

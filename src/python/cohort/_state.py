@@ -3,12 +3,9 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import math
 import os
-import sys
-import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,9 +13,8 @@ import torch.distributed as dist
 
 from ._groups import DecodeContextGroup, Group, PipelineGroup
 from ._library import ops
+from ._life import Handle, Life
 from ._pools import is_allocating
-
-_states: weakref.WeakSet[ParallelState] = weakref.WeakSet()
 
 
 def _meeting(control) -> tuple[str, int, int]:
@@ -54,7 +50,7 @@ def _milliseconds(timeout: float) -> int:
     return max(1, round(min(timeout, 1e9) * 1000))
 
 
-class ParallelState:
+class ParallelState(Handle):
     """The world, tensor-parallel, pipeline-parallel and decode-context-parallel group of this rank.
 
     Collective over all ranks, of which there are `tp` * `pp`:
@@ -74,7 +70,8 @@ class ParallelState:
     timeout: Seconds that a wait for other ranks may take, unless COHORT_TIMEOUT_MS is set.
 
     Leave with `shutdown()`, which is collective. A process that ends without it leaves alone, waits
-    for no other rank, and has those that wait for it end with an error.
+    for no other rank, and has those that wait for it end with an error. So does a state that goes
+    without it: with the last of this object and its groups, which keep each other's state.
     """
 
     def __init__(self, tp: int = 1, pp: int = 1, dcp: int = 1, *,
@@ -100,16 +97,12 @@ class ParallelState:
         self._id = ops.parallel_state(name, [rank, size], [tp, pp, dcp], ordinal, list(symmetric),
                                       merge_plan, peer_mapping, debug_checks,
                                       _milliseconds(timeout), growth_bytes)
+        self._life = Life(self._id, name == "mpi")
         names = ops.groups(self._id)
-        self.world = Group(names[0], self.device)
-        self.tp = Group(names[1], self.device)
-        self.pp = PipelineGroup(names[2], self.device)
-        self.dcp = DecodeContextGroup(names[3], self.device)
-        # Not a method: the state goes when nothing but this refers to it.
-        self._drop = weakref.finalize(self, ops.drop, self._id)
-        self._drop.atexit = False
-        self._closed = False
-        _states.add(self)
+        self.world = Group(names[0], self.device, self._life)
+        self.tp = Group(names[1], self.device, self._life)
+        self.pp = PipelineGroup(names[2], self.device, self._life)
+        self.dcp = DecodeContextGroup(names[3], self.device, self._life)
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -127,10 +120,9 @@ class ParallelState:
     def shutdown(self) -> None:
         """Collective over the world: waits for all ranks, then leaves all groups. Tensors stay
         readable; every later call of a group raises `ValueError`; a second shutdown does nothing."""
-        self._closed = True
-        for group in self.groups:
-            group.closed = True
+        self._life.closed = True
         ops.shutdown(self._id)
+        self._life.was_shut_down()
         for group in self.groups:
             group._pools.close()
 
@@ -141,7 +133,7 @@ class ParallelState:
         if kind is None:
             self.shutdown()
         else:
-            self._drop()
+            self._life.leave()
 
     # Graphs
 
@@ -183,20 +175,3 @@ def record_stream(x: torch.Tensor, state: ParallelState) -> None:
     """`x` is also used on torch's current stream; for tensors in symmetric memory, of which torch's
     own `record_stream` knows nothing."""
     ops.record_stream(x, state._id)
-
-
-def finalize_mpi() -> None:
-    """Collective. Ends MPI, where the package started it, after the last state was shut down; the
-    interpreter's exit does it at the latest."""
-    for state in list(_states):
-        if state._closed:
-            state._drop()
-    ops.finalize_mpi(True)
-
-
-@atexit.register
-def _leave() -> None:
-    """Nobody may hang because this process ends."""
-    for state in list(_states):
-        state._drop()
-    ops.finalize_mpi(getattr(sys, "last_type", None) is None)

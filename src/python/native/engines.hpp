@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cohort/cohort.hpp"
+#include "cohort/owner_process.hpp"
 #include "cohort/torch.hpp"
 
 /// \file
@@ -23,6 +24,7 @@ namespace cohort::python {
 
 /// A state with all that it needs. Members that are needed longer come first.
 struct Engine {
+  OwnerProcess owner;
   std::shared_ptr<Backend> backend;
   std::shared_ptr<ControlPlane> world;
   std::optional<ParallelState> state;
@@ -55,7 +57,9 @@ class Engines {
     return id;
   }
 
-  /// Local: without the other ranks, unless the state was shut down before.
+  /// Local: without the other ranks, unless the state was shut down before. A call that another
+  /// thread is in ends early, with an error, and the others of its group are told. In a forked
+  /// child the state stays: a thread that the child has not got may be in it.
   void drop(std::int64_t id) {
     std::shared_ptr<Engine> engine;
     {
@@ -68,7 +72,17 @@ class Engines {
       engines_.erase(found);
       std::erase_if(groups_, [&](const auto& entry) { return entry.second.engine == engine; });
     }
-    const std::lock_guard lock(engine->mutex);
+    if (!engine->owner.is_here()) {
+      static_cast<void>(new std::shared_ptr<Engine>(std::move(engine)));
+      return;
+    }
+    std::unique_lock lock(engine->mutex, std::try_to_lock);
+    if (!lock) {
+      for (GroupCoordinator* group : engine->state->groups()) {
+        group->control().give_up("left while another thread was in a call");
+      }
+      lock.lock();
+    }
     engine->captures.clear();
     engine->state.reset();
   }

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <map>
 #include <memory>
@@ -95,6 +96,19 @@ inline void finalize_mpi(bool in_order) {
   session.reset();
 #else
   static_cast<void>(in_order);
+#endif
+}
+
+/// At the very end of the process, which tells its status: collective where that is 0, otherwise
+/// this rank has failed. MPI that the engine has started is gone by then, so it is left in order
+/// now.
+inline void finalize_mpi_by_status() {
+#if COHORT_TORCH_WITH_MPI
+  const auto& session = mpi_session();
+  if (session == nullptr || !session->owns_mpi() ||
+      on_exit([](int status, void*) { finalize_mpi(status == 0); }, nullptr) != 0) {
+    finalize_mpi(true);
+  }
 #endif
 }
 

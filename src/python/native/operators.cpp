@@ -15,6 +15,7 @@
 #include "decode_operators.hpp"
 #include "group_operators.hpp"
 #include "meeting.hpp"
+#include "process_end.hpp"
 #include "state_operators.hpp"
 
 namespace cohort::python {
@@ -26,6 +27,7 @@ struct Operator;
 template <class Result, class... Arguments, Result (*Function)(Arguments...)>
 struct Operator<Function> {
   static Result call(Arguments... arguments) {
+    const ProcessEnd::Return last;
     return with_torch_errors(
         [&]() -> Result { return Function(std::forward<Arguments>(arguments)...); });
   }
@@ -95,7 +97,9 @@ TORCH_LIBRARY(cohort, m) {
   m.def("reclaim_graphs(int state) -> ()", as_operator<&reclaim_graphs>);
   m.def("begin_graphs(int state, bool pooled) -> ()", as_operator<&begin_graphs>);
   m.def("end_graphs(int state) -> ()", as_operator<&end_graphs>);
+  m.def("interpreter_ends() -> ()", as_operator<&interpreter_ends>);
   m.def("finalize_mpi(bool in_order) -> ()", as_operator<&finalize_mpi>);
+  m.def("finalize_mpi_by_status() -> ()", as_operator<&finalize_mpi_by_status>);
   m.def("nccl_version() -> int", as_operator<&nccl_version>);
   m.def("built_for() -> str", as_operator<&built_for>);
   m.def("parts() -> str[]", as_operator<&parts>);
