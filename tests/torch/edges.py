@@ -7,6 +7,7 @@ import gc
 import math
 import os
 import pickle
+import re
 import sys
 import threading
 import time
@@ -158,6 +159,33 @@ def check_compiled_calls(state):
     # What compilers keep on disk they know again by the arguments.
     check("the number of ranks is in the name", state.tp.name.endswith(f":{SIZE}"))
     check("which shapes follow from", ops.all_gather(torch.ones(2, device="meta"), 0, "cohort1/tp:3").shape == (6,))
+
+
+def check_inductor(state):
+    """What inductor makes of calls, of which some are not used and some are equal: all, in their order."""
+    from torch._inductor import config
+    from torch._inductor.utils import run_and_get_code
+    name, calls = state.dcp.name, []
+
+    def step(x, lse):
+        unused, written = torch.empty_like(x), torch.empty_like(x)
+        ops.all_gather(x, 0, name)
+        total = ops.all_reduce(x, "sum", name)
+        ops.all_reduce_into(unused, x, "sum", name)
+        ops.barrier(name)
+        again = ops.all_reduce(x, "sum", name)
+        ops.all_reduce_into(written, x, "sum", name)
+        return total, again, written, *ops.merge_attention_lse(x, lse, False, False, None, None, name)
+
+    x, lse = torch.ones(4, 2, 8, device=DEVICE), torch.zeros(4, 2, device=DEVICE)
+    # No kernels of its own, and so no C++ compiler.
+    with torch.no_grad(), config.patch({"force_disable_caches": True, "cpp_cache_precompile_headers": False, "cpp.simdlen": 0}):
+        results, code = run_and_get_code(torch.compile(step, fullgraph=True), x, lse)
+    check("compiled by inductor", all(torch.equal(a, b) for a, b in zip(results, step(x, lse))))
+    for line in code[0].splitlines():
+        calls += re.findall(r"torch\.ops\.cohort\.(\w+)", line)
+    check(f"its calls: {calls}", calls == ["all_gather", "all_reduce", "all_reduce_into", "barrier", "all_reduce",
+                                           "all_reduce_into", "merge_attention_lse"])
 
 
 def leave_in_a_call():

@@ -441,6 +441,8 @@ def main():
         check_compiled(state)
         if SIZE > 1:
             edges.check_compiled_calls(state)
+        elif not CUDA:
+            edges.check_inductor(state)
         check_symmetric(state)
         if CUDA and SIZE > 1:
             check_torch_results(state)
