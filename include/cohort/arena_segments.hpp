@@ -176,7 +176,7 @@ class ArenaSegments {
   /// agree with.
   void agree_on(const Intent& intent, const std::exception_ptr& own = nullptr,
                 std::chrono::milliseconds patience = {},
-                const std::optional<detail::GiveUp>& told = std::nullopt) {
+                const std::optional<detail::GiveUp>& told = std::nullopt) const {
     if (has_audience()) {
       cohort::agree(*audience_.control, intent, own, patience, told);
     } else if (own) {

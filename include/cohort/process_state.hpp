@@ -78,6 +78,7 @@ asm(R"(
         header.n_descsz == sizeof(distance) && content + sizeof(distance) <= bytes &&
         std::memcmp(notes + at + sizeof(header), kOwner.data(), kOwner.size()) == 0) {
       std::memcpy(&distance, notes + content, sizeof(distance));
+      // NOLINTNEXTLINE(performance-no-int-to-ptr): it lies in another section, at a known distance
       return reinterpret_cast<ProcessRegistry*>(reinterpret_cast<std::uintptr_t>(notes) + content +
                                                 static_cast<std::uintptr_t>(distance));
     }
@@ -101,6 +102,7 @@ struct RegistrySearch {
     const auto& part = module->dlpi_phdr[i];
     const std::uintptr_t begin = module->dlpi_addr + part.p_vaddr;
     if (part.p_type == PT_NOTE && search.registry == nullptr) {
+      // NOLINTNEXTLINE(performance-no-int-to-ptr): the loader tells addresses
       search.registry = registry_in_notes(reinterpret_cast<const std::byte*>(begin), part.p_memsz,
                                           part.p_align == 8 ? 8 : 4);
       if (search.registry != nullptr) {

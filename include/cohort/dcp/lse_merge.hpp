@@ -85,6 +85,7 @@ inline constexpr float kEmptyLse = -std::numeric_limits<float>::infinity();
 template <class Exp, class Log>
 constexpr float merge_weights_with(const float* lses, int n, const Exp& exp, const Log& log,
                                    float* scales, float sink = kEmptyLse) {
+  // NOLINTNEXTLINE(bugprone-narrowing-conversions): both are float; the check minds the infinity
   float max = is_empty_lse(sink) ? kEmptyLse : sink;
   for (int r = 0; r < n; ++r) {
     if (!is_empty_lse(lses[r]) && lses[r] > max) {
