@@ -629,7 +629,7 @@ void report_norm(int n, std::vector<KernelInfo>& report) {
     report.push_back(describe("all_reduce_rms_norm bf16",
                               all_reduce_norm_kernel<r(), false, __nv_bfloat16>, kNormThreads));
     report.push_back(describe("all_reduce_rms_norm flag_line bf16",
-                              all_reduce_norm_kernel<r(), true, __nv_bfloat16>, kLineThreads<r()>));
+                              all_reduce_norm_kernel<r(), true, __nv_bfloat16>, kNormThreads));
   });
   report.push_back(describe("rms_norm bf16", norm_kernel<true, __nv_bfloat16>, kNormThreads));
 }
