@@ -185,7 +185,10 @@ template <class Value>
 
 /// What a rank writes. Zeros are an empty ring.
 struct TraceRing {
-  static constexpr std::uint32_t kProtocol = 3;              ///< Changes with the layout.
+  static constexpr std::uint32_t kLayout = 3;  ///< Changes with what lies where.
+  /// Changes with the layout, and with the numbers of the calls as their last one does.
+  static constexpr std::uint32_t kProtocol =
+      256 * kLayout + static_cast<std::uint32_t>(TraceCall::launch);
   static constexpr std::size_t kRecords = 1024;              ///< Of each kind.
   static constexpr std::size_t kNotes = 32;                  ///< The last ones.
   static constexpr std::size_t kInboxes = 64;                ///< That a group has at most.
