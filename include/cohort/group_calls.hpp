@@ -35,8 +35,9 @@ struct MadeCall {
   ConstTensorView x = {};                    ///< Empty for a barrier.
   int dim = 0;                               ///< Along which sizes differ.
   std::span<const std::int64_t> sizes = {};  ///< Of all ranks, where they may.
-  int variant = 0;                           ///< The op, root, peer or base.
+  int variant = 0;                           ///< The op, root, peer, base or type of a norm.
   std::optional<QueryTypes> types = {};      ///< Of what a query's bytes are.
+  std::optional<float> epsilon = {};         ///< Of a norm.
 };
 
 /// The calls of one group, from its making to its end. Used by one thread at a time.
@@ -210,6 +211,10 @@ class GroupCalls {
                       : std::string();
   }
 
+  [[nodiscard]] static std::string epsilon_of(const MadeCall& made) {
+    return made.epsilon ? fmt::format(" epsilon {}", *made.epsilon) : std::string();
+  }
+
   /// The opt-in comparison of a call's arguments across the ranks, before anything is allocated for
   /// it.
   void debug_compare(const MadeCall& made) {
@@ -221,9 +226,9 @@ class GroupCalls {
     const std::string call =
         made.call == TraceCall::barrier
             ? std::string(to_string(made.call))
-            : fmt::format("{} of {}{}{} dim {} sizes [{}] variant {}", to_string(made.call),
+            : fmt::format("{} of {}{}{} dim {} sizes [{}] variant {}{}", to_string(made.call),
                           to_string(made.x.dtype()), to_string(shape), types_of(made), made.dim,
-                          joined(made.sizes, ","), made.variant);
+                          joined(made.sizes, ","), made.variant, epsilon_of(made));
     agree(*compared_over_, {.place = fmt::format("{} in {}", call, name_),
                             .sequence = compared_++,
                             .history = arena_->history_to_agree_on()});

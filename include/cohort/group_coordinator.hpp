@@ -118,17 +118,18 @@ class GroupCoordinator : public GroupBase {
   /// call, one launch or an all-reduce and a norm, does not change them but where the all-reduce of
   /// NCCL's ordinary path rounds half types at every hop.
   ///
-  /// `out` [B, hidden] is of the type of `x`, f32, f16 or bf16, or of f8_e4m3: then it is that over
-  /// `norm.scale`, to the nearest within +-448. All are without gaps, and what is written, `out`
-  /// and the residual, overlaps nothing else. With the library's kernels one launch does it where
-  /// a rank had better send all its rows; elsewhere an all-reduce and a kernel behind it do.
+  /// `out` [B, hidden] is of the type of `x`, f32, f16 or bf16, or of f8_e4m3: then it is that
+  /// times the reciprocal of `norm.scale`, in fp32, to the nearest within +-448. All are without
+  /// gaps, and what is written, `out` and the residual, overlaps nothing else. With the library's
+  /// kernels one launch does it where a rank had better send all its rows; elsewhere an all-reduce
+  /// and a kernel behind it do. After a failure of the group the residual and `out` hold anything.
   void all_reduce_rms_norm_into(const TensorView& out, const ConstTensorView& x,
                                 const ResidualNorm& norm, StreamRef stream = {}) {
     throw_if_closed();
     const NormArguments arguments{x, norm, out};
     detail::check_norm(caller(), backend().device(), arguments);
     check_normable(x, out.dtype());
-    const Call call = begin(stream, made_norm(x, out.dtype()));
+    const Call call = begin(stream, made_norm(x, norm, out.dtype()));
     issue_norm(arguments, call);
     finish(call);
   }
@@ -139,7 +140,7 @@ class GroupCoordinator : public GroupBase {
     const DType dtype = norm.scale ? DType::f8_e4m3 : x.dtype();
     detail::check_residual_norm(caller(), backend().device(), x, norm, dtype);
     check_normable(x, dtype);
-    const Call call = begin(stream, made_norm(x, dtype));
+    const Call call = begin(stream, made_norm(x, norm, dtype));
     Tensor out = temporary(x.shape(), dtype, call);
     issue_norm({x, norm, out}, call);
     finish(call);
@@ -264,14 +265,12 @@ class GroupCoordinator : public GroupBase {
       throw UsageError("all_reduce_rms_norm " + obstacle);
     }
   }
-  [[nodiscard]] static Made made_norm(const ConstTensorView& x, DType out) {
-    return {TraceCall::all_reduce_rms_norm, x, 0, {}, static_cast<int>(out)};
+  [[nodiscard]] static Made made_norm(const ConstTensorView& x, const ResidualNorm& norm,
+                                      DType out) {
+    return {TraceCall::all_reduce_rms_norm, x, 0, {}, static_cast<int>(out), {}, norm.epsilon};
   }
   /// Enqueues a checked one.
   void issue_norm(const NormArguments& arguments, const Call& call) {
-    if (arguments.x.numel() == 0) {
-      return;  // on every rank
-    }
     TensorOps& ops = backend().ops();
     if (size() == 1) {
       ops.rms_norm(arguments, call.stream);

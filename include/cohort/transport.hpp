@@ -162,9 +162,9 @@ class TensorOps {
                             int rank, StreamRef stream) = 0;
 
   /// residual += x, rounded to their type; out = residual / sqrt(mean of its squares + epsilon) *
-  /// weight of each row, from the rounded residual on in fp32, and rounded once; or that over the
-  /// scale, to the nearest of f8_e4m3 within +-448. The squares are added in an order that depends
-  /// on nothing but the row's size and type. `x` may be `out`.
+  /// weight of each row, from the rounded residual on in fp32, and rounded once; or that times
+  /// the reciprocal of the scale, in fp32, to the nearest of f8_e4m3 within +-448. The squares are
+  /// added in an order that depends on nothing but the row's size and type. `x` may be `out`.
   virtual void rms_norm(const NormArguments& arguments, StreamRef stream) = 0;
 
   /// Merges what a group's only rank has, with the bits of the two above, where that needs no

@@ -47,3 +47,38 @@ TEST_CASE("debug checks tell norms from all-reduces, and from norms of other out
     });
   }
 }
+
+TEST_CASE("debug checks tell ranks whose epsilons differ", "[norm]") {
+  run_ranks(2, [](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2}, {.debug_checks = true});
+    auto& group = state.tp();
+    Site site(group, Memory::ordinary);
+    const NormTensors t(site, {});
+    const auto norm = t.norm(group.rank() == 0 ? 1e-5F : 1e-6F);
+    check_throws<SymmetryError>([&] { group.all_reduce_rms_norm_into(t.out, t.x, norm); },
+                                "epsilon 1e-05", "epsilon 1e-06");
+  });
+}
+
+TEST_CASE("a rank without rows is told from those that have some", "[norm]") {
+  for (const bool map_peers : {true, false}) {
+    run_ranks(2, [&](ControlPlane& world) {
+      auto state =
+          make_state(world, {.tp = 2}, {.backend = host_backend({.map_peers = map_peers})});
+      auto& group = state.tp();
+      std::vector<float> x(8, 1.0F);
+      std::vector<float> residual(8, 1.0F);
+      std::vector<float> weight(8, 1.0F);
+      std::vector<float> out(8);
+      const Dims shape{group.rank(), 8};
+      const auto rows = [&](std::vector<float>& of) {
+        return TensorView(of.data(), DType::f32, shape);
+      };
+      const ResidualNorm norm{.residual = rows(residual),
+                              .weight = TensorView(weight.data(), DType::f32, {8})};
+      check_throws<SymmetryError>([&] { group.all_reduce_rms_norm_into(rows(out), rows(x), norm); },
+                                  "the ranks make different calls");
+      check(residual == std::vector<float>(8, 1.0F), "nothing was added");
+    });
+  }
+}

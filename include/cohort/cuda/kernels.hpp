@@ -167,8 +167,8 @@ struct Norm {
 };
 
 /// residual += x, rounded to the type; out = residual / sqrt(mean of its squares + epsilon) *
-/// weight, in fp32 from the rounded residual on, and rounded once; or that over the scale, to the
-/// nearest of f8_e4m3 within +-448.
+/// weight, in fp32 from the rounded residual on, and rounded once; or that times the reciprocal of
+/// the scale, in fp32, to the nearest of f8_e4m3 within +-448.
 ///
 /// The order of fp32 sums: a row is taken in groups of 60 words of 8 bytes, those in lines of 15,
 /// of which thread k of eight has words 2k and 2k+1. A thread adds its squares in order with fused
