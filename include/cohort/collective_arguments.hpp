@@ -123,13 +123,16 @@ void check_apart(std::string_view argument, const BasicTensorView<A>& out,
   }
 }
 
-/// The same, but a call in place may have `part` of one and the other as the same elements. Those
-/// of the input then lie apart: otherwise what is still to be read of other parts is overwritten.
-template <class A, class B, class C>
+/// The same, but in a call in place a part of the one is the other, the same elements. Those of the
+/// input then lie apart: otherwise what is still to be read of other parts is overwritten.
+/// @param in_place  Whether it is so; asked only where the two may overlap.
+template <class A, class B, class InPlace>
 void check_in_place_or_apart(std::string_view argument, const BasicTensorView<A>& out,
-                             const BasicTensorView<B>& x, const BasicTensorView<C>& part,
-                             const BasicTensorView<C>& whole) {
-  if (!identical(part, whole) ? overlap(out, x) : out.numel() != 0 && overlaps_itself(x)) {
+                             const BasicTensorView<B>& x, const InPlace& in_place) {
+  if (is_apart(out, x)) {
+    return;
+  }
+  if (in_place() ? overlaps_itself(x) : overlap(out, x)) {
     throw UsageError(
         fmt::format("{}: overlaps the input other than where a call in place has it", argument));
   }

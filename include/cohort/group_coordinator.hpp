@@ -100,7 +100,7 @@ class GroupCoordinator : public GroupBase {
     check_reducible("all_reduce x", x);
     check_like("all_reduce out", out, x, x.shape());
     check_distinct("all_reduce out", out);
-    check_in_place_or_apart("all_reduce out", out, x, ConstTensorView(out), x);
+    check_in_place_or_apart("all_reduce out", out, x, [&] { return identical(out, x); });
     const Call call = begin(stream, {TraceCall::all_reduce, x, 0, {}, static_cast<int>(op)});
     if (size() == 1) {
       copy_unless_same(x, out, call.stream);
@@ -206,7 +206,7 @@ class GroupCoordinator : public GroupBase {
   /// Work that `stream` gets after this runs once every rank's stream has come here.
   void barrier(StreamRef stream = {}) {
     throw_if_closed();
-    const Call call = begin(stream, {TraceCall::barrier});
+    const Call call = begin(stream, Made(TraceCall::barrier));
     if (size() > 1) {
       transport()->barrier(call.stream);
     }
@@ -318,8 +318,9 @@ class GroupCoordinator : public GroupBase {
     check_call("all_gather x", x);
     check_like("all_gather out", out, x, gathered_shape(x, caller(), sizes, dim));
     check_distinct("all_gather out", out);
-    const ConstTensorView mine = out.slice(dim, offset_of(caller(), sizes), x.shape()[dim]);
-    check_in_place_or_apart("all_gather out", out, x, mine, x);
+    check_in_place_or_apart("all_gather out", out, x, [&] {
+      return identical(out.slice(dim, offset_of(caller(), sizes), x.shape()[dim]), x);
+    });
     const Call call = begin(stream, {TraceCall::all_gather, x, dim, sizes, 0});
     issue_gather(out, x, sizes, dim, call);
     finish(call);
@@ -349,8 +350,9 @@ class GroupCoordinator : public GroupBase {
     const Dims shape = scattered_shape(x, caller(), sizes, dim);
     check_like("reduce_scatter out", out, x, shape);
     check_distinct("reduce_scatter out", out);
-    const ConstTensorView mine = x.slice(dim, offset_of(caller(), sizes), shape[dim]);
-    check_in_place_or_apart("reduce_scatter out", out, x, mine, ConstTensorView(out));
+    check_in_place_or_apart("reduce_scatter out", out, x, [&] {
+      return identical(x.slice(dim, offset_of(caller(), sizes), shape[dim]), out);
+    });
     const Call call =
         begin(stream, {TraceCall::reduce_scatter, x, dim, sizes, static_cast<int>(op)});
     issue_scatter(out, x, sizes, dim, op, call);

@@ -17,6 +17,37 @@
 namespace cohort {
 namespace detail {
 
+/// From where to where a view that has elements reaches.
+struct ByteRange {
+  /// Of the view's bytes.
+  template <class Void>
+  explicit ByteRange(const BasicTensorView<Void>& view) noexcept
+      : begin(reinterpret_cast<std::intptr_t>(view.data())),
+        extent(static_cast<std::int64_t>(size_of(view.dtype()))) {
+    const std::int64_t element = extent;
+    for (int i = 0; i < view.ndim(); ++i) {
+      std::int64_t reach = 0;
+      if (view.shape()[i] < 2) {
+        continue;
+      }
+      if (__builtin_mul_overflow(view.strides()[i], element, &reach) ||
+          __builtin_mul_overflow(reach, view.shape()[i] - 1, &reach) || reach < -kMost ||
+          reach > kMost || (extent += reach < 0 ? -reach : reach) > kMost) {
+        is_immense = true;
+        return;
+      }
+      begin += std::min<std::int64_t>(reach, 0);
+    }
+  }
+
+  // Such that sums of a few do not overflow.
+  static constexpr std::int64_t kMost = std::int64_t{1} << 59;
+
+  std::intptr_t begin;      ///< The first byte.
+  std::int64_t extent;      ///< Bytes from the first to the last.
+  bool is_immense = false;  ///< It reaches further than memory does; nothing else is then known.
+};
+
 /// The bytes of a view that has elements: runs without gaps, repeated along dimensions of falling
 /// stride.
 class Footprint {
@@ -26,32 +57,19 @@ class Footprint {
     std::int64_t count = 0;   ///< At least 2.
   };
 
+  /// Of a view whose range, `within`, is not immense.
   template <class Void>
-  explicit Footprint(const BasicTensorView<Void>& view) noexcept
-      : begin_(reinterpret_cast<std::intptr_t>(view.data())),
-        inner_(static_cast<std::int64_t>(size_of(view.dtype()))) {
-    std::int64_t extent = inner_;
+  Footprint(const BasicTensorView<Void>& view, const ByteRange& within) noexcept
+      : begin_(within.begin), inner_(static_cast<std::int64_t>(size_of(view.dtype()))) {
+    const std::int64_t element = inner_;
     for (int i = 0; i < view.ndim(); ++i) {
-      std::int64_t stride = view.strides()[i];
       const std::int64_t count = view.shape()[i];
       if (count < 2) {
         continue;
       }
-      std::int64_t reach = 0;
-      if (__builtin_mul_overflow(stride, static_cast<std::int64_t>(size_of(view.dtype())),
-                                 &stride) ||
-          __builtin_mul_overflow(stride, count - 1, &reach) || reach < -kMost || reach > kMost ||
-          (extent += reach < 0 ? -reach : reach) > kMost) {
-        is_immense_ = true;
-        size_ = 0;
-        return;
-      }
-      if (stride < 0) {
-        begin_ += reach;
-        stride = -stride;
-      }
+      const std::int64_t stride = view.strides()[i] * element;
       if (stride != 0) {
-        dims_[size_++] = {stride, count};
+        dims_[size_++] = {stride < 0 ? -stride : stride, count};
       }
       repeats_ = repeats_ || stride == 0;
     }
@@ -62,31 +80,21 @@ class Footprint {
       inner_ += dims_[size_ - 1].stride * (dims_[size_ - 1].count - 1);
       --size_;
     }
-    extent_ = extent;
   }
 
   [[nodiscard]] std::intptr_t begin() const noexcept { return begin_; }
-  /// Bytes from the first to the last.
-  [[nodiscard]] std::int64_t extent() const noexcept { return extent_; }
   /// Bytes of a run.
   [[nodiscard]] std::int64_t inner() const noexcept { return inner_; }
   [[nodiscard]] std::span<const Dimension> dims() const noexcept { return {dims_.data(), size_}; }
   /// Whether several elements lie in one place within a run, or because a stride is 0.
   [[nodiscard]] bool repeats() const noexcept { return repeats_; }
-  /// Whether it reaches further than memory does; nothing else of it is then known.
-  [[nodiscard]] bool is_immense() const noexcept { return is_immense_; }
 
  private:
-  // Such that sums of a few do not overflow.
-  static constexpr std::int64_t kMost = std::int64_t{1} << 59;
-
   std::intptr_t begin_;
   std::int64_t inner_;
-  std::int64_t extent_ = 0;
   std::array<Dimension, kMaxDims> dims_{};
   std::size_t size_ = 0;
   bool repeats_ = false;
-  bool is_immense_ = false;
 };
 
 /// Sums of strides, each taken a number of times within bounds.
@@ -167,26 +175,19 @@ class StrideSums {
   int steps_ = 0;
 };
 
-}  // namespace detail
-
-/// Whether some byte belongs to an element of both views. Exact, but for strides that neither nest
-/// nor are alike in both views and so need a long search: true where none of some ten thousand
-/// steps could tell, or where strides reach beyond memory.
+/// Whether some byte belongs to an element of both views, which have some.
 template <class A, class B>
-[[nodiscard]] bool overlap(const BasicTensorView<A>& a, const BasicTensorView<B>& b) noexcept {
-  if (a.numel() == 0 || b.numel() == 0) {
-    return false;
-  }
-  const detail::Footprint x(a);
-  const detail::Footprint y(b);
-  if (x.is_immense() || y.is_immense()) {
+[[nodiscard, gnu::noinline]] bool footprints_meet(const BasicTensorView<A>& a,
+                                                  const BasicTensorView<B>& b) noexcept {
+  const ByteRange of_a(a);
+  const ByteRange of_b(b);
+  if (of_a.is_immense || of_b.is_immense) {
     return true;
   }
-  if (x.begin() + x.extent() <= y.begin() || y.begin() + y.extent() <= x.begin()) {
-    return false;
-  }
+  const Footprint x(a, of_a);
+  const Footprint y(b, of_b);
   // Runs at x + i and y + j meet where y - x < i - j + inner of x, and i - j < y - x + inner of y.
-  detail::StrideSums sums;
+  StrideSums sums;
   for (const auto& dim : x.dims()) {
     sums.add(dim.stride, 0, dim.count - 1);
   }
@@ -195,6 +196,28 @@ template <class A, class B>
   }
   const std::int64_t apart = y.begin() - x.begin();
   return sums.meet(apart - x.inner() + 1, apart + y.inner() - 1);
+}
+
+}  // namespace detail
+
+/// Whether one view ends before the other begins, or has no elements: all that most views need.
+template <class A, class B>
+[[nodiscard]] bool is_apart(const BasicTensorView<A>& a, const BasicTensorView<B>& b) noexcept {
+  if (a.numel() == 0 || b.numel() == 0) {
+    return true;
+  }
+  const detail::ByteRange x(a);
+  const detail::ByteRange y(b);
+  return !x.is_immense && !y.is_immense &&
+         (x.begin + x.extent <= y.begin || y.begin + y.extent <= x.begin);
+}
+
+/// Whether some byte belongs to an element of both views. Exact, but for strides that neither nest
+/// nor are alike in both views and so need a long search: true where none of some ten thousand
+/// steps could tell, or where strides reach beyond memory.
+template <class A, class B>
+[[nodiscard]] bool overlap(const BasicTensorView<A>& a, const BasicTensorView<B>& b) noexcept {
+  return !is_apart(a, b) && detail::footprints_meet(a, b);
 }
 
 namespace detail {
@@ -220,8 +243,12 @@ template <class Void>
 /// Whether some byte of a view belongs to several elements.
 template <class Void>
 [[nodiscard, gnu::noinline]] bool repeats(const BasicTensorView<Void>& view) noexcept {
-  const Footprint all(view);
-  if (all.repeats() || all.is_immense()) {
+  const ByteRange within(view);
+  if (within.is_immense) {
+    return true;
+  }
+  const Footprint all(view, within);
+  if (all.repeats()) {
     return true;
   }
   // Two elements that differ do so first in some dimension, and there either way round.

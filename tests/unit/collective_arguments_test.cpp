@@ -75,18 +75,20 @@ TEST_CASE("a result may lie on its input only where a call in place has it", "[a
                        says("out: must not be the input itself"));
   CHECK_THROWS_MATCHES(check_apart("out", all.slice(0, 16, 32), x), UsageError,
                        says("out: must not overlap the input"));
-  CHECK_NOTHROW(check_in_place_or_apart("out", all, x, ConstTensorView(all.slice(0, 0, 32)), x));
-  CHECK_THROWS_MATCHES(
-      check_in_place_or_apart("out", all, x, ConstTensorView(all.slice(0, 32, 32)), x), UsageError,
-      says("out", "overlaps the input"));
+  const auto begins_at = [&](std::int64_t first) {
+    return [&all, &x, first] { return identical(all.slice(0, first, 32), x); };
+  };
+  CHECK_NOTHROW(check_in_place_or_apart("out", all, x, begins_at(0)));
+  CHECK_THROWS_MATCHES(check_in_place_or_apart("out", all, x, begins_at(32)), UsageError,
+                       says("out", "overlaps the input"));
+  CHECK_NOTHROW(check_in_place_or_apart("out", all.slice(0, 32, 32), x, begins_at(32)));
   // In place, with parts of the input that share elements.
   const ConstTensorView rows(memory.data(), DType::f32, {2, 32}, {16, 1});
   const TensorView part(memory.data(), DType::f32, {1, 32});
-  CHECK_THROWS_MATCHES(
-      check_in_place_or_apart("out", part, rows, rows.slice(0, 0, 1), ConstTensorView(part)),
-      UsageError, says("out", "overlaps the input"));
-  CHECK_NOTHROW(check_in_place_or_apart("out", part.slice(0, 0, 0), rows, rows.slice(0, 0, 0),
-                                        ConstTensorView(part.slice(0, 0, 0))));
+  CHECK_THROWS_MATCHES(check_in_place_or_apart(
+                           "out", part, rows, [&] { return identical(rows.slice(0, 0, 1), part); }),
+                       UsageError, says("out", "overlaps the input"));
+  CHECK_NOTHROW(check_in_place_or_apart("out", part.slice(0, 0, 0), rows, [&] { return true; }));
 }
 
 TEST_CASE("the room of calls counts their results and what they pack", "[arguments]") {

@@ -43,6 +43,14 @@ TEST_CASE("views overlap where an element of both has a byte", "[overlap]") {
   CHECK(overlap(all.slice(1, 0, 5), all.slice(1, 4, 4)));
   CHECK(overlap(all.slice(1, 0, 1), all.transpose(0, 1).slice(1, 7, 1)));
   CHECK_FALSE(overlap(all.slice(0, 0, 0), all));
+  CHECK(is_apart(all.slice(0, 0, 4), all.slice(0, 4, 4)));
+  CHECK(is_apart(all.slice(0, 4, 4), all.slice(0, 0, 4)));
+  CHECK_FALSE(is_apart(all.slice(1, 0, 4), all.slice(1, 4, 4)));
+  CHECK(is_apart(all, all.slice(0, 0, 0)));
+  const TensorView back(memory.data() + 31, DType::f32, {4}, {-8});  // from row 3 to the first
+  CHECK_FALSE(is_apart(back, all.slice(0, 0, 1)));
+  CHECK(is_apart(back, all.slice(0, 4, 4)));
+  CHECK_FALSE(is_apart(TensorView(memory.data(), DType::f32, {2}, {std::int64_t{1} << 60}), all));
   CHECK(identical(all, all));
   CHECK_FALSE(identical(all, all.transpose(0, 1)));
   CHECK_FALSE(identical(all.slice(0, 0, 4), all.slice(0, 1, 4)));
