@@ -256,9 +256,10 @@ void bench_recorder(Session& session) {
        .call =
            [load] {
              for (int i = 0; i < kPairs; ++i) {
-               const TraceEntry entry = load->recorder.begin(
-                   trace_record(TraceCall::all_gather, load->x, 1, load->sizes, 0), load->x.bytes(),
-                   true, {}, 0, {.steps = load->steps}, 0);
+               const TraceEntry entry =
+                   load->recorder.begin(trace_record(TraceCall::all_gather, load->x.shape(),
+                                                     load->x.dtype(), 1, load->sizes, 0),
+                                        load->x.bytes(), true, {}, 0, {.steps = load->steps}, 0);
                load->recorder.end(entry, {.steps = ++load->steps, .path = CallPath::mapped}, 0);
              }
            },

@@ -52,16 +52,15 @@ struct TransportStand {
 /// The record of a call with a tensor: what has to be equal on all ranks goes into its signature.
 /// @param dim    Along it extents differ between the ranks where there are `sizes`, all ranks' own.
 /// @param variant  The op, root, peer or base.
-template <class Void>
-[[nodiscard]] TraceRecord trace_record(TraceCall call, const BasicTensorView<Void>& x, int dim,
-                                       std::span<const std::int64_t> sizes, int variant) noexcept {
-  const Dims& shape = x.shape();
+[[nodiscard]] inline TraceRecord trace_record(TraceCall call, const Dims& shape, DType dtype,
+                                              int dim, std::span<const std::int64_t> sizes,
+                                              int variant) noexcept {
   // Equal shares follow from the shape, and are the same whichever call was made with them.
   const bool uneven = std::any_of(sizes.begin(), sizes.end(),
                                   [&sizes](std::int64_t size) { return size != sizes.front(); });
   TraceSignature signature(call);
   signature.mix(static_cast<std::int64_t>(variant) * 0x1000000 + dim * 0x10000 +
-                shape.size() * 0x100 + static_cast<int>(x.dtype()));
+                shape.size() * 0x100 + static_cast<int>(dtype));
   for (int d = 0; d < shape.size(); ++d) {
     signature.mix(d == dim && uneven ? 0 : shape[d]);
   }
@@ -70,7 +69,7 @@ template <class Void>
   }
   TraceRecord record{.signature = signature.word(),
                      .call = call,
-                     .dtype = x.dtype(),
+                     .dtype = dtype,
                      .ndim = static_cast<std::uint8_t>(shape.size()),
                      .variant = variant};
   for (int d = 0; d < std::min(shape.size(), TraceRecord::kExtents); ++d) {
@@ -156,18 +155,27 @@ class FlightRecorder {
   [[nodiscard]] TraceEntry begin(const TraceRecord& record, std::size_t bytes, bool collective,
                                  const StreamRef& stream, CaptureId capture,
                                  const TransportStand& stand, std::uint64_t waits) {
+    TraceEntry entry;
+    begin_into(entry, record, bytes, collective, stream, capture, stand, waits);
+    return entry;
+  }
+  /// The same, built where the entry is to be kept: one that is copied at once in large pieces
+  /// keeps the processor waiting for the small ones in which it was written.
+  void begin_into(TraceEntry& entry, const TraceRecord& record, std::size_t bytes, bool collective,
+                  const StreamRef& stream, CaptureId capture, const TransportStand& stand,
+                  std::uint64_t waits) {
     if (alone_ == nullptr) {
       owner_.check(group_);  // a forked child would write into its parent's
     }
-    TraceEntry entry{.before = own_->open,
-                     .steps = stand.steps,
-                     .waits = waits,
-                     .bytes = bytes,
-                     .capture = capture,
-                     .inbox = stand.inbox};
+    entry.before = own_->open;
+    entry.steps = stand.steps;
+    entry.waits = waits;
+    entry.bytes = bytes;
+    entry.capture = capture;
+    entry.inbox = stand.inbox;
     if (capture != 0) {
       entry.sequence = captured_.add(*own_, record, collective, capture, stand.inbox);
-      return entry;
+      return;
     }
     entry.sequence = own_->calls + 1;
     comes_on(stream, stand.inbox);
@@ -179,7 +187,6 @@ class FlightRecorder {
                      .flags = collective ? TraceRecord::kNumbered : std::uint8_t{0},
                      .inbox = stand.inbox});
     TraceRing::store(own_->open, entry.sequence);
-    return entry;
   }
 
   /// All of it has been enqueued.

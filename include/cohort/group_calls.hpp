@@ -29,10 +29,36 @@
 
 namespace cohort::detail {
 
-/// What a call is, for its record and for those who compare it across the ranks.
+/// What a call is, for its record and for those who compare it across the ranks. Refers to what it
+/// is made of.
 struct MadeCall {
-  TraceCall call = TraceCall::none;          ///< Which it is.
-  ConstTensorView x = {};                    ///< Empty for a barrier.
+  /// Of a call without a tensor.
+  explicit MadeCall(TraceCall which) noexcept : call(which) {}
+  /// @param along  The dimension along which sizes may differ.
+  /// @param sizes_along  Of all ranks, where they may.
+  /// @param what  The op, root, peer, base or type of a norm.
+  /// @param of_query  Of what a query's bytes are.
+  /// @param of_norm  Its epsilon.
+  template <class Void>
+  MadeCall(TraceCall which, const BasicTensorView<Void>& x, int along = 0,
+           std::span<const std::int64_t> sizes_along = {}, int what = 0,
+           std::optional<QueryTypes> of_query = {}, std::optional<float> of_norm = {}) noexcept
+      : call(which),
+        shape(&x.shape()),
+        dtype(x.dtype()),
+        bytes(x.bytes()),
+        dim(along),
+        sizes(sizes_along),
+        variant(what),
+        types(of_query),
+        epsilon(of_norm) {}
+
+  static constexpr Dims kNothing{0};  ///< What a call without a tensor has.
+
+  TraceCall call;                            ///< Which it is.
+  const Dims* shape = &kNothing;             ///< Of its tensor.
+  DType dtype = DType::u8;                   ///< Of the elements.
+  std::size_t bytes = 0;                     ///< Of them all.
   int dim = 0;                               ///< Along which sizes differ.
   std::span<const std::int64_t> sizes = {};  ///< Of all ranks, where they may.
   int variant = 0;                           ///< The op, root, peer, base or type of a norm.
@@ -106,19 +132,16 @@ class GroupCalls {
     }
   }
 
-  /// Ends what the transport and the recorder have begun, in whichever way the call is left.
+  /// Begins a call for the transport and the recorder, and ends it in whichever way it is left.
   class BegunCall {
    public:
-    /// A call of these, with nothing recorded yet.
-    explicit BegunCall(GroupCalls& calls) noexcept : calls_(&calls) {}
+    /// Throws what the recorder and the comparison across the ranks do.
+    BegunCall(GroupCalls& calls, const MadeCall& made, StreamRef stream, CaptureId capture)
+        : BegunCall() {
+      calls.record(*this, made, stream, capture);
+    }
     BegunCall(const BegunCall&) = delete;
     BegunCall& operator=(const BegunCall&) = delete;
-    /// Takes it over.
-    BegunCall(BegunCall&& other) noexcept
-        : calls_(std::exchange(other.calls_, nullptr)),
-          entry_(other.entry_),
-          recorded_(other.recorded_) {}
-    BegunCall& operator=(BegunCall&&) = delete;
     ~BegunCall() {
       if (calls_ == nullptr) {
         return;
@@ -131,11 +154,6 @@ class GroupCalls {
       }
     }
 
-    /// Its record.
-    void recorded(const TraceEntry& entry) noexcept {
-      entry_ = entry;
-      recorded_ = true;
-    }
     /// All of it has been enqueued.
     void finish() const {
       if (!std::exchange(recorded_, false)) {
@@ -145,16 +163,21 @@ class GroupCalls {
     }
 
    private:
-    GroupCalls* calls_;
+    friend class GroupCalls;
+    /// Before it has begun.
+    BegunCall() noexcept = default;
+
+    GroupCalls* calls_ = nullptr;
     TraceEntry entry_ = {};
     mutable bool recorded_ = false;  // and not ended
   };
 
-  /// A call's place in the order of the group's calls, and its time.
+  /// A call's place in the order of the group's calls, and its time. Built where it is to be, from
+  /// words in registers: see `FlightRecorder::begin_into`.
   struct Call : StreamOrder::Call {
     /// In this place; once it is recorded, the time begins.
-    Call(GroupCalls& calls, const StreamOrder::Call& ordered, const MadeCall& made)
-        : StreamOrder::Call(ordered), begun(calls.record(made, ordered)) {}
+    Call(GroupCalls& calls, StreamRef on, CaptureId within, const MadeCall& made)
+        : StreamOrder::Call{on, within}, begun(calls, made, on, within) {}
 
     BegunCall begun;  ///< With the transport and the recorder.
     CallTime time;    ///< From here to the call's end.
@@ -163,12 +186,12 @@ class GroupCalls {
   /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.
   /// The call is recorded, and where debug checks are on compared across the ranks.
   [[nodiscard]] Call begin(StreamRef stream, const MadeCall& made) {
-    const StreamOrder::Call call = lanes_[lane_].before(stream);
-    if (call.capture != 0) {
+    const CaptureId capture = lanes_[lane_].before(stream).capture;
+    if (capture != 0) {
       // Not each piece of work: local arithmetic belongs to the backend, which outlives the group.
-      call.stream.check_at_launch(lifeline_);
+      stream.check_at_launch(lifeline_);
     }
-    return Call(*this, call, made);
+    return Call(*this, stream, capture, made);
   }
   /// All of the call has been enqueued.
   void finish(const Call& call) {
@@ -188,21 +211,23 @@ class GroupCalls {
   }
 
   /// Of a call that begins.
-  [[nodiscard]] BegunCall record(const MadeCall& made, const StreamOrder::Call& call) {
+  void record(BegunCall& begun, const MadeCall& made, StreamRef stream, CaptureId capture) {
     const bool collective = made.call != TraceCall::send && made.call != TraceCall::recv;
-    const auto capture = call.stream.valid() ? std::optional(call.capture) : std::nullopt;
-    const TransportStand before =
-        transport_ != nullptr ? transport_->call_begins(made.call, capture) : TransportStand{};
-    BegunCall begun(*this);
+    TransportStand before;
+    if (transport_ != nullptr) {
+      before = transport_->call_begins(made.call, stream, capture);
+    }
+    begun.calls_ = this;
     if (recorder_->is_on()) {
-      begun.recorded(recorder_->begin(
-          trace_record(made.call, made.x, made.dim, made.sizes, made.variant), made.x.bytes(),
-          collective, call.stream, call.capture, before, call_clock().waits));
+      recorder_->begin_into(
+          begun.entry_,
+          trace_record(made.call, *made.shape, made.dtype, made.dim, made.sizes, made.variant),
+          made.bytes, collective, stream, capture, before, call_clock().waits);
+      begun.recorded_ = true;
     }
     if (compared_over_ != nullptr && collective) {
       debug_compare(made);
     }
-    return begun;
   }
 
   [[nodiscard]] static std::string types_of(const MadeCall& made) {
@@ -219,7 +244,7 @@ class GroupCalls {
   /// it.
   void debug_compare(const MadeCall& made) {
     // Extents along `dim` differ between ranks in the v-variants; their list does not.
-    Dims shape = made.x.shape();
+    Dims shape = *made.shape;
     if (!made.sizes.empty()) {
       shape[made.dim] = 0;
     }
@@ -227,7 +252,7 @@ class GroupCalls {
         made.call == TraceCall::barrier
             ? std::string(to_string(made.call))
             : fmt::format("{} of {}{}{} dim {} sizes [{}] variant {}{}", to_string(made.call),
-                          to_string(made.x.dtype()), to_string(shape), types_of(made), made.dim,
+                          to_string(made.dtype), to_string(shape), types_of(made), made.dim,
                           joined(made.sizes, ","), made.variant, epsilon_of(made));
     agree(*compared_over_, {.place = fmt::format("{} in {}", call, name_),
                             .sequence = compared_++,

@@ -46,16 +46,15 @@ class StreamOrder {
     if (!stream.valid()) {
       return {};
     }
-    const Call call{stream, stream.capture_id()};
-    if (stream.driver().runs_at_once()) {
-      return call;
+    const CaptureId capture = stream.capture_id();
+    if (!stream.driver().runs_at_once()) {
+      if (capture == 0) {
+        follow(eager_, stream, capture);
+      } else if (capture != kInvalidatedCapture) {  // nothing of that one will ever run
+        follow(captured(capture), stream, capture);
+      }
     }
-    if (call.capture == 0) {
-      follow(eager_, call);
-    } else if (call.capture != kInvalidatedCapture) {  // nothing of that one will ever run
-      follow(captured(call.capture), call);
-    }
-    return call;
+    return {stream, capture};
   }
 
   /// The call that `before` began has been enqueued. Until then, and where it is left out, the next
@@ -86,22 +85,22 @@ class StreamOrder {
   /// Captures whose calls are remembered. An engine has one under way, or one for each thread.
   static constexpr std::size_t kCaptures = 16;
 
-  void follow(Place& last, const Call& call) {
-    if (last.stream != call.stream && last.stream.valid()) {
-      if (last.stands && &last.stream.driver() == &call.stream.driver()) {
-        call.stream.wait(*last.event);
+  void follow(Place& last, StreamRef stream, CaptureId capture) {
+    if (last.stream != stream && last.stream.valid()) {
+      if (last.stands && &last.stream.driver() == &stream.driver()) {
+        stream.wait(*last.event);
       } else {
-        if (last.stream.capture_id() != call.capture) {
+        if (last.stream.capture_id() != capture) {
           throw UsageError(fmt::format(
               "{}: the last call's stream has {} since; a call on another stream cannot be ordered "
               "behind it",
-              owner_, call.capture == 0 ? "begun to be captured" : "left the capture"));
+              owner_, capture == 0 ? "begun to be captured" : "left the capture"));
         }
-        call.stream.wait_for(last.stream);
+        stream.wait_for(last.stream);
       }
       several_streams_ = true;
     }
-    last.stream = call.stream;
+    last.stream = stream;
     last.stands = false;
   }
 

@@ -319,9 +319,9 @@ class Transport {
   /// they map nothing. Asked once.
   [[nodiscard]] virtual TraceRings trace_rings() { return {}; }
   /// A call of the group begins on this rank: what the transport has done so far. `capture`: that
-  /// of the call's stream, where there is one and it has been asked; it holds until `call_ends`.
-  [[nodiscard]] virtual TransportStand call_begins(TraceCall /*call*/,
-                                                   std::optional<CaptureId> /*capture*/) noexcept {
+  /// of the call's stream, which holds until `call_ends`; 0 without one.
+  [[nodiscard]] virtual TransportStand call_begins(TraceCall /*call*/, StreamRef /*stream*/,
+                                                   CaptureId /*capture*/) noexcept {
     return {};
   }
   /// It has been enqueued.

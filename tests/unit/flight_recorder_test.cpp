@@ -79,7 +79,7 @@ TEST_CASE("a call is counted with its path, bytes, waits and steps", "[flight_re
 TEST_CASE("what ranks must agree on is in the signature", "[flight_recorder]") {
   const double place = 0;  // nobody looks into it
   const auto of = [&place](const Dims& shape, const std::vector<std::int64_t>& sizes, DType dtype) {
-    return trace_record(TraceCall::all_gather, ConstTensorView(&place, dtype, shape), 1, sizes, 0);
+    return trace_record(TraceCall::all_gather, shape, dtype, 1, sizes, 0);
   };
   const TraceRecord mine = of({2, 3, 4, 5, 6, 7}, {3, 5}, DType::f16);
   CHECK(mine.ndim == 6);

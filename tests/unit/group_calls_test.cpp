@@ -22,7 +22,7 @@ struct Alone {
       std::make_shared<FlightRecorder>("tp[0]", 0, std::vector{0}, TraceRings{});
   GroupCalls calls{"tp[0]", nullptr, recorder};
 
-  void call(StreamRef stream) { calls.finish(calls.begin(stream, {TraceCall::barrier})); }
+  void call(StreamRef stream) { calls.finish(calls.begin(stream, MadeCall(TraceCall::barrier))); }
 };
 
 }  // namespace
@@ -31,14 +31,14 @@ TEST_CASE("a call that was enqueued is counted, and one that an error ended is o
   Alone group;
   HostStream stream;
   {
-    const auto call = group.calls.begin(stream, {TraceCall::barrier});
+    const auto call = group.calls.begin(stream, MadeCall(TraceCall::barrier));
     CHECK_THAT(group.recorder->open_call(), contains("barrier"));
     group.calls.finish(call);
   }
   CHECK(group.recorder->open_call().empty());
   CHECK(group.recorder->counters(CallPath::local).calls == 1);
   try {
-    const auto call = group.calls.begin(stream, {TraceCall::barrier});
+    const auto call = group.calls.begin(stream, MadeCall(TraceCall::barrier));
     throw UsageError("no room");
   } catch (const UsageError&) {
     CHECK(group.recorder->open_call().empty());

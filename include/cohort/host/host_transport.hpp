@@ -209,7 +209,7 @@ class HostTransport final : public Transport {
   [[nodiscard]] TraceRings trace_rings() override {
     return access_ != nullptr ? access_->meeting().pads().trace_rings() : TraceRings{};
   }
-  [[nodiscard]] TransportStand call_begins(TraceCall, std::optional<CaptureId>) noexcept override {
+  [[nodiscard]] TransportStand call_begins(TraceCall, StreamRef, CaptureId) noexcept override {
     return steps_.stand();
   }
   [[nodiscard]] TransportStand stand() const noexcept override { return steps_.stand(); }

@@ -338,11 +338,13 @@ class NcclTransport final : public Transport {
   [[nodiscard]] bool failed() const noexcept override { return group_.failed(); }
 
   [[nodiscard]] TraceRings trace_rings() override { return std::move(group_.trace_rings); }
-  [[nodiscard]] TransportStand call_begins(TraceCall call,
-                                           std::optional<CaptureId> capture) noexcept override {
+  [[nodiscard]] TransportStand call_begins(TraceCall call, StreamRef stream,
+                                           CaptureId capture) noexcept override {
     ranges_.begin(call);
     group_.path = CallPath::unknown;
-    group_.capture = capture;
+    if (stream.valid()) {
+      group_.capture = capture;
+    }
     steps_before_ = steps();
     return stand();
   }
