@@ -363,30 +363,48 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const auto piece =
         dcp::packed_piece(arguments.rows.widest(), 1, out.shape()[3], size_of(out.dtype()));
     const Dims shape{size(), static_cast<std::int64_t>(piece.bytes)};
-    const Tensor mine = temporary(shape, DType::u8, call);
+    const detail::PackedScratch scratch(size(), piece.bytes * static_cast<std::size_t>(size()));
+    const Tensor block = scratch_of(scratch.parts, call);
+    const TensorView mine = part_of(block, scratch.mine, DType::u8, shape);
+    const TensorView theirs = part_of(block, scratch.theirs, DType::u8, shape);
     backend().ops().pack_partial(arguments, mine, call.stream);
-    Tensor theirs;
     if (size() > 1) {
-      theirs = temporary(shape, DType::u8, call);
       transport()->agree_also(dcp::merge_form(arguments));
       issue_all_to_all(theirs, mine, call);
     }
-    backend().ops().merge_pieces(size() > 1 ? theirs : mine, arguments, rank(), call.stream);
+    backend().ops().merge_pieces(theirs, arguments, rank(), call.stream);
+  }
+
+  /// A block for the parts of a merge: one costs less than one for each.
+  [[nodiscard]] Tensor scratch_of(const detail::BlockParts& parts, const Call& call) {
+    return temporary({static_cast<std::int64_t>(parts.bytes)}, DType::u8, call);
+  }
+  [[nodiscard]] static TensorView part_of(const Tensor& block, std::size_t begin, DType dtype,
+                                          const Dims& shape) {
+    return {static_cast<std::byte*>(block.data()) + begin, dtype, shape, block.device()};
   }
 
   void merge_staged(const MergeArguments& arguments, const Call& call) {
     const Partials& partials = arguments.partials;
     const dcp::MergeRows& rows = arguments.rows;
-    const Tensor lses = temporary({size(), rows.batch, rows.heads}, DType::f32, call);
-    // Allocated whatever this rank has, so that all ranks' arenas stay alike.
-    const Tensor own_lse = temporary({1, rows.batch, rows.heads}, DType::f32, call);
-    if (!partials.is_plain()) {
-      backend().ops().local_lse(partials, own_lse.view().reshape({rows.batch, rows.heads}),
-                                call.stream);
+    const DType dtype = merge_.staged_dtype(partials.out.dtype());
+    const std::int64_t dim = partials.out.shape()[3];
+    const detail::StagedScratch scratch(size(), rows.batch, rows.heads, rows.widest(), dim, dtype);
+    const Tensor block = scratch_of(scratch.parts, call);
+    const TensorView lses =
+        part_of(block, scratch.lses, DType::f32, {size(), rows.batch, rows.heads});
+    const auto gather = [&](const ConstTensorView& own) {
+      transport()->agree_also(dcp::merge_form(arguments));
+      issue_gather(lses, own, equal(1), 0, call);
+    };
+    if (partials.is_plain()) {
+      gather(partials.lse);
+    } else {
+      const TensorView own =
+          part_of(block, scratch.own_lse, DType::f32, {1, rows.batch, rows.heads});
+      backend().ops().local_lse(partials, own.reshape({rows.batch, rows.heads}), call.stream);
+      gather(own);
     }
-    transport()->agree_also(dcp::merge_form(arguments));
-    issue_gather(lses, partials.is_plain() ? partials.lse : ConstTensorView(own_lse), equal(1), 0,
-                 call);
     if (arguments.lse) {
       backend().ops().merge_lse(lses, arguments, rank(), call.stream);
     }
@@ -396,21 +414,18 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     const auto scattered_first = [&](const TensorView& x) {
       return by_token ? x : x.transpose(0, 1);
     };
-    const DType dtype = merge_.staged_dtype(partials.out.dtype());
-    const std::int64_t dim = partials.out.shape()[3];
-    const Dims whole =
-        by_token ? Dims{rows.batch, rows.heads, dim} : Dims{rows.heads, rows.batch, dim};
-    const Tensor corrected = temporary(whole, dtype, call);
+    const TensorView corrected =
+        part_of(block, scratch.corrected, dtype,
+                by_token ? Dims{rows.batch, rows.heads, dim} : Dims{rows.heads, rows.batch, dim});
     backend().ops().correct_partial(partials, lses, rank(), scattered_first(corrected),
                                     call.stream);
     const TensorView merged = scattered_first(arguments.merged);
-    // Of one size on every rank, and allocated whatever this rank's strides are, as above.
-    Tensor sums = temporary({rows.widest(), dim}, dtype, call);
-    sums.shrink_to(merged.shape());
-    const bool direct = dtype == merged.dtype() && merged.is_contiguous();
     const auto shares = by_token ? rows.counts : equal(rows.heads / size());
-    issue_scatter(direct ? merged : sums.view(), corrected, shares, 0, ReduceOp::sum, call);
-    if (!direct) {
+    if (dtype == merged.dtype() && merged.is_contiguous()) {
+      issue_scatter(merged, corrected, shares, 0, ReduceOp::sum, call);
+    } else {
+      const TensorView sums = part_of(block, scratch.sums, dtype, merged.shape());
+      issue_scatter(sums, corrected, shares, 0, ReduceOp::sum, call);
       backend().ops().copy(sums, merged, call.stream);
     }
   }

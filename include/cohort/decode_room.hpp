@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <utility>
 
 #include "cohort/collective_arguments.hpp"
 #include "cohort/dcp/merge_rows.hpp"
@@ -14,6 +15,7 @@
 #include "cohort/dtype.hpp"
 #include "cohort/error.hpp"
 #include "cohort/merge_choice.hpp"
+#include "cohort/offset_allocator.hpp"
 #include "cohort/tensor.hpp"
 
 /// \file
@@ -41,6 +43,50 @@ struct DecodeShape {
 };
 
 namespace detail {
+
+/// The parts of one block, each where a block of its own could lie.
+struct BlockParts {
+  std::size_t bytes = 0;  ///< Of all so far.
+
+  /// Adds a part; where in the block it begins.
+  [[nodiscard]] constexpr std::size_t add(std::size_t part) noexcept {
+    return std::exchange(bytes, bytes + OffsetAllocator::rounded(part));
+  }
+  /// A part of that shape.
+  [[nodiscard]] constexpr std::size_t add(const Dims& shape, DType dtype) {
+    return add(static_cast<std::size_t>(numel(shape)) * size_of(dtype));
+  }
+};
+
+/// The block of a packed merge: the pieces that a rank of n sends, and those that it gets.
+struct PackedScratch {
+  /// @param pieces  Bytes of those for all ranks.
+  constexpr PackedScratch(int ranks, std::size_t pieces) noexcept
+      : mine(parts.add(pieces)), theirs(ranks > 1 ? parts.add(pieces) : mine) {}
+
+  BlockParts parts;    ///< Of the block.
+  std::size_t mine;    ///< Where they begin.
+  std::size_t theirs;  ///< The same for one rank.
+};
+
+/// The block of a staged merge, whatever a rank has and wherever its result goes, so that all
+/// ranks' arenas stay alike.
+struct StagedScratch {
+  /// @param widest  Most rows of a rank.
+  /// @param dtype   In which partials are corrected and added.
+  constexpr StagedScratch(int ranks, std::int64_t batch, std::int64_t heads, std::int64_t widest,
+                          std::int64_t dim, DType dtype)
+      : lses(parts.add({ranks, batch, heads}, DType::f32)),
+        own_lse(parts.add({batch, heads}, DType::f32)),
+        corrected(parts.add({batch, heads, dim}, dtype)),
+        sums(parts.add({widest, dim}, dtype)) {}
+
+  BlockParts parts;       ///< Of the block.
+  std::size_t lses;       ///< Of all ranks, [n, B, H].
+  std::size_t own_lse;    ///< Of this one, [B, H], where it has to be worked out.
+  std::size_t corrected;  ///< This rank's partial.
+  std::size_t sums;       ///< Of its rows, where they have to be put in place.
+};
 
 /// The room for steps of up to one shape, in a group of n ranks.
 class DecodeRoom {
@@ -87,13 +133,11 @@ class DecodeRoom {
     const Dims lses{ranks_, shape_.batch, shape_.heads};
     std::size_t most = std::max(query_bytes(), static_cast<std::size_t>(numel(lses)) * 4);
     if (merge_.plan == MergePlan::staged && ranks_ > 1) {
-      const DType dtype = merge_.staged_dtype(shape_.dtype);
-      room.add_block(lses, DType::f32);
-      room.add_block({shape_.batch, shape_.heads}, DType::f32);
-      room.add_block({shape_.heads, shape_.batch, shape_.value}, dtype);
-      room.add_block({widest, shape_.value}, dtype);
+      const StagedScratch scratch(ranks_, shape_.batch, shape_.heads, widest, shape_.value,
+                                  merge_.staged_dtype(shape_.dtype));
+      room.blocks.push_back(scratch.parts.bytes);
     } else {
-      room.blocks.insert(room.blocks.end(), ranks_ > 1 ? 2 : 1, pieces_bytes(widest));
+      room.blocks.push_back(PackedScratch(ranks_, pieces_bytes(widest)).parts.bytes);
     }
     if (replicated) {
       most = std::max(most, static_cast<std::size_t>(shape_.batch * shape_.heads * shape_.value) *

@@ -29,11 +29,11 @@ constexpr DecodeShape kShape{.batch = 3, .heads = 4, .latent = 16, .rope = 8, .v
 TEST_CASE("a step's blocks are those that its calls allocate", "[dcp]") {
   const StepRoom room = DecodeRoom(kShape, 2, {}).step();
   // The query, what is merged, its LSEs, this rank's query, and pieces to and from two ranks.
-  CHECK(room.blocks == Blocks{576, 384, 24, 288, 832, 832});
+  CHECK(room.blocks == Blocks{576, 384, 24, 288, 1024 + 1024});
   CHECK(room.scratch == 576 + 288);
 
   const StepRoom alone = DecodeRoom(kShape, 1, {}).step();
-  CHECK(alone.blocks == Blocks{576, 768, 48, 816});
+  CHECK(alone.blocks == Blocks{576, 768, 48, 1024});
   CHECK(alone.scratch == 576 + 576);
 }
 
@@ -43,8 +43,24 @@ TEST_CASE("the staged plan needs the LSEs of all ranks and partials in its preci
         .step()
         .blocks;
   };
-  CHECK(blocks(StagedPrecision::f32) == Blocks{576, 384, 24, 288, 96, 48, 1536, 768});
-  CHECK(blocks(StagedPrecision::partial) == Blocks{576, 384, 24, 288, 96, 48, 768, 384});
+  CHECK(blocks(StagedPrecision::f32) == Blocks{576, 384, 24, 288, 256 + 256 + 1536 + 768});
+  CHECK(blocks(StagedPrecision::partial) == Blocks{576, 384, 24, 288, 256 + 256 + 768 + 512});
+}
+
+TEST_CASE("the parts of a merge's block lie one behind another", "[dcp]") {
+  const detail::StagedScratch staged(2, 3, 4, 6, 32, DType::bf16);
+  CHECK(staged.lses == 0);
+  CHECK(staged.own_lse == 256);
+  CHECK(staged.corrected == 512);
+  CHECK(staged.sums == 512 + 768);
+  CHECK(staged.parts.bytes == 512 + 768 + 512);
+  const detail::PackedScratch packed(2, 832);
+  CHECK(packed.mine == 0);
+  CHECK(packed.theirs == 1024);
+  CHECK(packed.parts.bytes == 2048);
+  const detail::PackedScratch alone(1, 816);
+  CHECK(alone.theirs == alone.mine);
+  CHECK(alone.parts.bytes == 1024);
 }
 
 TEST_CASE("by token the rank with most tokens counts", "[dcp]") {
@@ -59,7 +75,7 @@ TEST_CASE("by token the rank with most tokens counts", "[dcp]") {
 
 TEST_CASE("a replicated result needs its own rows as well as all", "[dcp]") {
   const StepRoom room = DecodeRoom(with(MergeResult::replicated), 2, {}).step();
-  CHECK(room.blocks == Blocks{576, 512, 32, 768, 48, 288, 1088, 1088});
+  CHECK(room.blocks == Blocks{576, 512, 32, 768, 48, 288, 1280 + 1280});
   CHECK(room.scratch == 768 + 384);
 }
 
