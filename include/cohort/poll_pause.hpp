@@ -21,6 +21,18 @@ inline void relax() noexcept {
 #endif
 }
 
+/// Tells the processor that the line of this address is soon to be written: it is fetched from the
+/// caches of those that have read it, while the thread goes on.
+inline void fetch_to_write(const void* address) noexcept {
+#if defined(__x86_64__)
+  // Compilers take the instruction only where they are told of the processor; those without it pass
+  // over it. Source: Intel's software developer's manual, volume 2, PREFETCHW.
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(address)));
+#else
+  __builtin_prefetch(address, 1);
+#endif
+}
+
 /// Sleeps for at most `length`; a signal ends it. Not std::this_thread::sleep_for, which sleeps on
 /// for the rest after a signal: the kernel adds its timer slack (50 µs) to that rest again, so
 /// under signals that come faster the sleep never ends, and the wait around it never looks at its

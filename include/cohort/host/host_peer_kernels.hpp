@@ -331,6 +331,9 @@ inline void HostPeerKernels::merge(const MergeArguments& arguments) {
   }
   meeting_.enter(call, showing);
   access_.await_all(call);
+  meeting_.prepare_next(
+      exposed ? 0
+              : u(access_.size()) * dcp::packed_piece(pitch, 1, shape.dim, u(shape.element)).bytes);
 
   bool through_slots = !exposed;
   for (int r = 0; r < access_.size(); ++r) {
@@ -457,6 +460,9 @@ inline void HostPeerKernels::gather(const ConstTensorView& q_nope, const ConstTe
   for (int step = 1; step < access_.size(); ++step) {
     const int r = (rank + step) % access_.size();
     const Ticket& ticket = access_.await(r, call);
+    if (step == access_.size() - 1) {
+      meeting_.prepare_next(exposed ? 0 : pe_offset + u(pitch * pe_dim) * element);
+    }
     places_[u(r)] = ticket.place;
     if (ticket.place == Place::direct) {
       const Dims strides{std::span(ticket.strides).first(3)};

@@ -74,8 +74,9 @@ inline void PeerAllReduce::reduce_all(const Call& call, const ConstTensorView& i
   const std::size_t element = size_of(in.dtype());
   const auto own = whole(in).cursor(element);
   steps_.fill_slot(own, in.numel());
-  meeting_.enter(call, {});
+  meeting_.enter(call, kShowsNothing);
   access_.await_all(call);
+  meeting_.prepare_next(in.bytes());
   const bool dense = in.is_contiguous() && out.is_contiguous();
   for (int r = 0; r < access_.size(); ++r) {
     const std::byte* theirs = r == access_.rank() ? own.at() : meeting_.slot_of(r);

@@ -104,6 +104,9 @@ inline void PeerCollectives::all_gather(const ConstTensorView& in, const TensorV
       continue;
     }
     const Ticket& ticket = access_.await(r, call);
+    if (step == n - 1) {
+      meeting_.prepare_next(exposed ? 0 : to_size(std::min(piece, in.numel())) * element);
+    }
     steps_.places[to_size(r)] = ticket.place;
     if (ticket.place == Place::direct) {
       Dims shape = out.shape();
@@ -147,7 +150,7 @@ inline void PeerCollectives::broadcast(const TensorView& tensor, int root) {
   const bool giver = access_.rank() == root;
   const auto own = whole(tensor);
 
-  const Showing showing = giver ? access_.show(tensor) : Showing{};
+  const Showing showing = giver ? access_.show(tensor) : kShowsNothing;
   bool direct = showing.place == Place::direct;
   for (std::int64_t done = 0;; done += piece) {
     const std::int64_t count = std::min(piece, tensor.numel() - done);
@@ -180,8 +183,9 @@ inline void PeerCollectives::broadcast(const TensorView& tensor, int root) {
 
 inline void PeerCollectives::barrier() {
   const Call call;
-  meeting_.enter(call, {});
+  meeting_.enter(call, kShowsNothing);
   access_.await_all(call);
+  meeting_.prepare_next(0);
 }
 
 inline void PeerCollectives::send(const ConstTensorView& tensor, int to) {

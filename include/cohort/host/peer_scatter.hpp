@@ -96,6 +96,7 @@ void PeerScatter::scatter(const Call& call, const ConstTensorView& in, int dim,
   }
   meeting_.enter(call, showing);
   access_.await_all(call);
+  meeting_.prepare_next(exposed ? 0 : to_size(n * pitch) * element);
   const std::int64_t own_first =
       std::accumulate(sizes.begin(), sizes.begin() + rank, std::int64_t{0});
   bool through_slots = !exposed;

@@ -21,6 +21,7 @@
 #include "cohort/host/pad_wait.hpp"
 #include "cohort/host/shared_memory.hpp"
 #include "cohort/host/signal_pad.hpp"
+#include "cohort/poll_pause.hpp"
 
 /// \file
 /// How the ranks of a group on one machine meet: steps with one signal each way, inbox slots that
@@ -100,6 +101,22 @@ class Rendezvous {
     for (int r = 0; r < size(); ++r) {
       if (r != rank()) {
         await(r);
+      }
+    }
+  }
+
+  /// Once all have entered the current step, before what they have published is read: has the
+  /// processor fetch what the next step writes, the slot's first bytes or, where there are none,
+  /// the ticket. Peers had it in their caches last, and it would otherwise be asked for line by
+  /// line as it is filled. Beyond `kPrepared` bytes it is in the way of what is read.
+  /// @param bytes  That the next step is likely to fill: as many as this one has.
+  void prepare_next(std::size_t bytes) noexcept {
+    if (bytes == 0) {
+      cohort::detail::fetch_to_write(&pads_.own_head().tickets[(epoch_ + 1) % 2]);
+    } else if (bytes <= kPrepared) {
+      const std::byte* const slot = next_slot();
+      for (std::size_t line = 0; line < bytes; line += 64) {
+        cohort::detail::fetch_to_write(slot + line);
       }
     }
   }
@@ -210,6 +227,8 @@ class Rendezvous {
   void compare_shapes() noexcept { compares_shapes_ = true; }
 
  private:
+  static constexpr std::size_t kPrepared = 16 * 1024;
+
   [[nodiscard]] bool has_entered(const Ticket& ticket) const noexcept {
     return ticket.epoch.load(std::memory_order_acquire) >= epoch_;
   }

@@ -147,6 +147,9 @@ struct Showing {
   std::array<std::int64_t, kMaxDims> strides;  ///< In elements; left unset where not needed.
 };
 
+/// Of a rank that shows no tensor.
+inline constexpr Showing kShowsNothing{};
+
 /// One step of a group. The owner fills everything else and then stores `epoch`; a peer that has
 /// loaded the epoch (acquire, paired with the owner's release) may read the rest.
 struct alignas(kSignalAlignment) Ticket {
