@@ -24,10 +24,10 @@
 // warp of theirs fetches. Two blocks with heads of one sequence are a cluster, each of which
 // fetches half of the tokens for both.
 //
-// What bounds this are the tensor cores, for which a tile is 2176 cycles of work, and shared memory,
-// of which its products read 160 KiB at 128 bytes a cycle; queries from there would be 64 KiB more.
-// So that tensor cores have work while the first warpgroup is at its exponentials, values are added
-// up behind the scores of the next tokens, and not beside them.
+// What bounds this are the tensor cores, for which a tile is 2176 cycles of work, and shared
+// memory, of which its products read 160 KiB at 128 bytes a cycle; queries from there would be 64
+// KiB more. So that tensor cores have work while the first warpgroup is at its exponentials, values
+// are added up behind the scores of the next tokens, and not beside them.
 
 namespace decode_engine::kernels {
 
