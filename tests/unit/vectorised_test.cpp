@@ -52,6 +52,18 @@ std::vector<float> patterns(std::uint32_t step) {
   return found;
 }
 
+/// `a` backwards, but 1 where both would be NaN: compilers choose which of two is the sum.
+template <class T>
+std::vector<T> partners(const std::vector<T>& a) {
+  std::vector<T> b(a.rbegin(), a.rend());
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (std::isnan(static_cast<float>(a[i])) && std::isnan(static_cast<float>(b[i]))) {
+      b[i] = T(1.0F);
+    }
+  }
+  return b;
+}
+
 template <class T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
@@ -62,7 +74,7 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
 TEMPLATE_TEST_CASE("a loop gives the bits of its scalar form, whatever the processor has",
                    "[vectorised]", float, Half, BFloat16) {
   const auto a = patterns(65'521);
-  const std::vector<float> b(a.rbegin(), a.rend());
+  const auto b = partners(a);
   const auto count = static_cast<std::int64_t>(a.size());
   std::vector<TestType> chosen(a.size());
   cohort::detail::vectorised<ScaleAndAdd<TestType>>(chosen.data(), 0.3F, a.data(), b.data(), count);
@@ -87,12 +99,7 @@ TEMPLATE_TEST_CASE("a loop that adds no product gives its bits with the widest v
   for (const float value : patterns(65'521)) {
     a.emplace_back(value);
   }
-  std::vector<TestType> b(a.rbegin(), a.rend());
-  for (std::size_t i = 0; i < a.size(); ++i) {
-    if (std::isnan(static_cast<float>(a[i])) && std::isnan(static_cast<float>(b[i]))) {
-      b[i] = TestType(1.0F);  // compilers choose which of two is the sum
-    }
-  }
+  const auto b = partners(a);
   const auto count = static_cast<std::int64_t>(a.size());
   std::vector<TestType> chosen(a.size());
   cohort::detail::vectorised_widest<Add<TestType>>(chosen.data(), a.data(), b.data(), count);
