@@ -83,6 +83,24 @@ void with_ranks(int n, const Call& call) {
   }
 }
 
+/// The same with the numbers that cards come in, 2, 4 and 8, where `kSpecial`; 0 for any other.
+template <bool kSpecial, class Call>
+void with_card_ranks(int n, const Call& call) {
+  if constexpr (kSpecial) {
+    switch (n) {
+      case 2:
+        return call(std::integral_constant<int, 2>{});
+      case 4:
+        return call(std::integral_constant<int, 4>{});
+      case 8:
+        return call(std::integral_constant<int, 8>{});
+      default:
+        break;
+    }
+  }
+  call(std::integral_constant<int, 0>{});
+}
+
 /// What a kernel is compiled to, for `kernel_report`.
 template <class... Params>
 KernelInfo describe(const char* name, void (*kernel)(Params...), int threads) {

@@ -229,19 +229,7 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
 /// views, speaks the same protocol.
 template <class View, class Call>
 void with_common_ranks(int n, const Call& call) {
-  if constexpr (std::is_same_v<View, FlatView>) {
-    switch (n) {
-      case 2:
-        return call(std::integral_constant<int, 2>{});
-      case 4:
-        return call(std::integral_constant<int, 4>{});
-      case 8:
-        return call(std::integral_constant<int, 8>{});
-      default:
-        break;
-    }
-  }
-  call(std::integral_constant<int, 0>{});
+  with_card_ranks<std::is_same_v<View, FlatView>>(n, call);
 }
 
 /// The same for two steps, which two ranks never take.

@@ -544,19 +544,7 @@ __global__ void __launch_bounds__(kNormThreads, 1)
 /// rows that are not aligned, speaks the same protocol.
 template <class T, class Call>
 void with_norm_ranks(int n, const Call& call) {
-  if constexpr (!std::is_same_v<T, float>) {
-    switch (n) {
-      case 2:
-        return call(std::integral_constant<int, 2>{});
-      case 4:
-        return call(std::integral_constant<int, 4>{});
-      case 8:
-        return call(std::integral_constant<int, 8>{});
-      default:
-        break;
-    }
-  }
-  call(std::integral_constant<int, 0>{});
+  with_card_ranks<!std::is_same_v<T, float>>(n, call);
 }
 
 void check_norm(const Norm& norm) {

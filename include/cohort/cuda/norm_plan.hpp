@@ -85,8 +85,6 @@ struct NormPlan {
 /// as with many ranks and rows, that and a norm behind it are the faster.
 [[nodiscard]] constexpr NormPlan norm_plan(int ranks, const NormShape& s, std::int64_t words_there,
                                            std::int64_t lines_there) noexcept {
-  // As `all_reduce_plan` has it: lines have more to do before the first one leaves.
-  constexpr std::int64_t kSentInWords = 96 * detail::kKiB;
   if (s.rows < 1 || s.groups() > kMostNormGroups ||
       s.rows > (std::int64_t{1} << 31) / 64 / s.groups()) {
     return {};

@@ -91,14 +91,16 @@ struct AllReducePlan {
 /// Payload bytes that flag lines travel in together: a warp's, at one time.
 inline constexpr std::int64_t kLineGroupPayload = 480;
 
+/// Up to how much that a rank sends in one step words are taken before lines, which have more to do
+/// before the first one leaves. own_kernels/nvidia-h200-2cards.json: words took 2.22 and 2.67 us at
+/// 64 and 128 KiB between two cards, lines 2.28 and 2.48.
+inline constexpr std::int64_t kSentInWords = 96 * detail::kKiB;
+
 /// The plan for an all-reduce of `bytes` of a group of `ranks`, whose inbox has room for so many
 /// bytes a peer in flag words and in flag lines. Two ranks send as much in two steps as in one.
 [[nodiscard]] constexpr AllReducePlan all_reduce_plan(int ranks, std::int64_t bytes,
                                                       std::int64_t words_there,
                                                       std::int64_t lines_there) noexcept {
-  // own_kernels/nvidia-h200-2cards.json: words took 2.22 and 2.67 us at 64 and 128 KiB between two
-  // cards, lines 2.28 and 2.48.
-  constexpr std::int64_t kSentInWords = 96 * detail::kKiB;
   const auto up = [](std::int64_t value, std::int64_t unit) {
     return (value + unit - 1) / unit * unit;
   };
