@@ -19,7 +19,7 @@ RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("RANK", 0)))
 SIZE = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
 os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
 CUDA = args.device != "cpu"
-DEVICE = torch.device("cuda", RANK) if CUDA else torch.device("cpu")
+DEVICE = torch.device("cuda", RANK % torch.cuda.device_count()) if CUDA else torch.device("cpu")
 if CUDA:
     torch.cuda.set_device(DEVICE)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -220,6 +220,13 @@ def check_compiled(state):
                       *partials(3, batch, 2 * SIZE, 8, torch.float32), of_rank((4 * SIZE, 6), torch.float32, 4, RANK))
             eager, fast = step(*inputs), compiled(*inputs)
             check(f"compiled, batch {batch}", all(torch.equal(a, b) for a, b in zip(eager, fast)))
+        # Graphs that torch makes by itself, from its third call on.
+        replayed = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+        for shift in range(6 if CUDA else 0):
+            torch.compiler.cudagraph_mark_step_begin()
+            moved = [tensor + shift for tensor in inputs]
+            eager, fast = step(*moved), replayed(*moved)
+            check(f"replayed by torch, call {shift}", all(torch.equal(a, b) for a, b in zip(eager, fast)))
     tests = ("test_schema", "test_faketensor")
     x = of_rank((2 * SIZE, 2), torch.float32, 5, RANK)
     for op, arguments in (("all_gather", (x, 1, tp.name)), ("reduce_scatter", (x, 0, "sum", tp.name)),
