@@ -46,6 +46,8 @@ inline constexpr std::array kDlpackTypes = {
     std::pair{DType::i8, DlpackType{0, 8}},       std::pair{DType::u8, DlpackType{1, 8}},
     std::pair{DType::i32, DlpackType{0, 32}},     std::pair{DType::i64, DlpackType{0, 64}},
     std::pair{DType::f8_e4m3, DlpackType{10, 8}}, std::pair{DType::f8_e5m2, DlpackType{12, 8}},
+    std::pair{DType::b8, DlpackType{6, 8}},       std::pair{DType::i16, DlpackType{0, 16}},
+    std::pair{DType::u16, DlpackType{1, 16}},
 };
 
 [[nodiscard]] constexpr DlpackType to_dlpack_type(DType dtype) noexcept {

@@ -23,6 +23,9 @@ enum class DType : std::uint8_t {
   i64,
   f8_e4m3,  ///< moved as bytes; no arithmetic, but what a norm gives may be of it
   f8_e5m2,  ///< moved as bytes; no arithmetic
+  b8,       ///< one truth value, in a byte; moved as it is, no arithmetic
+  i16,      ///< moved as bytes; no arithmetic
+  u16,      ///< moved as bytes; no arithmetic
 };
 
 /// Bytes of one element.
@@ -36,11 +39,14 @@ enum class DType : std::uint8_t {
       return 4;
     case DType::f16:
     case DType::bf16:
+    case DType::i16:
+    case DType::u16:
       return 2;
     case DType::i8:
     case DType::u8:
     case DType::f8_e4m3:
     case DType::f8_e5m2:
+    case DType::b8:
       return 1;
   }
   return 0;
@@ -69,13 +75,29 @@ enum class DType : std::uint8_t {
       return "f8_e4m3";
     case DType::f8_e5m2:
       return "f8_e5m2";
+    case DType::b8:
+      return "b8";
+    case DType::i16:
+      return "i16";
+    case DType::u16:
+      return "u16";
   }
   return "unknown";
 }
 
-/// Whether reductions accept the type: all but the 8-bit floats.
+/// Whether reductions accept the type: all but the 8-bit floats, truth values and the 16-bit
+/// integers, which NCCL has not.
 [[nodiscard]] constexpr bool is_reducible(DType dtype) noexcept {
-  return dtype != DType::f8_e4m3 && dtype != DType::f8_e5m2;
+  switch (dtype) {
+    case DType::f8_e4m3:
+    case DType::f8_e5m2:
+    case DType::b8:
+    case DType::i16:
+    case DType::u16:
+      return false;
+    default:
+      return true;
+  }
 }
 
 /// Whether partial attentions may have the type.

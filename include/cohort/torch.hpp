@@ -44,6 +44,9 @@ inline constexpr std::array kTorchTypes = {
     std::pair{DType::i64, c10::ScalarType::Long},
     std::pair{DType::f8_e4m3, c10::ScalarType::Float8_e4m3fn},
     std::pair{DType::f8_e5m2, c10::ScalarType::Float8_e5m2},
+    std::pair{DType::b8, c10::ScalarType::Bool},
+    std::pair{DType::i16, c10::ScalarType::Short},
+    std::pair{DType::u16, c10::ScalarType::UInt16},
 };
 
 /// A tensor in torch's hands, and the backend whose memory it is.
@@ -56,8 +59,8 @@ struct TorchLoan {
 
 }  // namespace detail
 
-/// The library's element type. Throws torch's `TypeError` where it has none, as for bool and
-/// complex numbers.
+/// The library's element type. Throws torch's `TypeError` where it has none, as for complex
+/// numbers.
 [[nodiscard]] inline DType dtype_from_torch(c10::ScalarType type) {
   for (const auto& [ours, theirs] : detail::kTorchTypes) {
     if (theirs == type) {

@@ -211,7 +211,7 @@ Operation draw_operation(Random random, const Setup& setup) {
     o.what = What::broadcast;
   }
   o.form = random.pick({Form::into, Form::into, Form::owning, Form::in_place});
-  o.dtype = test::kAllDTypes[random.between(0, 9)];
+  o.dtype = test::kAllDTypes[random.between(0, std::ssize(test::kAllDTypes) - 1)];
   if (o.reduces() && !is_reducible(o.dtype)) {
     o.dtype = DType::bf16;
   }

@@ -42,7 +42,12 @@ inline void encode(DType dtype, double value, std::byte* to) {
     case DType::u8:
     case DType::f8_e4m3:
     case DType::f8_e5m2:  // moved as bytes
+    case DType::b8:
       return put(static_cast<std::uint8_t>(value));
+    case DType::i16:
+      return put(static_cast<std::int16_t>(value));
+    case DType::u16:
+      return put(static_cast<std::uint16_t>(value));
   }
 }
 
@@ -69,7 +74,12 @@ inline double decode(DType dtype, const std::byte* from) {
     case DType::u8:
     case DType::f8_e4m3:
     case DType::f8_e5m2:
+    case DType::b8:
       return get(std::uint8_t{});
+    case DType::i16:
+      return get(std::int16_t{});
+    case DType::u16:
+      return get(std::uint16_t{});
   }
   return 0;
 }

@@ -166,9 +166,9 @@ inline void check_reduce_scatter(DType dtype, ReduceOp op, Dims share, int dim,
   CHECK(to.differs([&](std::int64_t i) { return reduced(op, split.whole(rank(), i)); }) == "");
 }
 
-inline constexpr DType kAllTypes[] = {DType::f64,     DType::f32,    DType::f16, DType::bf16,
-                                      DType::i8,      DType::u8,     DType::i32, DType::i64,
-                                      DType::f8_e4m3, DType::f8_e5m2};
+inline constexpr DType kAllTypes[] = {
+    DType::f64, DType::f32,     DType::f16,     DType::bf16, DType::i8,  DType::u8, DType::i32,
+    DType::i64, DType::f8_e4m3, DType::f8_e5m2, DType::b8,   DType::i16, DType::u16};
 inline constexpr ReduceOp kAllOps[] = {ReduceOp::sum, ReduceOp::prod, ReduceOp::min, ReduceOp::max};
 inline constexpr Layout kLayouts[] = {Layout::contiguous, Layout::transposed, Layout::gapped};
 

@@ -26,9 +26,9 @@ inline constexpr Form kForms[] = {Form::contiguous, Form::transposed, Form::slic
 /// Where they lie: in the group's arena or in ordinary memory, or by turns from rank to rank.
 enum class Memory { arena, ordinary, mixed };
 
-inline constexpr DType kAllDTypes[] = {DType::f64,     DType::f32,    DType::f16, DType::bf16,
-                                       DType::i8,      DType::u8,     DType::i32, DType::i64,
-                                       DType::f8_e4m3, DType::f8_e5m2};
+inline constexpr DType kAllDTypes[] = {
+    DType::f64, DType::f32,     DType::f16,     DType::bf16, DType::i8,  DType::u8, DType::i32,
+    DType::i64, DType::f8_e4m3, DType::f8_e5m2, DType::b8,   DType::i16, DType::u16};
 
 [[nodiscard]] inline std::size_t u(std::int64_t value) { return static_cast<std::size_t>(value); }
 [[nodiscard]] inline Dims dims(const std::vector<std::int64_t>& values) {
@@ -56,8 +56,8 @@ inline constexpr DType kAllDTypes[] = {DType::f64,     DType::f32,    DType::f16
   return (rank * 5 + flat * 7) % 11 - 3;
 }
 
-/// Calls `visit` with a value of the C++ type that holds elements of `dtype`. 8-bit floats are
-/// bytes here.
+/// Calls `visit` with a value of the C++ type that holds elements of `dtype`. 8-bit floats
+/// and truth values are bytes here.
 template <class Visit>
 auto with_type(DType dtype, const Visit& visit) {
   switch (dtype) {
@@ -75,6 +75,10 @@ auto with_type(DType dtype, const Visit& visit) {
       return visit(std::int64_t{});
     case DType::i8:
       return visit(std::int8_t{});
+    case DType::i16:
+      return visit(std::int16_t{});
+    case DType::u16:
+      return visit(std::uint16_t{});
     default:
       return visit(std::uint8_t{});
   }

@@ -138,8 +138,9 @@ TEMPLATE_TEST_CASE("a tensor goes out by DLPack and comes back", "[dlpack]", DLM
   std::array<std::byte, 64> memory{};
   const auto owner = std::make_shared<Lender>();
   for (const Device device : {Device{}, Device{DeviceKind::cuda, 3}}) {
-    for (const auto dtype : {DType::f64, DType::f32, DType::f16, DType::bf16, DType::i8, DType::u8,
-                             DType::i32, DType::i64, DType::f8_e4m3, DType::f8_e5m2}) {
+    for (const auto dtype :
+         {DType::f64, DType::f32, DType::f16, DType::bf16, DType::i8, DType::u8, DType::i32,
+          DType::i64, DType::f8_e4m3, DType::f8_e5m2, DType::b8, DType::i16, DType::u16}) {
       INFO("dtype " << to_string(dtype) << " on " << to_string(device));
       owner->released.clear();
       const TensorView view(memory.data(), dtype, {2, 1, 4}, device);
@@ -169,5 +170,6 @@ TEST_CASE("element types are those of DLPack", "[dlpack]") {
   CHECK(detail::to_dlpack_type(DType::i64) == detail::DlpackType{0, 64});
   CHECK(detail::to_dlpack_type(DType::f8_e4m3) == detail::DlpackType{10, 8});  // kDLFloat8_e4m3fn
   CHECK(detail::to_dlpack_type(DType::f8_e5m2) == detail::DlpackType{12, 8});
-  CHECK(detail::from_dlpack_type({6, 8}) == std::nullopt);  // bool
+  CHECK(detail::from_dlpack_type({6, 8}) == DType::b8);
+  CHECK(detail::from_dlpack_type({5, 64}) == std::nullopt);  // complex
 }

@@ -259,7 +259,10 @@ TEST_CASE("sizes, names and abilities of every dtype", "[dtype]") {
                               {DType::i32, 4, "i32", true, false},
                               {DType::i64, 8, "i64", true, false},
                               {DType::f8_e4m3, 1, "f8_e4m3", false, false},
-                              {DType::f8_e5m2, 1, "f8_e5m2", false, false}};
+                              {DType::f8_e5m2, 1, "f8_e5m2", false, false},
+                              {DType::b8, 1, "b8", false, false},
+                              {DType::i16, 2, "i16", false, false},
+                              {DType::u16, 2, "u16", false, false}};
   for (const auto& row : rows) {
     CAPTURE(row.name);
     CHECK(size_of(row.dtype) == row.size);

@@ -217,6 +217,9 @@ template <class T>
       return reduce_loops<std::int64_t>(op);
     case DType::f8_e4m3:
     case DType::f8_e5m2:
+    case DType::b8:
+    case DType::i16:
+    case DType::u16:
       break;
   }
   throw UsageError("dtype: expected one with arithmetic, got " + std::string(to_string(dtype)));

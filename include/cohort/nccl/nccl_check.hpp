@@ -50,8 +50,8 @@ inline void nccl_check(ncclResult_t code, const char* call, int rank = -1,
   return version;
 }
 
-/// NCCL's type. The 8-bit floats travel as bytes: NCCL reduces them on new cards only, and the
-/// library never does.
+/// NCCL's type, for the types without arithmetic another one of their size. NCCL reduces 8-bit
+/// floats on new cards only, and the library never does.
 [[nodiscard]] constexpr ncclDataType_t nccl_type(DType dtype) noexcept {
   switch (dtype) {
     case DType::f64:
@@ -71,7 +71,11 @@ inline void nccl_check(ncclResult_t code, const char* call, int rank = -1,
     case DType::u8:
     case DType::f8_e4m3:
     case DType::f8_e5m2:
+    case DType::b8:
       return ncclUint8;
+    case DType::i16:
+    case DType::u16:
+      return ncclFloat16;  // of whose elements copies keep the bits
   }
   return ncclUint8;
 }
