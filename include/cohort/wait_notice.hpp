@@ -9,9 +9,11 @@
 #include "cohort/call_time.hpp"
 #include "cohort/log.hpp"
 #include "cohort/runtime_env.hpp"
+#include "cohort/wait_look.hpp"
 
 /// \file
 /// A wait that talks while it waits: one line in the log once a share of its time limit is over.
+/// And looks, where its thread has something to look at.
 
 namespace cohort::detail {
 
@@ -32,10 +34,11 @@ class WaitNotice {
   /// When it is to be said.
   [[nodiscard]] Clock::time_point due() const noexcept { return due_; }
 
-  /// Says it, once, where it is due. `text()` names who is missing and in which call: "group tp[0]:
-  /// rank 1 has not come to all_reduce".
+  /// By the wait between two polls, without a lock. Says it, once, where it is due. `text()` names
+  /// who is missing and in which call: "group tp[0]: rank 1 has not come to all_reduce".
   template <class Text>
   void say(Clock::time_point now, const Text& text) {
+    WaitLook::pass(now);
     if (now < due_) {
       return;
     }

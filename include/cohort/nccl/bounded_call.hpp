@@ -25,6 +25,7 @@
 #include "cohort/owner_process.hpp"
 #include "cohort/poll_pause.hpp"
 #include "cohort/process_state.hpp"
+#include "cohort/wait_look.hpp"
 
 /// \file
 /// Calls that may never return, with a time limit, and an end that waits for no call. Needs no CUDA
@@ -146,6 +147,7 @@ class CallsUnderWay {
   while (look && std::chrono::steady_clock::now() + kLookEvery < deadline &&
          !state->changed.wait_for(lock, kLookEvery, is_done)) {
     lock.unlock();
+    WaitLook::pass(std::chrono::steady_clock::now());
     look();
     lock.lock();
   }
