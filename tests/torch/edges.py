@@ -8,6 +8,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import sys
 import threading
 import time
@@ -219,3 +220,58 @@ def leave_with_a_status():
         sys.exit(3)
     time.sleep(25)
     check("the job has ended", False)
+
+
+def check_signals():
+    """A signal's handler runs while a call waits. One that throws, as that of Ctrl-C does, ends the call
+    and its groups, and the other ranks hear of it."""
+    state = cohort.ParallelState(tp=SIZE, control=args.control, device=DEVICE, timeout=30)
+    x, handled = torch.ones(4, device=DEVICE), []
+
+    def call():
+        state.tp.all_reduce_(x)
+        state.synchronize(30)
+
+    def handle(*_):
+        refuses("a call by a handler", ValueError, call, "signal's handler")
+        handled.append(time.monotonic())
+
+    def send_in(seconds, number):
+        threading.Timer(seconds, os.kill, (os.getpid(), number)).start()
+
+    before = {signal.SIGUSR1: signal.signal(signal.SIGUSR1, handle),
+              signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler)}
+    call()
+    if RANK == 0:
+        if not CUDA:  # on cards the handler may run between two calls
+            send_in(0.2, signal.SIGUSR1)
+        call()
+        check("a handler that returns", CUDA or handled and time.monotonic() - handled[0] > 0.2)
+        check("and disturbs nothing", (x == SIZE * SIZE).all())
+        send_in(0.3, signal.SIGINT)
+        began = time.monotonic()
+        refuses("Ctrl-C", KeyboardInterrupt, call)
+        check("at once", time.monotonic() - began < 2.3)
+        refuses("what it has left", dist.DistBackendError, call)
+    else:
+        time.sleep(1.0)
+        call()
+        time.sleep(1.0)
+        refuses("whom rank 0 has left", dist.DistBackendError, call, "rank 0", "signal")
+    state._life.leave()
+    others = dist.new_group(range(SIZE))
+    left = cohort.ParallelState(tp=SIZE, control=dist.group.WORLD, device="cpu", timeout=30)
+    if RANK == 0:
+        signal.signal(signal.SIGUSR1, lambda *_: left._life.leave())
+        send_in(0.2, signal.SIGUSR1)
+        refuses("a handler that leaves", dist.DistBackendError, lambda: left.tp.all_reduce(torch.ones(1)), "signal's handler")
+    else:
+        time.sleep(0.6)
+        refuses("whom a handler has left", dist.DistBackendError, lambda: left.tp.all_reduce(torch.ones(1)), "rank 0")
+    left._life.leave()
+    if RANK == 0:
+        send_in(0.3, signal.SIGINT)
+        refuses("Ctrl-C while the others do not come", KeyboardInterrupt,
+                lambda: cohort.ParallelState(tp=SIZE, control=others, device="cpu", timeout=30))
+    for number, handler in before.items():
+        signal.signal(number, handler)

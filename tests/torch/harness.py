@@ -40,7 +40,14 @@ def refuses(name, kind, call, *parts):
     except kind as error:
         missing = [part for part in parts if part not in str(error)]
         check(f"{name}: {missing} not in: {error}", not missing)
-    except Exception as error:  # noqa: BLE001
+    except BaseException as error:  # noqa: BLE001
         check(f"{name}: {type(error).__name__}: {error}", False)
     else:
         check(f"{name}: nothing was raised", False)
+
+
+def skip(reason):
+    """Counted on every rank, said once."""
+    counts["skipped"] += 1
+    if RANK == 0:
+        print(f"skipped: {reason}", flush=True)

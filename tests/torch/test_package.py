@@ -23,7 +23,8 @@ import torch.distributed as dist
 
 import cohort
 import edges
-from harness import CUDA, DEVICE, DTYPES, RANK, SIZE, args, check, counts, refuses
+import masks_and_norms
+from harness import CUDA, DEVICE, DTYPES, RANK, SIZE, args, check, counts, refuses, skip
 
 
 def shared_random(seed):
@@ -248,7 +249,8 @@ def check_symmetric(state):
         with cohort.use_symmetric_memory(state.dcp, disabled=True):
             check("a null scope", state.dcp.arena_offset(cohort.empty(4, dtype=torch.float32)) == -1)
         again = state.dcp.arena_offset(cohort.empty(4, dtype=torch.float32))
-    has_windows = SIZE > 1
+    has_windows = state.dcp.has_symmetric_memory
+    check("windows on all ranks or none, and on the host", same_everywhere(has_windows) and (CUDA or has_windows == (SIZE > 1)))
     check("the outer one again", (again >= 0) == has_windows)
     check("results lie in the arena", all((offset >= 0) == has_windows for offset in offsets))
     everyone = [None] * SIZE
@@ -273,8 +275,10 @@ def same_everywhere(value):
 
 
 def check_torch_results(state):
-    """Torch's own results in symmetric memory, and calls with them where they lie."""
-    dcp, offset = state.dcp, state.dcp.arena_offset
+    """Torch's own results in symmetric memory, and calls with them where they lie: in torch's where the
+    group has no windows, as with ranks that share a card."""
+    dcp, offset, windows = state.dcp, state.dcp.arena_offset, state.dcp.has_symmetric_memory
+    check("pools where there are windows", (dcp.mem_pool() is not None) == windows)
     dcp.reserve(192 << 20)
     part = torch.full((4, 300, 512), float(RANK), dtype=torch.bfloat16, device=DEVICE)
     with cohort.use_symmetric_memory(dcp):
@@ -284,10 +288,10 @@ def check_torch_results(state):
         with cohort.use_symmetric_memory(state.tp):  # which has no windows
             check("nor where a group has none", offset(part.clone()) == -1)
         with cohort.use_symmetric_memory(dcp):
-            check("nested", offset(part.clone()) >= 0)
+            check("nested", (offset(part.clone()) >= 0) == windows)
         product = part[0] @ part[0].T
-    check("torch.cat lies in the arena", offset(q) >= 0)
-    check("and a matrix product", offset(product) >= 0)
+    check("torch.cat lies in the arena", (offset(q) >= 0) == windows)
+    check("and a matrix product", (offset(product) >= 0) == windows)
     check("at one offset on all ranks", same_everywhere([offset(q), offset(product)]))
     check("torch's memory outside", offset(part + 1) == -1)
     check("gathered", torch.equal(dcp.all_gather(q, 0), all_gather_reference(q, 0)))
@@ -301,10 +305,14 @@ def check_torch_results(state):
         shift = torch.empty(1 << 20, device=DEVICE) if RANK == 0 else None
         x = torch.full((elements,), RANK + 1.0, dtype=torch.bfloat16, device=DEVICE)
         y = cohort.empty(elements, dtype=torch.bfloat16)
-    check("unlike offsets", offset(x) >= 0 and not same_everywhere(offset(x)))
     total = SIZE * (SIZE + 1) / 2
     path = dcp.path("all_reduce", x, y)
-    check(f"a way that needs no equal offsets: {path}", "packed" in path or path.startswith("own"))
+    if windows:
+        check("unlike offsets", offset(x) >= 0 and not same_everywhere(offset(x)))
+        check(f"a way that needs no equal offsets: {path}", "packed" in path or path.startswith("own"))
+    else:
+        skip("unlike offsets: the group has no windows")
+        check(f"a way without windows: {path}", "symmetric" not in path and same_everywhere(path))
     dcp.all_reduce_into(y, x)
     check("all_reduce from there", (y == total).all())
     dcp.reduce_scatter_tensor(y[:elements // SIZE].fill_(0), x)
@@ -322,7 +330,7 @@ def check_torch_results(state):
 
 
 def check_torch_results_in_graphs(state):
-    dcp, offset = state.dcp, state.dcp.arena_offset
+    dcp, offset, windows = state.dcp, state.dcp.arena_offset, state.dcp.has_symmetric_memory
     x = torch.zeros(4, 8, device=DEVICE)
 
     def step():
@@ -346,7 +354,7 @@ def check_torch_results_in_graphs(state):
             with first, second:
                 q, gathered, *places = step()
             label = f"{mode}, {'around' if around else 'inside'}"
-            check(f"captured torch.cat lies in the arena, {label}", places[0] >= 0 and places[1:] == [-1, -1])
+            check(f"captured torch.cat lies in the arena, {label}", (places[0] >= 0) == windows and places[1:] == [-1, -1])
             check(f"at one offset, {label}", same_everywhere(places))
             eager = step()[0]  # must not share its memory with the graph
             check(f"eager results lie elsewhere, {label}", eager.data_ptr() != q.data_ptr())
@@ -364,7 +372,8 @@ def check_torch_results_in_graphs(state):
             state.reclaim_graphs()
             check(f"the graph's memory comes back, {label}", dcp.arena()["used"] == before)
     with cohort.use_symmetric_memory(dcp):
-        refuses("a capture within a scope", ValueError, lambda: state.graph_capture().__enter__(), "inside of it")
+        if windows:
+            refuses("a capture within a scope", ValueError, lambda: state.graph_capture().__enter__(), "inside of it")
 
 
 def check_threads(state):
@@ -411,14 +420,17 @@ def check_subsets():
 def check_stages():
     """Stages hand each other dicts."""
     state = cohort.ParallelState(pp=SIZE, control=args.control, device=DEVICE)
-    tensors = {"hidden": of_rank((3, 8), torch.bfloat16, 9, 0), "residual": of_rank((5,), torch.int64, 10, 0)}
+    tensors = {"hidden": of_rank((3, 8), torch.bfloat16, 9, 0), "residual": of_rank((5,), torch.int64, 10, 0),
+               "mask": of_rank((7,), torch.int64, 12, 0) > 0, "types": of_rank((3,), torch.int16, 13, 0)}
     if not state.pp.is_first_rank:
         tensors = state.pp.recv_tensor_dict()
         check("a dict of nothing", state.pp.recv_tensor_dict() == {})
     if not state.pp.is_last_rank:
         state.pp.send_tensor_dict(tensors)
         state.pp.send_tensor_dict({})
-    check("names", list(tensors) == ["hidden", "residual"])
+    check("names", list(tensors) == ["hidden", "residual", "mask", "types"])
+    check("masks", torch.equal(tensors["mask"], of_rank((7,), torch.int64, 12, 0) > 0)
+          and torch.equal(tensors["types"], of_rank((3,), torch.int16, 13, 0)))
     check("tensors", torch.equal(tensors["hidden"], of_rank((3, 8), torch.bfloat16, 9, 0))
           and torch.equal(tensors["residual"], of_rank((5,), torch.int64, 10, 0)))
     kept = state.world.all_gather(of_rank((2,), torch.float32, 11, RANK), 0)
@@ -445,6 +457,9 @@ def main():
         check_refusals(state)
         edges.check_autograd(state)
         edges.check_arguments(state)
+        masks_and_norms.check_masks(state)
+        masks_and_norms.check_norm(state)
+        masks_and_norms.check_types(state)
         check_compiled(state)
         if SIZE > 1:
             edges.check_compiled_calls(state)
@@ -464,6 +479,8 @@ def main():
             check_subsets()
             edges.check_used_store()
             edges.check_leaving_a_call()
+        if SIZE == 2:
+            edges.check_signals()
         edges.check_lives()
     if args.leave == "in_a_call":
         edges.leave_in_a_call()

@@ -11,13 +11,15 @@ from typing import Literal, overload
 import torch
 from torch.nn.functional import pad
 
+from ._arguments import of_type, whole
 from ._library import eager_only, ops
 from ._life import Handle, Life
 from ._pools import Pools, allocating
 
 
 def _extents(size: Sequence) -> list[int]:
-    return list(size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size)
+    sizes = size[0] if len(size) == 1 and isinstance(size[0], Sequence) else size
+    return [whole("size", extent) for extent in sizes]
 
 
 class Group(Handle):
@@ -44,6 +46,8 @@ class Group(Handle):
         """Ranks of the group."""
         self.device = device
         """Where its tensors lie."""
+        self.has_symmetric_memory: bool = ops.has_symmetric_memory(name)
+        """Whether `use_symmetric_memory` of it gives symmetric memory."""
         self._life = life
         self._pools = Pools(name, device)
 
@@ -105,6 +109,25 @@ class Group(Handle):
         """`all_reduce` into `out`."""
         ops.all_reduce_into(out, x, op, self.name)
 
+    def all_reduce_rms_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor,
+                            eps: float = 1e-6, *, scale: torch.Tensor | None = None
+                            ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What follows a row-parallel product: the ranks' sum of `x` [B, hidden] is added to
+        `residual`, in place, and normed: residual / sqrt(mean of its squares + eps) * weight. The
+        normed rows, in the type of `x`, and `residual` come back. On cards in one launch where
+        `path("all_reduce_rms_norm", ...)` is "own".
+
+        `residual` [B, hidden] and `weight` [hidden] have the type of `x`: float32, float16 or
+        bfloat16; all are without gaps.
+        scale: [1] in float32: the normed rows are then divided by it, in float8_e4m3fn."""
+        return ops.all_reduce_rms_norm(x, residual, weight, eps, scale, self.name), residual
+
+    def all_reduce_rms_norm_into(self, out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor,
+                                 weight: torch.Tensor, eps: float = 1e-6, *,
+                                 scale: torch.Tensor | None = None) -> None:
+        """`all_reduce_rms_norm` into `out`."""
+        ops.all_reduce_rms_norm_into(out, x, residual, weight, eps, scale, self.name)
+
     def broadcast(self, x: torch.Tensor, src: int = 0) -> torch.Tensor:
         """Overwrites `x` with that of rank `src` of the group; returns it."""
         ops.broadcast_(x, src, self.name)
@@ -134,6 +157,7 @@ class Group(Handle):
         Collective: all ranks allocate and drop the same tensors in the same order.
         `cohort.record_stream`, not torch's, tells it of other streams."""
         eager_only("empty")
+        of_type("dtype", dtype, torch.dtype, "a torch.dtype")
         return ops.empty(_extents(size), dtype, self.name)
 
     def mem_pool(self) -> torch.cuda.MemPool | None:
@@ -170,9 +194,10 @@ class PipelineGroup(Group):
     def send_tensor_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """To the next stage, which makes one `recv_tensor_dict`."""
         eager_only("send_tensor_dict")
+        of_type("send_tensor_dict tensors", tensors, Mapping, "a dict of tensors")
         for name, tensor in tensors.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"send_tensor_dict {name}: expected a tensor, got {type(tensor)}")
+            of_type("send_tensor_dict tensors", name, str, "names")
+            of_type(f"send_tensor_dict {name}", tensor, torch.Tensor, "a tensor")
         ops.send_tensors(list(tensors), list(tensors.values()), self.name)
 
     def recv_tensor_dict(self) -> dict[str, torch.Tensor]:
@@ -242,8 +267,9 @@ class DecodeContextGroup(Group):
                     rope_dtype: torch.dtype | None = None) -> None:
         """Collective. Makes room for decode steps of up to this shape, so that nothing grows or
         fails while serving."""
-        ops.reserve_for(self.name, [batch, heads, latent, rope, value], dtype, query_dtype,
-                        rope_dtype)
+        shape = {"batch": batch, "heads": heads, "latent": latent, "rope": rope, "value": value}
+        ops.reserve_for(self.name, [whole(name, extent) for name, extent in shape.items()], dtype,
+                        query_dtype, rope_dtype)
 
     def last_merge(self) -> tuple[str, str]:
         """The plan that the last merge took, and why."""
@@ -259,6 +285,7 @@ def use_symmetric_memory(group: Group, disabled: bool = False) -> Iterator[None]
     capture it is opened inside of it, and of `graph_capture`. Collective over the group: all ranks
     allocate and drop the same tensors in the same order."""
     eager_only("use_symmetric_memory")
+    of_type("use_symmetric_memory group", group, Group, "a group")
     ops.enter_symmetric(group.name, disabled)
     try:
         if group.device.type == "cpu":
@@ -275,6 +302,7 @@ def use_symmetric_memory(group: Group, disabled: bool = False) -> Iterator[None]
 def empty(*size: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised tensor from the innermost `use_symmetric_memory` of this thread."""
     eager_only("empty")
+    of_type("dtype", dtype, torch.dtype, "a torch.dtype")
     return ops.empty_in_scope(_extents(size), dtype)
 
 

@@ -110,6 +110,12 @@ def _(out, lse, base2, replicated, sink, local_tokens, group):
     return out.new_empty(shape), lse.new_empty(shape[:2])
 
 
+@torch.library.register_fake("cohort::all_reduce_rms_norm")
+def _(x, residual, weight, eps, scale, group):
+    _alike(x, residual, weight, scale)
+    return x.new_empty(x.shape, dtype=x.dtype if scale is None else torch.float8_e4m3fn)
+
+
 def _no_result(*arguments) -> None:
     """Sends, or writes its arguments."""
     several = (one if isinstance(one, (list, tuple)) else [one] for one in arguments)
@@ -117,7 +123,7 @@ def _no_result(*arguments) -> None:
 
 
 _WRITE = ("all_gather_into", "reduce_scatter_into", "all_reduce_into", "all_reduce_", "broadcast_",
-          "recv_", "gather_query_into", "merge_attention_into")
+          "recv_", "gather_query_into", "merge_attention_into", "all_reduce_rms_norm_into")
 _SEND = ("send", "send_tensors", "barrier")
 _RETURN = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "gather_query",
            "merge_attention", "merge_attention_lse")
@@ -128,5 +134,5 @@ for _name in _WRITE + _SEND:
 # make two equal ones one, nor change their order. What writes a tensor has its place by that tensor.
 for _name in _RETURN + _SEND:
     torch.library._register_effectful_op(f"cohort::{_name}", EffectType.ORDERED)
-for _name in _WRITE:
+for _name in (*_WRITE, "all_reduce_rms_norm"):
     torch.fx.node.has_side_effect(getattr(ops, _name).default)

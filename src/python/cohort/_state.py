@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from ._arguments import of_type, whole
 from ._groups import DecodeContextGroup, Group, PipelineGroup
 from ._library import ops
 from ._life import Handle, Life
 from ._pools import is_allocating
 
 
-def _meeting(control) -> tuple[str, int, int]:
+def _meeting(control: str | dist.ProcessGroup | None) -> tuple[str, int, int]:
     """How the ranks meet, this rank, and their number, where the meeting has to be told."""
     if control is None:
         if dist.is_available() and dist.is_initialized():
@@ -45,6 +46,7 @@ def _meeting(control) -> tuple[str, int, int]:
 
 
 def _milliseconds(timeout: float) -> int:
+    of_type("timeout", timeout, (int, float), "seconds")
     if not 0 < timeout < math.inf:
         raise ValueError(f"timeout: expected seconds, more than 0, got {timeout}")
     return max(1, round(min(timeout, 1e9) * 1000))
@@ -62,11 +64,15 @@ class ParallelState(Handle):
     control: How the ranks meet: a process group of torch.distributed, whose store is used; "mpi";
         "store://HOST:PORT" of a TCPStore; "single" for one rank alone. By default torch.distributed
         where it is initialised, MPI where its launcher started the process, otherwise one rank.
+    tp, pp, dcp: Ranks of a group of each kind; `dcp` divides `tp`.
     device: "cpu" or "cuda:N"; by default the current CUDA device, where the package has CUDA and
         torch finds a card.
     symmetric: Which groups get symmetric memory: True for the choice that fits most engines,
         "all", or names among "world", "tp", "pp" and "dcp".
     merge_plan: "automatic", "staged", "packed" or "one_kernel".
+    peer_mapping: Whether ranks may address each other's memory, which the library's own kernels need.
+    debug_checks: Whether each call agrees on its arguments with the other ranks before it begins.
+    growth_bytes: What an arena grows by at least.
     timeout: Seconds that a wait for other ranks may take, unless COHORT_TIMEOUT_MS is set.
 
     Leave with `shutdown()`, which is collective. A process that ends without it leaves alone, waits
@@ -75,10 +81,15 @@ class ParallelState(Handle):
     """
 
     def __init__(self, tp: int = 1, pp: int = 1, dcp: int = 1, *,
-                 control=None, device: str | torch.device | None = None,
+                 control: str | dist.ProcessGroup | None = None,
+                 device: str | torch.device | None = None,
                  symmetric: bool | str | Sequence[str] = False, merge_plan: str = "automatic",
                  peer_mapping: bool = True, debug_checks: bool = False, timeout: float = 60.0,
                  growth_bytes: int = 32 << 20):
+        layout = [whole(name, size) for name, size in (("tp", tp), ("pp", pp), ("dcp", dcp))]
+        of_type("merge_plan", merge_plan, str, "a name")
+        for option, flag in (("peer_mapping", peer_mapping), ("debug_checks", debug_checks)):
+            of_type(option, flag, bool, "True or False")
         if device is None:
             has_card = "cuda" in ops.parts() and torch.cuda.is_available()
             device = torch.device("cuda", torch.cuda.current_device()) if has_card else "cpu"
@@ -93,10 +104,14 @@ class ParallelState(Handle):
             symmetric = ["automatic"] if symmetric else []
         elif isinstance(symmetric, str):
             symmetric = [symmetric]
+        of_type("symmetric", symmetric, Sequence, "True, False or names of groups")
+        for kind in symmetric:
+            of_type("symmetric", kind, str, "names of groups")
         name, rank, size = _meeting(control)
-        self._id = ops.parallel_state(name, [rank, size], [tp, pp, dcp], ordinal, list(symmetric),
+        self._id = ops.parallel_state(name, [rank, size], layout, ordinal, list(symmetric),
                                       merge_plan, peer_mapping, debug_checks,
-                                      _milliseconds(timeout), growth_bytes)
+                                      _milliseconds(timeout),
+                                      whole("growth_bytes", growth_bytes))
         self._life = Life(self._id, name == "mpi")
         names = ops.groups(self._id)
         self.world = Group(names[0], self.device, self._life)
@@ -174,4 +189,5 @@ class ParallelState(Handle):
 def record_stream(x: torch.Tensor, state: ParallelState) -> None:
     """`x` is also used on torch's current stream; for tensors in symmetric memory, of which torch's
     own `record_stream` knows nothing."""
+    of_type("record_stream state", state, ParallelState, "a ParallelState")
     ops.record_stream(x, state._id)

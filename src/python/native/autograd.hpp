@@ -13,8 +13,8 @@
 #include <vector>
 
 /// \file
-/// What torch's autograd is told of the operators: that they have no derivative, and what they
-/// write.
+/// What torch's autograd and its transforms are told of the operators: that they have no
+/// derivative, what they write, and that each is one call, whatever it is given.
 
 namespace cohort::python {
 
@@ -37,6 +37,12 @@ void for_each_tensor(const c10::OperatorHandle& op, const torch::jit::Stack& sta
       }
     }
   }
+}
+
+/// The kernel under vmap, whose fallback would make a call for each example.
+inline void refuse_vmap(const c10::OperatorHandle& op, torch::jit::Stack* /*stack*/) {
+  TORCH_CHECK_NOT_IMPLEMENTED(false, op.schema().name(),
+                              " is not for torch.vmap: call it with the whole batch");
 }
 
 /// The kernel below autograd: a write is seen by whoever has kept the tensor for a backward, and

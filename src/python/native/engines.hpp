@@ -16,6 +16,7 @@
 #include "cohort/cohort.hpp"
 #include "cohort/owner_process.hpp"
 #include "cohort/torch.hpp"
+#include "signals.hpp"
 
 /// \file
 /// The states that Python has made, and their groups by name: what operators know a group by.
@@ -35,6 +36,22 @@ struct Engine {
   bool pooled = false;         ///< Of the innermost.
   std::string prefix;          ///< Of the groups' names.
   std::recursive_mutex mutex;  ///< Groups are for one thread at a time.
+  /// A call waits, and what Python runs meanwhile on its thread must not come in.
+  bool runs_handlers = false;
+
+  void handlers_run(bool now) noexcept { runs_handlers = now; }
+  /// Ends a call that waits, whose ranks are told; all groups, as their ranks may be in others.
+  void give_up(std::string_view reason) noexcept {
+    if (!state) {
+      if (world != nullptr) {
+        world->give_up(reason);
+      }
+      return;
+    }
+    for (GroupCoordinator* group : state->groups()) {
+      group->control().give_up(reason);
+    }
+  }
 };
 
 /// All engines of the process.
@@ -58,8 +75,9 @@ class Engines {
   }
 
   /// Local: without the other ranks, unless the state was shut down before. A call that another
-  /// thread is in ends early, with an error, and the others of its group are told. In a forked
-  /// child the state stays: a thread that the child has not got may be in it.
+  /// thread is in, or this one below a signal's handler, ends early, with an error, and the others
+  /// of its group are told. In a forked child the state stays: a thread that the child has not got
+  /// may be in it.
   void drop(std::int64_t id) {
     std::shared_ptr<Engine> engine;
     {
@@ -78,10 +96,12 @@ class Engines {
     }
     std::unique_lock lock(engine->mutex, std::try_to_lock);
     if (!lock) {
-      for (GroupCoordinator* group : engine->state->groups()) {
-        group->control().give_up("left while another thread was in a call");
-      }
+      engine->give_up("left while another thread was in a call");
       lock.lock();
+    }
+    if (engine->runs_handlers) {
+      engine->give_up("left by a signal's handler");
+      return;  // the call that waits keeps it until it ends
     }
     engine->captures.clear();
     engine->state.reset();
@@ -143,13 +163,18 @@ struct SymmetricScopes {
   }
 };
 
-/// One operator's use of an engine: one at a time, on torch's current stream.
+/// One operator's use of an engine: one at a time, on torch's current stream. What waits in it
+/// looks for signals.
 class Use {
  public:
-  /// Throws `UsageError` where the state is gone: `named` is whose.
-  explicit Use(std::shared_ptr<Engine> engine, std::string_view named)
-      : engine_(std::move(engine)), named_(named), lock_(engine_->mutex) {
+  /// Throws `UsageError` where the state is gone: `named` is whose. Without `looks`, waits do not
+  /// take the interpreter's lock: where another one is held that whoever has that may want.
+  explicit Use(std::shared_ptr<Engine> engine, std::string_view named, bool looks = true)
+      : engine_(std::move(engine)), named_(named), lock_(engine_->mutex), look_(*engine_, looks) {
     throw_if_gone();
+    if (engine_->runs_handlers) {
+      throw UsageError(fmt::format("{}: called by a signal's handler while a call waits", named_));
+    }
     guard_.reset_device(device_to_torch(engine_->backend->device()));
     stream_ = current_torch_stream(*engine_->backend);
   }
@@ -200,6 +225,7 @@ class Use {
   std::shared_ptr<Engine> engine_;
   std::string_view named_;
   std::unique_lock<std::recursive_mutex> lock_;
+  SignalLook<Engine> look_;
   c10::OptionalDeviceGuard guard_;
   StreamRef stream_;
 };
@@ -208,13 +234,15 @@ class Use {
 template <class Group = GroupCoordinator>
 class GroupUse : public Use {
  public:
-  explicit GroupUse(std::string_view name) : GroupUse(Engines::of_process().group(name), name) {}
+  explicit GroupUse(std::string_view name, bool looks = true)
+      : GroupUse(Engines::of_process().group(name), name, looks) {}
 
   Group* operator->() const noexcept { return group_; }
   Group& operator*() const noexcept { return *group_; }
 
  private:
-  GroupUse(Engines::Member member, std::string_view name) : Use(std::move(member.engine), name) {
+  GroupUse(Engines::Member member, std::string_view name, bool looks)
+      : Use(std::move(member.engine), name, looks) {
     group_ = of_kind(*member.group, state(), name);
     enter_capture();
   }

@@ -109,6 +109,12 @@ inline void barrier(Name group) {
 
 // Symmetric memory.
 
+/// Whether the group has windows.
+inline bool has_symmetric_memory(Name group) {
+  const GroupUse<> use(group);
+  return ScopeTarget(*use).arena != nullptr;
+}
+
 inline void enter_symmetric(Name group, bool disabled) {
   const GroupUse<> use(group);
   auto engine = Engines::of_process().group(group).engine;

@@ -15,21 +15,25 @@
 #include "decode_operators.hpp"
 #include "group_operators.hpp"
 #include "meeting.hpp"
+#include "norm_operators.hpp"
 #include "process_end.hpp"
+#include "signals.hpp"
 #include "state_operators.hpp"
 
 namespace cohort::python {
 namespace {
 
-/// `Function` with the library's errors as torch's.
+/// `Function` with the library's errors as torch's, and what a signal's handler has thrown.
 template <auto Function>
 struct Operator;
 template <class Result, class... Arguments, Result (*Function)(Arguments...)>
 struct Operator<Function> {
   static Result call(Arguments... arguments) {
     const ProcessEnd::Return last;
-    return with_torch_errors(
-        [&]() -> Result { return Function(std::forward<Arguments>(arguments)...); });
+    return Interruption::or_result_of([&]() -> Result {
+      return with_torch_errors(
+          [&]() -> Result { return Function(std::forward<Arguments>(arguments)...); });
+    });
   }
 };
 
@@ -51,10 +55,10 @@ void for_each_graph_operator(const Visit& visit) {
   visit("all_reduce_(Tensor(a!) x, str op, str group) -> ()", as_operator<&all_reduce_>);
   visit("all_reduce_into(Tensor(a!) out, Tensor x, str op, str group) -> ()",
         as_operator<&all_reduce_into>);
-  visit("broadcast_(Tensor(a!) x, int root, str group) -> ()", as_operator<&broadcast_>);
+  visit("broadcast_(Tensor(a!) x, int src, str group) -> ()", as_operator<&broadcast_>);
   visit("all_to_all(Tensor x, str group) -> Tensor", as_operator<&all_to_all>);
-  visit("send(Tensor x, int to, str group) -> ()", as_operator<&send>);
-  visit("recv_(Tensor(a!) x, int source, str group) -> ()", as_operator<&recv_>);
+  visit("send(Tensor x, int dst, str group) -> ()", as_operator<&send>);
+  visit("recv_(Tensor(a!) x, int src, str group) -> ()", as_operator<&recv_>);
   visit("send_tensors(str[] names, Tensor[] tensors, str group) -> ()", as_operator<&send_tensors>);
   visit("gather_query(Tensor q_nope, Tensor q_pe, str group) -> Tensor",
         as_operator<&gather_query>);
@@ -73,6 +77,14 @@ void for_each_graph_operator(const Visit& visit) {
       "bool replicated, Tensor? sink, Tensor? local_tokens, Tensor(b!)? merged_lse, str group) "
       "-> ()",
       as_operator<&merge_attention_into>);
+  visit(
+      "all_reduce_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps, Tensor? scale, "
+      "str group) -> Tensor",
+      as_operator<&all_reduce_rms_norm>);
+  visit(
+      "all_reduce_rms_norm_into(Tensor(a!) out, Tensor x, Tensor(b!) residual, Tensor weight, "
+      "float eps, Tensor? scale, str group) -> ()",
+      as_operator<&all_reduce_rms_norm_into>);
   visit("barrier(str group) -> ()", as_operator<&barrier>);
 }
 
@@ -104,7 +116,7 @@ TORCH_LIBRARY(cohort, m) {
   m.def("built_for() -> str", as_operator<&built_for>);
   m.def("parts() -> str[]", as_operator<&parts>);
   m.def("members(str group) -> int[]", as_operator<&members>);
-  m.def("reserve(str group, int bytes) -> ()", as_operator<&reserve>);
+  m.def("reserve(str group, int size) -> ()", as_operator<&reserve>);
   m.def(
       "reserve_for(str group, int[] shape, ScalarType dtype, ScalarType? query_dtype, "
       "ScalarType? rope_dtype) -> ()",
@@ -118,6 +130,7 @@ TORCH_LIBRARY(cohort, m) {
   m.def("enter_symmetric(str group, bool disabled) -> ()", as_operator<&enter_symmetric>);
   m.def("leave_symmetric() -> ()", as_operator<&leave_symmetric>);
   m.def("enter_pools(str group) -> int[]", as_operator<&enter_pools>);
+  m.def("has_symmetric_memory(str group) -> bool", as_operator<&has_symmetric_memory>);
   m.def("capture(str group) -> int", as_operator<&capture>);
   m.def("empty(int[] size, ScalarType dtype, str group) -> Tensor", as_operator<&empty>);
   m.def("empty_in_scope(int[] size, ScalarType dtype) -> Tensor", as_operator<&empty_in_scope>);
@@ -135,6 +148,12 @@ void implement(torch::Library& m) {
 TORCH_LIBRARY_IMPL(cohort, CompositeExplicitAutograd, m) { implement(m); }
 TORCH_LIBRARY_IMPL(cohort, NestedTensorCPU, m) { implement(m); }
 TORCH_LIBRARY_IMPL(cohort, NestedTensorCUDA, m) { implement(m); }
+
+TORCH_LIBRARY_IMPL(cohort, FuncTorchBatched, m) {
+  for_each_graph_operator([&](const char* schema, auto) {
+    m.impl(name_in(schema).c_str(), torch::CppFunction::makeFromBoxedFunction<&refuse_vmap>());
+  });
+}
 
 TORCH_LIBRARY_IMPL(cohort, ADInplaceOrView, m) {
   for_each_graph_operator([&](const char* schema, auto) {

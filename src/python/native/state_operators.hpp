@@ -85,6 +85,7 @@ inline std::int64_t parallel_state(Name control, Sizes meeting, Sizes layout, st
     throw ConfigError(fmt::format("growth_bytes: expected at least 0, got {}", growth_bytes));
   }
   auto engine = std::make_shared<Engine>();
+  const SignalLook<Engine> look(*engine);
   engine->backend = make_backend(device, peer_mapping);
   engine->world = meet(control, as_int(meeting.at(0)), as_int(meeting.at(1)), limit);
   engine->state.emplace(ParallelState::create(
@@ -96,6 +97,7 @@ inline std::int64_t parallel_state(Name control, Sizes meeting, Sizes layout, st
                        .merge = {.plan = *plan},
                        .debug_checks = debug_checks,
                        .arena = {.growth_bytes = static_cast<std::size_t>(growth_bytes)}}));
+  Interruption::raise();
   return Engines::of_process().add(std::move(engine));
 }
 

@@ -57,6 +57,7 @@ class StoreCalls {
   /// short, and a question between them tells which it was. Torch warns of each that runs out, so
   /// the last moments before the deadline are questions alone. False at the deadline.
   [[nodiscard]] bool arrives(const std::string& key, Deadline deadline) const {
+    std::chrono::milliseconds pause(1);
     while (true) {
       if (has(key)) {
         return true;
@@ -65,8 +66,9 @@ class StoreCalls {
       if (left.count() <= 0) {
         return false;
       }
-      if (left < kLastMoments) {
-        std::this_thread::sleep_for(std::min(left, std::chrono::milliseconds(1)));
+      if (left <= kLastMoments) {
+        std::this_thread::sleep_for(std::min(left, pause));
+        pause = std::min(2 * pause, kLongestPause);
         continue;
       }
       try {
@@ -91,6 +93,7 @@ class StoreCalls {
 
   static constexpr std::chrono::milliseconds kSlice{5'000};
   static constexpr std::chrono::milliseconds kLastMoments{100};
+  static constexpr std::chrono::milliseconds kLongestPause{16};
 
   c10::intrusive_ptr<c10d::Store> store_;
   int rank_;

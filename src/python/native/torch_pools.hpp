@@ -94,7 +94,7 @@ class TorchPools {
       const std::lock_guard lock(mutex_);
       name = groups_[place];
     }
-    const GroupUse<> use(name);
+    const GroupUse<> use(name, false);
     Held held{use.engine().backend, use->arena()->empty_loose(bytes, use.stream())};
     void* const segment = held.block.data();
     const std::lock_guard lock(mutex_);
