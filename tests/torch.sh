@@ -134,9 +134,9 @@ test_wheel() {
   fi
   rm -rf "$fresh"
   "$python" -m venv --without-pip "$fresh"
+  report "the wheel is installed" 0 env -u PYTHONPATH "$python" -m pip --python "$fresh/bin/python" install -q --no-deps "$folder"/wheel/*.whl
   "$python" -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' \
     >"$("$fresh/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"
-  report "the wheel is installed" 0 "$python" -m pip --python "$fresh/bin/python" install -q --no-deps "$folder"/wheel/*.whl
   next_port
   report "README's example by torchrun" 0 env -u PYTHONPATH "$fresh/bin/python" -m torch.distributed.run --nproc-per-node 2 \
     --master-port "$MASTER_PORT" tests/torch/readme_example.py

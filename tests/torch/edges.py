@@ -168,7 +168,7 @@ def check_inductor(state):
     from torch._inductor.utils import run_and_get_code
     name, calls = state.dcp.name, []
 
-    def step(x, lse):
+    def step(x, lse, rows, weight, residual):
         unused, written = torch.empty_like(x), torch.empty_like(x)
         ops.all_gather(x, 0, name)
         total = ops.all_reduce(x, "sum", name)
@@ -176,17 +176,22 @@ def check_inductor(state):
         ops.barrier(name)
         again = ops.all_reduce(x, "sum", name)
         ops.all_reduce_into(written, x, "sum", name)
-        return total, again, written, *ops.merge_attention_lse(x, lse, False, False, None, None, name)
+        normed = ops.all_reduce_rms_norm(rows, residual, weight, 1e-6, None, name)
+        ops.all_reduce_rms_norm_into(torch.empty_like(rows), normed, residual, weight, 1e-6, None, name)
+        return total, again, written, normed, *ops.merge_attention_lse(x, lse, False, False, None, None, name)
 
     x, lse = torch.ones(4, 2, 8, device=DEVICE), torch.zeros(4, 2, device=DEVICE)
+    rows, weight = torch.ones(2, 8, device=DEVICE), torch.full((8,), 2.0, device=DEVICE)
+    ours, theirs = rows.clone(), rows.clone()
     # No kernels of its own, and so no C++ compiler.
     with torch.no_grad(), config.patch({"force_disable_caches": True, "cpp_cache_precompile_headers": False, "cpp.simdlen": 0}):
-        results, code = run_and_get_code(torch.compile(step, fullgraph=True), x, lse)
-    check("compiled by inductor", all(torch.equal(a, b) for a, b in zip(results, step(x, lse))))
+        results, code = run_and_get_code(torch.compile(step, fullgraph=True), x, lse, rows, weight, ours)
+    check("compiled by inductor", all(torch.equal(a, b) for a, b in zip(results, step(x, lse, rows, weight, theirs))))
+    check("what it writes", torch.equal(ours, theirs) and (ours > 2).all())
     for line in code[0].splitlines():
-        calls += re.findall(r"torch\.ops\.cohort\.(\w+)", line)
+        calls += re.findall(r"torch\.ops\.cohort\.(\w+)\.default\(", line)
     check(f"its calls: {calls}", calls == ["all_gather", "all_reduce", "all_reduce_into", "barrier", "all_reduce",
-                                           "all_reduce_into", "merge_attention_lse"])
+                                           "all_reduce_into", "all_reduce_rms_norm", "all_reduce_rms_norm_into", "merge_attention_lse"])
 
 
 def leave_in_a_call():

@@ -212,7 +212,8 @@ def check_compiled(state):
         back = tp.reduce_scatter_along_dim(spread, 0)
         written = torch.empty_like(residual)
         tp.all_reduce_into(written, residual)
-        return q.sum(), merged * 2, reduced + written, back
+        normed, summed = tp.all_reduce_rms_norm(residual, residual + 1, residual[0])
+        return q.sum(), merged * 2, reduced + written, back, normed, summed * 2
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
