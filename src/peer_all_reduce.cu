@@ -350,7 +350,7 @@ using namespace detail;
 static_assert(kLineGroupPayload == 8 * kGroupWords);
 
 void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, const void* in,
-                     void* out, cudaStream_t stream, PeerPath path) {
+                     void* out, cudaStream_t stream, PeerPath path, std::int64_t form) {
   check_table(table);
   require(count >= 0, "count", "negative");
   const std::int64_t bytes = count * static_cast<std::int64_t>(size_of(dtype));
@@ -364,7 +364,7 @@ void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, co
   const ByteView from(in, 1, bytes, bytes, 0);
   const ByteView to(out, 1, bytes, bytes, 0);
   const CallSignature signature =
-      signature_of(PeerCall::all_reduce, dtype, bytes, blocks_of(table));
+      signature_of(PeerCall::all_reduce, dtype, bytes, blocks_of(table), form);
   with_float_type(dtype, "dtype", [&]<class T>(T*) {
     if (plan.lines) {
       all_reduce_in_lines<T>(table, signature, from, to, words, plan.two_steps, stream);

@@ -286,6 +286,7 @@ class GroupCoordinator : public GroupBase {
       sum = temporary(arguments.x.shape(), arguments.x.dtype(), call);
       to = sum;
     }
+    transport()->agree_also(arguments.form());
     transport()->all_reduce(arguments.x, to, ReduceOp::sum, call.stream);
     summed.x = to;
     ops.rms_norm(summed, call.stream);

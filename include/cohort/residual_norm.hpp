@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <bit>
+#include <cstdint>
 #include <optional>
 
+#include "cohort/hash.hpp"
 #include "cohort/tensor.hpp"
 
 /// \file
@@ -25,6 +28,15 @@ struct NormArguments {
   ConstTensorView x;  ///< [B, hidden]: f32, f16 or bf16, without gaps.
   ResidualNorm norm;  ///< In the type of `x`.
   TensorView out;     ///< [B, hidden] in that type or f8_e4m3, without gaps.
+
+  /// What ranks have to agree on besides the sum's bytes and type: the rows' length, the output's
+  /// type and epsilon. Not 0, as it is of a sum of which nothing is normed.
+  [[nodiscard]] std::int64_t form() const noexcept {
+    std::uint64_t form = detail::mix(detail::kHashSeed, static_cast<std::uint64_t>(x.shape()[1]));
+    form = detail::mix(form, static_cast<std::uint64_t>(out.dtype()));
+    form = detail::mix(form, std::bit_cast<std::uint32_t>(norm.epsilon));
+    return static_cast<std::int64_t>(form | 1);
+  }
 };
 
 }  // namespace cohort

@@ -255,8 +255,8 @@ class Transport {
   /// a capture. A transport that packs nothing has nothing to do.
   virtual void reserve_scratch(std::size_t /*bytes*/) {}
 
-  /// The ranks of the next all-gather or all-to-all have to agree on this as well, where they
-  /// compare what they call: what its bytes are. Local.
+  /// The ranks of the next all-gather, all-reduce or all-to-all have to agree on this as well,
+  /// where they compare what they call: what its bytes are, and what becomes of them. Not 0. Local.
   virtual void agree_also(std::int64_t /*form*/) noexcept {}
 
   /// Rank r's `in` becomes extents [sum(sizes[..r)), + sizes[r]) of `out` along `dim`.
@@ -270,7 +270,7 @@ class Transport {
   virtual void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
                           StreamRef stream) = 0;
   /// An all-reduce of x and what `TensorOps::rms_norm` does with the sum, where the transport has
-  /// one launch for both; where it has none, which follows from sizes, types and the group alone,
+  /// one call for both; where it has none, which follows from sizes, types and the group alone,
   /// does nothing and returns false.
   [[nodiscard]] virtual bool all_reduce_rms_norm(const NormArguments& /*arguments*/,
                                                  StreamRef /*stream*/) {

@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "cohort/cohort.hpp"
@@ -87,6 +88,70 @@ TEST_CASE("a rank that never comes to an own kernel is named", "[nccl][errors]")
   again.all_reduce(sum.view(), sum.view(), ReduceOp::sum, session().ref());
   again.synchronize(session().ref(), kLimit);
   CHECK(sum.differs([](std::int64_t i) { return reduced(ReduceOp::sum, i); }) == "");
+}
+
+TEST_CASE("ranks whose norms differ are told, in one launch and in two", "[nccl][errors]") {
+  if (skip_all_if(ranks() < 2 || session().transport->peer_kernels() == nullptr,
+                  "needs own kernels")) {
+    return;
+  }
+  const bool last = rank() == ranks() - 1;
+  const StreamRef stream = session().ref();
+  struct Case {
+    const char* what;
+    Dims shape;
+    DType out = DType::bf16;
+    float epsilon = 1e-5F;
+    bool normed = true;
+  };
+  // Rows of few elements have no room in an inbox where their sum has some.
+  const Dims one_launch{4, 512};
+  const Dims two{1100, 8};
+  const std::pair<Dims, Case> cases[] = {
+      {one_launch, {"types of output", one_launch, DType::f8_e4m3}},
+      {one_launch, {"epsilons", one_launch, DType::bf16, 1e-6F}},
+      {two, {"types of output, in two", two, DType::f8_e4m3}},
+      {two, {"epsilons, in two", two, DType::bf16, 1e-6F}},
+      {two, {"shapes of equal size, in two", {2200, 4}}},
+      {two, {"sums without a norm", two, DType::bf16, 1e-5F, false}}};
+  for (const auto& [common, differing] : cases) {
+    CAPTURE(differing.what);
+    DecodeContextParallelGroup group(parts(differing.what), {});
+    group.reserve(1 << 20);  // so that no rank's arena grows without the others
+    const Case mine = last ? differing : Case{"", common};
+    auto x = tensor(DType::bf16, mine.shape);
+    auto residual = tensor(DType::bf16, mine.shape);
+    auto weight = tensor(DType::bf16, {mine.shape[1]});
+    auto scale = tensor(DType::f32, {1});
+    auto out = tensor(mine.out, mine.shape);
+    for (auto* filled : {&x, &residual, &weight, &scale}) {
+      filled->fill([](std::int64_t) { return 1; });
+    }
+    ResidualNorm norm{
+        .residual = residual.view(), .weight = weight.view(), .epsilon = mine.epsilon};
+    if (mine.out == DType::f8_e4m3) {
+      norm.scale = scale.view();
+    }
+    const std::string path = group.path(Collective::all_reduce_rms_norm, x.view(), out.view());
+    CHECK(path == (common == two ? "own, then a norm" : "own"));
+    if (mine.normed) {
+      group.all_reduce_rms_norm_into(out.view(), x.view(), norm, stream);
+    } else {
+      group.all_reduce_into(out.view(), x.view(), stream);
+    }
+    try {
+      group.synchronize(stream, kLimit);
+      FAIL("expected a SymmetryError");
+    } catch (const SymmetryError& error) {
+      const auto& told = error.ranks();
+      // A pair that was found, of which a member is told the other.
+      CHECK(std::count(told.begin(), told.end(), ranks() - 1) == (last ? 0 : 1));
+      CHECK_FALSE(told.empty());
+      CHECK_THAT(std::string(error.what()), contains("all_reduce"));
+    }
+    CHECK(group.failed());
+    world().barrier();
+  }
 }
 
 TEST_CASE("a registration whose peer comes when the limit is over touches nobody's memory",

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "support/divergence_checks.hpp"
 #include "support/group_tensors.hpp"
 
 /// \file
@@ -76,11 +77,15 @@ struct NormTensors {
   TensorView out;
 
   NormTensors(Site& site, const NormCase& c)
-      : x(site.tensor(c.shape(), c.dtype)),
-        residual(site.tensor(c.shape(), c.dtype)),
-        weight(site.tensor({c.hidden}, c.dtype)),
-        scale(site.tensor({1}, DType::f32)),
-        out(site.tensor(c.shape(), c.out_dtype())) {}
+      : NormTensors(c, [&](const Dims& shape, DType dtype) { return site.tensor(shape, dtype); }) {}
+  /// @param make  `make(shape, dtype)` gives memory.
+  template <class Make>
+  NormTensors(const NormCase& c, const Make& make)
+      : x(make(c.shape(), c.dtype)),
+        residual(make(c.shape(), c.dtype)),
+        weight(make({c.hidden}, c.dtype)),
+        scale(make({1}, DType::f32)),
+        out(make(c.shape(), c.out_dtype())) {}
 
   [[nodiscard]] ResidualNorm norm(float epsilon = 1e-5F) const {
     ResidualNorm all{.residual = residual, .weight = weight, .epsilon = epsilon};
@@ -239,6 +244,113 @@ inline void check_captured_norms(ControlPlane& world) {
       fill_exact(group, c, t);
       graph.launch(stream);
       check_exact(c, t.residual, t.out);
+    }
+  }
+}
+
+/// Not in the arena, whose growth the ranks would agree on.
+[[nodiscard]] inline NormTensors ordinary_norm(GroupCoordinator& group, const NormCase& c,
+                                               std::vector<Tensor>& kept) {
+  return {c, [&](const Dims& shape, DType dtype) {
+            return kept.emplace_back(group.backend().allocate(shape, dtype, {})).view();
+          }};
+}
+
+/// Whatever ranks have to agree on, the last one has otherwise: every rank is told which one that
+/// is, and neither residual nor output of any has changed.
+inline void check_norms_that_differ(ControlPlane& world) {
+  const int last = world.size() - 1;
+  const NormCase common{.rows = 4, .hidden = 6};
+  const auto with = [&](const auto& change) {
+    NormCase c = common;
+    change(c);
+    return c;
+  };
+  const NormCase other_shape = with([](NormCase& c) { c.rows = 2, c.hidden = 12; });
+  const struct {
+    std::string_view what;
+    NormCase c;
+    float epsilon = 1e-5F;
+    bool normed = true;
+  } cases[] = {{"more rows", with([](NormCase& c) { c.rows = 5; })},
+               {"no rows", with([](NormCase& c) { c.rows = 0; })},
+               {"longer rows", with([](NormCase& c) { c.hidden = 7; })},
+               {"as many elements in fewer rows", other_shape},
+               {"another type", with([](NormCase& c) { c.dtype = DType::f16; })},
+               {"another type of output", with([](NormCase& c) { c.fp8 = true; })},
+               {"another epsilon", common, 1e-6F},
+               {"no norm", common, 1e-5F, false}};
+  for (const bool map_peers : {true, false}) {
+    for (const auto& differing : cases) {
+      auto state = make_state(world, {.tp = world.size()},
+                              {.backend = host_backend({.map_peers = map_peers})});
+      auto& group = state.tp();
+      const bool differs = group.rank() == last;
+      std::vector<Tensor> kept;
+      const NormTensors t = ordinary_norm(group, differs ? differing.c : common, kept);
+      for (const TensorView& written : {t.residual, t.out}) {
+        fill_bytes(written, 0x5a);
+      }
+      check_blames(
+          last,
+          [&] {
+            if (differs && !differing.normed) {
+              group.all_reduce_into(t.out, t.x);
+            } else {
+              group.all_reduce_rms_norm_into(t.out, t.x,
+                                             t.norm(differs ? differing.epsilon : 1e-5F));
+            }
+          },
+          "the ranks make different calls");
+      for (const TensorView& written : {t.residual, t.out}) {
+        std::vector<std::byte> bytes(written.bytes());
+        std::memcpy(bytes.data(), written.data(), bytes.size());
+        check(bytes == std::vector<std::byte>(bytes.size(), std::byte{0x5a}),
+              fmt::format("{}: nothing was written", differing.what));
+      }
+    }
+  }
+}
+
+/// A graph's norm whose output has another type on the last rank.
+inline void check_captured_norms_that_differ(ControlPlane& world) {
+  auto state = make_state(world, {.tp = world.size()});
+  auto& group = state.tp();
+  HostStream stream;
+  group.reserve_for_calls(std::vector<CollectiveShape>{
+      {.collective = Collective::all_reduce_rms_norm, .shape = {3, 40}, .dtype = DType::bf16}});
+  const int last = group.size() - 1;
+  const NormCase c{.fp8 = group.rank() == last};
+  std::vector<Tensor> kept;
+  const NormTensors t = ordinary_norm(group, c, kept);
+  auto graph =
+      state.capture(stream, [&] { group.all_reduce_rms_norm_into(t.out, t.x, t.norm(), stream); });
+  check_blames(
+      last, [&] { graph.launch(stream); }, "the ranks make different calls");
+}
+
+/// A sum lies in a window where the output does and is of its type.
+inline void check_norm_paths(ControlPlane& world) {
+  for (const bool map_peers : {true, false}) {
+    auto state = make_state(world, {.tp = world.size()},
+                            {.backend = host_backend({.map_peers = map_peers}),
+                             .symmetric = {.enabled = true, .selection = Selection::all()}});
+    auto& group = state.tp();
+    for (const Memory memory : {Memory::arena, Memory::ordinary}) {
+      for (const std::int64_t hidden : {40, 4096}) {
+        for (const bool fp8 : {false, true}) {
+          const NormCase c{.rows = 3, .hidden = hidden, .fp8 = fp8, .memory = memory};
+          Site site(group, memory);
+          const NormTensors t(site, c);
+          const auto got = group.path(Collective::all_reduce_rms_norm, t.x, t.out);
+          const bool direct = memory == Memory::arena && hidden == 4096 && !fp8;
+          check(got == (group.size() == 1 ? "single rank"
+                        : !map_peers      ? "exchange"
+                        : direct          ? "direct"
+                                          : "slot"),
+                got);
+        }
+      }
     }
   }
 }

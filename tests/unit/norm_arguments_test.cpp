@@ -48,6 +48,21 @@ TEST_CASE("debug checks tell norms from all-reduces, and from norms of other out
   }
 }
 
+TEST_CASE("ranks of norms that differ in anything are told which one does", "[norm]") {
+  for (const int n : {2, 3}) {
+    DYNAMIC_SECTION(n << " ranks") {
+      run_ranks(n, check_norms_that_differ);
+      run_ranks(n, check_captured_norms_that_differ);
+    }
+  }
+}
+
+TEST_CASE("a path tells where the sum of a norm lies", "[norm]") {
+  for (const int n : {1, 2}) {
+    run_ranks(n, check_norm_paths);
+  }
+}
+
 TEST_CASE("debug checks tell ranks whose epsilons differ", "[norm]") {
   run_ranks(2, [](ControlPlane& world) {
     auto state = make_state(world, {.tp = 2}, {.debug_checks = true});

@@ -232,8 +232,10 @@ class CudaPeerKernels final : public PeerKernels {
     return detail::is_kernel_sum(dtype, op) &&
            cuda::choose_all_reduce_plan(table().layout, static_cast<std::int64_t>(bytes)).fits;
   }
-  void all_reduce(std::int64_t count, DType dtype, const void* in, void* out, cudaStream_t stream) {
-    cuda::peer_all_reduce(table(), count, dtype, in, out, stream);
+  /// `form`: what the ranks have to agree on besides.
+  void all_reduce(std::int64_t count, DType dtype, std::int64_t form, const void* in, void* out,
+                  cudaStream_t stream) {
+    cuda::peer_all_reduce(table(), count, dtype, in, out, stream, cuda::PeerPath::automatic, form);
     ++steps_;
   }
 

@@ -228,6 +228,7 @@ struct AlongDim {
   /// The product of the extents before the dimension, also of tensors that a rank has packed, whose
   /// `outer` is 1. Ranks compare it.
   std::int64_t before = 1;
+  std::int64_t form = 0;  ///< What the ranks compare besides; see `Transport::agree_also`.
 
   /// Both sides contiguous.
   [[nodiscard]] static constexpr AlongDim contiguous(std::int64_t outer, std::int64_t inner_bytes,
@@ -265,9 +266,11 @@ void peer_reduce_scatter(const PeerTable& table, const AlongDim& dims, DType dty
                          void* out, cudaStream_t stream, PeerPath path = PeerPath::automatic);
 
 /// out[i] = sum over the ranks of in[i], in rank order, accumulated in fp32 and rounded once; the
-/// same bits on every rank, whatever the path. `out` may be `in`. f32, f16, bf16.
+/// same bits on every rank, whatever the path. `out` may be `in`. f32, f16, bf16. `form` is what
+/// the ranks compare besides.
 void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, const void* in,
-                     void* out, cudaStream_t stream, PeerPath path = PeerPath::automatic);
+                     void* out, cudaStream_t stream, PeerPath path = PeerPath::automatic,
+                     std::int64_t form = 0);
 
 /// How `peer_all_reduce_rms_norm` goes by the given path or the faster one, if in one launch.
 [[nodiscard]] constexpr NormPlan choose_norm_plan(const InboxLayout& layout, const NormShape& shape,

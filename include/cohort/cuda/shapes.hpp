@@ -127,14 +127,14 @@ inline constexpr std::int64_t kMostPeerSplits = 4;
 /// are a rank's, while shares along any have one size.
 [[nodiscard]] constexpr CallSignature signature_of(PeerCall call, DType dtype, const AlongDim& dims,
                                                    int blocks) noexcept {
-  return CallSignature::make(
-      call, {static_cast<std::int64_t>(dtype), blocks, dims.outer * dims.inner_bytes, dims.before});
+  return CallSignature::make(call, {static_cast<std::int64_t>(dtype), blocks,
+                                    dims.outer * dims.inner_bytes, dims.before, dims.form});
 }
 
 /// Of an all-reduce of so many bytes, or a barrier.
 [[nodiscard]] constexpr CallSignature signature_of(PeerCall call, DType dtype, std::int64_t bytes,
-                                                   int blocks) noexcept {
-  return CallSignature::make(call, {static_cast<std::int64_t>(dtype), blocks, bytes});
+                                                   int blocks, std::int64_t form = 0) noexcept {
+  return CallSignature::make(call, {static_cast<std::int64_t>(dtype), blocks, bytes, form});
 }
 
 }  // namespace cohort::cuda

@@ -41,38 +41,21 @@ class ExchangeCollectives {
                   std::span<const std::int64_t> sizes, std::int64_t form = 0) {
     Call call = call_of(Operation::all_gather, out, dim, sizes);
     call.mix(form);
-    std::vector<std::size_t> expected;
-    for (const auto size : sizes) {
-      expected.push_back(part_bytes(out, dim, size));
-    }
-    const auto arrived = trade(
-        call, [&](int) { return pack(call, whole(in), in); }, everyone(), expected);
-    std::int64_t first = 0;
-    for (int r = 0; r < size(); ++r) {
-      const auto to = part_of(out, dim, first, sizes[u(r)]);
-      first += sizes[u(r)];
-      if (r == rank()) {
-        const auto own = whole(in);
-        copy(to.base, to.layout, own.base, own.layout, size_of(in.dtype()));
-      } else {
-        unpack(arrived[u(r)], to, out.dtype());
-      }
-    }
+    gather(call, in, out, dim, sizes);
   }
 
   void reduce_scatter(const ConstTensorView& in, const TensorView& out, int dim,
                       std::span<const std::int64_t> sizes, ReduceOp op) {
     Call call = call_of(Operation::reduce_scatter, in, dim, sizes);
     call.variant = static_cast<std::uint8_t>(op);
-    const auto firsts = prefix_sums(sizes);
-    const auto arrived = trade(
-        call, [&](int r) { return pack(call, part_of(in, dim, firsts[u(r)], sizes[u(r)]), in); },
-        everyone(), same(part_bytes(in, dim, sizes[u(rank())])));
-    const auto own = part_of(in, dim, firsts[u(rank())], sizes[u(rank())]);
-    reduce_arrived(arrived, own, whole(out), in.dtype(), op);
+    scatter(call, in, out, dim, sizes, op);
   }
 
-  void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op) {
+  void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
+                  std::int64_t form = 0) {
+    Call call = call_of(Operation::all_reduce, in, 0, {});
+    call.variant = static_cast<std::uint8_t>(op);
+    call.mix(form);
     // Parts of the elements in row-major order, so that any shape can be shared out.
     const std::int64_t part = (in.numel() + size() - 1) / size();
     std::vector<std::int64_t> sizes;
@@ -85,8 +68,9 @@ class ExchangeCollectives {
     copy(dense.data(), dense_layout(in.numel()), own.base, own.layout, element);
     Bytes reduced(u(sizes[u(rank())]) * element);
     const TensorView mine(reduced.data(), in.dtype(), Dims{sizes[u(rank())]});
-    reduce_scatter(ConstTensorView(dense.data(), in.dtype(), Dims{in.numel()}), mine, 0, sizes, op);
-    all_gather(mine, TensorView(dense.data(), in.dtype(), Dims{in.numel()}), 0, sizes);
+    const TensorView row(dense.data(), in.dtype(), Dims{in.numel()});
+    scatter(call, row, mine, 0, sizes, op);
+    gather(call, mine, row, 0, sizes);
     const auto to = whole(out);
     copy(to.base, to.layout, dense.data(), dense_layout(in.numel()), element);
   }
@@ -150,6 +134,38 @@ class ExchangeCollectives {
   void compare_shapes() noexcept { compares_shapes_ = true; }
 
  private:
+  /// What both kinds of calls that share out a tensor, and the two steps of an all-reduce, do.
+  void gather(const Call& call, const ConstTensorView& in, const TensorView& out, int dim,
+              std::span<const std::int64_t> sizes) {
+    std::vector<std::size_t> expected;
+    for (const auto size : sizes) {
+      expected.push_back(part_bytes(out, dim, size));
+    }
+    const auto arrived = trade(
+        call, [&](int) { return pack(call, whole(in), in); }, everyone(), expected);
+    std::int64_t first = 0;
+    for (int r = 0; r < size(); ++r) {
+      const auto to = part_of(out, dim, first, sizes[u(r)]);
+      first += sizes[u(r)];
+      if (r == rank()) {
+        const auto own = whole(in);
+        copy(to.base, to.layout, own.base, own.layout, size_of(in.dtype()));
+      } else {
+        unpack(arrived[u(r)], to, out.dtype());
+      }
+    }
+  }
+
+  void scatter(const Call& call, const ConstTensorView& in, const TensorView& out, int dim,
+               std::span<const std::int64_t> sizes, ReduceOp op) {
+    const auto firsts = prefix_sums(sizes);
+    const auto arrived = trade(
+        call, [&](int r) { return pack(call, part_of(in, dim, firsts[u(r)], sizes[u(r)]), in); },
+        everyone(), same(part_bytes(in, dim, sizes[u(rank())])));
+    const auto own = part_of(in, dim, firsts[u(rank())], sizes[u(rank())]);
+    reduce_arrived(arrived, own, whole(out), in.dtype(), op);
+  }
+
   static std::size_t u(std::int64_t value) noexcept { return static_cast<std::size_t>(value); }
   [[nodiscard]] int rank() const noexcept { return control_.rank(); }
   [[nodiscard]] int size() const noexcept { return control_.size(); }

@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstddef>
@@ -23,6 +24,7 @@
 #include "cohort/error.hpp"
 #include "cohort/give_up.hpp"
 #include "cohort/host/exchange_collectives.hpp"
+#include "cohort/host/host_norm.hpp"
 #include "cohort/host/host_peer_kernels.hpp"
 #include "cohort/host/host_steps.hpp"
 #include "cohort/host/host_stream.hpp"
@@ -31,6 +33,7 @@
 #include "cohort/host/shared_memory.hpp"
 #include "cohort/host/window.hpp"
 #include "cohort/owner_process.hpp"
+#include "cohort/residual_norm.hpp"
 #include "cohort/symmetric_policy.hpp"
 #include "cohort/transport.hpp"
 
@@ -130,6 +133,27 @@ class HostTransport final : public Transport {
               [&] { copy_view(from, to); });
         },
         in, out);
+  }
+
+  /// The sum goes to the output, or, where that has another type, to memory of this transport's:
+  /// the arena might grow for it, on this rank alone if the others' outputs have the sum's type.
+  [[nodiscard]] bool all_reduce_rms_norm(const NormArguments& arguments,
+                                         StreamRef stream) override {
+    steps_.issue();
+    enqueue_call(
+        lifeline_, stream,
+        [this](const NormArguments& given) {
+          NormArguments summed = given;
+          const TensorView sum = sum_of(given);
+          dispatch(
+              "all_reduce",
+              [&](auto& way) { way.all_reduce(given.x, sum, ReduceOp::sum, given.form()); },
+              [&] { copy_view(given.x, sum); });
+          summed.x = sum;
+          norm_rows(summed);
+        },
+        arguments);
+    return true;
   }
 
   void broadcast(const TensorView& tensor, int root, StreamRef stream) override {
@@ -243,6 +267,15 @@ class HostTransport final : public Transport {
     copy(target.base, target.layout, source.base, source.layout, size_of(from.dtype()));
   }
 
+  [[nodiscard]] TensorView sum_of(const NormArguments& arguments) {
+    const ConstTensorView& x = arguments.x;
+    if (arguments.out.dtype() == x.dtype()) {
+      return arguments.out;
+    }
+    sum_.resize(std::max(sum_.size(), x.bytes()));
+    return {sum_.data(), x.dtype(), x.shape()};
+  }
+
   void check_usable(std::string_view call) const {
     if (access_ != nullptr) {
       access_->meeting().departure().check_usable(call);
@@ -295,6 +328,7 @@ class HostTransport final : public Transport {
   ExchangeCollectives exchange_;
   HostSteps steps_;
   std::int64_t form_ = 0;               // of the next all-gather or all-to-all
+  std::vector<std::byte> sum_;          // of the norm under way
   std::shared_ptr<Lifeline> lifeline_;  // kept by recorded calls
 };
 
@@ -369,7 +403,8 @@ inline std::string HostTransport::path(Collective collective, const ConstTensorV
     return "exchange";
   }
   if (collective == Collective::all_reduce || collective == Collective::all_reduce_rms_norm) {
-    return peers_->reduces_in_place(in, out) ? "direct" : "slot";
+    const bool sums_into_it = in.dtype() == out.dtype();  // see `all_reduce_rms_norm`
+    return sums_into_it && peers_->reduces_in_place(in, out) ? "direct" : "slot";
   }
   return access_->window_of(in) ? "direct" : "slot";
 }

@@ -27,7 +27,8 @@ class PeerAllReduce {
         meeting_(steps.meeting),
         peer_outs_(to_size(steps.access.size())) {}
 
-  void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op);
+  /// @param form  What the ranks have to agree on besides.
+  void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op, std::int64_t form);
 
   /// Whether this rank's tensors allow an all_reduce that passes no slot. It takes place if those
   /// of every rank do.
@@ -56,10 +57,11 @@ class PeerAllReduce {
   std::vector<const std::byte*> peer_outs_;  // by rank; kept, so that calls do not allocate
 };
 
-inline void PeerAllReduce::all_reduce(const ConstTensorView& in, const TensorView& out,
-                                      ReduceOp op) {
+inline void PeerAllReduce::all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
+                                      std::int64_t form) {
   Call call = call_of(Operation::all_reduce, in);
   call.variant = static_cast<std::uint8_t>(op);
+  call.mix(form);
   if (is_reduced_by_all(in.bytes())) {
     reduce_all(call, in, out, op);
   } else {

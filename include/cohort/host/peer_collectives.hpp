@@ -43,8 +43,9 @@ class PeerCollectives {
                       std::span<const std::int64_t> sizes, ReduceOp op) {
     scatter_.reduce_scatter(in, out, dim, sizes, op);
   }
-  void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op) {
-    all_reduce_.all_reduce(in, out, op);
+  void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
+                  std::int64_t form = 0) {
+    all_reduce_.all_reduce(in, out, op, form);
   }
   void broadcast(const TensorView& tensor, int root);
   void all_to_all(const ConstTensorView& in, const TensorView& out, std::int64_t form = 0) {

@@ -6,6 +6,7 @@
 #include "cohort/hash.hpp"
 #include "cohort/nccl/known_faults.hpp"
 #include "cohort/nccl/visibility_guard.hpp"
+#include "cohort/tensor.hpp"
 #include "cohort/transport.hpp"
 
 /// \file
@@ -80,6 +81,15 @@ struct CallPlaces {
     token = detail::mix(token, places.out);
   }
   return token;
+}
+
+/// Where the sum of rows that are then normed goes, as the path of the call depends on it: into the
+/// output, or, where that is of another type, into memory of the arena, which lies in a window
+/// where `x` does.
+[[nodiscard]] inline TensorView sum_before_norm(const ConstTensorView& x, const TensorView& out) {
+  return out.dtype() == x.dtype() ? out
+                                  : TensorView(const_cast<void*>(x.data()), x.dtype(), x.shape(),
+                                               x.strides(), x.device());
 }
 
 }  // namespace cohort

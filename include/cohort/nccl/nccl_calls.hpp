@@ -311,15 +311,18 @@ class NcclCalls {
             cuda::CallSignature::make(
                 over_nccl(collective),
                 {static_cast<std::int64_t>(dtype), static_cast<std::int64_t>(in_bytes),
-                 static_cast<std::int64_t>(places), static_cast<std::int64_t>(op), before}),
+                 static_cast<std::int64_t>(places), static_cast<std::int64_t>(op), before,
+                 group_.form}),
             stream);
         return path;  // it is a guard as well
       }
+      const std::uint64_t also =
+          mix(static_cast<std::uint64_t>(before), static_cast<std::uint64_t>(group_.form));
       agree(group_.control, {.place = fmt::format(
                                  "a call over NCCL in group {}: the places of its buffers in their "
-                                 "windows, and its dimension",
+                                 "windows, its dimension, and what becomes of its result",
                                  group_.control.name()),
-                             .history = mix(places, static_cast<std::uint64_t>(before))});
+                             .history = mix(places, also)});
     }
     if (group_.options.visibility_guard && needs_visibility_guard(group_.nccl_version, path)) {
       cuda::launch_visibility_guard(stream);

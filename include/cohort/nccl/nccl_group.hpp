@@ -231,6 +231,7 @@ struct NcclGroup {
   int ranks_per_card = 1;                      ///< At most, as far as is known.
   TraceRings trace_rings;                      ///< Of the ranks of this machine.
   CallPath path = CallPath::unknown;           ///< Of the call under way, where it is NCCL's.
+  std::int64_t form = 0;                       ///< Of that: see `Transport::agree_also`.
   std::optional<CaptureId> capture = {};       ///< Of its stream, where that has been asked.
   std::shared_ptr<Communicator> communicator;  ///< Null in a group of one.
   UniqueMemory barrier_word;

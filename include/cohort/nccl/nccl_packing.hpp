@@ -107,9 +107,10 @@ class NcclPacking {
     }
     void* const gathered = scratch + in_bytes;
     if (group_.own(Collective::all_gather, in, out, ReduceOp::sum)) {
-      group_.peers->all_gather(cuda::AlongDim::packed(static_cast<std::int64_t>(in.bytes()),
-                                                      group_.size, extents_before(in.shape(), dim)),
-                               share, gathered, call.stream);
+      auto dims = cuda::AlongDim::packed(static_cast<std::int64_t>(in.bytes()), group_.size,
+                                         extents_before(in.shape(), dim));
+      dims.form = group_.form;
+      group_.peers->all_gather(dims, share, gathered, call.stream);
     } else {
       calls_.all_gather(in, dim, share, gathered, call.stream);
     }

@@ -69,6 +69,7 @@ class NcclTransport final : public Transport {
   /// Symmetric kernels compute a peer's address from the own offset.
   [[nodiscard]] bool needs_equal_offsets() const noexcept override { return true; }
   void compare_places() noexcept override { group_.debug_checks = true; }
+  void agree_also(std::int64_t form) noexcept override { group_.form = form; }
 
   /// The most ranks that share a card, as far as is known.
   [[nodiscard]] int ranks_per_card() const noexcept { return group_.ranks_per_card; }
@@ -101,8 +102,9 @@ class NcclTransport final : public Transport {
     } else if (!detail::all_equal(sizes)) {
       unequal_.gather(call, in, out, dim, sizes);
     } else if (group_.own(Collective::all_gather, in, out, ReduceOp::sum)) {
-      const auto dims = detail::along_dim(in, out, dim);
+      auto dims = detail::along_dim(in, out, dim);
       if (dims) {
+        dims->form = group_.form;
         group_.peers->all_gather(*dims, in.data(), out.data(), call.stream);
       } else {
         packing_.gather(call, in, out, dim);
@@ -154,7 +156,8 @@ class NcclTransport final : public Transport {
                                 {.in = !own && calls_.loose(Collective::all_reduce, in, op),
                                  .out = !own && calls_.loose(Collective::all_reduce, out, op)});
     if (own) {
-      group_.peers->all_reduce(in.numel(), in.dtype(), packed.in, packed.out, call.stream);
+      group_.peers->all_reduce(in.numel(), in.dtype(), group_.form, packed.in, packed.out,
+                               call.stream);
     } else {
       calls_.all_reduce(in, packed.in, packed.out, op, call.stream);
     }
@@ -280,7 +283,7 @@ class NcclTransport final : public Transport {
       if (in.ndim() == 2 && group_.own_norm(detail::norm_shape_of(in, out.dtype()))) {
         return "own";
       }
-      return path(Collective::all_reduce, in, out, dim) + ", then a norm";
+      return path(Collective::all_reduce, in, sum_before_norm(in, out), dim) + ", then a norm";
     }
     const bool gather = collective == Collective::all_gather;
     const bool along = gather || collective == Collective::reduce_scatter;
@@ -342,6 +345,7 @@ class NcclTransport final : public Transport {
                                            CaptureId capture) noexcept override {
     ranges_.begin(call);
     group_.path = CallPath::unknown;
+    group_.form = 0;
     if (stream.valid()) {
       group_.capture = capture;
     }

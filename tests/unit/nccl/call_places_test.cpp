@@ -122,3 +122,15 @@ TEST_CASE("how input and output lie to each other counts where a version's kerne
           (version < 23100));
   }
 }
+
+TEST_CASE("a norm's path is that of a sum into the output, or of one beside x", "[call_places]") {
+  float x[8] = {};
+  float elsewhere[8] = {};
+  const ConstTensorView rows(static_cast<const float*>(x), DType::f32, {2, 4});
+  const TensorView alike(static_cast<float*>(elsewhere), DType::f32, {2, 4});
+  const TensorView fp8(static_cast<float*>(elsewhere), DType::f8_e4m3, {2, 4});
+  CHECK(sum_before_norm(rows, alike).data() == elsewhere);
+  CHECK(sum_before_norm(rows, fp8).data() == x);
+  CHECK(sum_before_norm(rows, fp8).dtype() == DType::f32);
+  CHECK(sum_before_norm(rows, fp8).shape() == rows.shape());
+}
