@@ -56,34 +56,6 @@ bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
 }
 
-// Attention of one head over tokens with these scores and values, in fp64, by the definition.
-struct Attention {
-  std::vector<double> out;
-  double lse = 0;  // base e
-};
-
-Attention attend(const std::vector<double>& scores, const std::vector<std::vector<double>>& values,
-                 const std::vector<std::size_t>& tokens, std::size_t dim) {
-  double max = -std::numeric_limits<double>::infinity();
-  for (const std::size_t t : tokens) {
-    max = std::max(max, scores[t]);
-  }
-  double mass = 0;
-  Attention result{std::vector<double>(dim, 0.0), 0};
-  for (const std::size_t t : tokens) {
-    const double p = std::exp(scores[t] - max);
-    mass += p;
-    for (std::size_t d = 0; d < dim; ++d) {
-      result.out[d] += p * values[t][d];
-    }
-  }
-  for (double& element : result.out) {
-    element /= mass;
-  }
-  result.lse = max + std::log(mass);
-  return result;
-}
-
 template <class T>
 struct Tolerance;
 template <>
@@ -98,62 +70,6 @@ template <>
 struct Tolerance<BFloat16> {
   static constexpr double value = 1.2e-2;  // to 2^-8 each
 };
-
-// Shards a random sequence of `tokens` tokens over n ranks, merges the partials, and compares with
-// the attention over everything.
-template <class T>
-void check_against_full_attention(int n, std::size_t tokens, LseBase base, unsigned seed) {
-  constexpr std::size_t kDim = 70;  // a full block and a partial one
-  std::mt19937 random(seed);
-  std::normal_distribution<double> normal;
-  std::vector<double> scores(tokens);
-  std::vector<std::vector<double>> values(tokens, std::vector<double>(kDim));
-  for (std::size_t t = 0; t < tokens; ++t) {
-    scores[t] = 4 * normal(random);
-    for (double& value : values[t]) {
-      value = normal(random);
-    }
-  }
-  std::vector<std::size_t> everything(tokens);
-  for (std::size_t t = 0; t < tokens; ++t) {
-    everything[t] = t;
-  }
-  const double log2_e = 1.0 / std::log(2.0);
-  const double to_base = base == LseBase::e ? 1.0 : log2_e;
-  std::vector<std::vector<T>> rows;
-  std::vector<float> lses;
-  for (int r = 0; r < n; ++r) {
-    std::vector<std::size_t> own;
-    for (std::size_t t = static_cast<std::size_t>(r); t < tokens;
-         t += static_cast<std::size_t>(n)) {
-      own.push_back(t);
-    }
-    std::vector<T> row(kDim, T(kNaN));  // a rank without tokens leaves its output undefined
-    float lse = kEmptyLse;
-    if (!own.empty()) {
-      const Attention part = attend(scores, values, own, kDim);
-      for (std::size_t d = 0; d < kDim; ++d) {
-        row[d] = T(static_cast<float>(part.out[d]));
-      }
-      lse = static_cast<float>(part.lse * to_base);
-    }
-    rows.push_back(std::move(row));
-    lses.push_back(lse);
-  }
-
-  const Weights weights = weights_of(lses, base);
-  const auto out = merged(rows, weights.scales);
-  const Attention full = attend(scores, values, everything, kDim);
-  double worst = 0;
-  for (std::size_t d = 0; d < kDim; ++d) {
-    worst =
-        std::max(worst, std::abs(static_cast<double>(static_cast<float>(out[d])) - full.out[d]));
-  }
-  INFO("ranks " << n << " tokens " << tokens << " base " << static_cast<int>(base));
-  CHECK(worst <= Tolerance<T>::value * 4);  // values reach about 4
-  CHECK(std::abs(static_cast<double>(weights.lse) - full.lse * to_base) <=
-        4e-6 * (1 + std::abs(full.lse)));
-}
 
 // Inputs that leave no bit of the arithmetic unused.
 template <class T>
@@ -307,19 +223,6 @@ TEST_CASE("the merged LSE is optional, and scales may replace LSEs", "[lse_merge
   std::vector<float> values = {0, 0, 1};
   merge_weights(values.data(), 3, LseBase::two, values.data(), nullptr);
   CHECK(values == std::vector<float>{0.25F, 0.25F, 0.5F});
-}
-
-TEST_CASE("merging shards equals attention over everything", "[lse_merge]") {
-  for (const LseBase base : kBases) {
-    for (int n = 1; n <= 16; ++n) {
-      for (const std::size_t tokens : {std::size_t{1}, std::size_t{5}, std::size_t{64}}) {
-        const auto seed = static_cast<unsigned>(n) * 100 + static_cast<unsigned>(tokens);
-        check_against_full_attention<float>(n, tokens, base, seed);
-        check_against_full_attention<Half>(n, tokens, base, seed);
-        check_against_full_attention<BFloat16>(n, tokens, base, seed);
-      }
-    }
-  }
 }
 
 TEST_CASE("both bases give the same weights once the LSE is converted", "[lse_merge]") {
