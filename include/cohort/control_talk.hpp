@@ -139,7 +139,7 @@ class ControlTalk : public LongWait {
     try {
   const bool has_peers = group.size() > 1 && limit > std::chrono::milliseconds(0);
   return has_peers ? std::make_unique<ControlTalk>(mailbox, group, time.deadline() - limit / 8,
-                                                   limit / 16)
+                                                   Clock::duration(limit) / 16)
                    : nullptr;
 } catch (const std::exception&) {
   return nullptr;

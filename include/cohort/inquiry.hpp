@@ -30,9 +30,13 @@ class Inquiry {
   [[nodiscard]] std::vector<int> whom_to_ask(const std::vector<int>& missing, Deadline now) {
     std::vector<int> due;
     for (const int r : concerned(missing)) {
-      Asked& asked = asked_[r];
+      const auto [found, is_new] = asked_.try_emplace(r);
+      Asked& asked = found->second;
       if (asked.may_be_asked_at <= now) {
-        asked = {.at = now, .may_be_asked_at = Deadline::max(), .waits_for = asked.waits_for};
+        if (is_new || !asked.waits_for.empty()) {  // who was in no wait has the rest of its time
+          asked.at = now;
+        }
+        asked.may_be_asked_at = Deadline::max();
         due.push_back(r);
       }
     }
@@ -42,6 +46,9 @@ class Inquiry {
   /// The answer of a rank that was asked: for whom it waits, or, empty, that it does so no more.
   void hear(int from, std::vector<int> waits_for, Deadline now) {
     Asked& asked = asked_[from];
+    if (waits_for.empty() && !asked.waits_for.empty()) {
+      asked.at = now;  // it may be about to wait anew
+    }
     asked.may_be_asked_at = now + patience_ / 8;
     asked.waits_for = std::move(waits_for);
   }
@@ -68,8 +75,8 @@ class Inquiry {
 
  private:
   struct Asked {
-    Deadline at{};
-    Deadline may_be_asked_at{};
+    Deadline at{};  ///< From when on it has the time to say that it waits.
+    Deadline may_be_asked_at = Deadline::min();
     std::vector<int> waits_for = {};
 
     [[nodiscard]] bool is_open() const noexcept { return may_be_asked_at == Deadline::max(); }

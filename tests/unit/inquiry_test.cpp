@@ -58,3 +58,24 @@ TEST_CASE("an inquiry is settled where each of the chain has answered, or had th
   CHECK(inquiry.is_settled({1}, start + 91ms));
   CHECK(inquiry.is_settled({}, start));
 }
+
+TEST_CASE("a rank that goes on answering that it is in no wait has had its time as well") {
+  Inquiry inquiry(0, 80ms);
+  const Deadline start{};
+  REQUIRE(inquiry.whom_to_ask({1}, start) == Ranks{1});
+  for (auto now = start + 10ms; now <= start + 80ms; now += 10ms) {
+    inquiry.hear(1, {}, now);
+    CHECK_FALSE(inquiry.is_settled({1}, now));
+    CHECK(inquiry.whom_to_ask({1}, now + 10ms) == Ranks{1});
+  }
+  CHECK(inquiry.is_settled({1}, start + 81ms));
+  CHECK_FALSE(inquiry.waits_for(1, start + 81ms));
+
+  inquiry.hear(1, {0}, start + 100ms);  // and then it waits
+  CHECK(inquiry.is_settled({1}, start + 100ms));
+  CHECK(inquiry.waits_for(1, start + 100ms) == Ranks{0});
+  inquiry.hear(1, {}, start + 200ms);  // from there on it has its time again
+  CHECK(inquiry.whom_to_ask({1}, start + 210ms) == Ranks{1});
+  CHECK_FALSE(inquiry.is_settled({1}, start + 280ms));
+  CHECK(inquiry.is_settled({1}, start + 281ms));
+}
