@@ -21,11 +21,24 @@ namespace detail {
 
 /// `getpid` without the system call. Every module of a program may have its own copy: all hold the
 /// same number.
+struct CurrentProcess {
+  inline static constinit std::atomic<pid_t> known{0};  ///< 0 where nobody has asked yet.
+
+  /// Asks the system, once in a process where forks can be watched.
+  [[nodiscard, gnu::cold, gnu::noinline]] static pid_t find() noexcept {
+    const auto note = [] { known.store(::getpid(), std::memory_order_relaxed); };
+    static const int watched = pthread_atfork(nullptr, nullptr, note);
+    if (watched == 0) {
+      note();
+    }
+    return ::getpid();
+  }
+};
+
+/// This process: one load, but for the first time.
 [[nodiscard]] inline pid_t current_process() noexcept {
-  static std::atomic<pid_t> current{::getpid()};
-  static const int watched = pthread_atfork(
-      nullptr, nullptr, [] { current.store(::getpid(), std::memory_order_relaxed); });
-  return watched == 0 ? current.load(std::memory_order_relaxed) : ::getpid();
+  const pid_t known = CurrentProcess::known.load(std::memory_order_relaxed);
+  return known != 0 ? known : CurrentProcess::find();
 }
 
 }  // namespace detail
