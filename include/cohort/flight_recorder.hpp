@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -9,17 +8,17 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
-#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
+#include "cohort/call_record.hpp"
 #include "cohort/call_time.hpp"
 #include "cohort/captured_calls.hpp"
 #include "cohort/fixed_text.hpp"
@@ -27,8 +26,9 @@
 #include "cohort/log.hpp"
 #include "cohort/machine.hpp"
 #include "cohort/owner_process.hpp"
+#include "cohort/ring_reading.hpp"
 #include "cohort/stream.hpp"
-#include "cohort/tensor.hpp"
+#include "cohort/trace_failures.hpp"
 
 /// \file
 /// The flight recorder of one group on one rank: writes the own ring, reads those of the other
@@ -42,69 +42,13 @@ struct TraceRings {
   std::shared_ptr<void> keep = {};       ///< Keeps them mapped.
 };
 
-/// What a transport has done so far, as the recorder asks before and behind each call.
-struct TransportStand {
-  std::uint64_t steps = 0;            ///< Enqueued or captured, in all inboxes.
-  std::uint8_t inbox = 0;             ///< That counts the steps of the next call.
-  CallPath path = CallPath::unknown;  ///< Of the last call.
-};
-
-/// The record of a call with a tensor: what has to be equal on all ranks goes into its signature.
-/// @param dim    Along it extents differ between the ranks where there are `sizes`, all ranks' own.
-/// @param variant  The op, root, peer or base.
-[[nodiscard]] inline TraceRecord trace_record(TraceCall call, const Dims& shape, DType dtype,
-                                              int dim, std::span<const std::int64_t> sizes,
-                                              int variant) noexcept {
-  // Equal shares follow from the shape, and are the same whichever call was made with them.
-  const bool uneven = std::any_of(sizes.begin(), sizes.end(),
-                                  [&sizes](std::int64_t size) { return size != sizes.front(); });
-  TraceSignature signature(call);
-  signature.mix(static_cast<std::int64_t>(variant) * 0x1000000 + dim * 0x10000 +
-                shape.size() * 0x100 + static_cast<int>(dtype));
-  for (int d = 0; d < shape.size(); ++d) {
-    signature.mix(d == dim && uneven ? 0 : shape[d]);
-  }
-  if (uneven) {
-    signature.mix(sizes);
-  }
-  TraceRecord record{.signature = signature.word(),
-                     .call = call,
-                     .dtype = dtype,
-                     .ndim = static_cast<std::uint8_t>(shape.size()),
-                     .variant = variant};
-  for (int d = 0; d < std::min(shape.size(), TraceRecord::kExtents); ++d) {
-    record.extents[static_cast<std::size_t>(d)] = static_cast<std::uint32_t>(
-        std::min<std::int64_t>(shape[d], std::numeric_limits<std::uint32_t>::max()));
-  }
-  return record;
-}
-
-/// A call under way.
-struct TraceEntry {
-  std::uint64_t sequence = 0;  ///< 0 where nothing is recorded.
-  std::uint64_t before = 0;    ///< What was open.
-  std::uint64_t steps = 0;     ///< Of the transport, when it began.
-  std::uint64_t waits = 0;     ///< Of the thread, when it began.
-  std::size_t bytes = 0;       ///< Of the tensor that it was called with.
-  CaptureId capture = 0;       ///< Whose list it is of; 0 for none.
-  std::uint8_t inbox = 0;      ///< That counts its steps.
-};
-
-/// How a call of a group failed.
-struct TraceFailure {
-  std::string why;                ///< What was thrown.
-  bool late = false;              ///< Ranks did not come in time.
-  std::vector<int> missing = {};  ///< Those, in the group.
-  std::uint64_t ended = 0;        ///< Calls of the group that had come to their end before.
-};
-
 /// Calls are recorded by the thread that makes them; others may read. No call allocates, outside of
 /// captures.
 class FlightRecorder {
  public:
   /// @param ranks  World ranks, by rank in the group.
   FlightRecorder(std::string group, int rank, std::vector<int> ranks, TraceRings rings)
-      : group_(std::move(group)), rank_(rank), ranks_(std::move(ranks)), rings_(std::move(rings)) {
+      : rank_(rank), group_(std::move(group)), ranks_(std::move(ranks)), rings_(std::move(rings)) {
     rings_.by_rank.resize(ranks_.size(), nullptr);
     TraceRing*& own = rings_.by_rank[static_cast<std::size_t>(rank_)];
     if (own == nullptr) {
@@ -156,49 +100,61 @@ class FlightRecorder {
                                  const StreamRef& stream, CaptureId capture,
                                  const TransportStand& stand, std::uint64_t waits) {
     TraceEntry entry;
-    begin_into(entry, record, bytes, collective, stream, capture, stand, waits);
+    begin_into(
+        entry, [&record] { return record; }, bytes, collective, stream, capture, stand, waits);
     return entry;
   }
-  /// The same, built where the entry is to be kept: one that is copied at once in large pieces
-  /// keeps the processor waiting for the small ones in which it was written.
-  void begin_into(TraceEntry& entry, const TraceRecord& record, std::size_t bytes, bool collective,
-                  const StreamRef& stream, CaptureId capture, const TransportStand& stand,
-                  std::uint64_t waits) {
+  /// The same, built where the entry is to be kept, from what `record()` gives. A thing that is
+  /// written in small pieces and read at once in larger ones keeps the processor waiting until
+  /// whatever was stored before has left for the cache; so entries are not copied, and a record
+  /// goes from registers into the ring, for which all of this is inlined.
+  template <class Record>
+  [[gnu::always_inline]] void begin_into(TraceEntry& entry, const Record& record, std::size_t bytes,
+                                         bool collective, const StreamRef& stream,
+                                         CaptureId capture, const TransportStand& stand,
+                                         std::uint64_t waits) {
     if (alone_ == nullptr) {
       owner_.check(group_);  // a forked child would write into its parent's
     }
-    entry.before = own_->open;
+    TraceRing& ring = *own_;
     entry.steps = stand.steps;
     entry.waits = waits;
     entry.bytes = bytes;
     entry.capture = capture;
     entry.inbox = stand.inbox;
-    if (capture != 0) {
-      entry.sequence = captured_.add(*own_, record, collective, capture, stand.inbox);
+    const std::uint64_t before = ring.open;
+    entry.before = before;
+    if (capture != 0) [[unlikely]] {
+      list(entry, record, collective);
       return;
     }
-    entry.sequence = own_->calls + 1;
+    const std::uint64_t ticks = trace_ticks();  // which takes longest
+    const std::uint64_t sequence = ring.calls + 1;
+    const std::uint64_t numbered = ring.numbered + (collective ? 1 : 0);
+    entry.sequence = sequence;
     comes_on(stream, stand.inbox);
-    TraceRing::push(own_->records, own_->calls, record,
-                    {.sequence = entry.sequence,
-                     .ticks = trace_ticks(),
+    TraceRing::store(ring.numbered, numbered);
+    TraceRing::push(ring.records, ring.calls, record(),
+                    {.sequence = sequence,
+                     .ticks = ticks,
                      .where = reinterpret_cast<std::uintptr_t>(stream.native()),
-                     .number = collective ? next_number() : 0,
+                     .number = collective ? static_cast<std::uint32_t>(numbered) : 0,
                      .flags = collective ? TraceRecord::kNumbered : std::uint8_t{0},
                      .inbox = stand.inbox});
-    TraceRing::store(own_->open, entry.sequence);
+    TraceRing::store(ring.open, sequence);
   }
 
   /// All of it has been enqueued.
-  void end(const TraceEntry& entry, const TransportStand& stand, std::uint64_t waits) {
+  [[gnu::always_inline]] void end(const TraceEntry& entry, const TransportStand& stand,
+                                  std::uint64_t waits) {
     const std::uint64_t steps = stand.steps - entry.steps;
-    note_end(entry, stand.path, steps, 0);
     const auto path = static_cast<std::size_t>(stand.path);
-    if (entry.capture != 0) {
+    if (entry.capture != 0) [[unlikely]] {
+      end_captured(entry, stand.path, steps, 0);
       captured_.end(*own_, entry.capture, entry.inbox, steps, path, entry.bytes);
       return;
     }
-    issue(entry.inbox, steps);
+    end_eager(entry, stand.path, steps, 0);
     PathCounters& counters = own_->counters[path];
     TraceRing::add(counters.calls, 1);
     TraceRing::add(counters.bytes, entry.bytes);
@@ -207,14 +163,16 @@ class FlightRecorder {
   }
 
   /// It was left by an exception. What it had enqueued is there.
-  void abandon(const TraceEntry& entry, const TransportStand& stand) noexcept {
+  [[gnu::cold, gnu::noinline]] void abandon(const TraceEntry& entry,
+                                            const TransportStand& stand) noexcept {
     if (!writes()) {
       return;
     }
     const std::uint64_t steps = stand.steps - entry.steps;
-    note_end(entry, stand.path, steps, TraceRecord::kFailed);
-    if (entry.capture == 0) {
-      issue(entry.inbox, steps);
+    if (entry.capture != 0) {
+      end_captured(entry, stand.path, steps, TraceRecord::kFailed);
+    } else {
+      end_eager(entry, stand.path, steps, TraceRecord::kFailed);
       TraceRing::store(own_->open, entry.before);
     }
   }
@@ -339,56 +297,25 @@ class FlightRecorder {
   [[nodiscard]] std::string open_call() const {
     const std::uint64_t open = TraceRing::load(own_->open);
     const auto record = open == 0 ? std::nullopt : TraceRing::at(own_->records, open);
-    return record ? describe(*own_, *record) : "";
+    return record ? describe_record(*own_, *record) : "";
   }
-  /// What a record is, in a few words.
-  [[nodiscard]] static std::string describe(const TraceRing& ring, const TraceRecord& record) {
-    const std::uint64_t number = TraceRing::full_number(TraceRing::load(ring.numbered), record);
-    std::string text(to_string(record.call));
-    if (number != 0) {
-      text += fmt::format(" #{}", number);
-    }
-    if (record.call == TraceCall::agreement) {
-      const TraceNote note = detail::load_words(
-          ring.notes[(static_cast<std::size_t>(record.variant) - 1) % TraceRing::kNotes]);
-      if (note.sequence == static_cast<std::uint64_t>(record.variant)) {
-        text += fmt::format(", {}", detail::text_of(note.text));
-      }
-    }
-    return text;
-  }
-
   /// The ranks of this machine that have not come as far as this one, and what each did last:
   /// "rank 1 has not come to all_reduce #57; its last call is all_gather #56". "" where none is
   /// behind.
   [[nodiscard]] std::string behind() const {
     std::string text;
-    const auto mine = last_numbered(*own_);
-    for (int r = 0; mine && r < static_cast<int>(ranks_.size()); ++r) {
-      const TraceRing* const other = r == rank_ ? nullptr : ring(r);
-      if (other == nullptr) {
-        continue;
+    for (int r = 0; r < static_cast<int>(ranks_.size()); ++r) {
+      if (const TraceRing* const other = r == rank_ ? nullptr : ring(r); other != nullptr) {
+        const std::string words = behind_in(*own_, r, *other);
+        text += (text.empty() || words.empty() ? "" : "; ") + words;
       }
-      const auto theirs = last_numbered(*other);
-      if (number_of(*other, theirs) >= number_of(*own_, mine)) {
-        continue;
-      }
-      text += fmt::format("{}rank {} has not come to {}; its last call is {}{}",
-                          text.empty() ? "" : "; ", r, describe(*own_, *mine),
-                          theirs ? describe(*other, *theirs) : "none",
-                          ended(*other) ? ", and its process is gone" : "");
     }
     return text;
-  }
-  /// Whether the process of a ring is known to have ended.
-  [[nodiscard]] static bool ended(const TraceRing& ring) {
-    return ring.process_namespace == pid_namespace() &&
-           process_ended(ring.process, ring.process_start);
   }
 
   /// Asks the device how far it has come, where a transport has said how; any thread may.
   void look_at_device() noexcept {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(look_mutex_);
     if (look_) {
       try {
         look_(*own_);
@@ -402,39 +329,22 @@ class FlightRecorder {
   }
   /// How that is done, until the group closes; by default nothing has to be.
   void look_at_device(std::function<void(TraceRing&)> look) noexcept {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(look_mutex_);
     look_ = std::move(look);
   }
 
   /// What to do when a call fails other than by its arguments. Waits for what is being done.
-  void on_failure(std::function<void(const FlightRecorder&, const TraceFailure&)> act) noexcept {
-    const std::lock_guard lock(act_mutex_);
-    act_ = std::move(act);
-  }
+  void on_failure(TraceFailures::Act act) noexcept { failures_.on_failure(std::move(act)); }
   /// A call has failed; `late` where ranks did not come in time, of whom `missing` are known.
   void failed(std::string_view why, bool late, std::vector<int> missing = {}) noexcept {
     try {
-      TraceFailure failure{std::string(why), late, std::move(missing), ended_calls()};
-      {
-        const std::lock_guard lock(mutex_);
-        // What follows a failure tells less, but for the first time-out.
-        if (!failure_ || failure.ended > failure_->ended || (late && !failure_->late)) {
-          failure_ = failure;
-        }
-      }
-      const std::lock_guard lock(act_mutex_);
-      if (act_) {
-        act_(*this, failure);
-      }
+      failures_.add(*this, {std::string(why), late, std::move(missing), ended_calls()});
     } catch (const std::exception& error) {
       log(LogLevel::error, "group {}: the trace: {}", group_, error.what());
     }
   }
   /// The failure that tells most of those since a call last came to its end.
-  [[nodiscard]] std::optional<TraceFailure> failure() const {
-    const std::lock_guard lock(mutex_);
-    return failure_;
-  }
+  [[nodiscard]] std::optional<TraceFailure> failure() const { return failures_.telling(); }
   /// Calls that have come to their end, on all paths.
   [[nodiscard]] std::uint64_t ended_calls() const noexcept {
     std::uint64_t sum = 0;
@@ -456,6 +366,12 @@ class FlightRecorder {
     TraceRing::store(issued, issued + steps);
   }
 
+  /// A call is captured.
+  template <class Record>
+  [[gnu::noinline]] void list(TraceEntry& entry, const Record& record, bool collective) {
+    entry.sequence = captured_.add(*own_, record(), collective, entry.capture, entry.inbox);
+  }
+
   /// Whether the ring is this process's: a forked child would write into its parent's.
   [[nodiscard]] bool writes() const noexcept { return alone_ != nullptr || owner_.is_here(); }
 
@@ -466,62 +382,47 @@ class FlightRecorder {
   }
 
   /// Completes a record, unless it was overwritten: a call may push a thousand others.
-  void note_end(const TraceEntry& entry, CallPath path, std::uint64_t steps,
-                std::uint8_t flags) noexcept {
-    const auto complete = [&](TraceRecord& at) {
-      if (at.sequence != entry.sequence) {
-        return;
-      }
-      std::atomic_ref<CallPath>(at.path).store(path, std::memory_order_relaxed);
-      std::atomic_ref<std::uint16_t>(at.steps).store(
-          static_cast<std::uint16_t>(std::min<std::uint64_t>(steps, 0xffff)),
-          std::memory_order_relaxed);
-      if (flags != 0) {
-        std::atomic_ref<std::uint8_t>(at.flags).store(at.flags | flags, std::memory_order_relaxed);
-      }
-    };
-    if (entry.capture == 0) {
-      complete(own_->records[TraceRing::slot(entry.sequence)]);
+  static void complete(TraceRecord& at, std::uint64_t sequence, CallPath path, std::uint64_t steps,
+                       std::uint8_t flags) noexcept {
+    if (at.sequence != sequence) [[unlikely]] {
       return;
     }
-    complete(own_->captured[TraceRing::slot(entry.sequence)]);
-    captured_.complete(entry.sequence, complete);
-  }
-
-  /// The last record of a call that all ranks make.
-  [[nodiscard]] static std::optional<TraceRecord> last_numbered(const TraceRing& ring) noexcept {
-    const std::uint64_t last = TraceRing::load(ring.calls);
-    for (std::uint64_t back = 0; back < std::min<std::uint64_t>(last, TraceRing::kRecords);
-         ++back) {
-      const auto record = TraceRing::at(ring.records, last - back);
-      if (record && (record->flags & TraceRecord::kNumbered) != 0) {
-        return record;
-      }
+    std::atomic_ref<CallPath>(at.path).store(path, std::memory_order_relaxed);
+    std::atomic_ref<std::uint16_t>(at.steps).store(
+        static_cast<std::uint16_t>(std::min<std::uint64_t>(steps, 0xffff)),
+        std::memory_order_relaxed);
+    if (flags != 0) {
+      std::atomic_ref<std::uint8_t>(at.flags).store(at.flags | flags, std::memory_order_relaxed);
     }
-    return std::nullopt;
   }
-  [[nodiscard]] static std::uint64_t number_of(const TraceRing& ring,
-                                               const std::optional<TraceRecord>& record) noexcept {
-    return record ? TraceRing::full_number(TraceRing::load(ring.numbered), *record) : 0;
+  [[gnu::always_inline]] void end_eager(const TraceEntry& entry, CallPath path, std::uint64_t steps,
+                                        std::uint8_t flags) noexcept {
+    complete(own_->records[TraceRing::slot(entry.sequence)], entry.sequence, path, steps, flags);
+    issue(entry.inbox, steps);
+  }
+  [[gnu::noinline]] void end_captured(const TraceEntry& entry, CallPath path, std::uint64_t steps,
+                                      std::uint8_t flags) noexcept {
+    const auto finish = [&](TraceRecord& at) { complete(at, entry.sequence, path, steps, flags); };
+    finish(own_->captured[TraceRing::slot(entry.sequence)]);
+    captured_.complete(entry.sequence, finish);
   }
 
-  OwnerProcess owner_;
-  std::string group_;
-  int rank_;
-  std::vector<int> ranks_;
-  TraceRings rings_;
+  // What each call reads and writes, side by side.
+  alignas(64) TraceRing* own_ = nullptr;
   std::unique_ptr<TraceRing> alone_;  // where no other rank can see it
-  TraceRing* own_ = nullptr;
-  CapturedCalls captured_;
+  OwnerProcess owner_;
   bool is_on_ = true;
+  int rank_;
   // The thread that made the last call or launch, where it is not known that all of them ended.
   std::atomic<const detail::CallClock*> unsettled_by_{nullptr};
   std::array<std::atomic<const void*>, TraceRing::kInboxes> streams_{};  // of the last, by inbox
-  mutable OwnerMutex mutex_;                                             // of what follows
+  std::string group_;
+  std::vector<int> ranks_;
+  TraceRings rings_;
+  CapturedCalls captured_;
+  OwnerMutex look_mutex_;
   std::function<void(TraceRing&)> look_;
-  std::optional<TraceFailure> failure_;
-  OwnerMutex act_mutex_;  // of what is done then: who takes it away may be gone afterwards
-  std::function<void(const FlightRecorder&, const TraceFailure&)> act_;
+  TraceFailures failures_;
 };
 
 }  // namespace cohort

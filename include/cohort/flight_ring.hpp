@@ -185,7 +185,7 @@ template <class Value>
 
 /// What a rank writes. Zeros are an empty ring.
 struct TraceRing {
-  static constexpr std::uint32_t kLayout = 3;  ///< Changes with what lies where.
+  static constexpr std::uint32_t kLayout = 4;  ///< Changes with what lies where.
   /// Changes with the layout, and with the numbers of the calls as their last one does.
   static constexpr std::uint32_t kProtocol =
       256 * kLayout + static_cast<std::uint32_t>(TraceCall::launch);
@@ -201,19 +201,21 @@ struct TraceRing {
   std::uint64_t process_namespace = 0;  ///< 0 where unknown.
   std::uint64_t process_start = 0;      ///< In ticks since the boot; 0 where unknown.
 
-  std::uint64_t calls = 0;     ///< Sequence of the last record of `records`.
-  std::uint64_t listed = 0;    ///< The same of `captured`.
+  // What each call reads and writes; of a group with one inbox it is one line and its counters.
+  alignas(64) std::uint64_t calls = 0;              ///< Sequence of the last record of `records`.
+  std::uint64_t open = 0;                           ///< Of the record that the host is in, or 0.
+  std::uint64_t numbered = 0;                       ///< The last number that a record got.
+  std::array<TraceProgress, kInboxes> progress{};   ///< By inbox.
+  std::array<PathCounters, kCallPaths> counters{};  ///< By path.
+
+  std::uint64_t listed = 0;    ///< Sequence of the last record of `captured`.
   std::uint64_t captures = 0;  ///< Graphs that were captured with calls of the group.
   std::uint64_t noted = 0;     ///< Sequence of the last note.
-  std::uint64_t open = 0;      ///< Sequence of the record in which the host is; 0 for none.
   std::uint64_t ended = 0;     ///< 1 where the group was closed.
-  std::uint64_t numbered = 0;  ///< The last number that a record got; records have its low half.
   /// When `progress` was last asked of the device, in ticks; `kLive` where it is written as it
   /// happens, 0 for never.
   std::uint64_t looked = 0;
-  std::array<PathCounters, kCallPaths> counters{};  ///< By path.
-  std::array<TraceProgress, kInboxes> progress{};   ///< By inbox.
-  std::array<TraceNote, kNotes> notes{};            ///< Note n at n - 1 modulo their number.
+  std::array<TraceNote, kNotes> notes{};  ///< Note n at n - 1 modulo their number.
   alignas(64) std::array<TraceRecord, kRecords> records{};   ///< Eager calls and launches.
   alignas(64) std::array<TraceRecord, kRecords> captured{};  ///< The lists of captured graphs.
 
@@ -273,8 +275,9 @@ struct TraceRing {
     std::uint8_t inbox = 0;      ///< That counts its steps.
   };
   /// The same with a stamp in place of the record's own, so that the record need not be copied.
-  static void push(std::array<TraceRecord, kRecords>& to, std::uint64_t& last,
-                   const TraceRecord& record, const Stamp& stamp) noexcept {
+  [[gnu::always_inline]] static void push(std::array<TraceRecord, kRecords>& to,
+                                          std::uint64_t& last, const TraceRecord& record,
+                                          const Stamp& stamp) noexcept {
     TraceRecord& at = to[slot(stamp.sequence)];
     auto* const words = reinterpret_cast<std::uint64_t*>(&at);
     const auto set = [words](std::size_t i, std::uint64_t word) {

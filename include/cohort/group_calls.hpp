@@ -143,23 +143,23 @@ class GroupCalls {
     BegunCall(const BegunCall&) = delete;
     BegunCall& operator=(const BegunCall&) = delete;
     ~BegunCall() {
-      if (calls_ == nullptr) {
-        return;
-      }
-      if (recorded_) {
-        calls_->recorder_->abandon(entry_, calls_->stand());
-      }
-      if (calls_->transport_ != nullptr) {
-        calls_->transport_->call_ends();
+      if (calls_ != nullptr && !ended_) [[unlikely]] {
+        const TransportStand stand = calls_->end_in_transport();
+        if (recorded_) {
+          calls_->recorder_->abandon(entry_, stand);
+        }
       }
     }
 
     /// All of it has been enqueued.
     void finish() const {
-      if (!std::exchange(recorded_, false)) {
+      if (std::exchange(ended_, true)) {
         return;
       }
-      calls_->recorder_->end(entry_, calls_->stand(), call_clock().waits);
+      const TransportStand stand = calls_->end_in_transport();
+      if (recorded_) {
+        calls_->recorder_->end(entry_, stand, call_clock().waits);
+      }
     }
 
    private:
@@ -169,7 +169,8 @@ class GroupCalls {
 
     GroupCalls* calls_ = nullptr;
     TraceEntry entry_ = {};
-    mutable bool recorded_ = false;  // and not ended
+    bool recorded_ = false;
+    mutable bool ended_ = false;
   };
 
   /// A call's place in the order of the group's calls, and its time. Built where it is to be, from
@@ -206,8 +207,9 @@ class GroupCalls {
   }
 
  private:
-  [[nodiscard]] TransportStand stand() const noexcept {
-    return transport_ != nullptr ? transport_->stand() : TransportStand{.path = CallPath::local};
+  [[nodiscard]] TransportStand end_in_transport() const noexcept {
+    return transport_ != nullptr ? transport_->call_ends()
+                                 : TransportStand{.path = CallPath::local};
   }
 
   /// Of a call that begins.
@@ -219,10 +221,11 @@ class GroupCalls {
     }
     begun.calls_ = this;
     if (recorder_->is_on()) {
-      recorder_->begin_into(
-          begun.entry_,
-          trace_record(made.call, *made.shape, made.dtype, made.dim, made.sizes, made.variant),
-          made.bytes, collective, stream, capture, before, call_clock().waits);
+      const auto made_record = [&made]() __attribute__((always_inline)) {
+        return trace_record(made.call, *made.shape, made.dtype, made.dim, made.sizes, made.variant);
+      };
+      recorder_->begin_into(begun.entry_, made_record, made.bytes, collective, stream, capture,
+                            before, call_clock().waits);
       begun.recorded_ = true;
     }
     if (compared_over_ != nullptr && collective) {

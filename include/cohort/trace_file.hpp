@@ -162,7 +162,7 @@ inline void write_ring(std::string& out, const TraceRing& ring, const FlightReco
   const TraceUnits units{clock, end, TraceRing::load(ring.numbered)};
   const std::uint64_t looked = TraceRing::load(ring.looked);
   const bool live = looked == TraceRing::kLive;
-  const bool gone = own == nullptr && FlightRecorder::ended(ring);
+  const bool gone = own == nullptr && writer_ended(ring);
   const std::uint64_t most = own != nullptr || gone ? TraceRing::kRecords : kFew;
   fmt::format_to(std::back_inserter(out),
                  R"({{"rank":{},"own":{},"process":{},"gone":{},"calls":{},"listed":{},)"

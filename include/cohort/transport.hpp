@@ -324,10 +324,8 @@ class Transport {
                                                    CaptureId /*capture*/) noexcept {
     return {};
   }
-  /// It has been enqueued.
-  [[nodiscard]] virtual TransportStand stand() const noexcept { return {}; }
-  /// It has been enqueued, or has failed.
-  virtual void call_ends() noexcept {}
+  /// It has been enqueued, or has failed: what the transport has done by then.
+  [[nodiscard]] virtual TransportStand call_ends() noexcept { return {}; }
   /// Writes how far the device has come into the ring; waits for it no longer than some
   /// milliseconds. Any thread, also while calls are made. Nothing where that stands there already.
   virtual void look_at_device(TraceRing& /*ring*/) {}

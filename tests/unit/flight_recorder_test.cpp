@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <atomic>
-#include <chrono>
 #include <memory>
 #include <optional>
 #include <string>
@@ -74,22 +73,6 @@ TEST_CASE("a call is counted with its path, bytes, waits and steps", "[flight_re
   CHECK(record->steps == 2);
   CHECK(record->number == 1);
   CHECK(recorder.ring(1) == nullptr);
-}
-
-TEST_CASE("what ranks must agree on is in the signature", "[flight_recorder]") {
-  const double place = 0;  // nobody looks into it
-  const auto of = [&place](const Dims& shape, const std::vector<std::int64_t>& sizes, DType dtype) {
-    return trace_record(TraceCall::all_gather, shape, dtype, 1, sizes, 0);
-  };
-  const TraceRecord mine = of({2, 3, 4, 5, 6, 7}, {3, 5}, DType::f16);
-  CHECK(mine.ndim == 6);
-  CHECK(mine.extents == std::array<std::uint32_t, 5>{2, 3, 4, 5, 6});
-  CHECK(of({2, 5, 4, 5, 6, 7}, {3, 5}, DType::f16).signature == mine.signature);
-  CHECK(of({2, 3, 4, 5, 6, 7}, {5, 3}, DType::f16).signature != mine.signature);
-  CHECK(of({2, 3, 4, 5, 6, 8}, {3, 5}, DType::f16).signature != mine.signature);
-  CHECK(of({2, 3, 4, 5, 6, 7}, {3, 5}, DType::bf16).signature != mine.signature);
-  CHECK(of({2, 3}, {3, 3}, DType::f16).signature == of({2, 3}, {}, DType::f16).signature);
-  CHECK(of({2, 3}, {}, DType::f16).signature != of({2, 5}, {}, DType::f16).signature);
 }
 
 TEST_CASE("calls between pairs have no number", "[flight_recorder]") {
@@ -372,22 +355,4 @@ TEST_CASE("the device is asked until the group closes", "[flight_recorder]") {
   recorder.look_at_device();
   CHECK(asked == 1);
   CHECK(recorder.own().ended == 1);
-}
-
-TEST_CASE("who takes back what is done at a failure waits until it is done", "[flight_recorder]") {
-  FlightRecorder recorder("tp[0]", 0, {0, 1}, {});
-  std::atomic<bool> begun{false};
-  std::atomic<bool> done{false};
-  recorder.on_failure([&](const FlightRecorder&, const TraceFailure&) {
-    begun = true;
-    std::this_thread::sleep_for(std::chrono::milliseconds(50));
-    done = true;
-  });
-  std::thread other([&] { recorder.failed("a cable", false); });
-  while (!begun) {
-    std::this_thread::yield();
-  }
-  recorder.on_failure({});
-  CHECK(done);
-  other.join();
 }

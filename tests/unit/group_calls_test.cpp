@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/group_calls.hpp"
 
-#include <cstddef>
+#include <chrono>
+#include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cohort/host/host_stream.hpp"
@@ -25,6 +28,46 @@ struct Alone {
   void call(StreamRef stream) { calls.finish(calls.begin(stream, MadeCall(TraceCall::barrier))); }
 };
 
+/// A transport that carries nothing, and counts what it is told of calls.
+struct Told final : Transport {
+  int begun = 0;
+  int ended = 0;
+
+  [[nodiscard]] TransportStand call_begins(TraceCall, StreamRef, CaptureId) noexcept override {
+    ++begun;
+    return {.steps = 5, .inbox = 2};
+  }
+  [[nodiscard]] TransportStand call_ends() noexcept override {
+    ++ended;
+    return {.steps = 8, .path = CallPath::own};
+  }
+
+  [[nodiscard]] std::string_view name() const noexcept override { return "told"; }
+  [[nodiscard]] const SymmetricCapabilities& capabilities() const noexcept override {
+    return nothing_;
+  }
+  [[nodiscard]] PeerKernels* peer_kernels() noexcept override { return nullptr; }
+  [[nodiscard]] std::unique_ptr<Window> register_segment(Segment&) override { return nullptr; }
+  void all_gather(const ConstTensorView&, const TensorView&, int, std::span<const std::int64_t>,
+                  StreamRef) override {}
+  void reduce_scatter(const ConstTensorView&, const TensorView&, int, std::span<const std::int64_t>,
+                      ReduceOp, StreamRef) override {}
+  void all_reduce(const ConstTensorView&, const TensorView&, ReduceOp, StreamRef) override {}
+  void broadcast(const TensorView&, int, StreamRef) override {}
+  void all_to_all(const ConstTensorView&, const TensorView&, StreamRef) override {}
+  void send(const ConstTensorView&, int, StreamRef) override {}
+  void recv(const TensorView&, int, StreamRef) override {}
+  void barrier(StreamRef) override {}
+  [[nodiscard]] std::string path(Collective, const ConstTensorView&, const TensorView&,
+                                 int) const override {
+    return "";
+  }
+  void synchronize(StreamRef, std::chrono::milliseconds) override {}
+
+ private:
+  SymmetricCapabilities nothing_;
+};
+
 }  // namespace
 
 TEST_CASE("a call that was enqueued is counted, and one that an error ended is open no more") {
@@ -44,6 +87,45 @@ TEST_CASE("a call that was enqueued is counted, and one that an error ended is o
     CHECK(group.recorder->open_call().empty());
   }
   CHECK(group.recorder->counters(CallPath::local).calls == 1);
+}
+
+TEST_CASE("a transport is told of each call's end once, in whichever way it is left") {
+  const auto recorder =
+      std::make_shared<FlightRecorder>("tp[0]", 0, std::vector{0, 1}, TraceRings{});
+  Told transport;
+  GroupCalls calls("tp[0]", &transport, recorder);
+  HostStream stream;
+  const bool is_on = GENERATE(true, false);
+  recorder->turn(is_on);
+  {
+    const auto call = calls.begin(stream, MadeCall(TraceCall::barrier));
+    CHECK(transport.begun == 1);
+    CHECK(transport.ended == 0);
+    calls.finish(call);
+    CHECK(transport.ended == 1);
+  }
+  CHECK(transport.ended == 1);
+  try {
+    const auto call = calls.begin(stream, MadeCall(TraceCall::barrier));
+    throw UsageError("no room");
+  } catch (const UsageError&) {
+    CHECK(transport.begun == 2);
+    CHECK(transport.ended == 2);
+  }
+  const TraceRing& ring = recorder->own();
+  CHECK(recorder->counters(CallPath::own).calls == (is_on ? 1 : 0));
+  CHECK(ring.progress[2].issued == (is_on ? 6 : 0));
+  if (is_on) {
+    const auto finished = TraceRing::at(ring.records, 1);
+    const auto left = TraceRing::at(ring.records, 2);
+    REQUIRE((finished && left));
+    CHECK(finished->path == CallPath::own);
+    CHECK(finished->steps == 3);
+    CHECK(finished->inbox == 2);
+    CHECK(finished->flags == TraceRecord::kNumbered);
+    CHECK(left->flags == (TraceRecord::kNumbered | TraceRecord::kFailed));
+    CHECK(left->steps == 3);
+  }
 }
 
 TEST_CASE("calls go on without records where the recorder is turned off") {

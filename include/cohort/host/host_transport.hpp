@@ -236,7 +236,7 @@ class HostTransport final : public Transport {
   [[nodiscard]] TransportStand call_begins(TraceCall, StreamRef, CaptureId) noexcept override {
     return steps_.stand();
   }
-  [[nodiscard]] TransportStand stand() const noexcept override { return steps_.stand(); }
+  [[nodiscard]] TransportStand call_ends() noexcept override { return steps_.stand(); }
 
   void forsake_peers(const cohort::detail::GiveUp& why) noexcept override {
     if (access_ != nullptr) {  // ranks without one wait over the control plane

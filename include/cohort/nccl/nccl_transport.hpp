@@ -350,21 +350,17 @@ class NcclTransport final : public Transport {
       group_.capture = capture;
     }
     steps_before_ = steps();
-    return stand();
+    return {.steps = steps_before_,
+            .inbox = group_.peers != nullptr ? group_.peers->inbox() : std::uint8_t{0}};
   }
-  [[nodiscard]] TransportStand stand() const noexcept override {
+  [[nodiscard]] TransportStand call_ends() noexcept override {
+    group_.capture.reset();
+    ranges_.end();
     TransportStand stand{.steps = steps(), .path = group_.path};
-    if (group_.peers != nullptr) {
-      stand.inbox = group_.peers->inbox();
-    }
     if (stand.path == CallPath::unknown) {
       stand.path = stand.steps != steps_before_ ? CallPath::own : CallPath::local;
     }
     return stand;
-  }
-  void call_ends() noexcept override {
-    group_.capture.reset();
-    ranges_.end();
   }
   /// A card counts a call when it begins it. Whether the last has ended is known where the card is
   /// idle and nothing was ended before its time, where a wait of the host came back (`settled`),
