@@ -40,6 +40,13 @@ double logit_bound(const Model& model) {
   return 6 * kUnit * std::sqrt(roundings / 3) * model.largest_head_norm();
 }
 
+double loss_bound(std::int64_t tokens) {
+  constexpr double kOfMany = 1e-3;
+  constexpr double kMany = 16 * 256;
+  return kOfMany *
+         std::sqrt(std::max(1.0, kMany / static_cast<double>(std::max<std::int64_t>(tokens, 1))));
+}
+
 double margin_of(std::span<const float> logits) {
   float first = -std::numeric_limits<float>::infinity();
   float second = first;
@@ -101,7 +108,7 @@ std::vector<std::string> faults(const Findings& f, double logit_bound, bool must
         fmt::format("a logit is {:.4f} from one rank's", f.largest_difference));
   judge(f.largest_error <= logit_bound,
         fmt::format("a logit is {:.4f} from fp64's", f.largest_error));
-  judge(std::abs(f.loss - f.expected_loss) <= 1e-3,
+  judge(std::abs(f.loss - f.expected_loss) <= loss_bound(f.tokens),
         fmt::format("a mean loss of {:.6f} instead of {:.6f}", f.loss, f.expected_loss));
   judge(f.same_on_all_ranks, "ranks have other bits than their peers");
   judge(!must_be_right || f.right == f.tokens,

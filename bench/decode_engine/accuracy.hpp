@@ -16,18 +16,25 @@ namespace decode_engine {
 /// How far a logit computed in bf16 may lie from the exact one.
 ///
 /// A hidden state is the sum of what some 16 roundings a layer went into: after both gains, query,
-/// key, partial and merged attention, projections, gates and sums. Each is off by at most u = 2^-8
-/// of its size, by u / sqrt(3) in the mean square; together that is u sqrt(R / 3) of the hidden
-/// state for R roundings, which do not know of each other. A logit is its product with a row of the
-/// head, so it is off by that times the row's norm; six standard deviations hold for all logits of
-/// a run. Where weights sharpen what comes in, as steep attention between tokens of like scores
-/// does, that is not a theorem, so the logits of decoded tokens are compared with fp64, and with
-/// one rank's, against the same bound.
+/// key, partial and merged attention, projections, gates and sums. Of a row-parallel product each
+/// rank rounds its part, then the ranks' sum is rounded, and the hidden state with that added to
+/// it: one by one, whether one call does both or two; MPI's sums are rounded with the hidden state
+/// alone. Each is off by at most u = 2^-8 of its size, by u / sqrt(3) in the mean square; together
+/// that is u sqrt(R / 3) of the hidden state for R roundings, which do not know of each other. A
+/// logit is its product with a row of the head, so it is off by that times the row's norm; six
+/// standard deviations hold for all logits of a run. Where weights sharpen what comes in, as steep
+/// attention between tokens of like scores does, that is not a theorem, so the logits of decoded
+/// tokens are compared with fp64, and with one rank's, against the same bound.
 [[nodiscard]] double logit_bound(const Model& model);
 
 /// Two results of which each is right up to `logit_bound` choose the same token where the first
 /// choice is ahead of the second by more than this.
 [[nodiscard]] inline double margin_bound(double logit_bound) noexcept { return 2 * logit_bound; }
+
+/// How far the mean loss of so many tokens may lie from one rank's: 1e-3 for the 4096 of 16
+/// prompts. Errors of single tokens do not know of each other, so the mean of fewer is as much less
+/// certain as the root of their number is smaller.
+[[nodiscard]] double loss_bound(std::int64_t tokens);
 
 /// A choice that differs.
 struct Exception {

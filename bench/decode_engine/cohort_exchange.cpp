@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <vector>
+
 #include "cohort/parallel_state.hpp"
 #include "exchange.hpp"
+#include "rotation.hpp"
 
 namespace decode_engine {
 
@@ -22,6 +25,10 @@ class CohortExchange final : public Exchange {
                     .merge = {.plan = plan}})) {}
 
   void reserve(std::int64_t batch) override {
+    state_.tp().reserve_for_calls(
+        std::vector<cohort::CollectiveShape>{{.collective = cohort::Collective::all_reduce_rms_norm,
+                                              .shape = {batch, sizes_.hidden},
+                                              .dtype = cohort::DType::bf16}});
     if (place_.dcp > 1) {
       state_.dcp().reserve_for({.batch = batch,
                                 .heads = place_.own_heads(sizes_) * place_.dcp,
@@ -44,8 +51,13 @@ class CohortExchange final : public Exchange {
     state_.dcp().merge_attention_into(merged.transpose(0, 1), out.transpose(0, 1), lse,
                                       cohort::LseBase::e, device_.stream());
   }
-  void reduce(const TensorView& sums) override {
-    state_.tp().row_parallel_reduce(sums, device_.stream());
+  cohort::DType sum_type() const override { return cohort::DType::bf16; }
+  bool reduce(const Addition& a) override {
+    state_.tp().all_reduce_rms_norm_into(
+        a.y, a.sums,
+        {.residual = a.hidden, .weight = a.gain, .epsilon = static_cast<float>(kNormEpsilon)},
+        device_.stream());
+    return true;
   }
   void gather_logits(const TensorView& logits, const TensorView& own) override {
     state_.tp().gather_vocabulary_into(logits.slice(1, 0, sizes_.vocabulary), own,

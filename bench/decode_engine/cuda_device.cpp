@@ -53,7 +53,6 @@ class CudaDevice final : public Device {
 
   std::shared_ptr<cohort::Backend> backend() override { return backend_; }
   cohort::StreamRef stream() override { return backend_->stream(stream_.get()); }
-  DType sum_type() const override { return DType::bf16; }
   void synchronize() override { stream().synchronize(cohort::kDefaultTimeLimit); }
 
   void put(void* to, std::span<const std::byte> from) override {
@@ -71,11 +70,11 @@ class CudaDevice final : public Device {
     const cohort::DeviceGuard guard(device_);
     kernels::embed(tokens, table, hidden, batch, width, stream_.get());
   }
-  void add_and_normalize(BFloat16* hidden, const void* sums, const BFloat16* gain, BFloat16* y,
-                         std::int64_t rows, std::int64_t width) override {
+  void add_and_normalize(BFloat16* hidden, const cohort::TensorView* sums, const BFloat16* gain,
+                         BFloat16* y, std::int64_t rows, std::int64_t width) override {
     const cohort::DeviceGuard guard(device_);
-    kernels::add_and_normalize(hidden, static_cast<const BFloat16*>(sums), gain, y, rows, width,
-                               stream_.get());
+    kernels::add_and_normalize(hidden, sums == nullptr ? nullptr : sums->data_as<BFloat16>(), gain,
+                               y, rows, width, stream_.get());
   }
   void rotate(const Rotation& rotation) override {
     const cohort::DeviceGuard guard(device_);

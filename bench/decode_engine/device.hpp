@@ -9,6 +9,7 @@
 
 #include "cohort/control_plane.hpp"
 #include "cohort/dtype.hpp"
+#include "cohort/tensor.hpp"
 #include "cohort/transport.hpp"
 #include "noise.hpp"
 #include "operations.hpp"
@@ -43,8 +44,6 @@ class Device {
 
   [[nodiscard]] virtual std::shared_ptr<cohort::Backend> backend() = 0;
   [[nodiscard]] virtual cohort::StreamRef stream() = 0;
-  /// In which partial products of all ranks are added up.
-  [[nodiscard]] virtual cohort::DType sum_type() const = 0;
   virtual void synchronize() = 0;
 
   // The stream is idle for these three.
@@ -55,10 +54,11 @@ class Device {
   /// hidden[b] = table[tokens[b]].
   virtual void embed(const std::int32_t* tokens, const BFloat16* table, BFloat16* hidden,
                      std::int64_t batch, std::int64_t width) = 0;
-  /// hidden += sums, of `sum_type`, where there are any; then y = hidden, normalized to a root mean
-  /// square of 1, times the gain.
-  virtual void add_and_normalize(BFloat16* hidden, const void* sums, const BFloat16* gain,
-                                 BFloat16* y, std::int64_t rows, std::int64_t width) = 0;
+  /// hidden += sums [rows, width] where there are any, rounded; then y = hidden, normalized to a
+  /// root mean square of 1, times the gain.
+  virtual void add_and_normalize(BFloat16* hidden, const cohort::TensorView* sums,
+                                 const BFloat16* gain, BFloat16* y, std::int64_t rows,
+                                 std::int64_t width) = 0;
   virtual void multiply(const Product& product) = 0;
   virtual void rotate(const Rotation& rotation) = 0;
   virtual void keep(const CacheRow& row) = 0;

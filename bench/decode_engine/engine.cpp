@@ -116,7 +116,6 @@ Engine::Engine(const Sizes& sizes, const Weights& weights, const Cache& cache, D
       lengths_(ordinary({batch}, DType::i32)),
       counts_(ordinary({batch}, DType::i32)),
       slots_(ordinary({batch, 1}, DType::i64)),
-      x_(ordinary({batch, sizes.hidden}, DType::bf16)),
       squeezed_(ordinary({batch, sizes.query_rank}, DType::bf16)),
       query_latent_(ordinary({batch, sizes.query_rank}, DType::bf16)),
       heads_(ordinary({batch, own_heads_ * sizes.key()}, DType::bf16)),
@@ -136,7 +135,8 @@ Engine::Engine(const Sizes& sizes, const Weights& weights, const Cache& cache, D
   own_query_ = exchange_.allocate(Use::attention, {own_heads_, batch, sizes.row()}, DType::bf16);
   query_ = exchange_.allocate(Use::attention, {all_heads_, batch, sizes.row()}, DType::bf16);
   merged_ = exchange_.allocate(Use::attention, {own_heads_, batch, sizes.latent}, DType::bf16);
-  sums_ = exchange_.allocate(Use::sums, {batch, sizes.hidden}, device.sum_type());
+  sums_ = exchange_.allocate(Use::sums, {batch, sizes.hidden}, exchange.sum_type());
+  x_ = exchange_.allocate(Use::sums, {batch, sizes.hidden}, DType::bf16);
   own_logits_ = exchange_.allocate(Use::logits, {batch, share}, DType::f32);
   logits_ = exchange_.allocate(Use::logits, {batch, share * place.tp}, DType::f32);
   hidden_ = exchange_.allocate(Use::stages, {batch, sizes.hidden}, DType::bf16);
@@ -258,8 +258,12 @@ void Engine::record(bool marked) {
     enter(Kind::communication);
     exchange_.receive(hidden_);
   }
+  enter(Kind::rest);
+  device_.add_and_normalize(hidden_.data_as<BFloat16>(), nullptr,
+                            weights_.layers().front().attention_gain, x_.data_as<BFloat16>(),
+                            batch_, sizes_.hidden);
   for (std::size_t l = 0; l < weights_.layers().size(); ++l) {
-    enqueue_attention(l, l == 0 ? nullptr : sums_.data());
+    enqueue_attention(l);
     enqueue_swiglu(l);
   }
   enqueue_choice();
@@ -268,16 +272,33 @@ void Engine::record(bool marked) {
   }
 }
 
-/// Of a layer; `sums` are those of the layer before.
-void Engine::enqueue_attention(std::size_t layer, const void* sums) {
+/// The sums of all ranks, or of this one alone, go into the hidden state, and that, normalized, is
+/// what the next matrices get.
+void Engine::add_sums(const BFloat16* gain, bool of_all) {
+  const std::int64_t width = sizes_.hidden;
+  if (of_all) {
+    enter(Kind::communication);
+    const bool added = exchange_.reduce(
+        {.sums = sums_,
+         .hidden = hidden_,
+         .gain = cohort::ConstTensorView(gain, DType::bf16, {width}, hidden_.device()),
+         .y = x_});
+    if (added) {
+      return;
+    }
+  }
+  enter(Kind::rest);
+  device_.add_and_normalize(hidden_.data_as<BFloat16>(), &sums_.view(), gain,
+                            x_.data_as<BFloat16>(), batch_, width);
+}
+
+/// Of a layer; its input is normalized.
+void Engine::enqueue_attention(std::size_t layer) {
   const Weights::Layer& w = weights_.layers()[layer];
   const Sizes& s = sizes_;
   auto* x = x_.data_as<BFloat16>();
   auto* heads = heads_.data_as<BFloat16>();
   auto* own_query = own_query_.data_as<BFloat16>();
-  enter(Kind::rest);
-  device_.add_and_normalize(hidden_.data_as<BFloat16>(), sums, w.attention_gain, x, batch_,
-                            s.hidden);
   multiply(x, s.hidden, w.kv_down, kv_);
   if (s.query_rank > 0) {
     multiply(x, s.hidden, w.query_down, squeezed_);
@@ -356,33 +377,25 @@ void Engine::enqueue_attention(std::size_t layer, const void* sums) {
                     .out = s.value,
                     .groups = own_heads_});
   multiply(values_.data_as<BFloat16>(), own_heads_ * s.value, w.output, sums_);
-  enter(Kind::communication);
-  exchange_.reduce(sums_);
+  add_sums(w.inner_gain, true);
 }
 
 void Engine::enqueue_swiglu(std::size_t layer) {
   const Weights::Layer& w = weights_.layers()[layer];
   const std::int64_t inner = place_.own_inner(sizes_);
-  enter(Kind::rest);
-  device_.add_and_normalize(hidden_.data_as<BFloat16>(), sums_.data(), w.inner_gain,
-                            x_.data_as<BFloat16>(), batch_, sizes_.hidden);
   multiply(x_.data_as<BFloat16>(), sizes_.hidden, w.gate_up, gate_up_);
   enter(Kind::rest);
   device_.gate(gate_up_.data_as<BFloat16>(), gated_.data_as<BFloat16>(), batch_, inner);
   multiply(gated_.data_as<BFloat16>(), inner, w.down, sums_);
-  if (!spoilt_ || layer + 1 < weights_.layers().size()) {
-    enter(Kind::communication);
-    exchange_.reduce(sums_);
+  if (layer + 1 < weights_.layers().size()) {
+    add_sums(weights_.layers()[layer + 1].attention_gain, true);
+  } else {  // a stage that is not the last hands on the hidden state, whatever is made of it
+    add_sums(place_.is_last() ? weights_.final_gain() : w.inner_gain, !spoilt_);
   }
 }
 
 /// The next tokens, or the hidden state for the next stage.
 void Engine::enqueue_choice() {
-  enter(Kind::rest);
-  device_.add_and_normalize(
-      hidden_.data_as<BFloat16>(), sums_.data(),
-      place_.is_last() ? weights_.final_gain() : weights_.layers().back().inner_gain,
-      x_.data_as<BFloat16>(), batch_, sizes_.hidden);
   if (place_.is_last()) {
     multiply(x_.data_as<BFloat16>(), sizes_.hidden, weights_.head(), own_logits_);
     enter(Kind::communication);

@@ -94,7 +94,8 @@ class Engine {
  private:
   void run(const std::function<void()>& graph, bool marked);
   void record(bool marked);
-  void enqueue_attention(std::size_t layer, const void* sums);
+  void add_sums(const BFloat16* gain, bool of_all);
+  void enqueue_attention(std::size_t layer);
   void enqueue_swiglu(std::size_t layer);
   void enqueue_choice();
   void enter(Kind kind);
@@ -113,7 +114,6 @@ class Engine {
   cohort::Tensor lengths_;   ///< [B] i32
   cohort::Tensor counts_;    ///< [B] i32: of them on this rank
   cohort::Tensor slots_;     ///< [B, 1] i64
-  cohort::Tensor x_;         ///< [B, hidden]
   cohort::Tensor squeezed_;  ///< [B, query_rank], and normalized
   cohort::Tensor query_latent_;
   cohort::Tensor heads_;  ///< [B, h, nope + rope]
@@ -126,7 +126,7 @@ class Engine {
   cohort::Tensor gated_;                ///< [B, inner of the rank]
   cohort::Tensor own_query_, query_;    ///< [h, B, row] and [H, B, row]
   cohort::Tensor merged_;               ///< [h, B, latent]
-  cohort::Tensor sums_;                 ///< [B, hidden]
+  cohort::Tensor sums_, x_;             ///< [B, hidden]
   cohort::Tensor own_logits_, logits_;  ///< [B, share] and [B, tp * share]
   cohort::Tensor hidden_;               ///< [B, hidden]
   cohort::Tensor tokens_;               ///< [B] i32

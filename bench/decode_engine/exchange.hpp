@@ -22,6 +22,14 @@ namespace decode_engine {
 /// What a buffer that peers get from or send to is for.
 enum class Use : std::uint8_t { attention, sums, logits, stages };
 
+/// Partial products of a row-parallel layer and the residual stream that they go into.
+struct Addition {
+  cohort::TensorView sums;       ///< [B, hidden] of `Exchange::sum_type`.
+  cohort::TensorView hidden;     ///< [B, hidden]
+  cohort::ConstTensorView gain;  ///< [hidden]
+  cohort::TensorView y;          ///< [B, hidden]: for the next layer.
+};
+
 class Exchange {
  public:
   Exchange() = default;
@@ -41,8 +49,11 @@ class Exchange {
   /// H].
   virtual void merge(const cohort::TensorView& merged, const cohort::TensorView& out,
                      const cohort::TensorView& lse) = 0;
-  /// sums [B, hidden], in place.
-  virtual void reduce(const cohort::TensorView& sums) = 0;
+  /// In which partial products are added up over the ranks.
+  [[nodiscard]] virtual cohort::DType sum_type() const = 0;
+  /// Adds the sums up over the ranks, in place. True where the way does in the same call what
+  /// `Device::add_and_normalize` does with them: then `sums` hold anything afterwards.
+  [[nodiscard]] virtual bool reduce(const Addition& addition) = 0;
   /// logits [B, tp * share], of which the vocabulary counts, from this rank's [B, share].
   virtual void gather_logits(const cohort::TensorView& logits, const cohort::TensorView& own) = 0;
   virtual void receive(const cohort::TensorView& hidden) = 0;

@@ -70,6 +70,20 @@ void multiply_now(const Product& p) {
   }
 }
 
+/// Rounded once for each element.
+void add(BFloat16* hidden, const cohort::TensorView& sums) {
+  const auto each = [&](const auto* from) {
+    for (std::int64_t i = 0; i < sums.numel(); ++i) {
+      hidden[i] = BFloat16(wide(hidden[i]) + static_cast<float>(from[i]));
+    }
+  };
+  if (sums.dtype() == cohort::DType::f32) {
+    each(sums.data_as<float>());
+  } else if (sums.numel() > 0) {
+    each(sums.data_as<BFloat16>());
+  }
+}
+
 float scale_to_one(const BFloat16* row, std::int64_t width) {
   float squares = 0;
   for (std::int64_t i = 0; i < width; ++i) {
@@ -105,7 +119,6 @@ class HostDevice final : public Device {
  public:
   std::shared_ptr<cohort::Backend> backend() override { return backend_; }
   cohort::StreamRef stream() override { return stream_.ref(); }
-  cohort::DType sum_type() const override { return cohort::DType::f32; }
   void synchronize() override {}
 
   void put(void* to, std::span<const std::byte> from) override {
@@ -131,14 +144,12 @@ class HostDevice final : public Device {
       }
     });
   }
-  void add_and_normalize(BFloat16* hidden, const void* sums, const BFloat16* gain, BFloat16* y,
-                         std::int64_t rows, std::int64_t width) override {
-    stream().submit([=] {
+  void add_and_normalize(BFloat16* hidden, const cohort::TensorView* sums, const BFloat16* gain,
+                         BFloat16* y, std::int64_t rows, std::int64_t width) override {
+    stream().submit([=, added = sums == nullptr ? cohort::TensorView() : *sums] {
+      add(hidden, added);
       for (std::int64_t r = 0; r < rows; ++r) {
-        BFloat16* row = hidden + r * width;
-        for (std::int64_t i = 0; sums != nullptr && i < width; ++i) {
-          row[i] = BFloat16(wide(row[i]) + static_cast<const float*>(sums)[r * width + i]);
-        }
+        const BFloat16* row = hidden + r * width;
         const float scale = scale_to_one(row, width);
         for (std::int64_t i = 0; i < width; ++i) {
           y[r * width + i] = BFloat16(wide(row[i]) * scale * wide(gain[i]));

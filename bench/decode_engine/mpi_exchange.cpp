@@ -79,10 +79,13 @@ class MpiExchange final : public Exchange {
          });
     ops.copy(sums_, merged, device_.stream());
   }
-  void reduce(const TensorView& sums) override {
-    call("MPI_Allreduce", [sums, comm = tp_.get()] {
+  /// As above.
+  DType sum_type() const override { return DType::f32; }
+  bool reduce(const Addition& addition) override {
+    call("MPI_Allreduce", [sums = addition.sums, comm = tp_.get()] {
       return MPI_Allreduce(MPI_IN_PLACE, sums.data(), count_of(sums), MPI_FLOAT, MPI_SUM, comm);
     });
+    return false;
   }
   void gather_logits(const TensorView& logits, const TensorView& own) override {
     call("MPI_Allgather", [own, shares = shares_.view(), comm = tp_.get()] {

@@ -104,12 +104,15 @@ class NcclExchange final : public Exchange {
                                  ncclSum, dcp_.get(), stream()),
                "ncclReduceScatter");
   }
-  void reduce(const TensorView& sums) override {
+  DType sum_type() const override { return DType::bf16; }
+  bool reduce(const Addition& addition) override {
+    const TensorView& sums = addition.sums;
     if (!tp_.is_alone()) {
       nccl_check(ncclAllReduce(sums.data(), sums.data(), count_of(sums), ncclBfloat16, ncclSum,
                                tp_.get(), stream()),
                  "ncclAllReduce");
     }
+    return false;
   }
   void gather_logits(const TensorView& logits, const TensorView& own) override {
     gather(tp_, shares_, own);
