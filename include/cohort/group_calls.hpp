@@ -176,12 +176,12 @@ class GroupCalls {
   /// A call's place in the order of the group's calls, and its time. Built where it is to be, from
   /// words in registers: see `FlightRecorder::begin_into`.
   struct Call : StreamOrder::Call {
-    /// In this place; once it is recorded, the time begins.
+    /// In this place. The comparison across the ranks is within its time.
     Call(GroupCalls& calls, StreamRef on, CaptureId within, const MadeCall& made)
         : StreamOrder::Call{on, within}, begun(calls, made, on, within) {}
 
-    BegunCall begun;  ///< With the transport and the recorder.
     CallTime time;    ///< From here to the call's end.
+    BegunCall begun;  ///< With the transport and the recorder.
   };
 
   /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.

@@ -1,17 +1,22 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/group_calls.hpp"
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
 #include <span>
 #include <string>
 #include <string_view>
+#include <thread>
 #include <vector>
 
 #include "cohort/host/host_stream.hpp"
 #include "support/catch.hpp"
 #include "support/counting_driver.hpp"
+#include "support/group_tensors.hpp"
+#include "support/stand_in_backend.hpp"
+#include "support/threads.hpp"
 
 using namespace cohort;
 using namespace cohort::detail;
@@ -194,4 +199,34 @@ TEST_CASE("a graph with calls of a group that has ended is refused, and others a
   CHECK_THROWS_MATCHES(with_calls->launch(stream), UsageError,
                        says("group tp[0] was used after shutdown"));
   CHECK_NOTHROW(without->launch(stream));
+}
+
+TEST_CASE("a call shares its time with the comparison of its arguments across the ranks") {
+  using namespace std::chrono_literals;
+  constexpr auto kLate = 200ms;
+  std::atomic<bool> comes{false};
+  std::atomic<bool> issued{false};
+  run_ranks(2, [&](ControlPlane& world) {
+    const auto backend =
+        std::make_shared<StandInBackend>(StandIns{.reduce_scatter = [&](const ControlPlane& group) {
+          if (group.rank() == 0) {
+            check(call_clock().waited >= kLate / 2, "what it waited there is counted");
+            issued = true;
+          }
+        }});
+    auto state = make_state(world, {.tp = 2}, {.backend = backend, .debug_checks = true});
+    const Tensor x = state.backend().allocate({4}, DType::f32, {});
+    fill(x, 1);
+    if (world.rank() == 0) {
+      comes = true;
+    } else {
+      while (!comes) {
+        std::this_thread::sleep_for(1ms);
+      }
+      std::this_thread::sleep_for(kLate);
+    }
+    static_cast<void>(state.tp().reduce_scatter_along_dim(x.view(), 0));
+    state.shutdown();
+  });
+  CHECK(issued);
 }
