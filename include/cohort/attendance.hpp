@@ -11,6 +11,7 @@
 #include <span>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "cohort/control_frame.hpp"
 #include "cohort/error.hpp"
@@ -67,6 +68,10 @@ class Attendance {
     } catch (const SymmetryError&) {
       tell(std::current_exception());
       throw;
+    } catch (const PeerLeft&) {
+      tell(std::current_exception());
+      mailbox_.abandon();
+      throw;
     } catch (const TransportError& error) {
       const auto here = std::make_exception_ptr(of_this_group(error));
       tell(here);
@@ -122,7 +127,7 @@ class Attendance {
     }
   }
   [[noreturn]] void fail_left(ControlCall call, int rank) const {
-    throw TransportError(site(call), fmt::format("rank {} has left the group", rank));
+    throw PeerLeft(site(call), rank);
   }
 
   /// `ControlPlane::leave_with`.
@@ -158,6 +163,17 @@ class Attendance {
   }
 
  private:
+  /// Of a rank that left in good order while this one awaits something of it: other groups are told
+  /// whose failure it is.
+  class PeerLeft : public TransportError {
+   public:
+    PeerLeft(Site site, int rank)
+        : TransportError(std::move(site), fmt::format("rank {} has left the group", rank)),
+          peer(rank) {}
+
+    int peer;
+  };
+
   [[nodiscard]] TransportError::Site site(ControlCall call) const {
     return {.call = std::string(to_string(call)), .rank = group_.rank(), .group = group_.name()};
   }
@@ -180,7 +196,17 @@ class Attendance {
     const auto said =
         heard_ ? mailbox_.notices().first({group_.channel(), group_.members(), std::nullopt})
                : std::nullopt;
-    return said ? said->reason : GiveUp::because(error, group_.rank()).serialize();
+    if (said) {
+      return said->reason;
+    }
+    GiveUp own = GiveUp::because(error, group_.rank());
+    try {
+      std::rethrow_exception(error);
+    } catch (const PeerLeft& left) {
+      own.ranks = {left.peer};
+    } catch (const std::exception&) {  // blames whom it names, or this rank
+    }
+    return own.serialize();
   }
 
   /// Poisons the group and tells the others, and a thread of this rank that is in a call. Whoever

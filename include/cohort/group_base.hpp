@@ -278,10 +278,16 @@ class GroupBase {
 
   /// Collective. Deregisters the windows and disconnects; tensors of the group stay readable. Every
   /// later call throws `UsageError`, but a second shutdown does nothing. What the wait for the
-  /// other ranks throws comes after all is closed. `ParallelState` does it for all its groups at
-  /// once.
+  /// other ranks throws comes after all is closed. Where a call of the group has failed on this
+  /// rank, which that call threw, it waits for nobody and throws nothing. `ParallelState` does it
+  /// for all its groups at once.
   void shutdown() {
     if (closed_) {
+      return;
+    }
+    if (failed()) {
+      forsake_peers(cause(std::make_exception_ptr(Error("a call failed"))));
+      close();
       return;
     }
     try {

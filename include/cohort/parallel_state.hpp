@@ -172,7 +172,7 @@ class ParallelState {
     std::exception_ptr failure;
     std::optional<detail::FormedGroups::Cause> cause;
     try {
-      if (!shut_down_ && !owned_.world->failed()) {
+      if (!shut_down_) {
         cause = formed_->reason_to_leave();  // of which the others are told: they need not come
       }
       if (!shut_down_ && !cause) {

@@ -82,6 +82,8 @@ TEST_CASE("sends to a rank that has left in good order are refused, as are calls
           "rank 1 has left the group");
       check(Clock::now() - start < kRanksTimeLimit / 2, "before the limit");
       check(group->poisoned(), "a message is missing");
+      check(group->left_with()->ranks == std::vector{1},
+            "other groups are told whose failure it is");
     }
     world.barrier();
   });
