@@ -173,8 +173,12 @@ class GroupFormation {
     } catch (const std::exception&) {
       const int self =
           static_cast<int>(std::find(ranks.begin(), ranks.end(), world_.rank()) - ranks.begin());
-      cause =
-          GiveUp::because(std::current_exception(), self).across({name, ranks}, world_numbering());
+      // What another rank said is passed on as it is.
+      auto said = next < parts.size() ? parts[next].control->left_with() : std::nullopt;
+      if (!said) {
+        said = GiveUp::because(std::current_exception(), self);
+      }
+      cause = said->across({name, ranks}, world_numbering());
       for (; next < parts.size(); ++next) {
         ControlPlane& control = *parts[next].control;
         control.leave_with(cause->across(world_numbering(), {parts[next].name, parts[next].ranks}));

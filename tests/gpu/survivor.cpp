@@ -82,6 +82,10 @@ void outlive(ControlPlane& world, bool by_nccl) {
     got = std::string("another error: ") + error.what();
   }
   expect(missing == std::vector<int>{last}, "the error names the rank: " + got);
+  if (by_nccl) {
+    const std::string gone = fmt::format("the process of rank {} is gone", last);
+    expect(got.find(gone) != std::string::npos, "in words, too");
+  }
   expect(seconds_since(waiting) < 9, fmt::format("it came after {:.1f} s", seconds_since(waiting)));
   const auto start = std::chrono::steady_clock::now();
   graph.reset();

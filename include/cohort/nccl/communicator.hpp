@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <span>
@@ -25,6 +26,7 @@
 #include "cohort/log.hpp"
 #include "cohort/loose_parts.hpp"
 #include "cohort/nccl/bounded_call.hpp"
+#include "cohort/nccl/cause_finder.hpp"
 #include "cohort/nccl/known_faults.hpp"
 #include "cohort/nccl/nccl_check.hpp"
 #include "cohort/system_calls.hpp"
@@ -44,7 +46,9 @@ class Communicator {
  public:
   /// Collective over `group`, bounded by its time limit. The communicator outlives `group`.
   /// Throws `SymmetryError`, `TimeoutError` and `TransportError`.
-  [[nodiscard]] static std::shared_ptr<Communicator> create(ControlPlane& group, int device) {
+  /// @param finder  Knows the ranks' processes, so that errors can name those that are gone.
+  [[nodiscard]] static std::shared_ptr<Communicator> create(ControlPlane& group, int device,
+                                                            detail::CauseFinder finder = {}) {
     ncclUniqueId id{};
     Intent intent{.place = fmt::format("creation of the NCCL communicator of {}", group.name())};
     if (group.rank() == 0) {
@@ -63,7 +67,7 @@ class Communicator {
     std::memcpy(&id, received.data(), sizeof(id));
 
     // Shared with the helper thread, which may outlive this call.
-    const auto made = std::make_shared<Communicator>(Private{}, group, device);
+    const auto made = std::make_shared<Communicator>(Private{}, group, device, std::move(finder));
     made->run("ncclCommInitRankConfig", group, [made, id] {
       const DeviceGuard guard(made->device_);
       ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
@@ -81,8 +85,9 @@ class Communicator {
 
  public:
   /// For `create`.
-  Communicator(Private, const ControlPlane& group, int device)
-      : group_(group.name()),
+  Communicator(Private, const ControlPlane& group, int device, detail::CauseFinder finder)
+      : finder_(std::move(finder)),
+        group_(group.name()),
         rank_(group.rank()),
         size_(group.size()),
         device_(device),
@@ -189,9 +194,10 @@ class Communicator {
   }
 
   /// Runs a call that waits for peers, within the limit of `group`, whose other ranks may end it
-  /// by what they say, and learn where it fails.
+  /// by what they say, and learn why it has failed, which is thrown: see `first_cause`.
   void run(const char* call, ControlPlane& group, std::function<void()> work,
            const std::function<void()>& look = {}) {
+    const auto latest = detail::deadline_after(group.limit() + group.limit() / 4);
     try {
       const auto look_around = [&] {
         group.check_peers();
@@ -209,8 +215,7 @@ class Communicator {
       }
     } catch (const Error&) {
       mark_broken();
-      group.give_up_because(std::current_exception());
-      throw;
+      std::rethrow_exception(finder_.leave(group, std::current_exception(), latest).error);
     }
   }
 
@@ -276,6 +281,7 @@ class Communicator {
     const LooseParts* loose = nullptr;
   };
 
+  detail::CauseFinder finder_;
   std::string group_;
   int rank_;
   int size_;

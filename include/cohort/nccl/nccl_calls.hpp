@@ -9,6 +9,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -221,14 +222,11 @@ class NcclCalls {
           },
           [this] {
             if (group_.own_failed()) {
-              group_.throw_failed();
+              std::rethrow_exception(group_.own_failure());
             }
           });
-    } catch (const TransportError& error) {
-      group_.communicator->abort();  // once the thread is back: what it began must come to an end
-      group_.throw_told(error);
     } catch (...) {
-      group_.communicator->abort();
+      group_.communicator->abort();  // once the thread is back: what it began must come to an end
       throw;
     }
     known_.insert(way);
@@ -250,11 +248,8 @@ class NcclCalls {
   /// The peers learn of it, because they may wait for this rank in NCCL.
   void require_descriptors() {
     if (const auto few = Communicator::too_few_descriptors(group_.size); !few.empty()) {
-      const TransportError refused(
-          {.call = "a connection", .rank = group_.rank, .group = group_.control.name()}, few);
-      group_.control.give_up_because(std::make_exception_ptr(refused));
-      group_.communicator->mark_broken();
-      throw refused;
+      group_.fail(std::make_exception_ptr(TransportError(
+          {.call = "a connection", .rank = group_.rank, .group = group_.control.name()}, few)));
     }
   }
   /// The others learn of a failure.
@@ -267,8 +262,8 @@ class NcclCalls {
     }
     try {
       group_.communicator->check(code, call);
-    } catch (const TransportError& error) {
-      group_.throw_told(error);
+    } catch (const TransportError&) {
+      group_.fail(std::current_exception());
     }
   }
   /// What NCCL does with a call of these buffers.

@@ -22,18 +22,18 @@
 #include "cohort/cuda/cuda_peer_kernels.hpp"
 #include "cohort/cuda/cuda_stream.hpp"
 #include "cohort/cuda/handles.hpp"
-#include "cohort/cuda/process_liveness.hpp"
 #include "cohort/cuda/workspace.hpp"
 #include "cohort/error.hpp"
+#include "cohort/first_cause.hpp"
 #include "cohort/hash.hpp"
-#include "cohort/joined.hpp"
 #include "cohort/log.hpp"
 #include "cohort/nccl/bounded_call.hpp"
+#include "cohort/nccl/cause_finder.hpp"
 #include "cohort/nccl/communicator.hpp"
 #include "cohort/nccl/machine_probe.hpp"
+#include "cohort/nccl/own_failure.hpp"
 #include "cohort/nccl/trace_memory.hpp"
 #include "cohort/nccl/transport_options.hpp"
-#include "cohort/poll_pause.hpp"
 #include "cohort/tensor.hpp"
 #include "cohort/traced_agreement.hpp"
 #include "cohort/transport.hpp"
@@ -62,9 +62,11 @@ struct NcclGroup {
     const GroupProbe probe = probe_group(control, device);
     capabilities = probe.capabilities;
     ranks_per_card = std::max(options.ranks_per_card, probe.ranks_per_device);
+    std::vector<ProcessIdentity> processes;  // by rank
     for (const MachineFacts& facts : probe.ranks) {
       processes.push_back(facts.process);
     }
+    finder = CauseFinder(std::move(processes));
     nccl_version = capabilities.nccl_runtime_version;
     whole_lines = probe.whole_lines;
     if (size == 1) {
@@ -72,7 +74,7 @@ struct NcclGroup {
       return;
     }
     trace_rings = make_trace_rings(control);
-    communicator = Communicator::create(control, device);
+    communicator = Communicator::create(control, device, finder);
     barrier_word = make_memory(device, sizeof(float));
     if (options.peer_mapping && capabilities.machines == 1 && capabilities.peer_access) {
       connect_peers(probe);
@@ -90,9 +92,10 @@ struct NcclGroup {
            control.poisoned();
   }
 
-  /// Throws what a rank said that has left the group. A kernel of NCCL that is told to stop still
-  /// sends what it has, and its peers end as if all were well, so that only words tell them: they
-  /// are said before it is told, and looked for behind it.
+  /// Throws what a rank said that has left the group, also where this one has left with it before.
+  /// A kernel of NCCL that is told to stop still sends what it has, and its peers end as if all
+  /// were well, so that only words tell them: they are said before it is told, and looked for
+  /// behind it.
   void check_peers(PeerLook look = PeerLook::now) {
     try {
       control.check_peers(look);
@@ -103,6 +106,9 @@ struct NcclGroup {
       throw;
     }
     if (control.poisoned()) {
+      if (const auto said = control.left_with()) {
+        said->raise("wait", control.name());
+      }
       throw_failed();
     }
   }
@@ -129,43 +135,25 @@ struct NcclGroup {
            last_stream.load(std::memory_order_relaxed) == stream;
   }
 
-  /// The ranks whose processes are known to have ended.
-  [[nodiscard]] std::vector<int> gone_ranks() const {
-    std::vector<int> gone;
-    for (int r = 0; r < size; ++r) {
-      if (process_is_gone(processes[static_cast<std::size_t>(rank)],
-                          processes[static_cast<std::size_t>(r)])) {
-        gone.push_back(r);
-      }
+  /// Leaves the group behind `error`: the others learn why before NCCL is told to end, and this
+  /// rank throws the same, `.error`. See `CauseFinder`.
+  [[nodiscard]] FirstCause leave(const std::exception_ptr& error,
+                                 CauseFinder::Clock::time_point latest) {
+    if (communicator != nullptr) {
+      communicator->mark_broken();
     }
-    return gone;
+    return finder.leave(control, error, latest);
+  }
+  /// The same where no stream is waited for. Throws it.
+  [[noreturn]] void fail(const std::exception_ptr& error) {
+    const FirstCause first = leave(error, CauseFinder::Clock::time_point::max());
+    communicator->abort();
+    std::rethrow_exception(first.error);
   }
 
-  /// Throws what NCCL told: what another rank has said, or the ranks whose processes have ended, or
-  /// `error` itself. The others learn of it. Sockets of a process close a while before it has
-  /// ended.
-  [[noreturn]] void throw_told(const TransportError& error) const {
-    const bool remote =
-        error.site().native_code == ncclRemoteError || error.site().native_code == ncclSystemError;
-    const auto deadline = deadline_after(remote ? kEndOfProcess : std::chrono::milliseconds(0));
-    PollPause pause;
-    while (true) {
-      const auto now = std::chrono::steady_clock::now();
-      control.check_peers();
-      if (auto gone = gone_ranks(); !gone.empty()) {
-        const TimeoutError named(
-            fmt::format("{}; the process of rank {} is gone, and the group must be formed anew",
-                        error.what(), joined(gone, ", ")),
-            std::move(gone));
-        control.give_up_because(std::make_exception_ptr(named));
-        throw named;
-      }
-      if (now >= deadline) {
-        control.give_up_because(std::make_exception_ptr(error));
-        throw error;
-      }
-      pause();
-    }
+  /// What the own kernels have failed with.
+  [[nodiscard]] std::exception_ptr own_failure() const {
+    return detail::own_failure(*peers, control.name(), rank);
   }
 
   [[noreturn]] void throw_failed() const {
@@ -227,7 +215,7 @@ struct NcclGroup {
   int nccl_version = 0;
   bool whole_lines = false;
   SymmetricCapabilities capabilities;
-  std::vector<ProcessIdentity> processes;      ///< By rank.
+  CauseFinder finder;                          ///< Knows the ranks' processes.
   int ranks_per_card = 1;                      ///< At most, as far as is known.
   TraceRings trace_rings;                      ///< Of the ranks of this machine.
   CallPath path = CallPath::unknown;           ///< Of the call under way, where it is NCCL's.
@@ -242,9 +230,6 @@ struct NcclGroup {
   std::unique_ptr<CudaPeerKernels> peers;  ///< Null where the ranks do not map each other's memory.
 
  private:
-  /// How long a process may take to end once its connections are closed.
-  static constexpr std::chrono::milliseconds kEndOfProcess{500};
-
   void agree_on_options() {
     std::uint64_t history = kHashSeed;
     for (const std::int64_t word :

@@ -5,21 +5,22 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "cohort/call_time.hpp"
-#include "cohort/cuda/call_signature.hpp"
 #include "cohort/cuda/cuda_stream.hpp"
 #include "cohort/cuda/device_drain.hpp"
-#include "cohort/cuda/inbox.hpp"
 #include "cohort/error.hpp"
+#include "cohort/first_cause.hpp"
 #include "cohort/flight_recorder.hpp"
-#include "cohort/joined.hpp"
 #include "cohort/log.hpp"
+#include "cohort/nccl/cause_finder.hpp"
 #include "cohort/nccl/nccl_group.hpp"
+#include "cohort/nccl/own_failure.hpp"
 #include "cohort/poll_pause.hpp"
 #include "cohort/wait_notice.hpp"
 
@@ -49,6 +50,7 @@ class NcclWaits final : private RankWaits {
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) {
     const auto start = std::chrono::steady_clock::now();
     const auto deadline = deadline_after(limit);
+    const auto latest = deadline + limit / 4;
     auto next_look = start + kLookEvery;
     WaitNotice notice(start, limit);
     PollPause pause;
@@ -58,18 +60,15 @@ class NcclWaits final : private RankWaits {
         break;
       }
       if (group_.own_failed()) {
-        static_cast<void>(drain(stream, "a wait of its own kernels failed"));
-        throw_failure();
+        fail_with_own(stream);
       }
-      check_asynchronous();
+      if (const auto noticed = asynchronous_failure()) {
+        const FirstCause first = group_.leave(noticed, latest);
+        static_cast<void>(end_all(stream));
+        std::rethrow_exception(first.error);
+      }
       if (now >= deadline) {
-        const bool drained =
-            drain(stream,
-                  fmt::format("synchronize: the stream was still busy after {} ms", limit.count()));
-        if (group_.own_failed()) {
-          throw_failure();
-        }
-        throw_time_out(limit, drained);
+        fail_at_limit(stream, limit);
       }
       if (group_.size > 1) {
         notice.say(now, [&] { return waiting_text(); });
@@ -87,12 +86,14 @@ class NcclWaits final : private RankWaits {
   /// here, or another rank that has left. Any thread.
   void check(PeerLook look = PeerLook::now) {
     if (group_.own_failed()) {
-      throw_failure();
+      throw_own();
     }
     if (group_.size > 1) {
       group_.check_peers(look);
     }
-    check_asynchronous();
+    if (const auto noticed = asynchronous_failure()) {
+      group_.fail(noticed);
+    }
   }
 
   void settle(std::chrono::milliseconds patience) noexcept {
@@ -124,24 +125,29 @@ class NcclWaits final : private RankWaits {
                        : ": " + behind);
   }
 
-  /// What NCCL noticed itself.
-  void check_asynchronous() {
+  /// What NCCL noticed itself; null where it is nothing.
+  [[nodiscard]] std::exception_ptr asynchronous_failure() {
     if (group_.communicator == nullptr) {
-      return;
+      return nullptr;
     }
     try {
       group_.communicator->check_asynchronous();
-    } catch (const TransportError& error) {
-      group_.throw_told(error);
+      return nullptr;
+    } catch (const TransportError&) {
+      return std::current_exception();
     }
   }
 
-  /// Ends what the stream waits for, with the words of a rank that has left.
+  /// Ends what the stream waits for, with the words of a rank that has left. What this group's own
+  /// kernels have found themselves says more: each rank reads there who differs from it.
   void end_with_peers(StreamRef stream) {
     try {
       group_.check_peers(PeerLook::lately);
     } catch (const Error&) {
-      static_cast<void>(drain(stream, "another rank has left"));
+      if (group_.own_failed()) {
+        fail_with_own(stream);
+      }
+      static_cast<void>(end_all(stream));
       throw;
     }
   }
@@ -153,52 +159,41 @@ class NcclWaits final : private RankWaits {
     if (group_.peers != nullptr) {
       group_.peers->give_up();
     }
-    group_.control.give_up(reason);
+    try {
+      static_cast<void>(
+          group_.leave(std::make_exception_ptr(TimeoutError(
+                           fmt::format("group {}: {}", group_.control.name(), reason), {})),
+                       CauseFinder::Clock::now()));
+    } catch (const std::exception&) {  // no memory for more
+      group_.control.give_up(reason);
+    }
     if (group_.communicator != nullptr) {
       group_.communicator->abort();
     }
   }
   [[nodiscard]] std::string failure() const override {
-    if (!group_.own_failed()) {
-      return "";
-    }
-    const cuda::InboxError error = group_.peers->error().seen_by(group_.rank);
-    const auto name_of = [this](int rank) {
-      return rank == group_.rank ? std::string("this rank") : fmt::format("rank {}", rank);
-    };
-    if (error.theirs != cuda::PeerCall::none) {
-      return fmt::format(
-          "group {}: at call {} of the group's own kernels rank {} made {} {}, and {} {}{}",
-          group_.control.name(), error.epoch, error.missing_rank,
-          error.theirs == error.mine ? "another" : "a", to_string(error.theirs),
-          name_of(error.waiting_rank), to_string(error.mine),
-          error.theirs == error.mine && is_over_nccl(error.mine)
-              ? ": its buffers lie at other offsets of their windows, or on one rank in none, or "
-                "its sizes or types differ"
-              : "");
-    }
-    if (error.missing_rank == group_.rank) {
-      return fmt::format(
-          "group {}: this rank did not come to call {} of the group's own kernels, {}, "
-          "while rank {} waited for it",
-          group_.control.name(), error.epoch, to_string(error.mine), error.waiting_rank);
-    }
-    const auto missing = group_.peers->missing();
-    return fmt::format("group {}: rank{} {} did not come to call {} of the group's own kernels, {}",
-                       group_.control.name(), missing.size() > 1 ? "s" : "", joined(missing, ", "),
-                       error.epoch, to_string(error.mine));
+    return group_.own_failed() ? own_failure_text(*group_.peers, group_.control.name(), group_.rank)
+                               : "";
   }
 
-  /// Has the stream drain: own waits of this group first, so that they can say who was missing,
-  /// then whatever else waits for ranks. False where it stays busy.
-  [[nodiscard]] bool drain(StreamRef stream, std::string_view reason) {
+  /// Whether the stream drains once the waits of this group's own kernels end, which then say who
+  /// was missing.
+  [[nodiscard]] bool end_own(StreamRef stream) {
+    if (group_.peers == nullptr) {
+      return false;
+    }
+    group_.peers->give_up();
+    return group_.streams.idle_within(stream.native(), kDrainLimit);
+  }
+  /// Whether it drains once all ends that waits for ranks: that of this group, of which the others
+  /// have been told, and then that of the groups beside it.
+  [[nodiscard]] bool end_all(StreamRef stream) {
     if (group_.peers != nullptr) {
       group_.peers->give_up();
-      if (group_.streams.idle_within(stream.native(), kDrainLimit)) {
-        return true;
-      }
     }
-    end_waits(reason);
+    if (group_.communicator != nullptr) {
+      group_.communicator->abort();
+    }
     if (group_.streams.idle_within(stream.native(), kDrainLimit)) {
       return true;
     }
@@ -206,39 +201,50 @@ class NcclWaits final : private RankWaits {
     return group_.streams.idle_within(stream.native(), kDrainLimit);
   }
 
-  [[noreturn]] void throw_failure() {
+  /// What the own kernels failed with. The others read it on their cards; those that wait on the
+  /// host are told.
+  [[noreturn]] void throw_own() {
     if (group_.communicator != nullptr) {
       group_.communicator->mark_broken();  // teardown must not wait for peers from here on
     }
-    const cuda::InboxError error = group_.peers->error().seen_by(group_.rank);
-    const std::string text =
-        failure() + "; outputs since then are undefined, and the group must be formed anew";
-    if (error.theirs != cuda::PeerCall::none) {
-      std::vector<int> others{error.missing_rank};
-      if (error.waiting_rank != group_.rank) {  // two ranks of which this is none
-        others.push_back(error.waiting_rank);
-      }
-      throw SymmetryError(text, std::move(others));
+    const std::exception_ptr error = group_.own_failure();
+    group_.control.give_up_because(error);
+    std::rethrow_exception(error);
+  }
+  [[noreturn]] void fail_with_own(StreamRef stream) {
+    if (!end_own(stream)) {
+      group_.control.give_up_because(group_.own_failure());
+      static_cast<void>(end_all(stream));
     }
-    throw TimeoutError(text, group_.peers->missing());
+    throw_own();
   }
 
-  /// Of a wait for which no own kernel of this group is to blame.
-  [[noreturn]] void throw_time_out(std::chrono::milliseconds limit, bool drained) {
-    if (group_.communicator != nullptr) {
-      group_.communicator->mark_broken();
+  /// Of a wait that has lasted for its limit.
+  [[noreturn]] void fail_at_limit(StreamRef stream, std::chrono::milliseconds limit) {
+    bool drained = end_own(stream);
+    const FirstCause first = group_.leave(
+        group_.own_failed()
+            ? group_.own_failure()
+            : std::make_exception_ptr(TimeoutError(
+                  fmt::format("synchronize in group {} on rank {}: the stream was still busy after "
+                              "{} ms",
+                              group_.control.name(), group_.rank, limit.count()),
+                  {})),
+        CauseFinder::Clock::now());
+    drained = drained || end_all(stream);
+    if (group_.own_failed()) {
+      std::rethrow_exception(first.error);
     }
-    std::vector<int> gone = group_.gone_ranks();
     const std::string others = group_.streams.failures(*this);
-    throw TimeoutError(
-        fmt::format(
-            "synchronize in group {} on rank {}: the stream was still busy after {} ms{}{}; "
-            "{}, and the group must be formed anew",
-            group_.control.name(), group_.rank, limit.count(),
-            gone.empty() ? "" : fmt::format("; the process of rank {} is gone", joined(gone, ", ")),
-            others.empty() ? "" : "; " + others,
-            drained ? "its waits were ended" : "a kernel on it could not be ended"),
-        std::move(gone));
+    try {
+      std::rethrow_exception(first.error);
+    } catch (const TimeoutError& late) {
+      throw TimeoutError(
+          fmt::format("{}{}; {}, and the group must be formed anew", late.what(),
+                      others.empty() ? "" : "; " + others,
+                      drained ? "its waits were ended" : "a kernel on it could not be ended"),
+          late.missing());
+    }
   }
 
   /// Leaks what kernels may use that do not end.

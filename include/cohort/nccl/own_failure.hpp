@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <fmt/format.h>
+
+#include <exception>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cohort/cuda/call_signature.hpp"
+#include "cohort/cuda/cuda_peer_kernels.hpp"
+#include "cohort/cuda/inbox.hpp"
+#include "cohort/error.hpp"
+#include "cohort/joined.hpp"
+
+/// \file
+/// What the own kernels of a group say where they have failed.
+
+namespace cohort::detail {
+
+/// Who did not come, or made another call, as `rank` sees it.
+[[nodiscard]] inline std::string own_failure_text(const CudaPeerKernels& peers,
+                                                  const std::string& group, int rank) {
+  const cuda::InboxError error = peers.error().seen_by(rank);
+  const auto name_of = [rank](int other) {
+    return other == rank ? std::string("this rank") : fmt::format("rank {}", other);
+  };
+  if (error.theirs != cuda::PeerCall::none) {
+    return fmt::format(
+        "group {}: at call {} of the group's own kernels rank {} made {} {}, and {} {}{}", group,
+        error.epoch, error.missing_rank, error.theirs == error.mine ? "another" : "a",
+        to_string(error.theirs), name_of(error.waiting_rank), to_string(error.mine),
+        error.theirs == error.mine && is_over_nccl(error.mine)
+            ? ": its buffers lie at other offsets of their windows, or on one rank in none, or "
+              "its sizes or types differ"
+            : "");
+  }
+  if (error.missing_rank == rank) {
+    return fmt::format(
+        "group {}: this rank did not come to call {} of the group's own kernels, {}, "
+        "while rank {} waited for it",
+        group, error.epoch, to_string(error.mine), error.waiting_rank);
+  }
+  const auto missing = peers.missing();
+  return fmt::format("group {}: rank{} {} did not come to call {} of the group's own kernels, {}",
+                     group, missing.size() > 1 ? "s" : "", joined(missing, ", "), error.epoch,
+                     to_string(error.mine));
+}
+
+/// The same as the error that the rank throws.
+[[nodiscard]] inline std::exception_ptr own_failure(const CudaPeerKernels& peers,
+                                                    const std::string& group, int rank) {
+  const std::string text = own_failure_text(peers, group, rank) +
+                           "; outputs since then are undefined, and the group must be formed anew";
+  const cuda::InboxError error = peers.error().seen_by(rank);
+  if (error.theirs == cuda::PeerCall::none) {
+    return std::make_exception_ptr(TimeoutError(text, peers.missing()));
+  }
+  std::vector<int> others{error.missing_rank};
+  if (error.waiting_rank != rank) {  // two ranks of which this is none
+    others.push_back(error.waiting_rank);
+  }
+  return std::make_exception_ptr(SymmetryError(text, std::move(others)));
+}
+
+}  // namespace cohort::detail
