@@ -70,6 +70,7 @@ std::vector<KernelInfo> kernel_report(int n) {
   std::vector<KernelInfo> report;
   detail::report_copy(report);
   detail::report_local_merge(report);
+  detail::report_local_norm(report);
   detail::report_gather(n, report);
   detail::report_reduce(n, report);
   detail::report_all_reduce(n, report);

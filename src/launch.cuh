@@ -31,6 +31,9 @@ __device__ __forceinline__ void await_predecessor() {
 #endif
 }
 
+/// The device that is current.
+[[nodiscard]] int current_device();
+
 /// Whether the current device takes the attribute; see card.hpp.
 [[nodiscard]] bool launches_programmatically();
 
@@ -137,6 +140,7 @@ void load_local_norm();
 void load_support();
 void report_copy(std::vector<KernelInfo>& report);
 void report_local_merge(std::vector<KernelInfo>& report);
+void report_local_norm(std::vector<KernelInfo>& report);
 void report_gather(int n, std::vector<KernelInfo>& report);
 void report_reduce(int n, std::vector<KernelInfo>& report);
 void report_all_reduce(int n, std::vector<KernelInfo>& report);

@@ -101,15 +101,6 @@ Capability capability_of(int device) {
   return card;
 }
 
-int current_device() {
-  if (const auto current = cohort::detail::current_device_quickly()) {
-    return *current;
-  }
-  int device = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-  return device;
-}
-
 bool look_up_programmatic_launch(int device) {
   int driver = 0;
   check_cuda(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
@@ -119,6 +110,15 @@ bool look_up_programmatic_launch(int device) {
 }
 
 }  // namespace
+
+int current_device() {
+  if (const auto current = cohort::detail::current_device_quickly()) {
+    return *current;
+  }
+  int device = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
 
 bool launches_programmatically() {
   enum : std::int8_t { unknown, no, yes };

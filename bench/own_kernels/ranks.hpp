@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cohort/cuda/block_budget.hpp>
 #include <cohort/cuda/kernels.hpp>
 
 #include <cuda_runtime_api.h>
@@ -128,6 +129,8 @@ inline std::vector<Rank> make_ranks(int n, const Cards& options) {
     table.layout = layout;
     table.rank = static_cast<int>(r);
     table.size = n;
+    table.max_clusters = cuda::cluster_budget(
+        cuda::norm_cluster_room(n), {.ranks_per_card = ranks_per_card, .kernels_at_once = 1});
     cuda::initialize_inbox(table, ranks[r].stream, std::chrono::seconds(20));
   }
   wait_for_all(ranks);

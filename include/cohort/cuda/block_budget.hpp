@@ -38,6 +38,28 @@ inline constexpr int kSpareMultiprocessors = 4;
   return std::clamp(others == 0 ? fair : std::min(fair, spared / others), 1, kMaxPeerBlocks);
 }
 
+/// Most clusters of a peer kernel, by their size, on cards that run so many at once where nothing
+/// else does; 0 for sizes that are not to be taken.
+///
+/// A cluster begins once all its blocks have room in one part of the card, and stays until the
+/// peers' cluster of the same number has come. As above, no kernel is kept out for good where all
+/// but one leave room for a cluster: k kernels of at most (room - 1) / (k - 1).
+[[nodiscard]] constexpr ClusterRoom cluster_budget(const ClusterRoom& room,
+                                                   const BlockDemand& demand) noexcept {
+  const int others = std::max(demand.ranks_per_card, 1) * std::max(demand.kernels_at_once, 1) - 1;
+  const auto fair = [others](int clusters) {
+    return others == 0 ? clusters : std::max(clusters - 1, 0) / others;
+  };
+  return {.of_2 = fair(room.of_2), .of_4 = fair(room.of_4), .of_8 = fair(room.of_8)};
+}
+
+/// What all of several cards have room for.
+[[nodiscard]] constexpr ClusterRoom least(const ClusterRoom& a, const ClusterRoom& b) noexcept {
+  return {.of_2 = std::min(a.of_2, b.of_2),
+          .of_4 = std::min(a.of_4, b.of_4),
+          .of_8 = std::min(a.of_8, b.of_8)};
+}
+
 /// What to warn of where so many lanes are more than the kernels that the budget was made for; ""
 /// where they are not.
 [[nodiscard]] inline std::string lanes_warning(int lanes, int kernels_at_once) {

@@ -79,6 +79,7 @@ class CudaPeerKernels final : public PeerKernels {
  public:
   struct Options {
     int max_blocks = 1;                       ///< See block_budget.hpp; equal on all ranks.
+    cuda::ClusterRoom max_clusters = {};      ///< The same.
     bool whole_lines = false;                 ///< See `cuda::PeerPath::flag_line`; equal likewise.
     std::chrono::milliseconds limit{60'000};  ///< Of a wait in a kernel.
     std::uint64_t after_epoch = 0;            ///< For tests; equal on all ranks.
@@ -355,6 +356,7 @@ class CudaPeerKernels final : public PeerKernels {
     table.rank = group_.rank();
     table.size = group_.size();
     table.block_limit = block_limit_;
+    table.max_clusters = options_.max_clusters;
     {
       const DeviceGuard guard(device_);
       const RelaxedCapture relaxed;

@@ -128,6 +128,18 @@ struct InboxLayout {
   }
 };
 
+/// How many clusters of one size, 2, 4 or 8 thread blocks.
+struct ClusterRoom {
+  int of_2 = 0;
+  int of_4 = 0;
+  int of_8 = 0;
+
+  [[nodiscard]] constexpr int of(std::int64_t blocks) const noexcept {
+    return blocks == 8 ? of_8 : blocks == 4 ? of_4 : blocks == 2 ? of_2 : 0;
+  }
+  friend bool operator==(const ClusterRoom&, const ClusterRoom&) = default;
+};
+
 /// What a peer kernel needs to know of its group: where each rank's inbox lies in this process's
 /// address space, the own one included. Passed to the kernels by value.
 struct PeerTable {
@@ -141,6 +153,8 @@ struct PeerTable {
   /// For tests: not 0 makes thread blocks wait for random times, differing by rank, block and
   /// epoch.
   std::uint32_t delay_seed = 0;
+  /// Most clusters of a launch, within its blocks; see block_budget.hpp. Equal on all ranks.
+  ClusterRoom max_clusters = {};
 };
 
 /// Words that the host and the kernels of one group on one rank share, in memory of the host that

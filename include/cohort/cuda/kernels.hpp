@@ -279,6 +279,12 @@ void peer_all_reduce(const PeerTable& table, std::int64_t count, DType dtype, co
                    path == PeerPath::flag_word ? 0 : layout.lines);
 }
 
+/// Clusters of the blocks of `peer_all_reduce_rms_norm` in groups of `n` ranks that the current
+/// device, or what this process has of it, runs at once where nothing else does; see
+/// `cluster_budget`. None where it has no clusters.
+/// @throw TransportError if CUDA refuses.
+[[nodiscard]] ClusterRoom norm_cluster_room(int n);
+
 /// `peer_all_reduce` of `norm.x` and `rms_norm` of the sum in one launch; bitwise equal to the two,
 /// whatever the path. `out` may not be `x`.
 void peer_all_reduce_rms_norm(const PeerTable& table, const Norm& norm, cudaStream_t stream,

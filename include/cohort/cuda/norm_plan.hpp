@@ -111,13 +111,16 @@ struct NormGrid {
 };
 
 /// Of at most `most` blocks, and of `most_in_clusters` where a row has several: a cluster needs its
-/// room in one part of the card, so clusters that wait for peers leave half of it to others. A
-/// multiprocessor alone takes long for a row, so few rows are shared out.
+/// room in one part of the card, so clusters that wait for peers leave half of it to others. Of no
+/// more clusters than there are to be of their size. A multiprocessor alone takes long for a row,
+/// so few rows are shared out.
 [[nodiscard]] constexpr NormGrid norm_grid(const NormShape& s, std::int64_t most,
-                                           std::int64_t most_in_clusters) noexcept {
+                                           std::int64_t most_in_clusters,
+                                           const ClusterRoom& clusters) noexcept {
   const std::int64_t rows = std::max<std::int64_t>(s.rows, 1);
   for (const std::int64_t blocks : {8, 4, 2}) {
-    if (blocks * rows <= most_in_clusters && 2 * blocks <= s.groups()) {
+    if (blocks * rows <= most_in_clusters && rows <= clusters.of(blocks) &&
+        2 * blocks <= s.groups()) {
       return {.blocks_of_row = blocks, .rows = rows};
     }
   }

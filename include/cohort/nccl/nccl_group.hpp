@@ -249,15 +249,38 @@ struct NcclGroup {
           wrong);
   }
 
+  /// What a call's launch may take of the cards.
+  struct Budget {
+    int blocks = 0;
+    cuda::ClusterRoom clusters;
+  };
+
+  /// Collective. What all ranks' cards can afford.
+  [[nodiscard]] Budget agree_on_budget(const GroupProbe& probe) const {
+    const cuda::BlockDemand demand{.multiprocessors = probe.multiprocessors,
+                                   .ranks_per_card = ranks_per_card,
+                                   .kernels_at_once = options.kernels_at_once};
+    cuda::ClusterRoom room;
+    {
+      const DeviceGuard guard(device);
+      const RelaxedCapture relaxed;
+      room = cuda::norm_cluster_room(size);
+    }
+    Budget budget{cuda::block_budget(demand), cuda::cluster_budget(room, demand)};
+    for (const Budget& theirs : gather_values(control, budget)) {
+      budget.blocks = std::min(budget.blocks, theirs.blocks);
+      budget.clusters = cuda::least(budget.clusters, theirs.clusters);
+    }
+    return budget;
+  }
+
   void connect_peers(const GroupProbe& probe) {
-    const int affordable = cuda::block_budget({.multiprocessors = probe.multiprocessors,
-                                               .ranks_per_card = ranks_per_card,
-                                               .kernels_at_once = options.kernels_at_once});
-    const auto budgets = gather_values(control, affordable);
-    const int blocks = *std::min_element(budgets.begin(), budgets.end());
-    auto outcome = CudaPeerKernels::create(
-        control, device,
-        {.max_blocks = blocks, .whole_lines = probe.whole_lines, .limit = options.kernel_limit});
+    const Budget budget = agree_on_budget(probe);
+    auto outcome = CudaPeerKernels::create(control, device,
+                                           {.max_blocks = budget.blocks,
+                                            .max_clusters = budget.clusters,
+                                            .whole_lines = probe.whole_lines,
+                                            .limit = options.kernel_limit});
     peers = std::move(outcome.kernels);
     capabilities.peer_import = peers != nullptr;
     capabilities.obstacle = std::move(outcome.refusal);

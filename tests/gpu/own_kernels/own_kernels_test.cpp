@@ -89,6 +89,9 @@ int main(int argc, char** argv) {
     if (wants("local")) {
       test_local(tally);
     }
+    if (wants("norms")) {
+      test_norms_alone(tally);
+    }
     for (const int n : counts) {
       if (wants("collectives")) {
         test_collectives(tally, n, options.cards);

@@ -164,6 +164,7 @@ class World {
       table.layout = layout_;
       table.rank = r;
       table.size = n;
+      table.max_clusters = clusters(n, cards);
       tables_.push_back(table);
     }
     reset(std::chrono::seconds(30), after_epoch);
@@ -172,6 +173,10 @@ class World {
     int count = 0;
     COHORT_CHECK(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, 0));
     return count;
+  }
+  [[nodiscard]] static cuda::ClusterRoom clusters(int n, int cards) {
+    return cuda::cluster_budget(cuda::norm_cluster_room(n),
+                                {.ranks_per_card = (n + cards - 1) / cards});
   }
   World(const World&) = delete;
   World& operator=(const World&) = delete;
@@ -198,6 +203,12 @@ class World {
   void limit_blocks(int blocks) {
     for (auto& table : tables_) {
       table.block_limit = blocks;
+    }
+  }
+  /// Most clusters of the calls that follow.
+  void allow_clusters(const cuda::ClusterRoom& room) {
+    for (auto& table : tables_) {
+      table.max_clusters = room;
     }
   }
   void finish_all() {
@@ -321,6 +332,7 @@ void test_local(Tally& tally);
 void test_collectives(Tally& tally, int n, int cards);
 void test_attention(Tally& tally, int n);
 void test_norms(Tally& tally, int n, int cards);
+void test_norms_alone(Tally& tally);
 void test_failures(Tally& tally);
 void test_overlap(Tally& tally, int cards, int rounds);
 void soak(Tally& tally, int n, int cards, std::int64_t calls, std::uint32_t seed);

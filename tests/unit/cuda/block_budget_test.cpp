@@ -28,6 +28,31 @@ TEST_CASE("a budget is at least a block and at most what an inbox knows", "[bloc
   CHECK(block_budget({.multiprocessors = 2000}) == kMaxPeerBlocks);
 }
 
+TEST_CASE("of kernels at once any finds room for a cluster, or none takes clusters",
+          "[block_budget]") {
+  constexpr ClusterRoom kRoom{.of_2 = 66, .of_4 = 32, .of_8 = 16};
+  CHECK(cluster_budget(kRoom, {}) == ClusterRoom{65, 31, 15});
+  CHECK(cluster_budget(kRoom, {.kernels_at_once = 1}) == kRoom);
+  CHECK(cluster_budget(kRoom, {.ranks_per_card = 2}) == ClusterRoom{21, 10, 5});
+  CHECK(cluster_budget({}, {}) == ClusterRoom{});
+  // One cluster is none too many for two ranks on a card: each would keep the other out.
+  CHECK(cluster_budget({.of_2 = 3, .of_4 = 2, .of_8 = 1},
+                       {.ranks_per_card = 2, .kernels_at_once = 1}) == ClusterRoom{2, 1, 0});
+  for (const int ranks : {1, 2, 4, 8}) {
+    for (const int kernels : {1, 2, 3, 4}) {
+      for (int room = 0; room < 70; ++room) {
+        CAPTURE(ranks, kernels, room);
+        const int most =
+            cluster_budget({.of_2 = room}, {.ranks_per_card = ranks, .kernels_at_once = kernels})
+                .of_2;
+        CHECK(most >= 0);
+        CHECK((most == 0 || most * (ranks * kernels - 1) < room));
+      }
+    }
+  }
+  CHECK(least({1, 5, 3}, {2, 4, 3}) == ClusterRoom{1, 4, 3});
+}
+
 TEST_CASE("a call's limit lies within the budget", "[block_budget]") {
   CHECK(limited_blocks(124, 0) == 124);
   CHECK(limited_blocks(124, 16) == 16);

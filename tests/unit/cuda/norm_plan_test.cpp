@@ -15,6 +15,12 @@ constexpr NormShape shape_of(std::int64_t rows, std::int64_t hidden = 7168) {
   return {.rows = rows, .hidden = hidden};
 }
 constexpr std::int64_t kPlenty = std::int64_t{1} << 40;
+constexpr ClusterRoom kAnyClusters{1000, 1000, 1000};
+
+constexpr NormGrid grid_of(const NormShape& shape, std::int64_t most,
+                           std::int64_t most_in_clusters) {
+  return norm_grid(shape, most, most_in_clusters, kAnyClusters);
+}
 
 }  // namespace
 
@@ -60,18 +66,18 @@ TEST_CASE("few bytes go in words, more in lines, and what is no single launch in
 }
 
 TEST_CASE("few rows are shared out to clusters of blocks, while these have room", "[norm_plan]") {
-  CHECK(norm_grid(shape_of(1), 66, 33) == NormGrid{8, 1});
-  CHECK(norm_grid(shape_of(4), 66, 33) == NormGrid{8, 4});
-  CHECK(norm_grid(shape_of(5), 66, 33) == NormGrid{4, 5});
-  CHECK(norm_grid(shape_of(16), 66, 33) == NormGrid{2, 16});
-  CHECK(norm_grid(shape_of(17), 66, 33) == NormGrid{1, 17});
-  CHECK(norm_grid(shape_of(200), 66, 33) == NormGrid{1, 66});
-  CHECK(norm_grid(shape_of(1), 66, 0) == NormGrid{1, 1});        // no clusters on this card
-  CHECK(norm_grid(shape_of(1, 240), 66, 33) == NormGrid{1, 1});  // one group
-  CHECK(norm_grid(shape_of(1, 1024), 66, 33) == NormGrid{2, 1});
+  CHECK(grid_of(shape_of(1), 66, 33) == NormGrid{8, 1});
+  CHECK(grid_of(shape_of(4), 66, 33) == NormGrid{8, 4});
+  CHECK(grid_of(shape_of(5), 66, 33) == NormGrid{4, 5});
+  CHECK(grid_of(shape_of(16), 66, 33) == NormGrid{2, 16});
+  CHECK(grid_of(shape_of(17), 66, 33) == NormGrid{1, 17});
+  CHECK(grid_of(shape_of(200), 66, 33) == NormGrid{1, 66});
+  CHECK(grid_of(shape_of(1), 66, 0) == NormGrid{1, 1});
+  CHECK(grid_of(shape_of(1, 240), 66, 33) == NormGrid{1, 1});  // one group
+  CHECK(grid_of(shape_of(1, 1024), 66, 33) == NormGrid{2, 1});
   for (std::int64_t rows = 1; rows < 80; ++rows) {
     for (std::int64_t most = 1; most < 80; ++most) {
-      const NormGrid grid = norm_grid(shape_of(rows), most, most / 2);
+      const NormGrid grid = grid_of(shape_of(rows), most, most / 2);
       REQUIRE(grid.blocks_of_row * grid.rows <= most);
       // Blocks of a cluster wait for each other, so a cluster has one row.
       REQUIRE((grid.blocks_of_row == 1 || grid.rows == rows));
@@ -79,6 +85,20 @@ TEST_CASE("few rows are shared out to clusters of blocks, while these have room"
       REQUIRE(grid.rows <= rows);
     }
   }
+}
+
+TEST_CASE("clusters that the cards have no room for are smaller, or none", "[norm_plan]") {
+  const auto grid = [](std::int64_t rows, const ClusterRoom& room) {
+    return norm_grid(shape_of(rows), 128, 64, room);
+  };
+  CHECK(grid(1, {65, 32, 15}) == NormGrid{8, 1});
+  CHECK(grid(8, {65, 32, 15}) == NormGrid{8, 8});
+  CHECK(grid(8, {65, 32, 7}) == NormGrid{4, 8});  // fewer than the rows
+  CHECK(grid(1, {4, 1, 0}) == NormGrid{4, 1});    // parts of the card that are small
+  CHECK(grid(2, {4, 1, 0}) == NormGrid{2, 2});
+  CHECK(grid(1, {1, 0, 0}) == NormGrid{2, 1});
+  CHECK(grid(1, {}) == NormGrid{1, 1});
+  CHECK(grid(200, {}) == NormGrid{1, 128});
 }
 
 TEST_CASE("rows that the kernels cannot take are named", "[norm_plan]") {
