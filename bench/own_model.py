@@ -24,6 +24,8 @@ NAMES = ("words", "lines", "link", "rank", "flight", "merge", "query")
 WIRE = {"words": 2.0, "lines": 16 / 15}
 # The shapes that own_kernels and cohort_bench measure, in bf16.
 HEADS, VALUE, QUERY, HIDDEN, LAYERS = 128, 512, 576, 7168, 61
+# The same where all ranks absorb every head's query, and bring every head's output down to values.
+NARROW_VALUE, NARROW_QUERY = 128, 192
 
 
 def sent(call, ranks, size):
@@ -35,10 +37,10 @@ def sent(call, ranks, size):
         return size * peers
     if call == "all_reduce in two steps":
         return 2 * size * peers / ranks
-    if call == "gather_query":
-        return size * HEADS // ranks * QUERY * 2 * peers
-    if call == "merge":
-        return size * HEADS // ranks * (VALUE * 2 + 4) * peers
+    if call in ("gather_query", "narrow gather_query"):
+        return size * HEADS // ranks * (QUERY if call == "gather_query" else NARROW_QUERY) * 2 * peers
+    if call in ("merge", "narrow merge"):
+        return size * HEADS // ranks * ((VALUE if call == "merge" else NARROW_VALUE) * 2 + 4) * peers
     raise ValueError(call)
 
 
@@ -48,8 +50,10 @@ def terms(call, path, ranks, size):
     if call == "all_reduce in two steps":
         found["flight"] = 1.0
         found["rank"] *= 2
-    if call in ("merge", "gather_query"):
-        found["merge" if call == "merge" else "query"] = 1.0
+    if call.endswith("merge"):
+        found["merge"] = 1.0
+    if call.endswith("gather_query"):
+        found["query"] = 1.0
     return found
 
 

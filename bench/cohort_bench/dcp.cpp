@@ -11,7 +11,7 @@ void bench_gather_query(Session& session) {
   }
   for (const DType dtype : session.options.dtypes) {
     for (const std::int64_t batch : session.options.batches) {
-      const StepShape shape{batch, dtype};
+      const StepShape shape{batch, dtype, session.options.head_dim};
       Case work{.bench = "gather_query",
                 .dtype = std::string(to_string(dtype)),
                 .bytes = query_bytes(session.options, shape),
@@ -31,7 +31,7 @@ void bench_dcp_merge(Session& session) {
   }
   for (const DType dtype : session.options.dtypes) {
     for (const std::int64_t batch : session.options.batches) {
-      const StepShape shape{batch, dtype};
+      const StepShape shape{batch, dtype, session.options.head_dim};
       Case work{.bench = "dcp_merge",
                 .dtype = std::string(to_string(dtype)),
                 .bytes = partial_bytes(session.options, shape),

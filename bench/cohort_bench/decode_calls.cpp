@@ -45,9 +45,9 @@ namespace {
 void reserve(const Options& options, const StepShape& shape, Lane& lane) {
   lane.group().reserve_for({.batch = shape.batch,
                             .heads = options.heads,
-                            .latent = options.head_dim,
+                            .latent = shape.width,
                             .rope = options.rope,
-                            .value = options.head_dim,
+                            .value = shape.width,
                             .dtype = shape.dtype});
 }
 
@@ -69,8 +69,8 @@ struct RawMerge {
     const auto& o = session.options;
     const std::int64_t n = session.ranks();
     lses = allocate(way, {n, step.batch, o.heads}, DType::f32);
-    corrected = allocate(way, {o.heads, step.batch, o.head_dim}, dtype);
-    sums = allocate(way, {o.heads / n, step.batch, o.head_dim}, dtype);
+    corrected = allocate(way, {o.heads, step.batch, step.width}, dtype);
+    sums = allocate(way, {o.heads / n, step.batch, step.width}, dtype);
     merged = converts ? allocate(way, sums.view.shape(), step.dtype) : sums;
   }
 
@@ -108,12 +108,12 @@ struct RawMerge {
   const int n = session.ranks();
   const std::int64_t own = o.heads / n;
   return count_wrong(shape.dtype, fetch(session, merged), [&](std::int64_t i) {
-    const std::int64_t d = i % o.head_dim;
-    const std::int64_t block = i / o.head_dim;
+    const std::int64_t d = i % shape.width;
+    const std::int64_t block = i / shape.width;
     const std::int64_t b = block % shape.batch;
     const std::int64_t h = block / shape.batch;
     const std::int64_t row = b * o.heads + session.rank() * own + h;
-    return merged_value(row * o.head_dim + d, row, n);
+    return merged_value(row * shape.width + d, row, n);
   });
 }
 
@@ -123,7 +123,7 @@ struct RawMerge {
   const auto& o = session.options;
   const int n = session.ranks();
   const std::int64_t own = o.heads / n;
-  const std::int64_t width = o.head_dim + o.rope;
+  const std::int64_t width = shape.width + o.rope;
   return count_wrong(shape.dtype, fetch(session, q), [&](std::int64_t i) {
     const std::int64_t d = i % width;
     const std::int64_t block = i / width;
@@ -131,21 +131,21 @@ struct RawMerge {
     const std::int64_t h = block / shape.batch;
     const std::int64_t local = b * own + h % own;  // row of the sender's inputs
     const auto sender = static_cast<int>(h / own);
-    return d < o.head_dim ? input_value(sender, local * o.head_dim + d, n)
-                          : input_value(sender, local * o.rope + d - o.head_dim + 1, n);
+    return d < shape.width ? input_value(sender, local * shape.width + d, n)
+                           : input_value(sender, local * o.rope + d - shape.width + 1, n);
   });
 }
 
 }  // namespace
 
 std::int64_t query_bytes(const Options& options, const StepShape& shape) {
-  return shape.batch * options.heads * (options.head_dim + options.rope) *
+  return shape.batch * options.heads * (shape.width + options.rope) *
          static_cast<std::int64_t>(size_of(shape.dtype));
 }
 
 std::int64_t partial_bytes(const Options& options, const StepShape& shape) {
   return shape.batch * options.heads *
-         (options.head_dim * static_cast<std::int64_t>(size_of(shape.dtype)) +
+         (shape.width * static_cast<std::int64_t>(size_of(shape.dtype)) +
           static_cast<std::int64_t>(sizeof(float)));
 }
 
@@ -181,11 +181,11 @@ Variant gather_variant(Session& session, const Way& way, const StepShape& shape)
   const auto& o = session.options;
   const int n = session.ranks();
   const std::int64_t own = o.heads / n;
-  const std::int64_t width = o.head_dim + o.rope;
+  const std::int64_t width = shape.width + o.rope;
   if (way.lane != nullptr) {
     reserve(o, shape, *way.lane);
   }
-  const Buffer nope = filled(session, way, {shape.batch, own, o.head_dim}, shape.dtype,
+  const Buffer nope = filled(session, way, {shape.batch, own, shape.width}, shape.dtype,
                              [&](std::int64_t i) { return input_value(session.rank(), i, n); });
   const Buffer pe = filled(session, way, {shape.batch, own, o.rope}, shape.dtype,
                            [&](std::int64_t i) { return input_value(session.rank(), i + 1, n); });
@@ -218,7 +218,7 @@ Variant merge_variant(Session& session, const MergeWay& merge, const StepShape& 
   if (way.lane != nullptr) {
     reserve(o, shape, *way.lane);
   }
-  const Buffer out = filled(session, way, {shape.batch, o.heads, o.head_dim}, shape.dtype,
+  const Buffer out = filled(session, way, {shape.batch, o.heads, shape.width}, shape.dtype,
                             [&](std::int64_t i) { return partial_value(session.rank(), i, n); });
   Buffer lse = allocate(way, {shape.batch, o.heads}, DType::f32);
   session.bed.synchronize();
@@ -234,7 +234,7 @@ Variant merge_variant(Session& session, const MergeWay& merge, const StepShape& 
     merged = raw.merged.view;
     variant.call = raw;  // keeps its buffers
   } else {
-    const Buffer result = allocate(way, {o.heads / n, shape.batch, o.head_dim}, shape.dtype);
+    const Buffer result = allocate(way, {o.heads / n, shape.batch, shape.width}, shape.dtype);
     merged = result.view;
     variant.call = [&session, out, lse, result, group = &way.lane->group()] {
       group->merge_attention_into(result.view.transpose(0, 1), out.view, lse.view, LseBase::two,

@@ -15,6 +15,7 @@ namespace cohort::bench {
 struct StepShape {
   std::int64_t batch = 0;
   DType dtype = DType::bf16;
+  std::int64_t width = 0;  ///< Of a head's query but for its rotary part, and of its output.
 };
 
 /// Queries gathered: [B, H, Dn + Dr].

@@ -2,6 +2,7 @@
 #include <array>
 #include <memory>
 #include <optional>
+#include <string_view>
 #include <utility>
 
 #include "benches.hpp"
@@ -19,8 +20,9 @@ namespace {
          static_cast<std::int64_t>(size_of(shape.dtype));
 }
 
-[[nodiscard]] Case token_case(Session& session, const StepShape& shape, std::int64_t bytes) {
-  return {.bench = "decode_step",
+[[nodiscard]] Case token_case(Session& session, std::string_view bench, const StepShape& shape,
+                              std::int64_t bytes) {
+  return {.bench = std::string(bench),
           .dtype = std::string(to_string(shape.dtype)),
           .bytes = bytes,
           .batch = shape.batch,
@@ -75,10 +77,10 @@ namespace {
   return mode == Mode::graph || (staged && ordinary);
 }
 
-void dcp_case(Session& session, const StepShape& shape) {
+void dcp_case(Session& session, std::string_view bench, const StepShape& shape) {
   const auto& options = session.options;
   Case work =
-      token_case(session, shape,
+      token_case(session, bench, shape,
                  options.layers * (query_bytes(options, shape) + partial_bytes(options, shape)));
   const auto stand_in = add_stand_ins(session, work);
   for (const MergeWay& way : merge_ways(session, shape)) {
@@ -100,7 +102,7 @@ void dcp_case(Session& session, const StepShape& shape) {
 void tensor_parallel_case(Session& session, const StepShape& shape) {
   const auto& options = session.options;
   const std::int64_t count = shape.batch * options.hidden;
-  Case work = token_case(session, shape,
+  Case work = token_case(session, "decode_step", shape,
                          options.layers * count * static_cast<std::int64_t>(size_of(shape.dtype)));
   work.bus_factor = all_reduce_bus_factor(session.ranks());
   const auto stand_in = add_stand_ins(session, work);
@@ -134,9 +136,11 @@ void bench_decode_step(Session& session) {
   }
   for (const DType dtype : session.options.dtypes) {
     for (const std::int64_t batch : session.options.batches) {
-      const StepShape shape{batch, dtype};
-      dcp_case(session, shape);
+      const StepShape shape{batch, dtype, session.options.head_dim};
+      dcp_case(session, "decode_step", shape);
       tensor_parallel_case(session, shape);
+      // Queries before they are absorbed, and partials behind the up-projection of values.
+      dcp_case(session, "decode_step_unabsorbed", {batch, dtype, session.options.unabsorbed});
       if (session.runner.stopped()) {
         return;
       }

@@ -136,6 +136,7 @@ struct Options {
   std::int64_t heads = 128;
   std::int64_t head_dim = 512;
   std::int64_t rope = 64;
+  std::int64_t unabsorbed = 128;
   std::int64_t layers = 61;
   std::int64_t hidden = 7168;
   std::int64_t context = 128 << 10;
@@ -193,6 +194,7 @@ struct Options {
          line("--heads N", "query heads of all ranks, 128") +
          line("--head-dim N", "elements of a head's latent query and of its output, 512") +
          line("--rope N", "elements of a head's rotary query, 64") +
+         line("--unabsorbed N", "of a head's query and value in decode_step_unabsorbed, 128") +
          line("--layers N", "of the model of decode_step, 61") +
          line("--hidden N", "its hidden size, 7168") +
          line("--context N", "tokens of each sequence in its KV cache, 131072") +
@@ -242,6 +244,8 @@ inline bool set_option(Options& options, std::string_view option, std::string_vi
     options.head_dim = count(1);
   } else if (option == "--rope") {
     options.rope = count(1);
+  } else if (option == "--unabsorbed") {
+    options.unabsorbed = count(1);
   } else if (option == "--layers") {
     options.layers = count(1);
   } else if (option == "--hidden") {

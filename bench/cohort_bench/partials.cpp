@@ -182,7 +182,7 @@ void bench_forms(Session& session, std::string_view bench, const std::vector<For
   }
   for (const DType dtype : session.options.dtypes) {
     for (const std::int64_t batch : session.options.batches) {
-      const StepShape shape{batch, dtype};
+      const StepShape shape{batch, dtype, session.options.head_dim};
       Case work{.bench = std::string(bench),
                 .dtype = std::string(to_string(dtype)),
                 .bytes = partial_bytes(session.options, shape) * forms.front().splits,

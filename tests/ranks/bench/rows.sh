@@ -10,7 +10,7 @@ source "$(dirname "$0")/scratch.sh"
 
 # 12 heads are divided by 2 and 3 ranks.
 timeout 240 "$mpiexec" -n "$ranks" "$program" --check --goals --iters 3 --warmup 1 --max-seconds 2 \
-  --min-bytes 1K --max-bytes 4K --factor 4 --batches 1,3 --heads 12 --head-dim 32 --rope 8 \
+  --min-bytes 1K --max-bytes 4K --factor 4 --batches 1,3 --heads 12 --head-dim 32 --rope 8 --unabsorbed 16 \
   --layers 2 --hidden 48 --context 64 --dtype f32,bf16 --json "$folder/rows.json" \
   >"$folder/output" 2>&1 || fail "cohort_bench on $ranks ranks ended with status $?"
 
@@ -40,7 +40,7 @@ for bench in all_reduce_norm all_reduce_norm8; do
   for path in plain symmetric; do has "$bench" "$path" -; done
 done
 for path in raw plain symmetric own; do has gather_query "$path" -; done
-for bench in dcp_merge decode_step; do
+for bench in dcp_merge decode_step decode_step_unabsorbed; do
   has "$bench" raw staged
   has "$bench" raw staged_fp32
   has "$bench" symmetric packed
