@@ -48,9 +48,11 @@ void check_aligned(std::string_view argument, const BasicTensorView<Void>& x) {
   // Sizes are powers of two up to 8, so most tensors pass without a look at their type.
   const auto address = reinterpret_cast<std::uintptr_t>(x.data());
   if (address % 8 != 0 && (address & (size_of(x.dtype()) - 1)) != 0 && x.numel() != 0) {
-    throw UsageError(fmt::format("{}: expected the data of {} at a multiple of {} bytes, got {}",
-                                 argument, to_string(x.dtype()), size_of(x.dtype()),
-                                 static_cast<const void*>(x.data())));
+    detail::refuse([&] {
+      return fmt::format("{}: expected the data of {} at a multiple of {} bytes, got {}", argument,
+                         to_string(x.dtype()), size_of(x.dtype()),
+                         static_cast<const void*>(x.data()));
+    });
   }
 }
 
@@ -61,16 +63,20 @@ void check_on_device(std::string_view argument, const Caller& caller, Device dev
                      const BasicTensorView<Void>& x) {
   check_aligned(argument, x);
   if (x.device() != device) {
-    throw UsageError(fmt::format("{}: group {} works on {}, got a tensor on {}", argument,
-                                 caller.group, to_string(device), to_string(x.device())));
+    detail::refuse([&] {
+      return fmt::format("{}: group {} works on {}, got a tensor on {}", argument, caller.group,
+                         to_string(device), to_string(x.device()));
+    });
   }
 }
 
 /// Throws `UsageError` unless it is a rank of the group.
 inline void check_member(std::string_view argument, const Caller& caller, int rank) {
   if (rank < 0 || rank >= caller.size) {
-    throw UsageError(fmt::format("{}: expected a rank in [0, {}) of group {}, got {}", argument,
-                                 caller.size, caller.group, rank));
+    detail::refuse([&] {
+      return fmt::format("{}: expected a rank in [0, {}) of group {}, got {}", argument,
+                         caller.size, caller.group, rank);
+    });
   }
 }
 
@@ -78,8 +84,10 @@ inline void check_member(std::string_view argument, const Caller& caller, int ra
 inline void check_peer(std::string_view argument, const Caller& caller, int peer) {
   check_member(argument, caller, peer);
   if (peer == caller.rank) {
-    throw UsageError(fmt::format("{}: rank {} of group {} cannot be its own peer", argument, peer,
-                                 caller.group));
+    detail::refuse([&] {
+      return fmt::format("{}: rank {} of group {} cannot be its own peer", argument, peer,
+                         caller.group);
+    });
   }
 }
 
@@ -88,8 +96,10 @@ template <class A, class B>
 void check_alike(std::string_view argument, const BasicTensorView<A>& x,
                  const BasicTensorView<B>& like, const Dims& shape) {
   if (x.dtype() != like.dtype() || x.shape() != shape) {
-    throw UsageError(fmt::format("{}: expected {}{}, got {}{}", argument, to_string(like.dtype()),
-                                 to_string(shape), to_string(x.dtype()), to_string(x.shape())));
+    detail::refuse([&] {
+      return fmt::format("{}: expected {}{}, got {}{}", argument, to_string(like.dtype()),
+                         to_string(shape), to_string(x.dtype()), to_string(x.shape()));
+    });
   }
 }
 
@@ -97,7 +107,8 @@ void check_alike(std::string_view argument, const BasicTensorView<A>& x,
 template <class Void>
 void check_reducible(std::string_view argument, const BasicTensorView<Void>& x) {
   if (!is_reducible(x.dtype())) {
-    throw UsageError(fmt::format("{}: {} cannot be reduced", argument, to_string(x.dtype())));
+    detail::refuse(
+        [&] { return fmt::format("{}: {} cannot be reduced", argument, to_string(x.dtype())); });
   }
 }
 
@@ -105,10 +116,12 @@ void check_reducible(std::string_view argument, const BasicTensorView<Void>& x) 
 template <class Void>
 void check_distinct(std::string_view argument, const BasicTensorView<Void>& out) {
   if (overlaps_itself(out)) {
-    throw UsageError(
-        fmt::format("{}: expected elements that can be shown to lie apart, got shape {} with "
-                    "strides {}",
-                    argument, to_string(out.shape()), to_string(out.strides())));
+    detail::refuse([&] {
+      return fmt::format(
+          "{}: expected elements that can be shown to lie apart, got shape {} with "
+          "strides {}",
+          argument, to_string(out.shape()), to_string(out.strides()));
+    });
   }
 }
 
@@ -117,9 +130,10 @@ template <class A, class B>
 void check_apart(std::string_view argument, const BasicTensorView<A>& out,
                  const BasicTensorView<B>& x) {
   if (overlap(out, x)) {
-    throw UsageError(fmt::format("{}: must not {} the input{}", argument,
-                                 identical(out, x) ? "be" : "overlap",
-                                 identical(out, x) ? " itself" : ""));
+    detail::refuse([&] {
+      return fmt::format("{}: must not {} the input{}", argument,
+                         identical(out, x) ? "be" : "overlap", identical(out, x) ? " itself" : "");
+    });
   }
 }
 
@@ -133,8 +147,10 @@ void check_in_place_or_apart(std::string_view argument, const BasicTensorView<A>
     return;
   }
   if (in_place() ? overlaps_itself(x) : overlap(out, x)) {
-    throw UsageError(
-        fmt::format("{}: overlaps the input other than where a call in place has it", argument));
+    detail::refuse([&] {
+      return fmt::format("{}: overlaps the input other than where a call in place has it",
+                         argument);
+    });
   }
 }
 
@@ -142,9 +158,10 @@ void check_in_place_or_apart(std::string_view argument, const BasicTensorView<A>
 template <class Void>
 void check_divisible(std::string_view argument, const BasicTensorView<Void>& x, int dim, int size) {
   if (x.shape()[normalize_dim(dim, x.ndim(), argument)] % size != 0) {
-    throw UsageError(
-        fmt::format("{}: expected an extent of dimension {} that {} ranks divide, got {}", argument,
-                    dim, size, to_string(x.shape())));
+    detail::refuse([&] {
+      return fmt::format("{}: expected an extent of dimension {} that {} ranks divide, got {}",
+                         argument, dim, size, to_string(x.shape()));
+    });
   }
 }
 
@@ -152,16 +169,19 @@ void check_divisible(std::string_view argument, const BasicTensorView<Void>& x, 
 [[nodiscard]] inline std::int64_t total(std::string_view argument, const Caller& caller,
                                         std::span<const std::int64_t> sizes) {
   if (sizes.size() != static_cast<std::size_t>(caller.size)) {
-    throw UsageError(fmt::format("{}: expected {} sizes, one for each rank of group {}, got {}",
-                                 argument, caller.size, caller.group, sizes.size()));
+    detail::refuse([&] {
+      return fmt::format("{}: expected {} sizes, one for each rank of group {}, got {}", argument,
+                         caller.size, caller.group, sizes.size());
+    });
   }
   std::int64_t sum = 0;
   for (const auto extent : sizes) {
     if (extent < 0) {
-      throw UsageError(fmt::format("{}: expected sizes >= 0, got {}", argument, extent));
+      detail::refuse(
+          [&] { return fmt::format("{}: expected sizes >= 0, got {}", argument, extent); });
     }
     if (__builtin_add_overflow(sum, extent, &sum)) {
-      throw UsageError(fmt::format("{}: the sum of the sizes overflows", argument));
+      detail::refuse([&] { return fmt::format("{}: the sum of the sizes overflows", argument); });
     }
   }
   return sum;
@@ -183,9 +203,10 @@ void check_divisible(std::string_view argument, const BasicTensorView<Void>& x, 
   Dims shape = x.shape();
   shape[dim] = total("all_gather sizes", caller, sizes);
   if (x.shape()[dim] != sizes[static_cast<std::size_t>(caller.rank)]) {
-    throw UsageError(fmt::format("all_gather x: expected {} extents along dimension {}, got {}",
-                                 sizes[static_cast<std::size_t>(caller.rank)], dim,
-                                 to_string(x.shape())));
+    detail::refuse([&] {
+      return fmt::format("all_gather x: expected {} extents along dimension {}, got {}",
+                         sizes[static_cast<std::size_t>(caller.rank)], dim, to_string(x.shape()));
+    });
   }
   return shape;
 }
@@ -195,9 +216,11 @@ void check_divisible(std::string_view argument, const BasicTensorView<Void>& x, 
                                           std::span<const std::int64_t> sizes, int dim) {
   const std::int64_t sum = total("reduce_scatter sizes", caller, sizes);
   if (x.shape()[dim] != sum) {
-    throw UsageError(fmt::format(
-        "reduce_scatter x: expected the sizes' sum of {} extents along dimension {}, got {}", sum,
-        dim, to_string(x.shape())));
+    detail::refuse([&] {
+      return fmt::format(
+          "reduce_scatter x: expected the sizes' sum of {} extents along dimension {}, got {}", sum,
+          dim, to_string(x.shape()));
+    });
   }
   Dims shape = x.shape();
   shape[dim] = sizes[static_cast<std::size_t>(caller.rank)];
@@ -239,7 +262,9 @@ struct StepRoom {
   StepRoom room;
   for (const auto& call : calls) {
     if (call.widest < 0) {
-      throw UsageError(fmt::format("reserve_for_calls widest: expected >= 0, got {}", call.widest));
+      detail::refuse([&] {
+        return fmt::format("reserve_for_calls widest: expected >= 0, got {}", call.widest);
+      });
     }
     static_cast<void>(numel(call.shape));  // throws for one that cannot be
     Dims in = call.shape;
@@ -251,7 +276,8 @@ struct StepRoom {
       const bool whole = call.collective == Collective::all_to_all;
       const int dim = whole ? 0 : normalize_dim(call.dim, in.size(), "reserve_for_calls dim");
       if (in.size() == 0) {
-        throw UsageError("reserve_for_calls shape: expected a dimension to divide, got none");
+        detail::refuse(
+            [&] { return "reserve_for_calls shape: expected a dimension to divide, got none"; });
       }
       if (call.collective == Collective::all_gather) {
         in[dim] = std::max(in[dim], call.widest);
@@ -260,18 +286,22 @@ struct StepRoom {
       } else if (call.collective == Collective::reduce_scatter && call.widest > 0) {
         out[dim] = call.widest;
       } else if (in[dim] % size != 0) {
-        throw UsageError(
-            fmt::format("reserve_for_calls shape: expected an extent of dimension {} that {} ranks "
-                        "divide, got {}",
-                        dim, size, to_string(in)));
+        detail::refuse([&] {
+          return fmt::format(
+              "reserve_for_calls shape: expected an extent of dimension {} that {} ranks "
+              "divide, got {}",
+              dim, size, to_string(in));
+        });
       } else if (!whole) {
         out[dim] = in[dim] / size;
       }
       room.add_block(out, call.dtype);
     } else if (call.collective == Collective::all_reduce_rms_norm) {
       if (in.size() != 2) {
-        throw UsageError(
-            fmt::format("reserve_for_calls shape: expected [B, hidden], got {}", to_string(in)));
+        detail::refuse([&] {
+          return fmt::format("reserve_for_calls shape: expected [B, hidden], got {}",
+                             to_string(in));
+        });
       }
       room.add_block(in, call.dtype);  // the sum, where the output has another type
       room.add_block(in, call.dtype);  // the output, where the call returns it

@@ -95,4 +95,14 @@ class TimeoutError : public Error {
   std::vector<int> missing_;
 };
 
+namespace detail {
+
+/// Throws what `text()` says. The text is made here, out of line, so that a check which calls this
+/// is a comparison and a jump where it is made.
+template <class Which = UsageError, class Text>
+[[noreturn, gnu::cold, gnu::noinline]] void refuse(const Text& text) {
+  throw Which(text());
+}
+
+}  // namespace detail
 }  // namespace cohort

@@ -328,7 +328,7 @@ class GroupBase {
   /// Throws `UsageError` after `shutdown`.
   void throw_if_closed() const {
     if (closed_) {
-      throw UsageError(fmt::format("group {}: used after shutdown", parts_.name));
+      detail::refuse([&] { return fmt::format("group {}: used after shutdown", parts_.name); });
     }
   }
 

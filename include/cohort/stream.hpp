@@ -190,7 +190,7 @@ class StreamRef {
  private:
   [[nodiscard]] StreamDriver& checked(const char* call) const {
     if (driver_ == nullptr) {
-      throw UsageError(std::string(call) + ": expected a stream, got none");
+      detail::refuse([&] { return std::string(call) + ": expected a stream, got none"; });
     }
     return *driver_;
   }

@@ -134,8 +134,10 @@ class Dims {
 /// Maps a dimension in [-ndim, ndim) to [0, ndim). Throws `UsageError` naming `argument`.
 [[nodiscard]] inline int normalize_dim(int dim, int ndim, std::string_view argument) {
   if (dim < -ndim || dim >= ndim) {
-    throw UsageError(
-        fmt::format("{}: expected a dimension in [{}, {}), got {}", argument, -ndim, ndim, dim));
+    detail::refuse([&] {
+      return fmt::format("{}: expected a dimension in [{}, {}), got {}", argument, -ndim, ndim,
+                         dim);
+    });
   }
   return dim < 0 ? dim + ndim : dim;
 }

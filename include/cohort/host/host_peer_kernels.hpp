@@ -164,8 +164,8 @@ inline Showing HostPeerKernels::show_partial(const Partials& partials) const {
   if (!partials.is_plain()) {
     return showing;
   }
-  const auto out = access_.window_of(partials.out);
-  const auto lse = access_.window_of(partials.lse, 0);
+  const auto out = access_.read_in(partials.out, partials.out.bytes());
+  const auto lse = access_.window_of(partials.lse);
   if (!out || !lse) {
     return showing;
   }
@@ -388,8 +388,8 @@ inline void HostPeerKernels::gather_query(const ConstTensorView& q_nope,
 inline Showing HostPeerKernels::show_query(const ConstTensorView& q_nope,
                                            const ConstTensorView& q_pe) const {
   Showing showing;
-  const auto nope = access_.window_of(q_nope, 0);
-  const auto pe = access_.window_of(q_pe, 0);
+  const auto nope = access_.window_of(q_nope);
+  const auto pe = access_.window_of(q_pe);
   if (!nope || !pe || q_nope.bytes() + q_pe.bytes() < kDirectBytes) {
     showing.place = Place::slot;
     return showing;

@@ -406,7 +406,13 @@ inline std::string HostTransport::path(Collective collective, const ConstTensorV
     const bool sums_into_it = in.dtype() == out.dtype();  // see `all_reduce_rms_norm`
     return sums_into_it && peers_->reduces_in_place(in, out) ? "direct" : "slot";
   }
-  return access_->window_of(in) ? "direct" : "slot";
+  std::size_t copied = in.bytes();  // into a slot; of what is scattered the own part stays here
+  if (collective == Collective::reduce_scatter) {
+    copied -= out.bytes();
+  } else if (collective == Collective::all_to_all) {
+    copied -= in.bytes() / static_cast<std::size_t>(control_.size());
+  }
+  return access_->read_in(in, copied) ? "direct" : "slot";
 }
 
 }  // namespace cohort::host

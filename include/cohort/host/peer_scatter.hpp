@@ -40,6 +40,10 @@ class PeerScatter {
                                           std::int64_t pitch);
   bool reduce_scatter_dense(const Call& call, const ConstTensorView& in, const TensorView& out,
                             int dim, std::span<const std::int64_t> sizes, ReduceOp op);
+  /// Which of the parts in a rank's slot a peer's is: its own is not among them.
+  [[nodiscard]] static std::size_t part_in_slot(int owner, int peer) noexcept {
+    return to_size(peer < owner ? peer : peer - 1);
+  }
 
   PeerSteps& steps_;
   PeerAccess& access_;
@@ -60,7 +64,7 @@ inline ReadCursor PeerScatter::scatter_source(int peer, const ConstTensorView& i
                    PeerAccess::peer_strides(ticket, in.shape()), element, dim, first, extent)
         .cursor(element);
   }
-  return {meeting_.slot_of(peer) + to_size(access_.rank()) * to_size(pitch) * element,
+  return {meeting_.slot_of(peer) + part_in_slot(peer, access_.rank()) * to_size(pitch) * element,
           dense_layout(pitch), element};
 }
 
@@ -83,20 +87,21 @@ void PeerScatter::scatter(const Call& call, const ConstTensorView& in, int dim,
       const std::int64_t count = std::min(pitch, slab * sizes[to_size(r)] - done);
       if (r != rank && count > 0) {
         steps_.fill_slot(part_of(in, dim, first, sizes[to_size(r)]).cursor(element, done), count,
-                         to_size(r) * to_size(pitch) * element);
+                         part_in_slot(rank, r) * to_size(pitch) * element);
       }
       first += sizes[to_size(r)];
     }
   };
 
-  const Showing showing = access_.show(in);
+  const Showing showing =
+      access_.show(in, in.bytes() - to_size(own_count) * element);  // the own part stays here
   const bool exposed = showing.place == Place::direct;
   if (!exposed) {
     fill(0);
   }
   meeting_.enter(call, showing);
   access_.await_all(call);
-  meeting_.prepare_next(exposed ? 0 : to_size(n * pitch) * element);
+  meeting_.prepare_next(exposed ? 0 : to_size((n - 1) * pitch) * element);
   const std::int64_t own_first =
       std::accumulate(sizes.begin(), sizes.begin() + rank, std::int64_t{0});
   bool through_slots = !exposed;
@@ -120,8 +125,8 @@ void PeerScatter::scatter(const Call& call, const ConstTensorView& in, int dim,
       for (int r = 0; r < n; ++r) {
         if (r != rank && steps_.places[to_size(r)] == Place::slot) {
           steps_.sources[to_size(r)] = {
-              meeting_.slot_of(r) + to_size(rank) * to_size(pitch) * element, dense_layout(pitch),
-              element};
+              meeting_.slot_of(r) + part_in_slot(r, rank) * to_size(pitch) * element,
+              dense_layout(pitch), element};
         }
       }
     }
@@ -152,7 +157,7 @@ inline bool PeerScatter::reduce_scatter_dense(const Call& call, const ConstTenso
   const int rank = access_.rank();
   const int n = access_.size();
   const auto* own = static_cast<const std::byte*>(in.data());
-  const Showing showing = access_.show(in);
+  const Showing showing = access_.show(in, in.bytes() - out.bytes());
   const bool exposed = showing.place == Place::direct;
   std::size_t own_skip = 0;
   std::size_t skip = 0;
@@ -161,13 +166,14 @@ inline bool PeerScatter::reduce_scatter_dense(const Call& call, const ConstTenso
     if (r == rank) {
       own_skip = skip;
     } else if (!exposed && bytes > 0) {
-      std::memcpy(meeting_.next_slot() + to_size(r) * to_size(longest) * element, own + skip,
-                  bytes);
+      std::memcpy(meeting_.next_slot() + part_in_slot(rank, r) * to_size(longest) * element,
+                  own + skip, bytes);
     }
     skip += bytes;
   }
   meeting_.enter(call, showing);
   access_.await_all(call);
+  meeting_.prepare_next(exposed ? 0 : to_size((n - 1) * longest) * element);
   bool dense = true;
   for (int r = 0; r < n; ++r) {
     const Ticket& ticket = meeting_.ticket_of(r);
@@ -178,7 +184,7 @@ inline bool PeerScatter::reduce_scatter_dense(const Call& call, const ConstTenso
       dense = dense && ticket.dense;
     } else {
       steps_.peer_ins[to_size(r)] =
-          meeting_.slot_of(r) + to_size(rank) * to_size(longest) * element;
+          meeting_.slot_of(r) + part_in_slot(r, rank) * to_size(longest) * element;
     }
   }
   if (dense) {

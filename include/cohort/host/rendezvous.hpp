@@ -106,14 +106,13 @@ class Rendezvous {
   }
 
   /// Once all have entered the current step, before what they have published is read: has the
-  /// processor fetch what the next step writes, the slot's first bytes or, where there are none,
-  /// the ticket. Peers had it in their caches last, and it would otherwise be asked for line by
-  /// line as it is filled. Beyond `kPrepared` bytes it is in the way of what is read.
+  /// processor fetch what the next step writes, the ticket and the slot's first bytes. Peers had
+  /// them in their caches last, and they would otherwise be asked for line by line as they are
+  /// filled. Beyond `kPrepared` bytes it is in the way of what is read.
   /// @param bytes  That the next step is likely to fill: as many as this one has.
   void prepare_next(std::size_t bytes) noexcept {
-    if (bytes == 0) {
+    if (bytes <= kPrepared) {
       cohort::detail::fetch_to_write(&pads_.own_head().tickets[(epoch_ + 1) % 2]);
-    } else if (bytes <= kPrepared) {
       const std::byte* const slot = next_slot();
       for (std::size_t line = 0; line < bytes; line += 64) {
         cohort::detail::fetch_to_write(slot + line);

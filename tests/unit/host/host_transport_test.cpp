@@ -55,6 +55,15 @@ TEST_CASE("the path can be read back", "[host]") {
     };
     check(path(inside, Collective::all_gather, 4096) == "direct", "large, in a window");
     check(path(inside, Collective::all_gather, 16) == "slot", "small, in a window");
+    const auto scattered = [&](Collective collective, std::int64_t count) {
+      const auto in = inside.tensor(Dims{count}, DType::f32, Form::contiguous);
+      const auto out = collective == Collective::all_to_all ? in : in.slice(0, 0, count / 2);
+      return inside.transport->path(collective, in, out, 0);
+    };
+    for (const auto collective : {Collective::reduce_scatter, Collective::all_to_all}) {
+      check(scattered(collective, 1024) == "direct", "half of 4 KiB is read");
+      check(scattered(collective, 1000) == "slot", "half of less is read");
+    }
     check(path(inside, Collective::all_reduce, 100000) == "direct", "large all_reduce");
     check(path(inside, Collective::all_reduce, 16) == "slot", "small all_reduce");
     Site outside(plane, {}, Memory::ordinary);

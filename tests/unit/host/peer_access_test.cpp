@@ -49,6 +49,9 @@ TEST_CASE("a large tensor in a window is shown there, with its strides", "[host]
 
 TEST_CASE("small tensors and those elsewhere go through the slot", "[host]") {
   Alone rank;
+  const TensorView large(rank.memory->data(), DType::u8, Dims{8192});
+  CHECK(rank.access->show(large, kDirectBytes).place == Place::direct);
+  CHECK(rank.access->show(large, kDirectBytes - 1).place == Place::slot);  // little of it is read
   CHECK(rank.access->show(TensorView(rank.memory->data(), DType::u8, Dims{100})).place ==
         Place::slot);
   std::vector<std::byte> elsewhere(8192);
