@@ -37,8 +37,8 @@ struct FailedWait {
 
 /// What a rank throws, and what it tells the others of its groups: the same.
 struct FirstCause {
-  std::exception_ptr error;
-  GiveUp why;
+  std::exception_ptr error;  ///< To be thrown.
+  GiveUp why;                ///< To be told.
 };
 
 /// An error's words.
