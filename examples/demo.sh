@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Installs what is missing, builds, and decodes with a sharded KV cache: on four ranks of this host,
-# and, where there is a GPU, on this card. Builds the programs that it runs and nothing else.
+# and, where there is a GPU, on this card. Builds the decode and the README's first program, nothing else.
 # Arguments go to both decodes; build/host/bin/dcp_decode --help lists them.
 #
 #   bash examples/demo.sh

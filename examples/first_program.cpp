@@ -4,6 +4,9 @@
 #include <cohort/cohort.hpp>
 #include <cohort/mpi.hpp>
 
+#include <algorithm>
+#include <cstdint>
+
 int main(int argc, char** argv) {
   cohort::MpiSession mpi(argc, argv);  // or the engine's own ControlPlane
   const int ranks = mpi.world().size();

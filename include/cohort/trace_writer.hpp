@@ -39,9 +39,9 @@ namespace cohort {
 
 /// How a `ParallelState` writes its traces.
 struct TraceOptions {
-  /// An existing folder; "" for none. COHORT_TRACE_DIR wins where it is set. Each rank writes one
-  /// file of each state into it, `cohort.rank<rank>.<run>.json`, which a later one replaces. The
-  /// run is a random number that the state's ranks share.
+  /// A folder, made where it does not exist; "" for none. COHORT_TRACE_DIR wins where it is set.
+  /// Each rank writes one file of each state into it, `cohort.rank<rank>.<run>.json`, which a later
+  /// one replaces. The run is a random number that the state's ranks share.
   std::string folder = {};
   /// A signal on which every rank that gets it writes its trace, by a thread that the library
   /// starts; 0 for none. Whatever else the signal does it still does: a handler that the engine has
@@ -116,6 +116,22 @@ inline void replace_file(const std::string& path, std::string_view text) {
   }
 }
 
+/// Makes a folder, and those that it lies in, where they do not exist. Throws `ConfigError`.
+inline void make_folder(const std::string& path) {
+  int refused = 0;
+  for (std::size_t end = 0; end != std::string::npos;) {
+    end = path.find('/', end + 1);
+    refused = ::mkdir(path.substr(0, end).c_str(), 0777) == 0 ? 0 : errno;
+  }
+  struct stat status {};
+  if (::stat(path.c_str(), &status) != 0 || !S_ISDIR(status.st_mode)) {
+    throw ConfigError(
+        fmt::format("TraceOptions.folder: expected a folder, or a place where one can be made, got "
+                    "{}: {}",
+                    path, std::strerror(refused)));
+  }
+}
+
 }  // namespace detail
 
 /// The rings of all groups of a state.
@@ -123,14 +139,11 @@ class StateTrace final : private detail::SignalListener {
  public:
   /// @param rank   In the world, of `ranks`.
   /// @param state  The same on all ranks of a state.
-  /// Throws `ConfigError` for a folder that is none, and as `TraceSignals::add`.
+  /// Throws `ConfigError` for a folder that is none and cannot be made, and as `TraceSignals::add`.
   StateTrace(TraceOptions options, int rank, int ranks)
       : options_(std::move(options)), rank_(rank), ranks_(ranks) {
-    struct stat status {};
-    if (!options_.folder.empty() &&
-        (::stat(options_.folder.c_str(), &status) != 0 || !S_ISDIR(status.st_mode))) {
-      throw ConfigError(
-          fmt::format("TraceOptions.folder: expected an existing folder, got {}", options_.folder));
+    if (!options_.folder.empty()) {
+      detail::make_folder(options_.folder);
     }
     if (options_.signal != 0) {
       detail::TraceSignals::instance().add(options_.signal, *this);

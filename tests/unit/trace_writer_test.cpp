@@ -162,10 +162,18 @@ TEST_CASE("what cannot be written leaves nothing, and what matters is in the log
   CHECK_THAT(said, contains("write: File too large", "rank 3 is in barrier #501 of group tp[0]"));
 }
 
-TEST_CASE("a folder that is none is refused at once", "[trace_writer]") {
+TEST_CASE("a folder is made, and one that cannot be is refused at once", "[trace_writer]") {
   const Folder folder;
-  CHECK_THROWS_MATCHES(make_trace({.folder = folder.path() + "/absent"}), ConfigError,
-                       test::says("expected an existing folder"));
+  const std::string absent = folder.path() + "/absent/deep";
+  for (int rank = 0; rank < 2; ++rank) {  // the second finds it
+    static_cast<void>(make_trace({.folder = absent}));
+    CHECK(std::filesystem::is_directory(absent));
+  }
+  static_cast<void>(std::ofstream(folder.path() + "/file"));
+  for (const auto* const path : {"/file", "/file/below"}) {
+    CHECK_THROWS_MATCHES(make_trace({.folder = folder.path() + path}), ConfigError,
+                         test::says("expected a folder"));
+  }
 }
 
 TEST_CASE("a signal has the trace written", "[trace_writer]") {
