@@ -15,8 +15,9 @@
 
 #include <cohort/cuda/cuda_check.hpp>
 #include <cohort/cuda/handles.hpp>
-#include <cohort/error.hpp>
 #include "command_line/command_line.hpp"
+#include "cublas_check.hpp"
+#include "timing_event.hpp"
 
 // What the products of the heads take in multi-head latent attention, by cuBLAS on one card:
 // queries up to the latent, [B, H, 128] times [H, 512, 128], and outputs down to values, [B, H,
@@ -28,6 +29,8 @@
 namespace {
 
 using cohort::cuda_check;
+using cohort::bench::cublas_check;
+using cohort::bench::make_timing_event;
 
 constexpr std::string_view kHelp =
     "What the products of 128 heads and of a share of them take on one card, in us.\n\n"
@@ -43,13 +46,6 @@ constexpr int kProducts = 32;
 constexpr int kSamples = 25;
 constexpr std::array kBatches = {1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128};
 constexpr std::size_t kElement = 2;
-
-void cublas_check(cublasStatus_t code, const char* call) {
-  if (code != CUBLAS_STATUS_SUCCESS) {
-    throw cohort::TransportError({.call = call, .native_code = static_cast<long>(code)},
-                                 cublasGetStatusString(code));
-  }
-}
 
 /// One product of each head.
 struct Shape {
@@ -106,11 +102,6 @@ class Card {
   static constexpr std::size_t kWeights = std::size_t{kHeads} * kLatent * kNope;  // a layer's
   static constexpr std::size_t kRows = std::size_t{kBatches.back()} * kHeads * kLatent;
 
-  static cohort::UniqueEvent timed_event() {
-    cudaEvent_t event = nullptr;
-    cuda_check(cudaEventCreate(&event), "cudaEventCreate");
-    return cohort::UniqueEvent(event);
-  }
   static cohort::UniqueMemory memory(std::size_t elements) {
     return cohort::make_memory(0, elements * kElement);
   }
@@ -147,8 +138,8 @@ class Card {
   }
 
   cohort::UniqueStream stream_ = cohort::make_stream(0);
-  cohort::UniqueEvent begin_ = timed_event();
-  cohort::UniqueEvent end_ = timed_event();
+  cohort::UniqueEvent begin_ = make_timing_event(0);
+  cohort::UniqueEvent end_ = make_timing_event(0);
   cohort::UniqueMemory workspace_ = memory(kWorkspace / kElement);
   cohort::UniqueMemory weights_ = memory(kLayers * kWeights);
   cohort::UniqueMemory x_ = memory(kRows);

@@ -8,6 +8,7 @@
 #include <memory>
 #include <utility>
 
+#include "../timing_event.hpp"
 #include "bed.hpp"
 #include "cohort/cuda.hpp"
 #include "cohort/nccl/communicator.hpp"
@@ -23,13 +24,6 @@ namespace {
 
 /// Long enough for a host to enqueue a graph behind it.
 constexpr double kHeadStartUs = 100;
-
-[[nodiscard]] UniqueEvent make_timing_event(int device) {
-  const DeviceGuard guard(device);
-  cudaEvent_t event = nullptr;
-  cuda_check(cudaEventCreate(&event), "cudaEventCreate");
-  return UniqueEvent(event);
-}
 
 /// NCCL as an engine would call it, on a communicator of its own.
 class RawNccl final : public RawLibrary {

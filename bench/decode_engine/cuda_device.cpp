@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "../cohort_bench/cuda_facts.hpp"
+#include "../cublas_check.hpp"
+#include "../timing_event.hpp"
 #include "attention_splits.hpp"
 #include "cohort/cuda.hpp"
 #include "cohort/log.hpp"
@@ -18,13 +20,7 @@ namespace {
 
 using cohort::cuda_check;
 using cohort::DType;
-
-void cublas_check(cublasStatus_t code, const char* call) {
-  if (code != CUBLAS_STATUS_SUCCESS) {
-    throw cohort::TransportError({.call = call, .native_code = static_cast<long>(code)},
-                                 cublasGetStatusString(code));
-  }
-}
+using cohort::bench::cublas_check;
 
 cudaDataType_t type_of(DType type) { return type == DType::f32 ? CUDA_R_32F : CUDA_R_16BF; }
 
@@ -139,9 +135,7 @@ class CudaDevice final : public Device {
   void mark(std::size_t place) override {
     const cohort::DeviceGuard guard(device_);
     while (marks_.size() <= place) {
-      cudaEvent_t event = nullptr;
-      cuda_check(cudaEventCreate(&event), "cudaEventCreate");
-      marks_.emplace_back(event);
+      marks_.push_back(cohort::bench::make_timing_event(device_));
     }
     const bool captured = stream().capture_id() != 0;
     cuda_check(
