@@ -223,13 +223,19 @@ inline void check_norms(ControlPlane& world) {
   }
 }
 
+/// For a graph with norms as `NormCase` has them; nothing grows while it is captured.
+inline void make_room_for_norms(GroupCoordinator& group) {
+  const NormCase c;
+  group.reserve_for_calls(std::vector<CollectiveShape>{
+      {.collective = Collective::all_reduce_rms_norm, .shape = c.shape(), .dtype = c.dtype}});
+}
+
 /// Replays add to what the residual holds then.
 inline void check_captured_norms(ControlPlane& world) {
   auto state = make_state(world, {.tp = world.size()});
   auto& group = state.tp();
   HostStream stream;
-  group.reserve_for_calls(std::vector<CollectiveShape>{
-      {.collective = Collective::all_reduce_rms_norm, .shape = {3, 40}, .dtype = DType::bf16}});
+  make_room_for_norms(group);
   Site site(group, Memory::ordinary);
   const NormCase cases[] = {{}, {.fp8 = true}};
   const std::vector<NormTensors> tensors{{site, cases[0]}, {site, cases[1]}};
@@ -317,8 +323,7 @@ inline void check_captured_norms_that_differ(ControlPlane& world) {
   auto state = make_state(world, {.tp = world.size()});
   auto& group = state.tp();
   HostStream stream;
-  group.reserve_for_calls(std::vector<CollectiveShape>{
-      {.collective = Collective::all_reduce_rms_norm, .shape = {3, 40}, .dtype = DType::bf16}});
+  make_room_for_norms(group);
   const int last = group.size() - 1;
   const NormCase c{.fp8 = group.rank() == last};
   std::vector<Tensor> kept;

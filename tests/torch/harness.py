@@ -33,6 +33,15 @@ def check(name, ok):
         print(f"[rank {RANK}] FAIL {name}", flush=True)
 
 
+def check_operator(op, arguments):
+    """Torch's own checks of an operator's schema and fake implementation."""
+    try:
+        torch.library.opcheck(getattr(torch.ops.cohort, op).default, arguments, test_utils=("test_schema", "test_faketensor"))
+        check(f"opcheck {op}", True)
+    except Exception as error:  # noqa: BLE001
+        check(f"opcheck {op}: {error}", False)
+
+
 def refuses(name, kind, call, *parts):
     """`call` raises `kind` with all of `parts` in its text."""
     try:
