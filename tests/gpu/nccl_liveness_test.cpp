@@ -199,6 +199,35 @@ TEST_CASE("who waits in a call over NCCL ends as soon as another rank gives up",
   world().barrier();
 }
 
+TEST_CASE("a group that ends with the wait of another on its card says why", "[liveness]") {
+  if (skip_all_if(ranks() < 2, "needs two ranks")) {
+    return;
+  }
+  const auto control = world().subgroup(everyone(), 50, "one behind the other");
+  OverNccl it(*control);
+  it.warm_up();
+  GroupCoordinator& first = it.state->dcp();
+  first.all_reduce(it.x.view(), it.ref());
+  first.synchronize(it.ref(), kLimit);
+  world().barrier();
+  if (rank() != ranks() - 1) {
+    first.all_reduce(it.x.view(), it.ref());  // what the other group's call waits behind
+    it.group().all_reduce(it.x.view(), it.ref());
+    CHECK_THROWS_AS(it.group().synchronize(it.ref(), 1s), TimeoutError);
+    CHECK(cudaStreamQuery(it.stream.get()) == cudaSuccess);
+    try {
+      first.all_reduce(it.x.view(), it.ref());
+      FAIL("expected why the group has ended");
+    } catch (const Error& error) {
+      CHECK_THAT(std::string(error.what()), contains(it.group().name(), "still busy after 1000 ms"));
+    }
+  }
+  world().barrier();
+  it.state.reset();
+  world().barrier();
+  CHECK(cudaDeviceSynchronize() == cudaSuccess);
+}
+
 TEST_CASE("first calls over NCCL end at the limit where a rank does not come", "[liveness]") {
   if (skip_all_if(ranks() < 2, "needs two ranks")) {
     return;

@@ -14,6 +14,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -239,8 +240,9 @@ class RankWaits {
   RankWaits& operator=(const RankWaits&) = delete;
   virtual ~RankWaits() = default;
 
-  /// Has them end, without waiting for it.
-  virtual void end_waits() noexcept = 0;
+  /// Has them end, without waiting for it. `reason` is what the group has failed with then, where it
+  /// has not failed before.
+  virtual void end_waits(std::string_view reason) noexcept = 0;
   /// Why they have failed, or "".
   [[nodiscard]] virtual std::string failure() const = 0;
 };
@@ -384,10 +386,10 @@ class CudaStreamDriver final : public StreamDriver {
     waits_.erase(std::remove(waits_.begin(), waits_.end(), &waits), waits_.end());
   }
   /// Ends the waits of all of them.
-  void end_all_waits() noexcept {
+  void end_all_waits(std::string_view reason) noexcept {
     const std::lock_guard lock(waits_mutex_);
     for (RankWaits* const waits : waits_) {
-      waits->end_waits();
+      waits->end_waits(reason);
     }
   }
   /// Why they failed, all but `but`; "" where none has.

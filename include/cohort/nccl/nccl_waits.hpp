@@ -64,7 +64,7 @@ class NcclWaits final : private RankWaits {
       }
       if (const auto noticed = asynchronous_failure()) {
         const FirstCause first = group_.leave(noticed, latest);
-        static_cast<void>(end_all(stream));
+        static_cast<void>(end_all(stream, first.error));
         std::rethrow_exception(first.error);
       }
       if (now >= deadline) {
@@ -147,15 +147,13 @@ class NcclWaits final : private RankWaits {
       if (group_.own_failed()) {
         fail_with_own(stream);
       }
-      static_cast<void>(end_all(stream));
+      static_cast<void>(end_all(stream, std::current_exception()));
       throw;
     }
   }
 
-  // RankWaits
-  void end_waits() noexcept override { end_waits("another group's wait on its card ended"); }
-  /// The others are told first: see `NcclGroup::check_peers`.
-  void end_waits(std::string_view reason) noexcept {
+  // RankWaits. The others are told first: see `NcclGroup::check_peers`.
+  void end_waits(std::string_view reason) noexcept override {
     if (group_.peers != nullptr) {
       group_.peers->give_up();
     }
@@ -186,8 +184,8 @@ class NcclWaits final : private RankWaits {
     return group_.streams.idle_within(stream.native(), kDrainLimit);
   }
   /// Whether it drains once all ends that waits for ranks: that of this group, of which the others
-  /// have been told, and then that of the groups beside it.
-  [[nodiscard]] bool end_all(StreamRef stream) {
+  /// have been told, and then that of the groups beside it, which pass on why.
+  [[nodiscard]] bool end_all(StreamRef stream, const std::exception_ptr& why) {
     if (group_.peers != nullptr) {
       group_.peers->give_up();
     }
@@ -197,7 +195,8 @@ class NcclWaits final : private RankWaits {
     if (group_.streams.idle_within(stream.native(), kDrainLimit)) {
       return true;
     }
-    group_.streams.end_all_waits();
+    group_.streams.end_all_waits(
+        fmt::format("ended with a wait on its card that failed: {}", words_of(why)));
     return group_.streams.idle_within(stream.native(), kDrainLimit);
   }
 
@@ -213,8 +212,9 @@ class NcclWaits final : private RankWaits {
   }
   [[noreturn]] void fail_with_own(StreamRef stream) {
     if (!end_own(stream)) {
-      group_.control.give_up_because(group_.own_failure());
-      static_cast<void>(end_all(stream));
+      const std::exception_ptr error = group_.own_failure();
+      group_.control.give_up_because(error);
+      static_cast<void>(end_all(stream, error));
     }
     throw_own();
   }
@@ -231,7 +231,7 @@ class NcclWaits final : private RankWaits {
                               group_.control.name(), group_.rank, limit.count()),
                   {})),
         CauseFinder::Clock::now());
-    drained = drained || end_all(stream);
+    drained = drained || end_all(stream, first.error);
     if (group_.own_failed()) {
       std::rethrow_exception(first.error);
     }
