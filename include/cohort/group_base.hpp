@@ -188,8 +188,9 @@ class GroupBase {
 
   /// Whether a call of the group is known to have failed, without asking the device: one load, for
   /// engines that wait for their streams by CUDA's own means. `synchronize` says what happened.
+  /// After shutdown as well.
   [[nodiscard]] bool failed() const noexcept {
-    return parts_.transport != nullptr && parts_.transport->failed();
+    return failed_ || (parts_.transport != nullptr && parts_.transport->failed());
   }
 
   /// Collective. At least so many lanes, for work that goes on side by side, such as micro-batches:
@@ -298,6 +299,7 @@ class GroupBase {
     } catch (const std::exception&) {
       forsake_peers(cause(std::current_exception()));
       close();
+      failed_ = true;
       throw;
     }
     close();
@@ -307,6 +309,7 @@ class GroupBase {
 
   /// Local: `shutdown` once the ranks have waited for each other, or where they no longer can.
   void close() noexcept {
+    failed_ = failed();
     closed_ = true;
     calls_.end();
     recorder_->close();
@@ -434,6 +437,7 @@ class GroupBase {
   std::vector<GroupBase*> others_;  // of the same state
   OwnerMutex ending_;  // the transport goes under it; the threads of other groups ask under it
   std::atomic<bool> closed_{false};
+  std::atomic<bool> failed_{false};  // before it was closed
 };
 
 }  // namespace cohort

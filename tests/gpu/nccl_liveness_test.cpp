@@ -203,7 +203,7 @@ TEST_CASE("a group that ends with the wait of another on its card says why", "[l
   if (skip_all_if(ranks() < 2, "needs two ranks")) {
     return;
   }
-  const auto control = world().subgroup(everyone(), 50, "one behind the other");
+  const auto control = world().subgroup(everyone(), 41, "one behind the other");
   OverNccl it(*control);
   it.warm_up();
   GroupCoordinator& first = it.state->dcp();
@@ -219,7 +219,8 @@ TEST_CASE("a group that ends with the wait of another on its card says why", "[l
       first.all_reduce(it.x.view(), it.ref());
       FAIL("expected why the group has ended");
     } catch (const Error& error) {
-      CHECK_THAT(std::string(error.what()), contains(it.group().name(), "still busy after 1000 ms"));
+      CHECK_THAT(std::string(error.what()),
+                 contains(it.group().name(), "still busy after 1000 ms"));
     }
   }
   world().barrier();

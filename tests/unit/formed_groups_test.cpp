@@ -55,6 +55,23 @@ TEST_CASE("a group that is shut down behind a failure of its own throws nothing 
   });
 }
 
+TEST_CASE("a state remembers the failure of a group that is shut down before it", "[state]") {
+  run_ranks(2, [&](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2, .dcp = 2});
+    if (world.rank() == 1) {
+      state.tp().forsake_peers("its card fell off the bus");
+      return;  // without shutdown
+    }
+    const Tensor x = state.backend().allocate({4}, DType::f32, {});
+    fill(x, 0);
+    check_throws<Error>([&] { state.tp().all_reduce(x); }, "its card fell off the bus");
+    state.tp().shutdown();
+    check(state.tp().failed() && state.failed(), "the failure is known");
+    state.shutdown();  // waits for nobody, so it throws nothing
+    check(state.failed(), "the failure is known behind the state's shutdown");
+  });
+}
+
 TEST_CASE("where the ranks cannot wait for each other no group waits for peers in teardown",
           "[state]") {
   const bool out_of_step = GENERATE(false, true);

@@ -240,8 +240,8 @@ class RankWaits {
   RankWaits& operator=(const RankWaits&) = delete;
   virtual ~RankWaits() = default;
 
-  /// Has them end, without waiting for it. `reason` is what the group has failed with then, where it
-  /// has not failed before.
+  /// Has them end, without waiting for it. `reason` is what the group has failed with then, where
+  /// it has not failed before.
   virtual void end_waits(std::string_view reason) noexcept = 0;
   /// Why they have failed, or "".
   [[nodiscard]] virtual std::string failure() const = 0;

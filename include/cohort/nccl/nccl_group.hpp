@@ -156,9 +156,13 @@ struct NcclGroup {
     return detail::own_failure(*peers, control.name(), rank);
   }
 
+  /// With the words that this rank has left with, which its calls have not heard where another
+  /// group said them.
   [[noreturn]] void throw_failed() const {
+    const auto said = control.left_with();
     throw TransportError({.call = "a collective", .rank = rank, .group = control.name()},
-                         "an earlier call of this group failed; form the group anew");
+                         fmt::format("an earlier call of this group failed{}; form the group anew",
+                                     said && !said->text.empty() ? ": " + said->text : ""));
   }
 
   /// Whether the stream of the call under way is being captured. A card answers slowly, so what the
