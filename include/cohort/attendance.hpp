@@ -119,6 +119,9 @@ class Attendance {
   }
   /// The same at any call, leaving with it: for ranks that wait for each other by other means.
   void leave_if_told() {
+    if (!mailbox_.notices().any()) {  // nor is anything awaited that a goodbye would end
+      return;
+    }
     try {
       throw_if_told(ControlCall::gave_up, {group_.channel(), group_.members(), std::nullopt});
     } catch (const Error&) {

@@ -43,9 +43,11 @@ class NoticeBoard {
   /// @param self  This rank in the messenger.
   explicit NoticeBoard(int self) noexcept : self_(self) {}
 
+  /// Whether there are any, of whatever group: one load.
+  [[nodiscard]] bool any() const noexcept { return has_notices_.load(std::memory_order_relaxed); }
   /// The first notice that concerns a call, of those taken in. Costs nothing where there is none.
   [[nodiscard]] std::optional<Notice> first(const Watch& watch) const {
-    if (!has_notices_.load(std::memory_order_relaxed)) {
+    if (!any()) {
       return std::nullopt;
     }
     const std::lock_guard lock(mutex_);

@@ -18,8 +18,10 @@ const std::vector<int> kOthers{1, 2};
 
 TEST_CASE("a notice concerns the calls of its group that its rank had part in and not finished") {
   NoticeBoard board(0);
+  CHECK_FALSE(board.any());
   CHECK_FALSE(board.first({7, kOthers, std::nullopt}));
   board.note(7, 1, 4, Bytes(5));
+  CHECK(board.any());
   CHECK_FALSE(board.first({7, kOthers, 3}));
   CHECK(board.first({7, kOthers, 4}).value().reason.size() == 5);
   CHECK(board.first({7, kOthers, 5}).value().from == 1);
@@ -42,6 +44,7 @@ TEST_CASE("numbers of calls wrap around") {
 TEST_CASE("what this rank says concerns each of its calls, once, and is not counted") {
   NoticeBoard board(0);
   CHECK(board.note_own(7, Bytes(3)));
+  CHECK(board.any());
   CHECK_FALSE(board.note_own(7, Bytes(4)));
   CHECK(board.note_own(8, Bytes(4)));
   CHECK(board.first({7, {}, 0}).value().reason.size() == 3);
@@ -59,7 +62,9 @@ TEST_CASE("a group that has ended is forgotten alone") {
   board.forget(9);
   CHECK_FALSE(board.first({7, kOthers, std::nullopt}));
   CHECK(board.first({8, kOthers, std::nullopt}));
+  CHECK(board.any());
   board.forget(8);
+  CHECK_FALSE(board.any());
   CHECK_FALSE(board.first({8, kOthers, std::nullopt}));
   CHECK(board.held() == 0);
 }

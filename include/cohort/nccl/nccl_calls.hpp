@@ -111,8 +111,11 @@ class NcclCalls {
 
   /// Whether a peer may be reached by the place of `view`, which need not be the same on all ranks:
   /// then the call takes scratch memory instead. True on all ranks or on none.
-  [[nodiscard]] bool loose(Collective collective, const ConstTensorView& view, ReduceOp op) const {
-    return has_symmetric_kernel(collective, view.dtype(), op) &&
+  template <class Void>
+  [[nodiscard]] bool loose(Collective collective, const BasicTensorView<Void>& view,
+                           ReduceOp op) const {
+    return group_.communicator->has_registered() &&
+           has_symmetric_kernel(collective, view.dtype(), op) &&
            group_.communicator->loose(view.data(), view.bytes());
   }
 
@@ -287,9 +290,13 @@ class NcclCalls {
   SymmetricPath prepare(Collective collective, const void* in, std::size_t in_bytes,
                         const void* out, std::size_t out_bytes, DType dtype, ReduceOp op,
                         std::int64_t before, cudaStream_t stream) {
+    const bool registered = group_.communicator->has_registered();
+    if (!registered && !symmetric_asked_for_) {  // whatever the version
+      group_.path = CallPath::nccl;
+      return SymmetricPath::never;
+    }
     const SymmetricPath path = symmetric(collective, in, in_bytes, out, out_bytes, dtype, op);
     group_.path = path == SymmetricPath::never ? CallPath::nccl : CallPath::nccl_symmetric;
-    const bool registered = group_.communicator->has_registered();
     const PlaceCheck check =
         place_check({.nccl_runtime_version = group_.nccl_version,
                      .symmetric_kernel = has_symmetric_kernel(collective, dtype, op),
