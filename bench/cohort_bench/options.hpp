@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -143,6 +144,7 @@ struct Options {
   std::vector<DType> dtypes;  ///< Empty: f32 on the host, where MPI has no 16-bit sums; else bf16.
   int iters = 200;
   int warmup = 5;
+  std::optional<std::int64_t> sample_calls;  ///< Of a sample; else as many as take long enough.
   std::int64_t max_seconds = 10;
   bool check = false;
   bool goals = false;
@@ -201,6 +203,8 @@ struct Options {
          line("--dtype LIST", "of f32,f16,bf16; f32 on the host and bf16 on cuda by default") +
          line("--iters N", "samples of each row, 200") +
          line("--warmup N", "calls before them, 5") +
+         line("--sample-calls N",
+              "calls of each sample; by default as many as take a millisecond") +
          line("--max-seconds N",
               "most that one group of rows may take, 10; it then has fewer "
               "samples") +
@@ -256,6 +260,8 @@ inline bool set_option(Options& options, std::string_view option, std::string_vi
     options.iters = static_cast<int>(parse_count(option, value, 1, 1'000'000));
   } else if (option == "--warmup") {
     options.warmup = static_cast<int>(parse_count(option, value, 1, 1'000'000));
+  } else if (option == "--sample-calls") {
+    options.sample_calls = parse_count(option, value, 1, 1'000);
   } else if (option == "--max-seconds") {
     options.max_seconds = parse_count(option, value, 1, 86'400);
   } else if (option == "--json") {

@@ -87,8 +87,8 @@ std::int64_t Runner::check(const Variant& variant, const std::function<void()>& 
   return variant.wrong();
 }
 
-/// Warms up, and finds how many calls a sample of this case batches: as many as the fastest way
-/// needs, equal for all ways and ranks.
+/// Warms up, and finds how many calls a sample of this case batches, equal for all ways and ranks:
+/// as many as the fastest way needs, or the options say, within what the case allows.
 std::int64_t Runner::choose_calls(const Case& work, std::vector<State>& states) {
   std::vector<double> fastest{1e9};
   for (std::size_t v = 0; v < states.size(); ++v) {
@@ -101,6 +101,10 @@ std::int64_t Runner::choose_calls(const Case& work, std::vector<State>& states) 
         variant.after_sample();
       }
     }
+  }
+  if (options_.sample_calls) {
+    return std::clamp(*options_.sample_calls, work.least_calls,
+                      std::max(work.least_calls, work.most_calls));
   }
   double slowest_rank = 0;
   for (const auto& theirs : gather<double>(world_, fastest)) {

@@ -24,6 +24,8 @@ TEST_CASE("without options everything is measured, in the type that the backend'
   CHECK(options.has(Plan::one_kernel));
   CHECK(options.has(Mode::graph));
   CHECK_FALSE(options.has(Mode::issue));
+  CHECK_FALSE(options.sample_calls);
+  CHECK(parse({"--sample-calls", "8"}).sample_calls == 8);
   CHECK_FALSE(options.check);
   CHECK(options.dtypes == std::vector<DType>{DType::f32});
   CHECK(parse({"--backend", "cuda"}).dtypes == std::vector<DType>{DType::bf16});
@@ -59,6 +61,7 @@ TEST_CASE("a wrong argument is named with what was expected") {
   CHECK_THROWS_MATCHES(parse({"--modes", "eager,issue"}), ConfigError, says("--modes", "issue"));
   CHECK(parse({"--modes", "issue", "--backend", "cuda"}).modes == std::vector<Mode>{Mode::issue});
   CHECK_THROWS_MATCHES(parse({"--iters", "0"}), ConfigError, says("--iters"));
+  CHECK_THROWS_MATCHES(parse({"--sample-calls", "0"}), ConfigError, says("--sample-calls"));
   CHECK_THROWS_MATCHES(parse({"--batches", "1,,2"}), ConfigError, says("--batches"));
   CHECK_THROWS_MATCHES(parse({"--bananas", "1"}), ConfigError, says("--bananas", "no such option"));
   CHECK_THROWS_MATCHES(parse({"--bakend", "host"}), ConfigError, says("did you mean --backend?"));
