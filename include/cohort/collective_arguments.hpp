@@ -56,11 +56,17 @@ void check_aligned(std::string_view argument, const BasicTensorView<Void>& x) {
   }
 }
 
-/// Throws `UsageError` for a tensor of another device than the group's, and for one whose elements
-/// are not aligned.
+/// Throws `UsageError` for a tensor of another device than the group's, for one whose elements are
+/// not aligned, and for one of no type that there is.
 template <class Void>
 void check_on_device(std::string_view argument, const Caller& caller, Device device,
                      const BasicTensorView<Void>& x) {
+  if (!is_dtype(x.dtype())) {
+    detail::refuse([&] {
+      return fmt::format("{}: expected an element type, got number {}", argument,
+                         static_cast<int>(x.dtype()));
+    });
+  }
   check_aligned(argument, x);
   if (x.device() != device) {
     detail::refuse([&] {
@@ -109,6 +115,16 @@ void check_reducible(std::string_view argument, const BasicTensorView<Void>& x) 
   if (!is_reducible(x.dtype())) {
     detail::refuse(
         [&] { return fmt::format("{}: {} cannot be reduced", argument, to_string(x.dtype())); });
+  }
+}
+
+/// Throws `UsageError` for what is no reduction.
+inline void check_op(std::string_view argument, ReduceOp op) {
+  if (!is_reduce_op(op)) {
+    detail::refuse([&] {
+      return fmt::format("{}: expected sum, prod, min or max, got number {}", argument,
+                         static_cast<int>(op));
+    });
   }
 }
 

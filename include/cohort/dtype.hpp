@@ -28,7 +28,10 @@ enum class DType : std::uint8_t {
   u16,      ///< moved as bytes; no arithmetic
 };
 
-/// Bytes of one element.
+/// Whether it is one of them, and not some other number.
+[[nodiscard]] constexpr bool is_dtype(DType dtype) noexcept { return dtype <= DType::u16; }
+
+/// Bytes of one element; 0 of what is no type.
 [[nodiscard]] constexpr std::size_t size_of(DType dtype) noexcept {
   switch (dtype) {
     case DType::f64:

@@ -90,10 +90,13 @@ class GroupCalls {
     arena_ = &arena;
   }
 
-  /// At least so many. Throws `UsageError` for none.
+  /// Each takes room on the device, and no engine has more micro-batches under way.
+  static constexpr int kMostLanes = 1024;
+
+  /// At least so many. Throws `UsageError` for none, and for more than `kMostLanes`.
   void reserve_lanes(int lanes) {
-    if (lanes < 1) {
-      throw UsageError(fmt::format("reserve_lanes: expected at least 1, got {}", lanes));
+    if (lanes < 1 || lanes > kMostLanes) {
+      throw UsageError(fmt::format("reserve_lanes: expected 1 to {}, got {}", kMostLanes, lanes));
     }
     if (transport_ != nullptr) {
       transport_->reserve_lanes(lanes);

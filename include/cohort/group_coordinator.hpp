@@ -98,6 +98,7 @@ class GroupCoordinator : public GroupBase {
                        ReduceOp op = ReduceOp::sum) {
     check_call("all_reduce", x);
     check_reducible("all_reduce x", x);
+    check_op("all_reduce op", op);
     check_like("all_reduce out", out, x, x.shape());
     check_distinct("all_reduce out", out);
     check_in_place_or_apart("all_reduce out", out, x, [&] { return identical(out, x); });
@@ -331,6 +332,7 @@ class GroupCoordinator : public GroupBase {
                  StreamRef stream) {
     check_call("reduce_scatter x", x);
     check_reducible("reduce_scatter x", x);
+    check_op("reduce_scatter op", op);
     const Dims shape = scattered_shape(x, caller(), sizes, dim);
     const Call call =
         begin(stream, {TraceCall::reduce_scatter, x, dim, sizes, static_cast<int>(op)});
@@ -348,6 +350,7 @@ class GroupCoordinator : public GroupBase {
                     std::span<const std::int64_t> sizes, int dim, ReduceOp op, StreamRef stream) {
     check_call("reduce_scatter x", x);
     check_reducible("reduce_scatter x", x);
+    check_op("reduce_scatter op", op);
     const Dims shape = scattered_shape(x, caller(), sizes, dim);
     check_like("reduce_scatter out", out, x, shape);
     check_distinct("reduce_scatter out", out);

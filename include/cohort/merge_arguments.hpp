@@ -78,6 +78,15 @@ void check_is(std::string_view argument, const Caller& caller, Device device, DT
 /// Throws unless they are what a merge takes.
 inline void check_partials(const Caller& caller, Device device, const Partials& partials,
                            MergeResult result) {
+  if (result > MergeResult::replicated) {
+    throw UsageError(fmt::format(
+        "merge_attention result: expected by_head, by_token or replicated, got number {}",
+        static_cast<int>(result)));
+  }
+  if (partials.base > LseBase::two) {
+    throw UsageError(fmt::format("merge_attention base: expected e or two, got number {}",
+                                 static_cast<int>(partials.base)));
+  }
   check_on_device("merge_attention out", caller, device, partials.out);
   const Dims& shape = partials.out.shape();
   if (shape.size() != 4 || shape[0] < 1 || shape[3] < 1) {

@@ -32,6 +32,9 @@ namespace cohort {
 /// How elements are combined.
 enum class ReduceOp : std::uint8_t { sum, prod, min, max };
 
+/// Whether it is one of them, and not some other number.
+[[nodiscard]] constexpr bool is_reduce_op(ReduceOp op) noexcept { return op <= ReduceOp::max; }
+
 /// Such as "sum".
 [[nodiscard]] constexpr std::string_view to_string(ReduceOp op) noexcept {
   switch (op) {

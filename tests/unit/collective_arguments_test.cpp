@@ -29,6 +29,12 @@ TEST_CASE("devices, ranks, dtypes and shapes that a call cannot take are named",
   CHECK_NOTHROW(check_on_device("x", caller, x.device(), x));
   CHECK_THROWS_MATCHES(check_on_device("x", caller, Device{DeviceKind::cuda, 3}, x), UsageError,
                        says("x: group tp[0] works on cuda:3, got a tensor on"));
+  const TensorView untyped(memory.data(), static_cast<DType>(99), {8, 8});
+  CHECK_THROWS_MATCHES(check_on_device("x", caller, x.device(), untyped), UsageError,
+                       says("x: expected an element type, got number 99"));
+  CHECK_NOTHROW(check_op("op", ReduceOp::max));
+  CHECK_THROWS_MATCHES(check_op("op", static_cast<ReduceOp>(77)), UsageError,
+                       says("op: expected sum, prod, min or max, got number 77"));
   for (const int rank : {0, 1}) {
     CHECK_NOTHROW(check_member("root", caller, rank));
   }

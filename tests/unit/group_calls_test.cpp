@@ -174,7 +174,8 @@ TEST_CASE("calls of one lane wait for each other across streams, those of two do
 
 TEST_CASE("a lane is one of those that are reserved") {
   Alone group;
-  CHECK_THROWS_MATCHES(group.calls.reserve_lanes(0), UsageError, says("at least 1, got 0"));
+  CHECK_THROWS_MATCHES(group.calls.reserve_lanes(0), UsageError, says("1 to 1024, got 0"));
+  CHECK_THROWS_MATCHES(group.calls.reserve_lanes(1 << 30), UsageError, says("1 to 1024, got"));
   CHECK_THROWS_MATCHES(group.calls.use_lane(1), UsageError, says("the 1 reserved lanes, got 1"));
   group.calls.reserve_lanes(3);
   group.calls.reserve_lanes(2);

@@ -26,3 +26,19 @@ TEST_CASE("what a rank gets follows from the result", "[dcp]") {
   CHECK_THROWS_MATCHES(shape(MergeResult::by_token, 1, std::span(counts).first(2)), UsageError,
                        says("3 sizes"));
 }
+
+TEST_CASE("numbers that are no base and no result are refused", "[dcp]") {
+  const Caller caller{"dcp[0]", 0, 2};
+  const std::vector<float> memory(16);
+  Partials partials{.out = {memory.data(), DType::f32, {1, 1, 2, 4}},
+                    .lse = {memory.data(), DType::f32, {1, 1, 2}}};
+  const auto check_with = [&](MergeResult result) {
+    detail::check_partials(caller, partials.out.device(), partials, result);
+  };
+  CHECK_NOTHROW(check_with(MergeResult::replicated));
+  CHECK_THROWS_MATCHES(check_with(static_cast<MergeResult>(9)), UsageError,
+                       says("result: expected by_head, by_token or replicated, got number 9"));
+  partials.base = static_cast<LseBase>(9);
+  CHECK_THROWS_MATCHES(check_with(MergeResult::by_head), UsageError,
+                       says("base: expected e or two, got number 9"));
+}
