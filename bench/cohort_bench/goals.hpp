@@ -178,6 +178,8 @@ inline void add_local_costs(std::span<const Row> rows, std::vector<Goal>& goals)
       add(goals, "scope entry and exit, ns", row.us.p50 * 1e3, 20);
     } else if (row.bench == "recorder") {
       add(goals, "a call's record, ns", row.us.p50 * 1e3, 50);
+    } else if (row.bench == "recorded_call" && row.plan == "record") {
+      add(goals, "what its record adds to a call, ns", row.us.p50 * 1e3, 50);
     } else if (row.bench == "arena" && row.batch >= 10'000) {
       goals.push_back({fmt::format("arena allocate and free with {} live blocks, ns", row.batch),
                        row.us.p50 * 1e3, 150, false});

@@ -3,14 +3,18 @@
 
 #include <algorithm>
 #include <array>
+#include <chrono>
 #include <cstring>
+#include <functional>
 #include <memory>
+#include <span>
 #include <utility>
 #include <vector>
 
 #include "benches.hpp"
 #include "cohort/flight_recorder.hpp"
 #include "cohort/symmetric_scope.hpp"
+#include "statistics.hpp"
 #include "ways.hpp"
 
 namespace cohort::bench {
@@ -185,21 +189,82 @@ void bench_scope(Session& session) {
 
 namespace {
 
-/// Records that a call makes beyond those it should.
-[[nodiscard]] std::int64_t wrong_records(Session& session, const Variant& variant,
-                                         FlightRecorder& recorder, bool recorded) {
-  const std::uint64_t before = recorder.own().calls;
-  variant.call();
-  session.bed.synchronize();
-  return recorder.own().calls - before == (recorded ? 1U : 0U) ? 0 : 1;
+/// Of differences: the greatest of several would be greater than what any rank has on average.
+[[nodiscard]] double mean_over_ranks(ControlPlane& world, double mine) {
+  double sum = 0;
+  for (const auto& bytes : world.all_gather(std::as_bytes(std::span(&mine, 1)))) {
+    double theirs = 0;
+    std::memcpy(&theirs, bytes.data(), sizeof(theirs));
+    sum += theirs;
+  }
+  return sum / world.size();
 }
 
-/// A whole call with its record and without, in turn: an all-gather of 2 KiB.
+/// What a record adds to a call: the same call with its record and without, in turn, and of each
+/// kind the mean of the faster half of the times that the host spends in it.
+class RecordedCalls {
+ public:
+  /// @param others  What the caller reads and writes between two calls, in bytes.
+  RecordedCalls(FlightRecorder& recorder, std::function<void()> call, std::size_t others)
+      : recorder_(recorder), call_(std::move(call)), others_(others / sizeof(Line)) {}
+
+  /// Enqueues one call.
+  void call(bool recorded) {
+    recorder_.turn(recorded);
+    call_();
+    recorder_.turn(true);
+  }
+
+  /// The difference of some calls, in us.
+  [[nodiscard]] double difference() {
+    std::array<std::vector<double>, 2> times;
+    for (int pair = 0; pair < kPairsOfRuns; ++pair) {
+      const bool first = sizes_.next() % 2 == 0;  // at random: slots and ranks take turns too
+      for (const bool recorded : {first, !first}) {
+        times[recorded ? 1 : 0].push_back(time_run(recorded) / kRun);
+      }
+    }
+    return mean_of_faster(times[1]) - mean_of_faster(times[0]);
+  }
+
+ private:
+  struct alignas(64) Line {
+    std::uint64_t word = 0;
+  };
+
+  // Of some calls each, so that a processor foresees which kind the next one is; a card's queue has
+  // room for them all.
+  static constexpr int kRun = 4;
+  static constexpr int kPairsOfRuns = 32;
+
+  /// What the host spends in calls of one kind, in us.
+  [[nodiscard]] double time_run(bool recorded) {
+    std::chrono::duration<double, std::micro> time{};
+    for (int i = 0; i < kRun; ++i) {
+      for (Line& line : others_) {
+        asm volatile("" : "+m"(line.word));  // is read and written
+      }
+      const auto before = std::chrono::steady_clock::now();
+      call(recorded);
+      time += std::chrono::steady_clock::now() - before;
+    }
+    return time.count();
+  }
+
+  FlightRecorder& recorder_;
+  std::function<void()> call_;
+  std::vector<Line> others_;
+  Sizes sizes_;
+};
+
+/// A whole call with its record and without, an all-gather of 2 KiB: what the record adds.
 void bench_recorded_call(Session& session) {
+  constexpr std::size_t kOthers = std::size_t{1} << 20;  // the caller's own work, of cold rows
   const int n = session.ranks();
   const DType dtype = session.options.dtypes.front();
-  const bool is_own = session.bed.kind() == BackendKind::cuda && session.options.has(Path::own) &&
-                      path_obstacle(session, Path::own).empty();
+  const bool is_host = session.bed.kind() == BackendKind::host;
+  const bool is_own =
+      !is_host && session.options.has(Path::own) && path_obstacle(session, Path::own).empty();
   const Path path = is_own ? Path::own : Path::plain;
   const Way way{.path = path, .lane = lane_of(session, path)};
   const std::int64_t share = 2048 / static_cast<std::int64_t>(size_of(dtype)) / n;
@@ -209,32 +274,42 @@ void bench_recorded_call(Session& session) {
   Case work{.bench = "recorded_call",
             .dtype = std::string(to_string(dtype)),
             .bytes = static_cast<std::int64_t>(out.view.bytes()),
-            .most_calls = 50,
-            .least_calls = 50};  // also where cards that ranks share make a call slow
+            .most_calls = 1};
   auto& group = way.lane->group();
   const auto recorder = group.recorder();
-  for (const bool recorded : {true, false}) {
+  for (const bool cold : {false, true}) {
+    if (cold && is_host) {
+      continue;  // a call would wait for what the others read and write
+    }
+    const auto calls = std::make_shared<RecordedCalls>(
+        *recorder,
+        [&session, &group, in, out] {
+          group.all_gather_into(out.view, in.view, 0, session.bed.stream());
+        },
+        cold ? kOthers : 0);
     Variant variant{.path = std::string(to_string(path)),
-                    .plan = recorded ? "recorded" : "unrecorded",
+                    .plan = cold ? "record, cold" : "record",
+                    .mode = is_host ? Mode::eager : Mode::issue,
                     .lane = way.lane};
-    variant.call = [&session, &group, recorder, in, out, recorded] {
-      recorder->turn(recorded);
-      group.all_gather_into(out.view, in.view, 0, session.bed.stream());
-      recorder->turn(true);
+    variant.call = [calls] { calls->call(true); };
+    variant.sample = [&session, calls] {
+      session.world.barrier();
+      const double us = calls->difference();
+      session.bed.synchronize();
+      return mean_over_ranks(session.world, us);
     };
     variant.poison = [&session, out] { poison(session, out.view); };
-    variant.wrong = [&session, variant, recorder, out, dtype, share, n, recorded] {
-      return wrong_records(session, variant, *recorder, recorded) +
+    variant.wrong = [&session, calls, recorder, out, dtype, share, n]() -> std::int64_t {
+      const std::uint64_t before = recorder->own().calls;
+      calls->call(true);
+      calls->call(false);
+      session.bed.synchronize();
+      return (recorder->own().calls - before == 1 ? 0 : 1) +
              count_wrong(dtype, fetch(session, out.view), [&](std::int64_t i) {
                return input_value(static_cast<int>(i / share), i % share, n);
              });
     };
-    for (const Mode mode : session.options.modes) {
-      if (mode != Mode::graph) {  // whose launches record what their captures listed
-        work.variants.push_back(variant);
-        work.variants.back().mode = mode;
-      }
-    }
+    work.variants.push_back(variant);
   }
   session.runner.run(work);
 }
@@ -248,6 +323,7 @@ void bench_recorder(Session& session) {
     ConstTensorView x{place.data(), DType::bf16, {64, 16, 512}};
     std::vector<std::int64_t> sizes = std::vector<std::int64_t>(8, 16);
     std::uint64_t steps = 0;
+    TraceEntry entry;
   };
   const auto load = std::make_shared<Load>();
   Case work{.bench = "recorder", .most_calls = 100, .parts_per_call = kPairs};
@@ -255,12 +331,15 @@ void bench_recorder(Session& session) {
       {.path = "plain",
        .call =
            [load] {
+             const auto record = [&]() __attribute__((always_inline)) {
+               return trace_record(TraceCall::all_gather, load->x.shape(), load->x.dtype(), 1,
+                                   load->sizes, 0);
+             };
              for (int i = 0; i < kPairs; ++i) {
-               const TraceEntry entry =
-                   load->recorder.begin(trace_record(TraceCall::all_gather, load->x.shape(),
-                                                     load->x.dtype(), 1, load->sizes, 0),
-                                        load->x.bytes(), true, {}, 0, {.steps = load->steps}, 0);
-               load->recorder.end(entry, {.steps = ++load->steps, .path = CallPath::mapped}, 0);
+               load->recorder.begin_into(load->entry, record, load->x.bytes(), true, {}, 0,
+                                         {.steps = load->steps}, 0);
+               load->recorder.end(load->entry, {.steps = ++load->steps, .path = CallPath::mapped},
+                                  0);
              }
            },
        .wrong = [load]() -> std::int64_t {

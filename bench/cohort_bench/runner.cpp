@@ -179,8 +179,9 @@ void Runner::run(Case& work) {
           variant.call();
         }
       };
-      const double us = bed_.elapsed_us([this] { align(); }, body, variant.mode);
-      states[v].samples.push_back(us / parts);
+      states[v].samples.push_back(
+          variant.sample ? variant.sample()
+                         : bed_.elapsed_us([this] { align(); }, body, variant.mode) / parts);
       if (variant.after_sample) {
         variant.after_sample();
       }

@@ -23,6 +23,7 @@ struct Variant {
   Mode mode = Mode::eager;
   Lane* lane = nullptr;                       ///< Whose arena a capture concerns, or null.
   std::function<void()> call = {};            ///< Enqueues one call.
+  std::function<double()> sample = {};        ///< Takes a sample by itself, us of a call; or empty.
   std::function<void()> poison = {};          ///< Overwrites the result with NaN; may be empty.
   std::function<std::int64_t()> wrong = {};   ///< Wrong elements on this rank; may be empty.
   std::function<void()> before_capture = {};  ///< Collective; may be empty.

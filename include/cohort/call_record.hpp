@@ -38,14 +38,24 @@ struct TraceEntry {
 
 namespace detail {
 
-/// Adds the shape of a call to which ranks bring unequal shares: along `dim` it is their own.
-[[gnu::cold, gnu::noinline]] inline void mix_uneven(TraceSignature& signature, const Dims& shape,
-                                                    int dim,
-                                                    std::span<const std::int64_t> sizes) noexcept {
+/// Ends the signature of a call that is not plain: ranks bring unequal shares, of which along `dim`
+/// the own one differs, or the shape does not go into a record.
+[[nodiscard, gnu::cold, gnu::noinline]] inline std::uint32_t mix_unusual(
+    TraceSignature signature, const Dims& shape, int dim, std::span<const std::int64_t> sizes,
+    bool uneven) noexcept {
   for (int d = 0; d < shape.size(); ++d) {
-    signature.mix(d == dim ? 0 : shape[d]);
+    signature.mix(uneven && d == dim ? 0 : shape[d]);
   }
-  signature.mix(sizes);
+  if (uneven) {
+    signature.mix(sizes);
+  }
+  return signature.word();
+}
+
+/// The most that a record has room for, of an extent that is larger.
+[[nodiscard]] constexpr std::uint32_t saturated(std::uint64_t extent) noexcept {
+  return static_cast<std::uint32_t>(
+      std::min<std::uint64_t>(extent, std::numeric_limits<std::uint32_t>::max()));
 }
 
 }  // namespace detail
@@ -63,29 +73,33 @@ namespace detail {
                 static_cast<std::int64_t>(variant) * 0x1000000 + dim * 0x10000 +
                 shape.size() * 0x100 + static_cast<int>(dtype));
   // Equal shares follow from the shape, and are the same whichever call was made with them.
-  bool uneven = false;
+  std::int64_t uneven = 0;
   for (const std::int64_t size : sizes) {
-    uneven |= size != sizes.front();
+    uneven |= size ^ sizes.front();
   }
-  if (uneven) [[unlikely]] {
-    detail::mix_uneven(signature, shape, dim, sizes);
-  } else {
-    for (const std::int64_t extent : shape) {
-      signature.mix(extent);
-    }
-  }
-  const auto extent = [&shape](int d) {
-    return d < shape.size() ? static_cast<std::uint32_t>(std::min<std::int64_t>(
-                                  shape[d], std::numeric_limits<std::uint32_t>::max()))
-                            : 0U;
-  };
+  // Without a branch for each dimension: calls of different shapes alternate.
   static_assert(TraceRecord::kExtents == 5 && TraceRecord::kExtents <= kMaxDims);
-  return {.signature = signature.word(),
+  const auto extent = [&shape](int d) { return static_cast<std::uint64_t>(shape[d]); };
+  const bool fits = ((extent(0) | extent(1) | extent(2) | extent(3) | extent(4)) >> 32) == 0 &&
+                    shape.size() <= TraceRecord::kExtents;
+  std::uint32_t word = 0;
+  if (uneven == 0 && fits) [[likely]] {
+    // In pairs, as they lie in the record.
+    const auto pair = [&extent](int d) {
+      return static_cast<std::int64_t>(extent(d) | extent(d + 1) << 32);
+    };
+    word = signature.mix(shape[0]).mix(pair(1)).mix(pair(3)).word();
+  } else {
+    word = detail::mix_unusual(signature, shape, dim, sizes, uneven != 0);
+  }
+  return {.signature = word,
           .call = call,
           .dtype = dtype,
           .ndim = static_cast<std::uint8_t>(shape.size()),
           .variant = variant,
-          .extents = {extent(0), extent(1), extent(2), extent(3), extent(4)}};
+          .extents = {detail::saturated(extent(0)), detail::saturated(extent(1)),
+                      detail::saturated(extent(2)), detail::saturated(extent(3)),
+                      detail::saturated(extent(4))}};
 }
 
 }  // namespace cohort

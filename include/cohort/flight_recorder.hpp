@@ -26,6 +26,7 @@
 #include "cohort/log.hpp"
 #include "cohort/machine.hpp"
 #include "cohort/owner_process.hpp"
+#include "cohort/poll_pause.hpp"
 #include "cohort/ring_reading.hpp"
 #include "cohort/stream.hpp"
 #include "cohort/trace_failures.hpp"
@@ -117,13 +118,15 @@ class FlightRecorder {
       owner_.check(group_);  // a forked child would write into its parent's
     }
     TraceRing& ring = *own_;
+    // Not written for a thousand calls, so it is far away: fetched while the record is put
+    // together.
+    detail::fetch_to_write(&ring.records[TraceRing::slot(ring.calls + 1)]);
     entry.steps = stand.steps;
     entry.waits = waits;
     entry.bytes = bytes;
     entry.capture = capture;
     entry.inbox = stand.inbox;
-    const std::uint64_t before = ring.open;
-    entry.before = before;
+    entry.before = ring.open;
     if (capture != 0) [[unlikely]] {
       list(entry, record, collective);
       return;
@@ -155,11 +158,12 @@ class FlightRecorder {
       return;
     }
     end_eager(entry, stand.path, steps, 0);
-    PathCounters& counters = own_->counters[path];
+    TraceRing& ring = *own_;
+    PathCounters& counters = ring.counters[path];
     TraceRing::add(counters.calls, 1);
     TraceRing::add(counters.bytes, entry.bytes);
     TraceRing::add(counters.waits, waits - entry.waits);
-    TraceRing::store(own_->open, entry.before);
+    TraceRing::store(ring.open, entry.before);
   }
 
   /// It was left by an exception. What it had enqueued is there.

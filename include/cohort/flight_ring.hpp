@@ -136,8 +136,8 @@ struct DeviceLook {
   bool waits = false;       ///< The last one was given up because it waited for other ranks.
 };
 
-/// Calls that took one path.
-struct PathCounters {
+/// Calls that took one path. In one line of the cache.
+struct alignas(32) PathCounters {
   std::uint64_t calls = 0;  ///< Eager ones, and those of graphs at each launch.
   std::uint64_t bytes = 0;  ///< Of the tensor that each was called with.
   std::uint64_t waits = 0;  ///< Times that the host waited in them for other ranks.
@@ -185,7 +185,7 @@ template <class Value>
 
 /// What a rank writes. Zeros are an empty ring.
 struct TraceRing {
-  static constexpr std::uint32_t kLayout = 4;  ///< Changes with what lies where.
+  static constexpr std::uint32_t kLayout = 5;  ///< Changes with what lies where.
   /// Changes with the layout, and with the numbers of the calls as their last one does.
   static constexpr std::uint32_t kProtocol =
       256 * kLayout + static_cast<std::uint32_t>(TraceCall::launch);

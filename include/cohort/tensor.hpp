@@ -48,7 +48,7 @@ class Dims {
 
   /// How many there are.
   [[nodiscard]] constexpr int size() const noexcept { return size_; }
-  /// The i-th, 0 to `size()` - 1.
+  /// The i-th, 0 to `kMaxDims` - 1; 0 behind the last.
   [[nodiscard]] constexpr std::int64_t operator[](int i) const noexcept {
     return values_[static_cast<std::size_t>(i)];
   }

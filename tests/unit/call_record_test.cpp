@@ -4,6 +4,7 @@
 #include <array>
 #include <cstdint>
 #include <set>
+#include <utility>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -25,6 +26,29 @@ TEST_CASE("what ranks must agree on is in the signature", "[call_record]") {
   CHECK(of({2, 3}, {}, DType::f16).signature != of({2, 5}, {}, DType::f16).signature);
   CHECK(of({2, 3}, {3, 4}, DType::f16).signature != of({2, 3}, {}, DType::f16).signature);
   CHECK(of({0, 3}, {3, 4}, DType::f16).signature != of({3}, {3, 4}, DType::f16).signature);
+}
+
+TEST_CASE("each extent is in the signature, whether or not a record has room for it",
+          "[call_record]") {
+  constexpr std::int64_t kWide = std::int64_t{1} << 32;
+  const auto of = [](const Dims& shape) {
+    return trace_record(TraceCall::all_reduce, shape, DType::f16, 0, {}, 0).signature;
+  };
+  for (const Dims& shape : {Dims{2, 3, 4, 5, 6}, Dims{2, 3, 4, 5, 6, 7, 8, 9}}) {
+    std::set<std::uint32_t> signatures{of(shape)};
+    for (int d = 0; d < shape.size(); ++d) {
+      for (const std::int64_t more : {std::int64_t{1}, kWide, 2 * kWide}) {
+        Dims other = shape;
+        other[d] += more;
+        CHECK(signatures.insert(of(other)).second);
+      }
+      for (int e = 0; e < d; ++e) {
+        Dims other = shape;
+        std::swap(other[d], other[e]);
+        CHECK(signatures.insert(of(other)).second);
+      }
+    }
+  }
 }
 
 TEST_CASE("each argument of a call is in the signature", "[call_record]") {

@@ -55,7 +55,7 @@ for plan in one_kernel one_kernel+combine; do has merge_splits own "$plan"; done
 for plan in one_kernel one_kernel+gather; do has merge_replicated own "$plan"; done
 for path in raw plain symmetric own; do has gather_quantised "$path" -; done
 has place_step plain -
-for plan in recorded unrecorded; do has recorded_call plain "$plan"; done
+has recorded_call plain record
 for path in barrier peer_read peer_write; do has ceiling "$path" -; done
 for bench in arena scope registration; do has "$bench" symmetric -; done
 grep -q 'scope entry and exit, ns' "$folder/output" || fail "no goals in the output"

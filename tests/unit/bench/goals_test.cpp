@@ -69,6 +69,17 @@ TEST_CASE("the merge is compared with the staged plan in the type that MPI can a
   CHECK(goals[2].met());
 }
 
+TEST_CASE("a record is judged by itself, and by what it adds to a call") {
+  const std::vector<Row> rows{row("recorder", "plain", "-", "eager", 0, 0, 0.049),
+                              row("recorded_call", "own", "record", "issue", 2048, 0, 0.051),
+                              row("recorded_call", "own", "record, cold", "issue", 2048, 0, 0.3)};
+  const auto goals = goals_of(BackendKind::cuda, rows);
+  REQUIRE(goals.size() == 2);
+  CHECK(goals[0].met());
+  CHECK(is_near(goals[1].value, 51));
+  CHECK_FALSE(goals[1].met());
+}
+
 TEST_CASE("goals of cards count the run's own ceilings") {
   std::vector<Row> rows{row("ceiling", "barrier", "-", "graph", 0, 0, 2.0),
                         row("ceiling", "peer_write", "-", "graph", 1 << 20, 0, 3.0),

@@ -28,6 +28,15 @@ TEST_CASE("percentiles interpolate between sorted neighbours") {
   CHECK(near(summary.p95, 8.6));
 }
 
+TEST_CASE("the mean of the faster half moves as all samples do, and not with slow ones") {
+  CHECK(mean_of_faster({9, 1, 100, 2}) == 1.5);
+  CHECK(mean_of_faster({1000, 1, 9, 2}) == 1.5);
+  CHECK(mean_of_faster({10, 2, 101, 3}) == 2.5);
+  CHECK(mean_of_faster({3, 1, 2}) == 1.5);
+  CHECK(mean_of_faster({7}) == 7);
+  CHECK(mean_of_faster({}) == 0);
+}
+
 TEST_CASE("an iteration takes as long as its slowest rank") {
   // Percentiles of single ranks would say 1 and miss that some rank is slow in every iteration.
   const std::vector<std::vector<double>> by_rank{{1, 9, 1}, {9, 1, 9}};
