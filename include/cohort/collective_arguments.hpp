@@ -48,7 +48,7 @@ void check_aligned(std::string_view argument, const BasicTensorView<Void>& x) {
   // Sizes are powers of two up to 8, so most tensors pass without a look at their type.
   const auto address = reinterpret_cast<std::uintptr_t>(x.data());
   if (address % 8 != 0 && (address & (size_of(x.dtype()) - 1)) != 0 && x.numel() != 0) {
-    detail::refuse([&] {
+    detail::refuse([&, argument] {
       return fmt::format("{}: expected the data of {} at a multiple of {} bytes, got {}", argument,
                          to_string(x.dtype()), size_of(x.dtype()),
                          static_cast<const void*>(x.data()));
@@ -69,7 +69,7 @@ void check_on_device(std::string_view argument, const Caller& caller, Device dev
   }
   check_aligned(argument, x);
   if (x.device() != device) {
-    detail::refuse([&] {
+    detail::refuse([&, argument] {
       return fmt::format("{}: group {} works on {}, got a tensor on {}", argument, caller.group,
                          to_string(device), to_string(x.device()));
     });
@@ -79,7 +79,7 @@ void check_on_device(std::string_view argument, const Caller& caller, Device dev
 /// Throws `UsageError` unless it is a rank of the group.
 inline void check_member(std::string_view argument, const Caller& caller, int rank) {
   if (rank < 0 || rank >= caller.size) {
-    detail::refuse([&] {
+    detail::refuse([&, argument] {
       return fmt::format("{}: expected a rank in [0, {}) of group {}, got {}", argument,
                          caller.size, caller.group, rank);
     });
@@ -90,7 +90,7 @@ inline void check_member(std::string_view argument, const Caller& caller, int ra
 inline void check_peer(std::string_view argument, const Caller& caller, int peer) {
   check_member(argument, caller, peer);
   if (peer == caller.rank) {
-    detail::refuse([&] {
+    detail::refuse([&, argument] {
       return fmt::format("{}: rank {} of group {} cannot be its own peer", argument, peer,
                          caller.group);
     });
@@ -102,7 +102,7 @@ template <class A, class B>
 void check_alike(std::string_view argument, const BasicTensorView<A>& x,
                  const BasicTensorView<B>& like, const Dims& shape) {
   if (x.dtype() != like.dtype() || x.shape() != shape) {
-    detail::refuse([&] {
+    detail::refuse([&, argument] {
       return fmt::format("{}: expected {}{}, got {}{}", argument, to_string(like.dtype()),
                          to_string(shape), to_string(x.dtype()), to_string(x.shape()));
     });
@@ -113,8 +113,9 @@ void check_alike(std::string_view argument, const BasicTensorView<A>& x,
 template <class Void>
 void check_reducible(std::string_view argument, const BasicTensorView<Void>& x) {
   if (!is_reducible(x.dtype())) {
-    detail::refuse(
-        [&] { return fmt::format("{}: {} cannot be reduced", argument, to_string(x.dtype())); });
+    detail::refuse([&, argument] {
+      return fmt::format("{}: {} cannot be reduced", argument, to_string(x.dtype()));
+    });
   }
 }
 
@@ -132,7 +133,7 @@ inline void check_op(std::string_view argument, ReduceOp op) {
 template <class Void>
 void check_distinct(std::string_view argument, const BasicTensorView<Void>& out) {
   if (overlaps_itself(out)) {
-    detail::refuse([&] {
+    detail::refuse([&, argument] {
       return fmt::format(
           "{}: expected elements that can be shown to lie apart, got shape {} with "
           "strides {}",
@@ -146,7 +147,7 @@ template <class A, class B>
 void check_apart(std::string_view argument, const BasicTensorView<A>& out,
                  const BasicTensorView<B>& x) {
   if (overlap(out, x)) {
-    detail::refuse([&] {
+    detail::refuse([&, argument] {
       return fmt::format("{}: must not {} the input{}", argument,
                          identical(out, x) ? "be" : "overlap", identical(out, x) ? " itself" : "");
     });
@@ -163,7 +164,7 @@ void check_in_place_or_apart(std::string_view argument, const BasicTensorView<A>
     return;
   }
   if (in_place() ? overlaps_itself(x) : overlap(out, x)) {
-    detail::refuse([&] {
+    detail::refuse([&, argument] {
       return fmt::format("{}: overlaps the input other than where a call in place has it",
                          argument);
     });
@@ -174,7 +175,7 @@ void check_in_place_or_apart(std::string_view argument, const BasicTensorView<A>
 template <class Void>
 void check_divisible(std::string_view argument, const BasicTensorView<Void>& x, int dim, int size) {
   if (x.shape()[normalize_dim(dim, x.ndim(), argument)] % size != 0) {
-    detail::refuse([&] {
+    detail::refuse([&, argument] {
       return fmt::format("{}: expected an extent of dimension {} that {} ranks divide, got {}",
                          argument, dim, size, to_string(x.shape()));
     });
@@ -185,7 +186,7 @@ void check_divisible(std::string_view argument, const BasicTensorView<Void>& x, 
 [[nodiscard]] inline std::int64_t total(std::string_view argument, const Caller& caller,
                                         std::span<const std::int64_t> sizes) {
   if (sizes.size() != static_cast<std::size_t>(caller.size)) {
-    detail::refuse([&] {
+    detail::refuse([&, argument] {
       return fmt::format("{}: expected {} sizes, one for each rank of group {}, got {}", argument,
                          caller.size, caller.group, sizes.size());
     });
@@ -193,11 +194,13 @@ void check_divisible(std::string_view argument, const BasicTensorView<Void>& x, 
   std::int64_t sum = 0;
   for (const auto extent : sizes) {
     if (extent < 0) {
-      detail::refuse(
-          [&] { return fmt::format("{}: expected sizes >= 0, got {}", argument, extent); });
+      detail::refuse([&, argument] {
+        return fmt::format("{}: expected sizes >= 0, got {}", argument, extent);
+      });
     }
     if (__builtin_add_overflow(sum, extent, &sum)) {
-      detail::refuse([&] { return fmt::format("{}: the sum of the sizes overflows", argument); });
+      detail::refuse(
+          [&, argument] { return fmt::format("{}: the sum of the sizes overflows", argument); });
     }
   }
   return sum;

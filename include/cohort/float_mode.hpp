@@ -31,14 +31,17 @@ class DefaultFloatMode {
   }
 
  private:
-  using Word = std::uint64_t;
 #if defined(__x86_64__)
+  // As wide as what is stored: a wider load waits until all stores before it are in the cache.
+  using Word = std::uint32_t;
   static constexpr Word kModeBits = 0xffc0;  // the others are flags of what has happened
   static constexpr Word kDefault = 0x1f80;
 #elif defined(__aarch64__)
+  using Word = std::uint64_t;
   static constexpr Word kModeBits = ~Word{0};
   static constexpr Word kDefault = 0;
 #else
+  using Word = std::uint64_t;
   static constexpr Word kModeBits = 0;  // no mode is known
   static constexpr Word kDefault = 0;
 #endif
@@ -46,7 +49,7 @@ class DefaultFloatMode {
   static Word read() noexcept {
     Word word = 0;
 #if defined(__x86_64__)
-    asm volatile("stmxcsr %0" : "+m"(word));  // the lower half
+    asm volatile("stmxcsr %0" : "=m"(word));
 #elif defined(__aarch64__)
     asm volatile("mrs %0, fpcr" : "=r"(word));
 #endif

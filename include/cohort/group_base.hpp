@@ -61,6 +61,7 @@ class GroupBase {
       : parts_(std::move(parts)),
         rank_(parts_.control->rank()),
         size_(parts_.control->size()),
+        device_(parts_.backend->device()),
         recorder_(std::make_shared<FlightRecorder>(
             parts_.name, rank_, parts_.ranks,
             parts_.transport != nullptr ? parts_.transport->trace_rings() : TraceRings{})),
@@ -378,7 +379,7 @@ class GroupBase {
   /// Throws `UsageError` for a tensor of another device.
   template <class Void>
   void check_device(std::string_view argument, const BasicTensorView<Void>& x) const {
-    check_on_device(argument, caller(), parts_.backend->device(), x);
+    check_on_device(argument, caller(), device_, x);
   }
 
   /// Throws unless `x` has the dtype and device of `like` and the given shape.
@@ -431,6 +432,7 @@ class GroupBase {
   GroupParts parts_;
   int rank_;
   int size_;
+  Device device_;
   std::shared_ptr<FlightRecorder> recorder_;
   detail::GroupCalls calls_;
   std::shared_ptr<SymmetricArena> arena_;

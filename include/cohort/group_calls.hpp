@@ -181,7 +181,7 @@ class GroupCalls {
   struct Call : StreamOrder::Call {
     /// In this place. The comparison across the ranks is within its time.
     Call(GroupCalls& calls, StreamRef on, CaptureId within, const MadeCall& made)
-        : StreamOrder::Call{on, within}, begun(calls, made, on, within) {}
+        : StreamOrder::Call{on.by_words(), within}, begun(calls, made, on, within) {}
 
     CallTime time;    ///< From here to the call's end.
     BegunCall begun;  ///< With the transport and the recorder.

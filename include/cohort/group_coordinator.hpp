@@ -300,8 +300,11 @@ class GroupCoordinator : public GroupBase {
   template <class Void>
   std::span<const std::int64_t> divided(std::string_view argument, const BasicTensorView<Void>& x,
                                         int dim) {
-    check_divisible(argument, x, dim, size());
-    return equal(x.shape()[dim] / size());
+    const std::int64_t share = x.shape()[dim] / size();
+    if (share * size() != x.shape()[dim]) [[unlikely]] {
+      check_divisible(argument, x, dim, size());
+    }
+    return equal(share);
   }
 
   Tensor gather(const TensorView& x, std::span<const std::int64_t> sizes, int dim,

@@ -82,13 +82,9 @@ class OffsetAllocator {
   }
 
   /// A block of at least `bytes`, or nothing where no free block is large enough.
-  [[nodiscard]] std::optional<Block> allocate(std::uint64_t bytes) {
-    const std::uint64_t size = rounded(bytes);
-    const std::uint32_t found = bytes > kMaxRequest ? kNone : find(size);
-    if (found == kNone) {
-      return std::nullopt;
-    }
-    return take(found, size);
+  [[nodiscard, gnu::always_inline]] std::optional<Block> allocate(std::uint64_t bytes) {
+    const Block block = allocate_or_none(bytes);
+    return block == kNone ? std::nullopt : std::optional(block);
   }
 
   /// The same from the back of the largest free block: for what shall stay out of the way of blocks
@@ -202,6 +198,14 @@ class OffsetAllocator {
     std::uint32_t up = kNone;  // of a free block the sibling before it, of the first the parent
     bool used = false;
   };
+
+  /// The block's number alone: out of line, an optional is stored in two pieces and loaded as one
+  /// word, for which a processor waits.
+  [[nodiscard]] Block allocate_or_none(std::uint64_t bytes) {
+    const std::uint64_t size = rounded(bytes);
+    const std::uint32_t found = bytes > kMaxRequest ? kNone : find(size);
+    return found == kNone ? kNone : take(found, size);
+  }
 
   std::uint32_t new_node(const Node& node) {
     if (unused_ == kNone) {

@@ -134,7 +134,7 @@ class Dims {
 /// Maps a dimension in [-ndim, ndim) to [0, ndim). Throws `UsageError` naming `argument`.
 [[nodiscard]] inline int normalize_dim(int dim, int ndim, std::string_view argument) {
   if (dim < -ndim || dim >= ndim) {
-    detail::refuse([&] {
+    detail::refuse([=] {
       return fmt::format("{}: expected a dimension in [{}, {}), got {}", argument, -ndim, ndim,
                          dim);
     });
@@ -150,9 +150,17 @@ class BasicTensorView {
  public:
   BasicTensorView() = default;
 
-  /// A row-major view without gaps.
+  /// A row-major view without gaps. Throws `UsageError` where `data` is null although the tensor
+  /// has elements.
   BasicTensorView(Void* data, DType dtype, const Dims& shape, Device device = {})
-      : BasicTensorView(data, dtype, shape, contiguous_strides(shape), device) {}
+      : data_(data),
+        shape_(shape),
+        strides_(contiguous_strides(shape)),  // built here: see `Unsqueezed`
+        numel_(cohort::numel(shape)),
+        device_(device),
+        dtype_(dtype) {
+    check_data();
+  }
 
   /// Throws `UsageError` where shape and strides differ in length or `data` is null although the
   /// tensor has elements.
@@ -163,15 +171,13 @@ class BasicTensorView {
         strides_(strides),
         numel_(cohort::numel(shape)),
         device_(device),
-        dtype_(dtype) {
+        dtype_(dtype),
+        is_contiguous_(has_no_gaps(shape, strides, numel_)) {
     if (shape.size() != strides.size()) {
       throw UsageError(fmt::format("strides: expected {} values for the shape {}, got {}",
                                    shape.size(), to_string(shape), to_string(strides)));
     }
-    if (data == nullptr && numel_ > 0) {
-      throw UsageError(fmt::format("data: expected memory for the shape {}, got a null pointer",
-                                   to_string(shape)));
-    }
+    check_data();
   }
 
   /// A view of mutable memory converts to a view of constant memory.
@@ -185,7 +191,8 @@ class BasicTensorView {
         strides_(other.strides()),
         numel_(other.numel()),
         device_(other.device()),
-        dtype_(other.dtype()) {}
+        dtype_(other.dtype()),
+        is_contiguous_(other.is_contiguous()) {}
 
   /// The first element.
   [[nodiscard]] Void* data() const noexcept { return data_; }
@@ -220,16 +227,7 @@ class BasicTensorView {
   }
 
   /// Whether the elements lie side by side, the last dimension fastest.
-  [[nodiscard]] bool is_contiguous() const noexcept {
-    std::int64_t step = 1;
-    for (int i = ndim() - 1; i >= 0; --i) {
-      if (shape_[i] != 1 && strides_[i] != step) {
-        return numel_ == 0;
-      }
-      step *= shape_[i];
-    }
-    return true;
-  }
+  [[nodiscard]] bool is_contiguous() const noexcept { return is_contiguous_; }
 
   /// The elements [begin, begin + length) of a dimension.
   [[nodiscard]] BasicTensorView slice(int dim, std::int64_t begin, std::int64_t length) const {
@@ -252,6 +250,7 @@ class BasicTensorView {
     BasicTensorView view = *this;
     std::swap(view.shape_[da], view.shape_[db]);
     std::swap(view.strides_[da], view.strides_[db]);
+    view.is_contiguous_ = has_no_gaps(view.shape_, view.strides_, numel_);
     return view;
   }
 
@@ -295,6 +294,15 @@ class BasicTensorView {
   }
 
  private:
+  void check_data() const {
+    if (data_ == nullptr && numel_ > 0) {
+      detail::refuse([this] {
+        return fmt::format("data: expected memory for the shape {}, got a null pointer",
+                           to_string(shape_));
+      });
+    }
+  }
+
   struct Unsqueezed {};
   /// Built where it is to be: a processor waits for what it has just written in small pieces and
   /// copies in large ones.
@@ -304,7 +312,21 @@ class BasicTensorView {
         strides_(x.strides_.behind(0)),
         numel_(x.numel_),
         device_(x.device_),
-        dtype_(x.dtype_) {}
+        dtype_(x.dtype_),
+        is_contiguous_(x.is_contiguous_) {}
+
+  /// Asked of a view several times in each call, so it is known once the view is made.
+  [[nodiscard]] static bool has_no_gaps(const Dims& shape, const Dims& strides,
+                                        std::int64_t numel) noexcept {
+    std::int64_t step = 1;
+    for (int i = shape.size() - 1; i >= 0; --i) {
+      if (shape[i] != 1 && strides[i] != step) {
+        return numel == 0;
+      }
+      step *= shape[i];
+    }
+    return true;
+  }
 
   [[nodiscard]] Void* offset(std::int64_t elements) const noexcept {
     if (data_ == nullptr) {
@@ -319,6 +341,7 @@ class BasicTensorView {
   std::int64_t numel_ = 0;
   Device device_{};
   DType dtype_ = DType::u8;
+  bool is_contiguous_ = true;
 };
 
 /// What a call writes.

@@ -206,6 +206,11 @@ template <class A, class B>
   if (a.numel() == 0 || b.numel() == 0) {
     return true;
   }
+  if (a.is_contiguous() && b.is_contiguous()) {
+    const auto first = reinterpret_cast<std::uintptr_t>(a.data());
+    const auto second = reinterpret_cast<std::uintptr_t>(b.data());
+    return first < second ? a.bytes() <= second - first : b.bytes() <= first - second;
+  }
   const detail::ByteRange x(a);
   const detail::ByteRange y(b);
   return !x.is_immense && !y.is_immense &&
@@ -272,7 +277,8 @@ template <class Void>
 /// search that is exact unless it would be long, as that of `overlap`.
 template <class Void>
 [[nodiscard]] bool overlaps_itself(const BasicTensorView<Void>& view) noexcept {
-  return !detail::is_nested(view) && view.numel() != 0 && detail::repeats(view);
+  return !view.is_contiguous() && !detail::is_nested(view) && view.numel() != 0 &&
+         detail::repeats(view);
 }
 
 /// Whether both views are the same elements in the same places.

@@ -26,6 +26,8 @@ TEST_CASE("stream references compare by stream", "[stream]") {
   CHECK(a.ref() == a.ref());
   CHECK(a.ref() != b.ref());
   CHECK(a.ref() != StreamRef{});
+  CHECK(a.ref().by_words() == a.ref());
+  CHECK_FALSE(StreamRef{}.by_words().valid());
 }
 
 TEST_CASE("a reference to no stream refuses to work", "[stream]") {

@@ -94,6 +94,14 @@ TEST_CASE("views address what they say", "[tensor]") {
   CHECK(view.reshape({6, 4}).strides() == Dims{4, 1});
   CHECK(view.slice(0, 1, 1).is_contiguous());
   CHECK(view.slice(1, 0, 0).is_contiguous());  // of no elements
+  CHECK_FALSE(transposed.is_contiguous());
+  CHECK_FALSE(one_more.is_contiguous());
+  CHECK_FALSE(ConstTensorView(transposed).is_contiguous());
+  CHECK(transposed.transpose(0, 2).is_contiguous());
+  CHECK(view.unsqueeze().is_contiguous());
+  CHECK(ConstTensorView(view).is_contiguous());
+  CHECK(TensorView(values.data(), DType::f32, {2, 12}, {12, 1}).is_contiguous());
+  CHECK_FALSE(TensorView(values.data(), DType::f32, {2, 6}, {12, 1}).is_contiguous());
 
   CHECK_THROWS_MATCHES(view.slice(1, 2, 2), UsageError, says("slice", "[2, 2+2)", "3"));
   CHECK_THROWS_AS(view.slice(1, -1, 1), UsageError);

@@ -4,6 +4,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -30,6 +31,7 @@ class GroupPads {
       : files_(std::move(files)),
         geometry_(geometry),
         rank_(rank),
+        slots_{geometry.slot(0), geometry.slot(1)},
         own_(files_[index(rank)]->data()) {
     for (const auto& file : files_) {
       memory_.push_back(file->data());
@@ -86,10 +88,10 @@ class GroupPads {
 
   /// The inbox slot of a step that this rank fills.
   [[nodiscard]] std::byte* own_slot(std::uint64_t epoch) const noexcept {
-    return own_ + geometry_.slot(epoch);
+    return own_ + slots_[epoch % 2];
   }
   [[nodiscard]] const std::byte* slot_of(int r, std::uint64_t epoch) const noexcept {
-    return memory_[index(r)] + geometry_.slot(epoch);
+    return memory_[index(r)] + slots_[epoch % 2];
   }
 
   [[nodiscard]] ChannelEnd& channel(int owner, int peer) const noexcept {
@@ -111,6 +113,7 @@ class GroupPads {
   std::vector<std::shared_ptr<SharedMemory>> files_;
   PadGeometry geometry_;
   int rank_;
+  std::array<std::size_t, 2> slots_;  // worked out once: every call asks
   std::byte* own_;
   std::vector<std::byte*> memory_;  // by rank
 };

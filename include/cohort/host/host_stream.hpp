@@ -165,7 +165,8 @@ class HostStreamDriver final : public StreamDriver {
 
 /// The driver object; it outlives everything.
 [[nodiscard]] inline HostStreamDriver& host_stream_driver() {
-  return detail::process_wide<HostStreamDriver>("host streams 4");
+  static HostStreamDriver& driver = detail::process_wide<HostStreamDriver>("host streams 4");
+  return driver;
 }
 
 /// An in-order executor on the calling thread. Used by one thread at a time. Where it is destroyed

@@ -103,7 +103,7 @@ inline void PeerAllReduce::reduce_parts(const Call& call, const ConstTensorView&
   const std::size_t element = size_of(in.dtype());
   const int rank = access_.rank();
   const int n = access_.size();
-  const std::int64_t line = static_cast<std::int64_t>(64 / element);
+  const std::int64_t line = elements_in(64, element);
 
   Showing showing;
   if (reduces_in_place(in, out)) {
@@ -122,8 +122,7 @@ inline void PeerAllReduce::reduce_parts(const Call& call, const ConstTensorView&
     steps_.peer_ins[to_size(r)] = direct ? access_.peer_tensor(ticket, r) : nullptr;
   }
 
-  const std::int64_t stretch =
-      direct ? in.numel() : static_cast<std::int64_t>(access_.piece_bytes() / element);
+  const std::int64_t stretch = direct ? in.numel() : elements_in(access_.piece_bytes(), element);
   for (std::int64_t first = 0; first < in.numel(); first += stretch) {
     const std::int64_t count = std::min(stretch, in.numel() - first);
     const std::int64_t part = ((count + n - 1) / n + line - 1) / line * line;

@@ -80,7 +80,7 @@ inline void PeerCollectives::all_gather(const ConstTensorView& in, const TensorV
     call.mix(size);
   }
   const std::size_t element = size_of(in.dtype());
-  const auto piece = static_cast<std::int64_t>(access_.piece_bytes() / element);
+  const auto piece = elements_in(access_.piece_bytes(), element);
   const int rank = access_.rank();
   const int n = access_.size();
 
@@ -147,7 +147,7 @@ inline void PeerCollectives::broadcast(const TensorView& tensor, int root) {
   Call call = call_of(Operation::broadcast, tensor);
   call.root = static_cast<std::uint32_t>(root);
   const std::size_t element = size_of(tensor.dtype());
-  const auto piece = static_cast<std::int64_t>(access_.piece_bytes() / element);
+  const auto piece = elements_in(access_.piece_bytes(), element);
   const bool giver = access_.rank() == root;
   const auto own = whole(tensor);
 

@@ -45,6 +45,8 @@ class PeerScatter {
     return to_size(peer < owner ? peer : peer - 1);
   }
 
+  static constexpr std::size_t kFewBytes = 1024;
+
   PeerSteps& steps_;
   PeerAccess& access_;
   Rendezvous& meeting_;
@@ -143,60 +145,79 @@ void PeerScatter::scatter(const Call& call, const ConstTensorView& in, int dim,
 inline bool PeerScatter::reduce_scatter_dense(const Call& call, const ConstTensorView& in,
                                               const TensorView& out, int dim,
                                               std::span<const std::int64_t> sizes, ReduceOp op) {
-  std::int64_t outer = 1;
-  std::int64_t slab = 1;
-  for (int d = 0; d < in.ndim(); ++d) {
-    (d < dim ? outer : slab) *= d == dim ? 1 : in.shape()[d];
-  }
-  const std::size_t element = size_of(in.dtype());
-  const std::int64_t longest = slab * *std::max_element(sizes.begin(), sizes.end());
-  if (outer != 1 || longest > steps_.piece_elements(element) || !in.is_contiguous() ||
-      !out.is_contiguous()) {
+  if (!in.is_contiguous() || !out.is_contiguous()) {
     return false;
   }
   const int rank = access_.rank();
   const int n = access_.size();
+  const std::size_t element = size_of(in.dtype());
+  std::size_t row = element;  // bytes of an extent of `dim`
+  for (int d = 0; d < in.ndim(); ++d) {
+    if (d < dim && in.shape()[d] != 1) {
+      return false;
+    }
+    row *= d > dim ? to_size(in.shape()[d]) : 1;
+  }
+  std::int64_t longest = 0;
+  std::int64_t own_first = 0;
+  for (int r = 0; r < n; ++r) {
+    longest = std::max(longest, sizes[to_size(r)]);
+    own_first += r < rank ? sizes[to_size(r)] : 0;
+  }
+  const std::size_t pitch = to_size(longest) * row;
+  if (pitch > steps_.share_bytes) {
+    return false;
+  }
   const auto* own = static_cast<const std::byte*>(in.data());
+  const std::size_t own_skip = to_size(own_first) * row;
   const Showing showing = access_.show(in, in.bytes() - out.bytes());
   const bool exposed = showing.place == Place::direct;
-  std::size_t own_skip = 0;
-  std::size_t skip = 0;
-  for (int r = 0; r < n; ++r) {
-    const std::size_t bytes = to_size(sizes[to_size(r)] * slab) * element;
-    if (r == rank) {
-      own_skip = skip;
-    } else if (!exposed && bytes > 0) {
-      std::memcpy(meeting_.next_slot() + part_in_slot(rank, r) * to_size(longest) * element,
-                  own + skip, bytes);
+  if (!exposed) {
+    std::byte* to = meeting_.next_slot();
+    const std::byte* from = own;
+    for (int r = 0; r < n; ++r) {
+      const std::size_t bytes = to_size(sizes[to_size(r)]) * row;
+      if (r != rank) {
+        if (bytes > 0) {
+          std::memcpy(to, from, bytes);
+        }
+        to += pitch;
+      }
+      from += bytes;
     }
-    skip += bytes;
   }
   meeting_.enter(call, showing);
-  access_.await_all(call);
-  meeting_.prepare_next(exposed ? 0 : to_size((n - 1) * longest) * element);
   bool dense = true;
   for (int r = 0; r < n; ++r) {
-    const Ticket& ticket = meeting_.ticket_of(r);
     if (r == rank) {
       steps_.peer_ins[to_size(r)] = own + own_skip;
-    } else if (ticket.place == Place::direct) {
-      steps_.peer_ins[to_size(r)] = access_.peer_tensor(ticket, r) + own_skip;
-      dense = dense && ticket.dense;
-    } else {
-      steps_.peer_ins[to_size(r)] =
-          meeting_.slot_of(r) + part_in_slot(r, rank) * to_size(longest) * element;
+      continue;
     }
+    const Ticket& ticket = access_.await(r, call);
+    const bool direct = ticket.place == Place::direct;
+    dense = dense && (!direct || ticket.dense);
+    steps_.peer_ins[to_size(r)] = direct ? access_.peer_tensor(ticket, r) + own_skip
+                                         : meeting_.slot_of(r) + part_in_slot(r, rank) * pitch;
+  }
+  // A few lines are in the way of those that are read; many take longer than what follows.
+  const std::size_t next = exposed ? 0 : to_size(n - 1) * pitch;
+  const bool few = next <= kFewBytes;
+  if (!few) {
+    meeting_.prepare_next(next);
   }
   if (dense) {
     reduce(in.dtype(), op, static_cast<std::byte*>(out.data()), steps_.peer_ins, out.numel());
   } else {
-    const std::int64_t first =
-        std::accumulate(sizes.begin(), sizes.begin() + rank, std::int64_t{0});
+    const auto pitch_elements = elements_in(pitch, element);
     for (int r = 0; r < n; ++r) {
-      steps_.sources[to_size(r)] = scatter_source(r, in, dim, first, sizes[to_size(rank)], longest);
+      steps_.sources[to_size(r)] =
+          scatter_source(r, in, dim, own_first, sizes[to_size(rank)], pitch_elements);
     }
     auto writer = whole(out).cursor(element);
     reduce(in.dtype(), op, writer, steps_.sources, out.numel());
+  }
+  if (few) {
+    meeting_.prepare_next(next);
   }
   access_.finish(exposed);
   return true;

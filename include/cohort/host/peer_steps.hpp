@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
@@ -20,6 +21,12 @@ namespace cohort::host {
   return static_cast<std::size_t>(value);
 }
 
+/// How many whole elements so many bytes hold. No division: sizes of elements are powers of two.
+[[nodiscard]] constexpr std::int64_t elements_in(std::size_t bytes,
+                                                 std::size_t element_bytes) noexcept {
+  return static_cast<std::int64_t>(bytes >> std::countr_zero(element_bytes));
+}
+
 [[nodiscard]] inline Call call_of(Operation operation, const ConstTensorView& tensor) {
   Call call{.operation = operation, .dtype = tensor.dtype(), .bytes = tensor.bytes()};
   for (const auto extent : tensor.shape()) {
@@ -33,15 +40,14 @@ struct PeerSteps {
   explicit PeerSteps(PeerAccess& of)
       : access(of),
         meeting(of.meeting()),
+        share_bytes(of.piece_bytes() / to_size(of.size()) / kLine * kLine),
         places(to_size(of.size())),
         sources(to_size(of.size())),
         peer_ins(to_size(of.size())) {}
 
   /// Elements of each rank's piece where a slot holds one piece for every rank.
   [[nodiscard]] std::int64_t piece_elements(std::size_t element_bytes) const noexcept {
-    constexpr std::size_t kLine = 64;
-    const std::size_t bytes = access.piece_bytes() / to_size(access.size()) / kLine * kLine;
-    return static_cast<std::int64_t>(bytes / element_bytes);
+    return elements_in(share_bytes, element_bytes);
   }
 
   /// Puts the next `count` elements into the slot of the next step, `skip` bytes into it.
@@ -57,9 +63,13 @@ struct PeerSteps {
 
   PeerAccess& access;
   Rendezvous& meeting;
+  std::size_t share_bytes;    ///< Of each rank's piece in a slot that holds one for every rank.
   std::vector<Place> places;  ///< By rank, as below.
   std::vector<ReadCursor> sources;
   std::vector<const std::byte*> peer_ins;
+
+ private:
+  static constexpr std::size_t kLine = 64;
 };
 
 }  // namespace cohort::host
