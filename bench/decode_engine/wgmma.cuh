@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "operand_block.hpp"
+
 /// \file
 /// The matrix products of a warpgroup of compute capability 9.0, whose operands lie in shared
 /// memory, and copies into it (NVIDIA, "PTX ISA", 9.0, sections 9.7.15 and 9.7.9.25).
@@ -14,9 +16,6 @@
 /// of parts, meet all banks. A block begins at a multiple of 1024 bytes.
 
 namespace decode_engine::kernels::wgmma {
-
-inline constexpr int kBlockColumns = 64;
-inline constexpr int kBlockRowBytes = 128;
 
 /// Where a 16-byte part of a row lies in its block.
 __device__ __forceinline__ constexpr unsigned place_of(unsigned row, unsigned part) {
