@@ -5,6 +5,7 @@
 #include <math_constants.h>
 
 #include "attention_splits.hpp"
+#include "attention_work.cuh"
 #include "cuda_kernels.hpp"
 
 /// \file
@@ -12,7 +13,7 @@
 
 namespace decode_engine::kernels {
 
-constexpr int kCombining = 512;  // threads, of which 128 take 4 columns each of every fourth split
+constexpr int kCombining = 128;  ///< Threads of a set: 4 columns each.
 
 __device__ __forceinline__ float over_warp(float value, bool largest) {
 #pragma unroll
@@ -23,23 +24,38 @@ __device__ __forceinline__ float over_warp(float value, bool largest) {
   return value;
 }
 
-/// A block for each head of a sequence.
-__global__ void __launch_bounds__(kCombining)
+/// A block for each head of a sequence. Sets of threads take turns with the parts, of which each
+/// reads the first `kAhead` while weights are worked out.
+template <int kSets, int kAhead>
+__global__ void __launch_bounds__(kSets* kCombining, (kAhead > 0 ? 12 : 16) / kSets)
     combine_kernel(const __grid_constant__ Attention a, const __grid_constant__ Splits splits) {
   constexpr int kEach = kMostAttentionSplits / 32;  // of a lane
-  constexpr int kSets = kCombining / 128;
   __shared__ float weights[kMostAttentionSplits];
-  __shared__ float4 sums[kSets][128];
+  __shared__ float4 sums[kSets][kCombining];
+  wgmma::wait_for_kernel_before();
+  const int parts = splits.count;
   const std::int64_t rows = a.batch * a.heads;
   const std::int64_t row = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
+  const int set = thread / kCombining;
+  const int column = thread % kCombining * 4;
+  const bool has_column = column < a.latent;
+  const float* const from = splits.sums + row * a.latent + column;
+  float4 first[kAhead > 0 ? kAhead : 1];
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    const int part = set + i * kSets;
+    first[i] = has_column && part < parts
+                   ? *reinterpret_cast<const float4*>(from + part * rows * a.latent)
+                   : make_float4(0, 0, 0, 0);
+  }
   if (thread < 32) {
     float lses[kEach];
     float largest = -CUDART_INF_F;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const int split = thread + 32 * i;
-      lses[i] = split < splits.count ? splits.lses[split * rows + row] : -CUDART_INF_F;
+      const int part = thread + 32 * i;
+      lses[i] = part < parts ? splits.lses[part * rows + row] : -CUDART_INF_F;
       largest = fmaxf(largest, lses[i]);
     }
     largest = over_warp(largest, true);
@@ -59,38 +75,41 @@ __global__ void __launch_bounds__(kCombining)
     }
   }
   __syncthreads();
-  const std::int64_t b = row / a.heads;
-  const std::int64_t h = row % a.heads;
-  const int set = thread / 128;
-  const int column = thread % 128 * 4;
   float4 sum = make_float4(0, 0, 0, 0);
-  if (column < a.latent) {
-#pragma unroll 8
-    for (int split = set; split < splits.count; split += kSets) {
-      const float weight = weights[split];
-      const float4 part =
-          *reinterpret_cast<const float4*>(splits.sums + (split * rows + row) * a.latent + column);
-      sum.x += weight * part.x;
-      sum.y += weight * part.y;
-      sum.z += weight * part.z;
-      sum.w += weight * part.w;
+  const auto add = [&](const float4& part, float weight) {
+    sum.x += weight * part.x;
+    sum.y += weight * part.y;
+    sum.z += weight * part.z;
+    sum.w += weight * part.w;
+  };
+#pragma unroll
+  for (int i = 0; i < kAhead; ++i) {
+    if (const int part = set + i * kSets; part < parts) {
+      add(first[i], weights[part]);
     }
   }
-  sums[set][thread % 128] = sum;
-  __syncthreads();
-  if (set == 0 && column < a.latent) {
+  if (has_column) {
+#pragma unroll 8
+    for (int part = set + kAhead * kSets; part < parts; part += kSets) {
+      add(*reinterpret_cast<const float4*>(from + part * rows * a.latent), weights[part]);
+    }
+  }
+  if constexpr (kSets > 1) {
+    sums[set][thread % kCombining] = sum;
+    __syncthreads();
+    if (set > 0) {
+      return;
+    }
 #pragma unroll
     for (int other = 1; other < kSets; ++other) {
-      const float4 part = sums[other][thread];
-      sum.x += part.x;
-      sum.y += part.y;
-      sum.z += part.z;
-      sum.w += part.w;
+      add(sums[other][thread], 1);
     }
-    auto* const to =
-        reinterpret_cast<__nv_bfloat162*>(a.out + (h * a.batch + b) * a.latent + column);
-    to[0] = __floats2bfloat162_rn(sum.x, sum.y);
-    to[1] = __floats2bfloat162_rn(sum.z, sum.w);
+  }
+  if (has_column) {
+    const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(sum.x, sum.y),
+                                     __floats2bfloat162_rn(sum.z, sum.w)};
+    *reinterpret_cast<uint2*>(a.out + (row % a.heads * a.batch + row / a.heads) * a.latent +
+                              column) = reinterpret_cast<const uint2&>(pairs);
   }
 }
 

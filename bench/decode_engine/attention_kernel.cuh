@@ -3,6 +3,7 @@
 
 #include <cuda_bf16.h>
 
+#include "attention_results.cuh"
 #include "attention_work.cuh"
 
 /// \file
@@ -50,7 +51,7 @@ struct Fetching {
     }
     __syncwarp();
   }
-  __device__ __forceinline__ void next(const Maps& maps, const Work<S>& work) {
+  __device__ __forceinline__ void next(const Attention& a, const Maps& maps, const Work<S>& work) {
     const unsigned lane = threadIdx.x % 32;
     const unsigned arrival = work.fetched(place, lane / S::kChunkBlocks);
     if (lane < S::kChunks) {
@@ -60,12 +61,14 @@ struct Fetching {
     const int row = first_row + tile * kTile;
     const int column = static_cast<int>(lane) * wgmma::kBlockColumns;
     const unsigned to = work.tile(place) + lane * kBlockBytes;
-    const unsigned blocks = wgmma::blocks_of_cluster();
-    if (lane < S::kBlocks && lane % blocks == wgmma::block_in_cluster()) {
-      if (blocks == 1) {
+    const Sharing sharing(a);
+    if (lane < S::kBlocks &&
+        sharing.first + (lane & (sharing.count - 1)) == wgmma::block_in_cluster()) {
+      if (sharing.count == 1) {
         wgmma::copy_box(to, maps.rows, column, row, arrival);
       } else {
-        wgmma::copy_box_to(3, to, maps.rows, column, row, arrival);
+        wgmma::copy_box_to(static_cast<std::uint16_t>(3 << sharing.first), to, maps.rows, column,
+                           row, arrival);
       }
     }
     __syncwarp();
@@ -103,7 +106,7 @@ __device__ __forceinline__ void weigh(const Attention& a, const Splits& splits, 
       wgmma::publish();
       wgmma::wait_at<kWeighingBarrier, kGroup>();
     }
-    work.release({kPlaces - 1}, 2);
+    work.release({kPlaces - 1}, 2, Sharing(a));
   }
   float scores[32] = {};
   Place place;
@@ -149,7 +152,8 @@ __device__ __forceinline__ void weigh(const Attention& a, const Splits& splits, 
     wgmma::pin(scores);
 
     if (tiles == 1) {
-      const Work<S> whole(a, splits, shared);
+      Work<S> whole(shared);
+      whole.find(a, splits);
       const int left = whole.count - (whole.end - 1) * kTile;  // tokens
       const int column = static_cast<int>(first_column());
 #pragma unroll
@@ -210,9 +214,12 @@ __device__ __forceinline__ void weigh(const Attention& a, const Splits& splits, 
     const float sum = over_quad(total[half], false);
     if (first_column() == 0) {
       wgmma::store(work.numbers({}) + 4 * static_cast<unsigned>(head), sum);
-      if (head < share.heads) {
-        (splits.count == 1 ? a.lse : splits.lses)[share.result(a, head)] =
-            sum > 0 ? largest[half] * static_cast<float>(a.scale) + logf(sum) : -CUDART_INF_F;
+      const float lse =
+          sum > 0 ? largest[half] * static_cast<float>(a.scale) + logf(sum) : -CUDART_INF_F;
+      if (splits.together) {
+        wgmma::store(work.numbers({1}) + 4 * static_cast<unsigned>(head), lse);
+      } else if (head < share.heads) {
+        (splits.count == 1 ? a.lse : splits.lses)[share.result(a, head)] = lse;
       }
     }
   }
@@ -230,7 +237,7 @@ __device__ __forceinline__ void add_up(const Attention& a, const Splits& splits,
   if (fetches && work.first < work.end) {
     fetching.queries(a, splits, maps, work);
     while (fetching.tile < min(work.first + kPlaces - 1, work.end)) {
-      fetching.next(maps, work);
+      fetching.next(a, maps, work);
     }
   }
   float out[kElements] = {};
@@ -240,7 +247,7 @@ __device__ __forceinline__ void add_up(const Attention& a, const Splits& splits,
       // As soon as there is room, but nothing waits for it.
       while (!__all_sync(0xffffffff, wgmma::ended(work.weighed(place), place.phase))) {
         if (fetching.tile < work.end && fetching.ready(work)) {
-          fetching.next(maps, work);
+          fetching.next(a, maps, work);
         }
       }
     }
@@ -266,41 +273,17 @@ __device__ __forceinline__ void add_up(const Attention& a, const Splits& splits,
     wgmma::commit();
     if (fetches && fetching.tile < min(tile + kPlaces, work.end)) {
       fetching.wait(work);
-      fetching.next(maps, work);
+      fetching.next(a, maps, work);
     }
     wgmma::finish();
     wgmma::pin(out);
-    work.release(place, 1);
+    work.release(place, 1, Sharing(a));
     place.advance();
   }
   __syncthreads();
   __syncthreads();
-  const Share share(a, splits);
-  if (!S::kHalves && static_cast<int>(threadIdx.x) >= 2 * kGroup) {
-    return;
-  }
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int head = static_cast<int>(upper_head()) + 8 * half;
-    if (head >= share.heads) {
-      continue;
-    }
-    const float sum = wgmma::load(work.numbers({}) + 4 * static_cast<unsigned>(head));
-    const float inverse = sum > 0 ? 1 / sum : 0;
-    BFloat16* const to = a.out +
-                         ((share.first_head + head) * a.batch + share.sequence) * S::kLatent + own +
-                         first_column();
-    float* const to_sums = splits.sums + share.result(a, head) * S::kLatent + own + first_column();
-#pragma unroll
-    for (int i = 0; i < kElements; i += 4) {
-      const float x = out[i + 2 * half] * inverse;
-      const float y = out[i + 2 * half + 1] * inverse;
-      if (splits.count == 1) {
-        *reinterpret_cast<__nv_bfloat162*>(to + 2 * i) = __floats2bfloat162_rn(x, y);
-      } else {
-        *reinterpret_cast<float2*>(to_sums + 2 * i) = make_float2(x, y);
-      }
-    }
+  if (S::kHalves || static_cast<int>(threadIdx.x) < 2 * kGroup) {
+    write_results(a, splits, work, out, own);
   }
 }
 
@@ -309,11 +292,16 @@ __global__ void __launch_bounds__(kThreads, 1)
     attend_kernel(const __grid_constant__ Attention a, const __grid_constant__ Splits splits,
                   const __grid_constant__ Maps maps, float scale) {
   extern __shared__ __align__(1024) std::uint8_t shared[];
-  const Work<S> work(a, splits, shared);
+  Work<S> work(shared);
+  work.find(a, splits);
   if (threadIdx.x == 0) {
-    work.set_up();
+    work.set_up(Sharing(a).count);
   }
   wgmma::wait_for_cluster();
+  // Any other kernel that comes next may not wait for this one's results.
+  if (splits.count > 1 && !splits.together) {
+    wgmma::launch_next_kernel();
+  }
   if (threadIdx.x < kGroup) {
     wgmma::take_registers<kWeighing>();
     weigh(a, splits, scale, shared, work);
@@ -321,7 +309,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgmma::give_registers<kAdding>();
     add_up(a, splits, maps, work);
   }
-  // The other block of the cluster may still count here.
+  if (splits.together) {
+    combine_in_cluster(a, splits, work);
+  }
+  // Another block of the cluster may still count, or read, here.
   wgmma::wait_for_cluster();
 }
 

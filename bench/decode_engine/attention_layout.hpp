@@ -59,6 +59,10 @@ struct AttentionLayout {
     return kQueried + 8 + (place * kChunks + chunk) * 8;
   }
   static constexpr unsigned kBytes = fetched(kPlaces, 0);
+
+  /// Results, in the place of all tiles. Rows begin eight banks apart.
+  static constexpr unsigned kResultRowBytes = (kLatent + 8) * 4;
+  static_assert(kTile * kResultRowBytes <= kPlaces * kTileBytes);
 };
 
 }  // namespace decode_engine::kernels

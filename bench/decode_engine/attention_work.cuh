@@ -70,22 +70,31 @@ struct Share {
     split = place / groups % splits.count;
     sequence = place / groups / splits.count;
   }
-  /// Of a head's results among those of all splits.
+  /// Of a head's results among those of all parts.
   [[nodiscard]] __device__ __forceinline__ std::int64_t result(const Attention& a, int head) const {
     return (split * a.batch + sequence) * a.heads + first_head + head;
   }
+};
+
+/// Blocks of a cluster that work on the same tokens: `count` from `first` on, a power of two.
+struct Sharing {
+  unsigned count, first;
+
+  __device__ __forceinline__ explicit Sharing(const Attention& a)
+      : count(static_cast<unsigned>(sharing_blocks(a.heads))),
+        first(wgmma::block_in_cluster() & ~(count - 1)) {}
 };
 
 /// How much there is to do, and where it lies in shared memory.
 template <class S>
 struct Work {
   unsigned begin;
-  int first, end;  ///< tiles
-  int count;       ///< tokens of the sequence
+  int first = 0, end = 0;  ///< tiles
+  int count = 0;           ///< tokens of the sequence
 
-  __device__ __forceinline__ Work(const Attention& a, const Splits& splits,
-                                  const std::uint8_t* shared) {
-    begin = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  __device__ __forceinline__ explicit Work(const std::uint8_t* shared)
+      : begin(static_cast<unsigned>(__cvta_generic_to_shared(shared))) {}
+  __device__ __forceinline__ void find(const Attention& a, const Splits& splits) {
     const Share share(a, splits);
     count = a.counts[share.sequence];
     first = share.split * splits.tiles;
@@ -105,9 +114,13 @@ struct Work {
   /// Of queries.
   [[nodiscard]] __device__ __forceinline__ unsigned rotated() const { return begin + S::kRotated; }
   [[nodiscard]] __device__ __forceinline__ unsigned apart() const { return begin + S::kApart; }
-  /// Of heads: how much sums shrink, at the end the sum of weights.
+  /// Of heads: how much sums shrink; at the end the sum of weights, and in the next place LSEs.
   [[nodiscard]] __device__ __forceinline__ unsigned numbers(Place place) const {
     return begin + S::numbers(place.index);
+  }
+  /// Of a head.
+  [[nodiscard]] __device__ __forceinline__ unsigned result(unsigned head) const {
+    return begin + head * S::kResultRowBytes;
   }
   // Arrivals: rows, their weights, the end of their use, and queries.
   [[nodiscard]] __device__ __forceinline__ unsigned fetched(Place place, unsigned chunk) const {
@@ -120,8 +133,7 @@ struct Work {
     return begin + S::released(place.index);
   }
   [[nodiscard]] __device__ __forceinline__ unsigned queried() const { return begin + S::kQueried; }
-  __device__ void set_up() const {
-    const unsigned blocks = wgmma::blocks_of_cluster();
+  __device__ void set_up(unsigned blocks) const {
     for (Place place; place.phase == 0; place.advance()) {
       for (unsigned chunk = 0; chunk < S::kChunks; ++chunk) {
         wgmma::set_up_arrival(fetched(place, chunk), 1);
@@ -133,10 +145,11 @@ struct Work {
     wgmma::publish_arrivals();
   }
   /// Of a warp, which has done with a place: so many parts of those that a warpgroup has.
-  __device__ __forceinline__ void release(Place place, unsigned parts) const {
+  __device__ __forceinline__ void release(Place place, unsigned parts,
+                                          const Sharing& sharing) const {
     __syncwarp();
-    if (const unsigned block = threadIdx.x % 32; block < wgmma::blocks_of_cluster()) {
-      wgmma::arrive_in(block, released(place), parts);
+    if (const unsigned block = threadIdx.x % 32; block < sharing.count) {
+      wgmma::arrive_in(sharing.first + block, released(place), parts);
     }
     __syncwarp();
   }

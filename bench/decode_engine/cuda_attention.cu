@@ -12,14 +12,14 @@
 #include "cuda_kernels.hpp"
 
 // Attention of one token of each sequence over the latent cache: scores, an online softmax and
-// weighted values in one kernel, split over the tokens, and one that combines the splits (T. Dao et
-// al., "Flash-Decoding for long-context inference", 2023).
+// weighted values in one kernel, split over the tokens (T. Dao et al., "Flash-Decoding for
+// long-context inference", 2023). Splits are combined by their cluster, or by a second kernel.
 //
 // A block takes 64 heads of a sequence and a range of its tokens, 64 at a time, which lie in shared
 // memory once, as keys and as values, in one of three places. Its first warpgroup, which holds the
 // queries in registers, works out the weights of tokens, and puts them where the rotated part of
 // their keys was, which nobody reads any more. The two others add up half of the values each; a
-// warp of theirs fetches. Two blocks with heads of one sequence are a cluster, each of which
+// warp of theirs fetches. Two blocks with heads of one sequence are of a cluster, each of which
 // fetches half of the tokens for both.
 //
 // What bounds this are the tensor cores, for which a tile is 2176 cycles of work, and shared
@@ -30,9 +30,6 @@
 namespace decode_engine::kernels {
 
 namespace {
-
-/// Blocks of a cluster at most.
-constexpr unsigned kMostBlocks = 2;
 
 /// With the kernel for these widths.
 template <class Use>
@@ -99,26 +96,37 @@ Maps maps_of(const Attention& a) {
 
 void attend(const Attention& a, const Splits& splits, cudaStream_t stream) {
   const std::int64_t groups = (a.heads + kTile - 1) / kTile;
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x =
+      static_cast<unsigned>(sharing_blocks(a.heads) * (splits.together ? splits.count : 1));
+  cluster.val.clusterDim.y = 1;
+  cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
   with_kernel(a.latent, a.rope, [&](auto* kernel, unsigned shared) {
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim.x = groups % kMostBlocks == 0 ? kMostBlocks : 1;
-    cluster.val.clusterDim.y = 1;
-    cluster.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
     config.gridDim = static_cast<unsigned>(a.batch * groups * splits.count);
     config.blockDim = kThreads;
     config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = 1;
     cohort::cuda_check(cudaLaunchKernelEx(&config, kernel, a, splits, maps_of(a),
                                           static_cast<float>(a.scale * 1.4426950408889634)),
                        "kernel launch");
   });
-  if (splits.count > 1) {
-    combine_kernel<<<static_cast<unsigned>(a.batch * a.heads), kCombining, 0, stream>>>(a, splits);
-    cohort::cuda_check(cudaGetLastError(), "kernel launch");
+  if (splits.count > 1 && !splits.together) {
+    // Its blocks take the room that the first ones leave, and wait for the last.
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.gridDim = static_cast<unsigned>(a.batch * a.heads);
+    config.blockDim = static_cast<unsigned>(splits.sets * kCombining);
+    config.dynamicSmemBytes = 0;
+    config.attrs = &early;
+    auto* const kernel = splits.sets == 1 ? combine_kernel<1, kCombinedAhead>
+                         : splits.ahead   ? combine_kernel<4, kCombinedAhead>
+                                          : combine_kernel<4, 0>;
+    cohort::cuda_check(cudaLaunchKernelEx(&config, kernel, a, splits), "kernel launch");
   }
 }
 

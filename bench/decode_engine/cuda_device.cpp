@@ -12,6 +12,7 @@
 #include "cohort/cuda.hpp"
 #include "cohort/log.hpp"
 #include "cuda_kernels.hpp"
+#include "cuda_peak.hpp"
 #include "device.hpp"
 
 namespace decode_engine {
@@ -108,28 +109,21 @@ class CudaDevice final : public Device {
                  "cublasGemmStridedBatchedEx");
   }
 
-  /// Sums of all splits, then their LSEs.
+  /// Sums of all parts, then their LSEs.
   cohort::Tensor attention_room(const Attention& a) override {
-    if (attribute(cudaDevAttrComputeCapabilityMajor) != 9) {
+    if (attribute_of(device_, cudaDevAttrComputeCapabilityMajor) != 9) {
       throw cohort::ConfigError("attention on cards is there for compute capability 9.0 alone");
     }
     const cohort::DeviceGuard guard(device_);
     kernels::prepare_attention(a.latent, a.rope);
-    const std::int64_t count = splits_of(a).count;
-    return count > 1 ? allocate({count * a.batch * a.heads * (a.latent + 1)}, DType::f32)
+    const std::int64_t parts = splits_of(a).parts();
+    return parts > 1 ? allocate({parts * a.batch * a.heads * (a.latent + 1)}, DType::f32)
                      : cohort::Tensor();
   }
   void attend(const Attention& a) override {
     const cohort::DeviceGuard guard(device_);
-    const AttentionSplits splits = splits_of(a);
-    auto* const sums = static_cast<float*>(a.room);
-    kernels::attend(
-        a,
-        {.sums = sums,
-         .lses = sums == nullptr ? nullptr : sums + splits.count * a.batch * a.heads * a.latent,
-         .count = static_cast<int>(splits.count),
-         .tiles = static_cast<int>(splits.tiles)},
-        stream_.get());
+    kernels::attend(a, kernels::Splits::in(static_cast<float*>(a.room), a, splits_of(a)),
+                    stream_.get());
   }
 
   void mark(std::size_t place) override {
@@ -155,32 +149,16 @@ class CudaDevice final : public Device {
     return seconds;
   }
 
-  /// Of the clocks that the driver names. A multiprocessor of compute capability 9.0 does 2048
-  /// fused multiply-adds of dense bf16 in a cycle (NVIDIA, "H100 Tensor Core GPU Architecture",
-  /// 2022); of others nothing is known here.
-  Peak peak() const override {
-    if (attribute(cudaDevAttrComputeCapabilityMajor) != 9) {
-      return {};
-    }
-    return {.bytes = 2e3 * attribute(cudaDevAttrMemoryClockRate) *
-                     attribute(cudaDevAttrGlobalMemoryBusWidth) / 8,
-            .flops = 4096e3 * multiprocessors_ * attribute(cudaDevAttrClockRate)};
-  }
+  Peak peak() const override { return peak_of(device_); }
 
   void describe(cohort::bench::Meta& meta, cohort::ControlPlane& world) override {
     cohort::bench::describe_cuda(meta, world, device_);
   }
 
  private:
-  [[nodiscard]] double attribute(cudaDeviceAttr which) const {
-    int value = 0;
-    cuda_check(cudaDeviceGetAttribute(&value, which, device_), "cudaDeviceGetAttribute");
-    return value;
-  }
   /// Sizes are those of the cache, so that a graph serves every length that fits it.
   [[nodiscard]] AttentionSplits splits_of(const Attention& a) const {
-    return split_attention(a.heads, a.batch, a.capacity,
-                           static_cast<std::int64_t>(multiprocessors_));
+    return split_attention(a.heads, a.batch, a.capacity, multiprocessors_);
   }
   [[nodiscard]] cohort::Tensor allocate(const cohort::Dims& shape, DType type) {
     return backend_->allocate(shape, type, stream());
@@ -195,7 +173,7 @@ class CudaDevice final : public Device {
   std::shared_ptr<cohort::CudaBackend> backend_ = cohort::cuda_backend();
   int device_;
   cohort::UniqueStream stream_;
-  double multiprocessors_ = attribute(cudaDevAttrMultiProcessorCount);
+  int multiprocessors_ = attribute_of(device_, cudaDevAttrMultiProcessorCount);
   cohort::Tensor workspace_;
   std::unique_ptr<cublasContext, DestroyCublas> cublas_;
   std::vector<cohort::UniqueEvent> marks_;

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "attention_splits.hpp"
 #include "noise.hpp"
 #include "operations.hpp"
 
@@ -32,12 +33,27 @@ void choose(const float* logits, std::int64_t stride, std::int32_t* tokens, std:
             std::int64_t vocabulary, cudaStream_t stream);
 void lengthen(std::int32_t* lengths, std::int64_t batch, cudaStream_t stream);
 
-/// Partial results of attention's splits over the tokens.
+/// Partial results of attention's splits over the tokens, as `AttentionSplits` divides them.
 struct Splits {
-  float* sums = nullptr;  ///< [count, batch, heads, latent]; unused of one split, as the next
-  float* lses = nullptr;  ///< [count, batch, heads]
+  float* sums = nullptr;  ///< [parts, batch, heads, latent]; unused of one part, as the next
+  float* lses = nullptr;  ///< [parts, batch, heads]
   int count = 1;
   int tiles = 1;  ///< Of each split, of 64 tokens.
+  bool together = false;
+  int sets = 1;
+  bool ahead = false;
+
+  /// In a room of `parts() * batch * heads * (latent + 1)` numbers.
+  static Splits in(float* room, const Attention& a, const AttentionSplits& splits) {
+    return {
+        .sums = room,
+        .lses = room == nullptr ? nullptr : room + splits.parts() * a.batch * a.heads * a.latent,
+        .count = static_cast<int>(splits.count),
+        .tiles = static_cast<int>(splits.tiles),
+        .together = splits.together,
+        .sets = static_cast<int>(splits.sets),
+        .ahead = splits.ahead};
+  }
 };
 /// Before attention of such rows is captured. Throws `cohort::ConfigError` for rows that no kernel
 /// was compiled for.

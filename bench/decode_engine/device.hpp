@@ -13,6 +13,7 @@
 #include "cohort/transport.hpp"
 #include "noise.hpp"
 #include "operations.hpp"
+#include "peak.hpp"
 
 /// \file
 /// What a decode needs of a device besides communication: all in bf16 with sums in fp32, enqueued
@@ -29,11 +30,6 @@ using cohort::BFloat16;
 /// What a step's time goes into.
 enum class Kind : std::uint8_t { attention, products, communication, rest };
 inline constexpr std::size_t kKinds = 4;
-
-/// Of memory and of products in bf16, a second.
-struct Peak {
-  double bytes = 0, flops = 0;
-};
 
 class Device {
  public:

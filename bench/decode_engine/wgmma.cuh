@@ -179,6 +179,10 @@ __device__ __forceinline__ void store_parts(unsigned address, const unsigned (&a
 __device__ __forceinline__ void store(unsigned address, float value) {
   asm volatile("st.shared.f32 [%0], %1;\n" ::"r"(address), "f"(value) : "memory");
 }
+__device__ __forceinline__ void store(unsigned address, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(first), "f"(second)
+               : "memory");
+}
 __device__ __forceinline__ float load(unsigned address) {
   float value = 0;
   asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
@@ -268,6 +272,40 @@ __device__ __forceinline__ void wait_for_cluster() {
   __syncwarp();
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;\n" ::
                    : "memory");
+}
+
+/// The same, and that what was written in shared memory before is seen there after.
+__device__ __forceinline__ void meet_cluster() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;\n" ::: "memory");
+}
+/// Where an address of shared memory lies in another block of the cluster.
+__device__ __forceinline__ unsigned address_in(unsigned block, unsigned address) {
+  unsigned result = 0;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;\n" : "=r"(result) : "r"(address), "r"(block));
+  return result;
+}
+__device__ __forceinline__ float load_there(unsigned address) {
+  float result = 0;
+  asm volatile("ld.shared::cluster.f32 %0, [%1];\n" : "=f"(result) : "r"(address) : "memory");
+  return result;
+}
+__device__ __forceinline__ float4 load4_there(unsigned address) {
+  float4 result;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];\n"
+               : "=f"(result.x), "=f"(result.y), "=f"(result.z), "=f"(result.w)
+               : "r"(address)
+               : "memory");
+  return result;
+}
+
+/// Waits until the kernel before, behind which this one was launched early, is over.
+__device__ __forceinline__ void wait_for_kernel_before() {
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+}
+/// Once all blocks were here, the next kernel may begin that waits so.
+__device__ __forceinline__ void launch_next_kernel() {
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 }
 
 /// One thread copies a map's box into shared memory. What lies outside of the map is zeros.
