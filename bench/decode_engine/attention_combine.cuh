@@ -27,7 +27,7 @@ __device__ __forceinline__ float over_warp(float value, bool largest) {
 /// A block for each head of a sequence. Sets of threads take turns with the parts, of which each
 /// reads the first `kAhead` while weights are worked out.
 template <int kSets, int kAhead>
-__global__ void __launch_bounds__(kSets* kCombining, (kAhead > 0 ? 12 : 16) / kSets)
+__global__ void __launch_bounds__(kSets* kCombining)
     combine_kernel(const __grid_constant__ Attention a, const __grid_constant__ Splits splits) {
   constexpr int kEach = kMostAttentionSplits / 32;  // of a lane
   __shared__ float weights[kMostAttentionSplits];

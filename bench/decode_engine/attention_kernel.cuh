@@ -62,8 +62,7 @@ struct Fetching {
     const int column = static_cast<int>(lane) * wgmma::kBlockColumns;
     const unsigned to = work.tile(place) + lane * kBlockBytes;
     const Sharing sharing(a);
-    if (lane < S::kBlocks &&
-        sharing.first + (lane & (sharing.count - 1)) == wgmma::block_in_cluster()) {
+    if (lane < S::kBlocks && sharing.first + lane % sharing.count == wgmma::block_in_cluster()) {
       if (sharing.count == 1) {
         wgmma::copy_box(to, maps.rows, column, row, arrival);
       } else {

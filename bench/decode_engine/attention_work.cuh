@@ -76,13 +76,13 @@ struct Share {
   }
 };
 
-/// Blocks of a cluster that work on the same tokens: `count` from `first` on, a power of two.
+/// Blocks of a cluster that work on the same tokens: `count` from `first` on.
 struct Sharing {
   unsigned count, first;
 
   __device__ __forceinline__ explicit Sharing(const Attention& a)
       : count(static_cast<unsigned>(sharing_blocks(a.heads))),
-        first(wgmma::block_in_cluster() & ~(count - 1)) {}
+        first(wgmma::block_in_cluster() / count * count) {}
 };
 
 /// How much there is to do, and where it lies in shared memory.
