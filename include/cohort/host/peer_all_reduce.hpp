@@ -51,6 +51,8 @@ class PeerAllReduce {
   void reduce_parts(const Call& call, const ConstTensorView& in, const TensorView& out,
                     ReduceOp op);
 
+  static constexpr std::size_t kFewBytes = 2048;
+
   PeerSteps& steps_;
   PeerAccess& access_;
   Rendezvous& meeting_;
@@ -78,7 +80,11 @@ inline void PeerAllReduce::reduce_all(const Call& call, const ConstTensorView& i
   steps_.fill_slot(own, in.numel());
   meeting_.enter(call, kShowsNothing);
   access_.await_all(call);
-  meeting_.prepare_next(in.bytes());
+  // A few lines are in the way of those that are read; many take longer than what follows.
+  const bool few = in.bytes() <= kFewBytes;
+  if (!few) {
+    meeting_.prepare_next(in.bytes());
+  }
   const bool dense = in.is_contiguous() && out.is_contiguous();
   for (int r = 0; r < access_.size(); ++r) {
     const std::byte* theirs = r == access_.rank() ? own.at() : meeting_.slot_of(r);
@@ -93,6 +99,9 @@ inline void PeerAllReduce::reduce_all(const Call& call, const ConstTensorView& i
   } else {
     auto writer = whole(out).cursor(element);
     reduce(in.dtype(), op, writer, steps_.sources, in.numel());
+  }
+  if (few) {
+    meeting_.prepare_next(in.bytes());
   }
 }
 
