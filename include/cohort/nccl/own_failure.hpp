@@ -3,10 +3,9 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <exception>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "cohort/cuda/call_signature.hpp"
 #include "cohort/cuda/cuda_peer_kernels.hpp"
@@ -48,20 +47,18 @@ namespace cohort::detail {
                      to_string(error.mine));
 }
 
-/// The same as the error that the rank throws.
+/// The same as the error that the rank throws. Of calls that differ both ranks are named, the same
+/// on all: nobody knows which of them is wrong.
 [[nodiscard]] inline std::exception_ptr own_failure(const CudaPeerKernels& peers,
                                                     const std::string& group, int rank) {
   const std::string text = own_failure_text(peers, group, rank) +
                            "; outputs since then are undefined, and the group must be formed anew";
-  const cuda::InboxError error = peers.error().seen_by(rank);
+  const cuda::InboxError error = peers.error();
   if (error.theirs == cuda::PeerCall::none) {
     return std::make_exception_ptr(TimeoutError(text, peers.missing()));
   }
-  std::vector<int> others{error.missing_rank};
-  if (error.waiting_rank != rank) {  // two ranks of which this is none
-    others.push_back(error.waiting_rank);
-  }
-  return std::make_exception_ptr(SymmetryError(text, std::move(others)));
+  const auto [first, second] = std::minmax(error.missing_rank, error.waiting_rank);
+  return std::make_exception_ptr(SymmetryError(text, {first, second}));
 }
 
 }  // namespace cohort::detail
