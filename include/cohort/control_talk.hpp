@@ -27,14 +27,16 @@
 
 namespace cohort::detail {
 
-/// Answers, and asks from `asks_at` on; of two the other is the one that it waits for.
+/// Answers, and asks from `asks_at` on, whoever is found to be waited for in whichever groups: by
+/// the messenger's numbers.
 class ControlTalk : public LongWait {
  public:
   ControlTalk(Mailbox& mailbox, const Membership& group, Deadline asks_at, Clock::duration patience)
       : mailbox_(mailbox),
         group_(group),
-        asks_at_(group.size() > 2 ? asks_at : Deadline::max()),
-        inquiry_(group.rank(), patience) {
+        self_(group.member(group.rank())),
+        asks_at_(mailbox.messenger().size() > 2 ? asks_at : Deadline::max()),
+        inquiry_(self_, patience) {
     mailbox_.questions().begin_wait(group_.channel());
   }
   ~ControlTalk() override {
@@ -43,8 +45,9 @@ class ControlTalk : public LongWait {
         mailbox_.questions().end_inquiry(*number_);
       }
       mailbox_.questions().end_wait(group_.channel());
+      const std::vector<int> late = answered_.empty() ? std::vector<int>{} : who_ended_it();
       for (const auto& [inquiry, question] : answered_) {
-        answer(question, {});
+        answer(question, {self_, late, !late.empty()});
       }
     } catch (const std::exception&) {
       return;  // who asked asks again
@@ -57,9 +60,9 @@ class ControlTalk : public LongWait {
     if (questions.empty() && !asks) {
       return;
     }
-    const std::vector<int> others = missing();
+    const std::vector<int> others = members_of(missing());
     for (const auto& question : questions) {
-      answer(question, others);
+      answer(question, {self_, others});
       answered_.insert_or_assign({question.from, question.trailer.sequence}, question);
     }
     if (asks) {
@@ -70,28 +73,65 @@ class ControlTalk : public LongWait {
   }
 
   [[nodiscard]] bool is_settled(const std::vector<int>& missing) override {
-    if (asks_at_ == Deadline::max()) {
+    if (asks_at_ == Deadline::max()) {  // of two the other is the one that it waits for
       return true;
     }
     hear();
-    return inquiry_.is_settled(missing, Clock::now());
+    return inquiry_.is_settled(members_of(missing), Clock::now());
   }
 
-  [[nodiscard]] std::vector<int> at_fault(const std::vector<int>& missing) override {
+  [[nodiscard]] Fault at_fault(const std::vector<int>& missing) override {
     hear();
     const Deadline now = Clock::now();
-    return detail::at_fault(group_.rank(), missing,
-                            [&](int r) { return inquiry_.waits_for(r, now); });
+    gave_up_on_ = detail::at_fault(self_, members_of(missing),
+                                   [&](int r) { return inquiry_.waits_for(r, now); });
+    if (gave_up_on_.empty()) {
+      gave_up_on_ = members_of(missing);
+    }
+    Fault fault;
+    const Membership& home = group_.home_of(gave_up_on_);
+    for (const int member : gave_up_on_) {
+      const int r = group_.rank_of(member);
+      if (r < group_.size()) {
+        fault.ranks.push_back(r);
+      } else {
+        fault.elsewhere.push_back(home.rank_of(member));
+      }
+    }
+    std::sort(fault.ranks.begin(), fault.ranks.end());
+    std::sort(fault.elsewhere.begin(), fault.elsewhere.end());
+    fault.home = home.name();
+    fault.in_world = &home == group_.parent();
+    return fault;
   }
 
  private:
-  void answer(const QuestionBox::Question& question, const std::vector<int>& missing) {
-    std::vector<int> members;
-    for (const int r : missing) {
-      members.push_back(group_.member(r));
+  [[nodiscard]] std::vector<int> members_of(std::vector<int> ranks) const {
+    for (int& r : ranks) {
+      r = group_.member(r);
     }
-    const auto bytes = std::as_bytes(std::span(members));
-    mailbox_.send(question.from, question.trailer, Bytes(bytes.begin(), bytes.end()));
+    return ranks;
+  }
+
+  /// Because of whom the wait has ended, of which the group's end says as much where another rank
+  /// found it; nobody where all came.
+  [[nodiscard]] std::vector<int> who_ended_it() const {
+    if (!gave_up_on_.empty()) {
+      return gave_up_on_;
+    }
+    const auto said = mailbox_.notices().first({group_.channel(), group_.members(), std::nullopt});
+    const GiveUp why = said ? GiveUp::deserialize(said->reason) : GiveUp{};
+    std::vector<int> late;
+    for (const int r : why.kind == GiveUp::Kind::timeout ? why.ranks : std::vector<int>{}) {
+      if (r >= 0 && r < group_.size() && r != group_.rank()) {
+        late.push_back(group_.member(r));
+      }
+    }
+    return late;
+  }
+
+  void answer(const QuestionBox::Question& question, const QuestionBox::Answer& said) {
+    mailbox_.send(question.from, question.trailer, said.serialize());
   }
 
   void ask(const std::vector<int>& missing) {
@@ -101,7 +141,7 @@ class ControlTalk : public LongWait {
     }
     for (const int r : inquiry_.whom_to_ask(missing, Clock::now())) {
       try {
-        mailbox_.send(group_.member(r), {group_.channel(), ControlCall::asks, *number_}, {});
+        mailbox_.send(r, {group_.channel(), ControlCall::asks, *number_}, {});
       } catch (const TransportError&) {
         continue;  // whom it cannot ask does not answer
       }
@@ -113,23 +153,19 @@ class ControlTalk : public LongWait {
       return;
     }
     mailbox_.look();
-    for (auto& [from, waits_for] : mailbox_.questions().take_answers(*number_)) {
-      for (int& r : waits_for) {
-        r = group_.rank_of(r);
-      }
-      if (std::count(waits_for.begin(), waits_for.end(), group_.size()) > 0) {
-        waits_for.clear();  // for a rank of another group, which has no number here
-      }
-      inquiry_.hear(group_.rank_of(from), std::move(waits_for), Clock::now());
+    for (auto& answer : mailbox_.questions().take_answers(*number_)) {
+      inquiry_.hear(answer.from, std::move(answer.waits_for), Clock::now(), answer.gave_up);
     }
   }
 
   Mailbox& mailbox_;
   const Membership& group_;
+  int self_;
   Deadline asks_at_;
   Inquiry inquiry_;
   std::optional<std::uint32_t> number_;  // of the inquiry, once it has begun
   std::map<std::pair<int, std::uint32_t>, QuestionBox::Question> answered_;
+  std::vector<int> gave_up_on_;
 };
 
 /// `ControlPlane::begin_long_wait`: asks in the last eighth of the limit.

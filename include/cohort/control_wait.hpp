@@ -101,13 +101,11 @@ class ControlWait {
     if (!missing_.empty()) {
       mailbox_.look();
       attendance_.throw_if_told(trailer.call, attendance_.watch(trailer, group_.members()));
-      const std::vector<int> blamed = talk_ != nullptr ? talk_->at_fault(missing_) : missing_;
-      throw TimeoutError(
-          fmt::format("{} #{} of group {} ({} ranks): rank {} did not arrive within {}{}",
-                      to_string(trailer.call), trailer.sequence, group_.name(), group_.size(),
-                      joined(blamed, ", "), time_.describe(limit_),
-                      waiting_themselves(missing_, blamed)),
-          blamed);
+      std::rethrow_exception(
+          late_error(fmt::format("{} #{} of group {} ({} ranks)", to_string(trailer.call),
+                                 trailer.sequence, group_.name(), group_.size()),
+                     time_.describe(limit_), missing_,
+                     talk_ != nullptr ? talk_->at_fault(missing_) : Fault{missing_}));
     }
   }
 

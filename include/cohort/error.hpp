@@ -88,7 +88,7 @@ class TimeoutError : public Error {
       : Error(what), missing_(std::move(missing)) {}
 
   /// The ranks in the group that did not arrive within the limit; empty where the wait was for
-  /// local work.
+  /// local work, and where the ranks of the group waited for others, which the words name.
   [[nodiscard]] const std::vector<int>& missing() const noexcept { return missing_; }
 
  private:

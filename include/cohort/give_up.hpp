@@ -26,8 +26,8 @@
 namespace cohort::detail {
 
 /// Whom a rank blames whose wait for `missing` is over. A rank that waits itself is at fault in
-/// nothing: those for whom it waits are, in its stead, however long the chain. All of `missing`
-/// where each of them waits, in a circle.
+/// nothing: those for whom it waits are, in its stead, however long the chain. Nobody where each of
+/// them waits, in a circle.
 /// @param self     Who asks; it waits too.
 /// @param waits_for  rank -> for whom it waits, as it has said; nothing where it has not.
 template <class WaitsFor>
@@ -48,16 +48,51 @@ template <class WaitsFor>
     }
   }
   std::sort(blamed.begin(), blamed.end());
-  return blamed.empty() ? missing : blamed;
+  return blamed;
 }
 
-/// For messages: who is missing and is not blamed, "; rank 1 waited as well".
-[[nodiscard]] inline std::string waiting_themselves(const std::vector<int>& missing,
-                                                    const std::vector<int>& blamed) {
+/// Whose fault it is that a rank's wait in a group is over.
+struct Fault {
+  std::vector<int> ranks;           ///< Of the group, in ascending order.
+  std::vector<int> elsewhere = {};  ///< Of no rank of the group: those for whom its ranks wait.
+  std::string home = {};            ///< The group whose numbers these are.
+  bool in_world = false;            ///< Whether that is the one of which this group is a part.
+};
+
+/// Of a wait that is over because of ranks of other groups, at least.
+class LateElsewhere : public TimeoutError {
+ public:
+  /// @param elsewhere  Those, in the numbers of the group of which this one is a part.
+  LateElsewhere(const std::string& what, std::vector<int> missing, std::vector<int> elsewhere)
+      : TimeoutError(what, std::move(missing)), elsewhere_(std::move(elsewhere)) {}
+
+  [[nodiscard]] const std::vector<int>& elsewhere() const noexcept { return elsewhere_; }
+
+ private:
+  std::vector<int> elsewhere_;
+};
+
+/// What a rank throws whose wait for `missing` is over.
+/// @param place   Where they were to come to.
+/// @param within  How long that had.
+[[nodiscard]] inline std::exception_ptr late_error(std::string_view place, std::string_view within,
+                                                   const std::vector<int>& missing,
+                                                   const Fault& fault) {
+  std::string who = fault.ranks.empty() ? "" : "rank " + joined(fault.ranks, ", ");
+  if (!fault.elsewhere.empty()) {
+    who += fmt::format("{}rank {} of group {}", who.empty() ? "" : " and ",
+                       joined(fault.elsewhere, ", "), fault.home);
+  }
   std::vector<int> waiting;
   std::copy_if(missing.begin(), missing.end(), std::back_inserter(waiting),
-               [&](int r) { return std::count(blamed.begin(), blamed.end(), r) == 0; });
-  return waiting.empty() ? "" : fmt::format("; rank {} waited as well", joined(waiting, ", "));
+               [&](int r) { return std::count(fault.ranks.begin(), fault.ranks.end(), r) == 0; });
+  const std::string words = fmt::format(
+      "{}: {} did not arrive within {}{}", place, who, within,
+      waiting.empty() ? "" : fmt::format("; rank {} waited as well", joined(waiting, ", ")));
+  return fault.elsewhere.empty()
+             ? std::make_exception_ptr(TimeoutError(words, fault.ranks))
+             : std::make_exception_ptr(LateElsewhere(
+                   words, fault.ranks, fault.in_world ? fault.elsewhere : std::vector<int>{}));
 }
 
 /// A group by its name and its ranks' numbers in the world, by rank.
@@ -77,7 +112,7 @@ struct GiveUp {
   std::vector<int> ranks = {};  ///< In the group: who is missing or differs, of its ranks.
   std::string text = {};
   std::string origin = {};      ///< The group that failed first, where it was another.
-  std::vector<int> world = {};  ///< Who is missing or differs there, in the world.
+  std::vector<int> world = {};  ///< Who is missing or differs, in the world: there, or elsewhere.
 
   /// Because of an error of its own: what another rank said is passed on as it is.
   /// @param self  The rank that gives up, to be blamed where the error blames nobody.
@@ -85,6 +120,12 @@ struct GiveUp {
     const auto say = [&](const std::exception& what) { return by(self, what.what()); };
     try {  // told apart by handlers, which sources without run-time type information have as well
       std::rethrow_exception(error);
+    } catch (const LateElsewhere& late) {
+      GiveUp why = say(late);
+      why.kind = Kind::timeout;
+      why.ranks = late.missing();
+      why.world = late.elsewhere();
+      return why;
     } catch (const TimeoutError& late) {
       GiveUp why = say(late);
       why.kind = Kind::timeout;

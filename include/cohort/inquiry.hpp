@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "cohort/give_up.hpp"
 #include "cohort/messenger.hpp"
 
 /// \file
@@ -37,6 +38,7 @@ class Inquiry {
           asked.at = now;
         }
         asked.may_be_asked_at = Deadline::max();
+        asked.is_open = true;
         due.push_back(r);
       }
     }
@@ -44,12 +46,14 @@ class Inquiry {
   }
 
   /// The answer of a rank that was asked: for whom it waits, or, empty, that it does so no more.
-  void hear(int from, std::vector<int> waits_for, Deadline now) {
+  /// @param gave_up  It does so no more, because they did not come: it answers nothing further.
+  void hear(int from, std::vector<int> waits_for, Deadline now, bool gave_up = false) {
     Asked& asked = asked_[from];
     if (waits_for.empty() && !asked.waits_for.empty()) {
       asked.at = now;  // it may be about to wait anew
     }
-    asked.may_be_asked_at = now + patience_ / 8;
+    asked.may_be_asked_at = gave_up ? Deadline::max() : now + patience_ / 8;
+    asked.is_open = false;
     asked.waits_for = std::move(waits_for);
   }
 
@@ -67,7 +71,7 @@ class Inquiry {
   [[nodiscard]] std::optional<std::vector<int>> waits_for(int r, Deadline now) const {
     const auto asked = asked_.find(r);
     if (asked == asked_.end() || asked->second.waits_for.empty() ||
-        (asked->second.is_open() && now - asked->second.at > patience_)) {
+        (asked->second.is_open && now - asked->second.at > patience_)) {
       return std::nullopt;
     }
     return asked->second.waits_for;
@@ -77,9 +81,8 @@ class Inquiry {
   struct Asked {
     Deadline at{};  ///< From when on it has the time to say that it waits.
     Deadline may_be_asked_at = Deadline::min();
+    bool is_open = false;  ///< It has not answered yet.
     std::vector<int> waits_for = {};
-
-    [[nodiscard]] bool is_open() const noexcept { return may_be_asked_at == Deadline::max(); }
   };
 
   /// The chain as far as it is known.
@@ -122,8 +125,9 @@ class LongWait {
   virtual void look(const Missing& missing) noexcept = 0;
   /// Whether those asked have had the time to answer.
   [[nodiscard]] virtual bool is_settled(const std::vector<int>& missing) = 0;
-  /// Whom to blame where the wait is over: in the stead of ranks that wait, those for whom they do.
-  [[nodiscard]] virtual std::vector<int> at_fault(const std::vector<int>& missing) = 0;
+  /// Whom to blame where the wait is over: in the stead of ranks that wait, those for whom they do,
+  /// in whichever groups. Who asks this one is told so from here on.
+  [[nodiscard]] virtual Fault at_fault(const std::vector<int>& missing) = 0;
 };
 
 }  // namespace cohort::detail

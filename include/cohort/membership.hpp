@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <numeric>
 #include <span>
 #include <string>
@@ -58,7 +59,9 @@ class Membership {
       throw UsageError(fmt::format("subgroup {}: the list {} does not hold this rank, {}", name,
                                    joined(ranks, ","), rank_));
     }
-    return {std::move(name), std::move(members), rank, channel};
+    Membership group{std::move(name), std::move(members), rank, channel};
+    group.parent_ = std::make_shared<const Membership>(*this);
+    return group;
   }
 
   [[nodiscard]] const std::string& name() const noexcept { return name_; }
@@ -79,6 +82,19 @@ class Membership {
     return static_cast<int>(std::find(members_.begin(), members_.end(), member) - members_.begin());
   }
 
+  /// The group of which this one is a part; null for that of all ranks.
+  [[nodiscard]] const Membership* parent() const noexcept { return parent_.get(); }
+  /// The smallest group that holds them all, of this one and those of which it is a part.
+  [[nodiscard]] const Membership& home_of(std::span<const int> members) const {
+    const Membership* group = this;
+    const auto is_elsewhere = [&](int member) { return group->rank_of(member) == group->size(); };
+    while (group->parent() != nullptr &&
+           std::any_of(members.begin(), members.end(), is_elsewhere)) {
+      group = group->parent();
+    }
+    return *group;
+  }
+
   /// Throws `UsageError` for what is no rank of the group.
   void check_rank(std::string_view argument, int rank) const {
     if (rank < 0 || rank >= size()) {
@@ -95,6 +111,7 @@ class Membership {
   std::vector<int> members_;  // by rank
   int rank_;
   std::uint64_t channel_;
+  std::shared_ptr<const Membership> parent_;
 };
 
 }  // namespace cohort::detail

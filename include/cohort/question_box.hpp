@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cohort/control_frame.hpp"
+#include "cohort/messenger.hpp"
 #include "cohort/owner_process.hpp"
 
 /// \file
@@ -34,6 +35,22 @@ class QuestionBox {
   struct Answer {
     int from = 0;
     std::vector<int> waits_for;
+    bool gave_up = false;  ///< It waits no more, because they did not come.
+
+    [[nodiscard]] Bytes serialize() const {
+      std::vector<std::int32_t> words{gave_up ? 1 : 0};
+      words.insert(words.end(), waits_for.begin(), waits_for.end());
+      const auto bytes = std::as_bytes(std::span(words));
+      return {bytes.begin(), bytes.end()};
+    }
+    [[nodiscard]] static Answer deserialize(int from, std::span<const std::byte> in) {
+      std::vector<std::int32_t> words(in.size() / sizeof(std::int32_t));
+      if (words.empty()) {
+        return {from, {}};
+      }
+      std::memcpy(words.data(), in.data(), words.size() * sizeof(std::int32_t));
+      return {from, std::vector<int>(words.begin() + 1, words.end()), words.front() != 0};
+    }
   };
 
   /// A wait in a group begins, and ends, during which this rank answers.
@@ -99,11 +116,7 @@ class QuestionBox {
   void store_answer(int from, std::uint32_t number, std::span<const std::byte> payload) {
     const std::lock_guard lock(mutex_);
     if (const auto inquiry = answers_.find(number); inquiry != answers_.end()) {
-      std::vector<int> waits_for(payload.size() / sizeof(int));
-      if (!waits_for.empty()) {
-        std::memcpy(waits_for.data(), payload.data(), waits_for.size() * sizeof(int));
-      }
-      inquiry->second.push_back({from, std::move(waits_for)});
+      inquiry->second.push_back(Answer::deserialize(from, payload));
     }
   }
 

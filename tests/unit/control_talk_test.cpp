@@ -108,6 +108,44 @@ TEST_CASE("a rank that waits is not blamed, however long the chain and whenever 
       1s);
 }
 
+TEST_CASE("of ranks that wait in other groups those are named for whom they wait there") {
+  struct Case {
+    std::chrono::milliseconds inner;  // when the wait for the dead rank begins
+    std::chrono::milliseconds outer;  // when that for the rank begins which waits there
+    bool told;  // whether the latter learns of the dead from another, whose wait began first
+  };
+  const auto [inner, outer, told] = GENERATE(values<Case>({
+      {0ms, 100ms, false},   // it has given up when the other's limit comes
+      {100ms, 0ms, false},   // it still waits then
+      {150ms, 100ms, true},  // it has given up because it was told
+  }));
+  run_ranks(
+      5,
+      [inner = inner, outer = outer, told = told](ControlPlane& world) {
+        const auto near = world.subgroup(std::vector{0, 1, 2, 3, 4}, 0, "all");
+        if (world.rank() == 0) {
+          const auto pair = near->subgroup(std::vector{0, 2}, 0, "pp[0]");
+          std::this_thread::sleep_for(outer);
+          const auto words = check_throws<TimeoutError>(
+              [&] { receive_from(*pair, 1); }, "rank 3 of group all did not arrive within 2000 ms",
+              "; rank 1 waited as well");
+          check(words.find("rank 1 did not") == std::string::npos, words);
+          const auto why = pair->left_with();
+          check(why && why->ranks.empty() && why->world == std::vector{3}, "what it tells");
+        } else if (world.rank() == 2) {
+          const auto others = near->subgroup(std::vector{2, 3, 4}, 0, "tp[1]");
+          std::this_thread::sleep_for(inner);
+          check(blamed([&] { others->barrier(); }) == std::vector{1}, "blamed");
+          std::this_thread::sleep_for(300ms);
+        } else if (world.rank() == 4) {
+          const auto others = near->subgroup(std::vector{2, 3, 4}, 0, "tp[1]");
+          std::this_thread::sleep_for(told ? 0ms : inner + 30ms);
+          check(blamed([&] { others->barrier(); }) == std::vector{1}, "blamed");
+        }
+      },
+      2s);
+}
+
 TEST_CASE("a rank that waited in a call, and does so no more, is blamed") {
   // Rank 1 comes near the limit, so that the others' last wait of the call is short, and rank 0
   // does not come to that.

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/formed_groups.hpp"
 
+#include <atomic>
 #include <chrono>
 #include <cohort/host/host_backend.hpp>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -131,6 +133,51 @@ TEST_CASE("a rank that leaves behind one group's failure tells all its groups", 
       },
       std::chrono::milliseconds(60'000));
   CHECK(seconds_since(start) < 30);
+}
+
+TEST_CASE("behind a rank that does not come each group names it, and none that waits", "[state]") {
+  const bool mapped = GENERATE(true, false);
+  std::atomic<int> ended{0};
+  run_ranks(
+      4,
+      [&](ControlPlane& world) {
+        const HostOptions options{.machine = mapped ? "one" : std::to_string(world.rank())};
+        auto state = make_state(world, {.tp = 2, .pp = 2}, {.backend = host_backend(options)});
+        const Tensor x = state.backend().allocate({4}, DType::f32, {});
+        fill(x, 0);
+        const auto stay = [&] {  // nobody leaves, who would tell the others why
+          while (ended < 3) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(1));
+          }
+        };
+        if (world.rank() == 3) {
+          stay();
+          return;
+        }
+        std::vector<int> missing;
+        std::string words;
+        try {
+          if (world.rank() == 2) {
+            state.tp().all_reduce(x);
+          } else {
+            state.pp().recv(x, 1);
+          }
+        } catch (const TimeoutError& late) {
+          missing = late.missing();
+          words = late.what();
+        }
+        ++ended;
+        stay();
+        if (world.rank() == 0) {  // waits for rank 2, which waits for rank 3
+          check(missing.empty() &&
+                    words.find("rank 3 of group world did not arrive") != std::string::npos &&
+                    words.find("; rank 1 waited as well") != std::string::npos,
+                "group pp[0] names rank 3: " + words);
+        } else {
+          check(missing == std::vector{1}, "names rank 3: " + words);
+        }
+      },
+      std::chrono::milliseconds(1'000));
 }
 
 TEST_CASE("whoever waits for ranks that leave behind a difference throws the same", "[state]") {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "support/catch.hpp"
+#include "support/threads.hpp"
 
 using namespace cohort;
 using namespace cohort::test;
@@ -49,18 +50,51 @@ TEST_CASE("who waits for another is not at fault, but those for whom it waits in
       {{1}, {{1, {2}}, {2, {3}}}, {3}},        // a chain
       {{1}, {{1, {0, 3}}}, {3}},               // for this rank as well
       {{3, 1}, {{1, {2}}}, {2, 3}},            // in ascending order
-      {{1, 2}, {{1, {2}}, {2, {1}}}, {1, 2}},  // a circle
-      {{1}, {{1, {0}}}, {1}},                  // of two
+      {{1, 2}, {{1, {2}}, {2, {1}}}, {}},      // a circle
+      {{1}, {{1, {0}}}, {}},                   // of two
       {{1, 2}, {{1, {2, 3}}, {2, {1}}}, {3}},  // out of one
-      {{1}, {{1, {}}}, {1}},                   // for nobody
+      {{1}, {{1, {}}}, {}},                    // for nobody
   }));
   const auto said = [&waits = waits_for](int r) {
     const auto it = waits.find(r);
     return it != waits.end() ? std::optional(it->second) : std::nullopt;
   };
   CHECK(detail::at_fault(0, missing, said) == blamed);
-  CHECK(detail::waiting_themselves({1, 2, 3}, {2}) == "; rank 1, 3 waited as well");
-  CHECK(detail::waiting_themselves({1, 2}, {1, 2}).empty());
+}
+
+TEST_CASE("a wait that is over names those at fault, of other groups too, and who waited as well") {
+  const auto late = [](const std::vector<int>& missing, const detail::Fault& fault) {
+    return detail::late_error("step 4 of group pp[0]", "20 ms", missing, fault);
+  };
+  const auto words = [](const std::exception_ptr& error) {
+    return check_throws<TimeoutError>([&] { std::rethrow_exception(error); });
+  };
+  CHECK(words(late({1, 2}, {{1, 2}})) ==
+        "step 4 of group pp[0]: rank 1, 2 did not arrive within 20 ms");
+  CHECK(words(late({1, 2, 3}, {{2}})) ==
+        "step 4 of group pp[0]: rank 2 did not arrive within 20 ms; rank 1, 3 waited as well");
+  CHECK(words(late({1, 2}, {{2}, {3}, "tp[1]"})) ==
+        "step 4 of group pp[0]: rank 2 and rank 3 of group tp[1] did not arrive within 20 ms; "
+        "rank 1 waited as well");
+
+  const auto elsewhere = late({1}, {{}, {3}, "world", true});
+  CHECK(words(elsewhere) ==
+        "step 4 of group pp[0]: rank 3 of group world did not arrive within 20 ms; rank 1 waited "
+        "as well");
+  const auto why = detail::GiveUp::because(elsewhere, 0);
+  CHECK(why.kind == detail::GiveUp::Kind::timeout);
+  CHECK(why.ranks.empty());  // not this rank either
+  // The world's groups learn which rank it is, through whichever of them.
+  const std::vector<int> pp{0, 2};
+  const std::vector<int> tp{2, 3};
+  const auto told = detail::GiveUp::deserialize(why.serialize());
+  CHECK_THROWS_MATCHES(told.raise("wait", "pp[0]"), TimeoutError, says("rank 3 of group world"));
+  const auto in_tp = told.across({"pp[0]", pp}, {"tp[1]", tp});
+  CHECK(in_tp.ranks == std::vector{1});
+  CHECK_THROWS_MATCHES(in_tp.raise("wait", "tp[1]"), TimeoutError,
+                       says("group tp[1]: behind a failure in group pp[0] of rank 3 of the world"));
+  // Numbers of another group than the world are words only.
+  CHECK(detail::GiveUp::because(late({1}, {{}, {3}, "all", false}), 0).world.empty());
 }
 
 TEST_CASE("what another group failed with keeps its type, and names its ranks in the world") {

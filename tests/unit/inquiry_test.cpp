@@ -43,6 +43,16 @@ TEST_CASE("what a rank has answered counts while it goes on answering") {
   CHECK_FALSE(inquiry.waits_for(1, start + 102ms));
 }
 
+TEST_CASE("a rank that gave up on others is asked nothing more, and they stand for it") {
+  Inquiry inquiry(0, 80ms);
+  const Deadline start{};
+  REQUIRE(inquiry.whom_to_ask({1}, start) == Ranks{1});
+  inquiry.hear(1, {2}, start + 10ms, true);
+  CHECK(inquiry.whom_to_ask({1}, start + 10s) == Ranks{2});
+  CHECK(inquiry.waits_for(1, start + 10s) == Ranks{2});
+  CHECK(inquiry.is_settled({1}, start + 11s));
+}
+
 TEST_CASE("an inquiry is settled where each of the chain has answered, or had the time to") {
   Inquiry inquiry(0, 80ms);
   const Deadline start{};

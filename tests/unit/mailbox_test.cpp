@@ -314,7 +314,7 @@ TEST_CASE("questions, answers and notices of other ranks go to their places, and
   Post post;
   const std::uint32_t number = post.mailbox.questions().begin_inquiry();
   post.messenger->deliver(1, {7, ControlCall::asks, 3}, 0);
-  post.messenger->deliver(1, {7, ControlCall::waits, number}, sizeof(int));
+  post.messenger->deliver(1, {7, ControlCall::waits, number}, 2 * sizeof(int));
   post.mailbox.look();
   const auto questions = post.mailbox.questions().take_questions(7);
   REQUIRE(questions.size() == 1);

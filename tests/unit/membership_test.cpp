@@ -44,6 +44,21 @@ TEST_CASE("a subgroup counts its ranks as listed, and its members as the messeng
   CHECK(nested.member(1) == 0);
 }
 
+TEST_CASE("ranks that are not all of a group have numbers in the next larger one that holds them") {
+  const Membership world("world", 4, 6);
+  const Membership group = world.subgroup(std::vector{5, 4, 0}, 3, "group");
+  const Membership nested = group.subgroup(std::vector{1, 2}, 0, "nested");
+  CHECK(world.parent() == nullptr);
+  CHECK(nested.parent()->name() == "group");
+  CHECK(nested.home_of({}).name() == "nested");
+  CHECK(nested.home_of(std::vector{4, 0}).name() == "nested");
+  const Membership& home = nested.home_of(std::vector{5, 0});
+  CHECK(&home == nested.parent());
+  CHECK(home.rank_of(5) == 0);
+  CHECK(nested.home_of(std::vector{0, 3}).name() == "world");
+  CHECK(nested.home_of(std::vector{99}).name() == "world");  // nobody knows that one
+}
+
 TEST_CASE("each list and generation has messages of its own, by the same number on all ranks") {
   std::set<std::uint64_t> channels;
   const auto lists = {std::vector{0, 1}, std::vector{1, 0}, std::vector{0, 1, 2}};

@@ -43,16 +43,20 @@ TEST_CASE("answers are kept while their inquiry goes on") {
   QuestionBox box;
   const std::uint32_t number = box.begin_inquiry();
   const std::uint32_t other = box.begin_inquiry();
-  box.store_answer(1, number, Bytes(2 * sizeof(int)));
-  box.store_answer(2, number, Bytes(0));
+  box.store_answer(1, number, QuestionBox::Answer{1, {4, 3}}.serialize());
+  box.store_answer(2, number, Bytes(0));  // no answer, as little as one of a rank that waits
+  box.store_answer(3, number, QuestionBox::Answer{3, {2}, true}.serialize());
   box.store_answer(2, other + 1, Bytes(sizeof(int)));
   CHECK(box.take_answers(other).empty());
   const auto answers = box.take_answers(number);
-  REQUIRE(answers.size() == 2);
+  REQUIRE(answers.size() == 3);
   CHECK(answers[0].from == 1);
-  CHECK(answers[0].waits_for == std::vector{0, 0});
+  CHECK(answers[0].waits_for == std::vector{4, 3});
+  CHECK_FALSE(answers[0].gave_up);
   CHECK(answers[1].from == 2);
   CHECK(answers[1].waits_for.empty());
+  CHECK(answers[2].waits_for == std::vector{2});
+  CHECK(answers[2].gave_up);
   box.end_inquiry(number);
   box.store_answer(1, number, Bytes(sizeof(int)));
   CHECK(box.take_answers(number).empty());

@@ -102,8 +102,11 @@ class Departure {
   /// Gives up because of an error of this rank, and throws it.
   template <class Error>
   [[noreturn]] void fail(const Error& error) {
-    give_up(cohort::detail::GiveUp::because(std::make_exception_ptr(error), pads_.rank()));
-    throw error;
+    fail_with(std::make_exception_ptr(error));
+  }
+  [[noreturn]] void fail_with(const std::exception_ptr& error) {
+    give_up(cohort::detail::GiveUp::because(error, pads_.rank()));
+    std::rethrow_exception(error);
   }
 
   /// Throws why a peer has ended its part in the group after an error, here or over the control

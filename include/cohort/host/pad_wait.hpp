@@ -143,12 +143,10 @@ class PadWait {
 
   [[noreturn]] void fail_late(const std::vector<int>& missing, cohort::detail::LongWait* talk,
                               const cohort::detail::LimitedWait& time, std::uint64_t step) {
-    const std::vector<int> blamed = talk != nullptr ? talk->at_fault(missing) : missing;
-    departure_.fail(TimeoutError(
-        fmt::format("step {} of group {} ({} ranks): rank {} did not arrive within {}{}", step,
-                    departure_.group(), pads_.size(), cohort::detail::joined(blamed, ", "),
-                    time.describe(limit_), cohort::detail::waiting_themselves(missing, blamed)),
-        blamed));
+    departure_.fail_with(cohort::detail::late_error(
+        fmt::format("step {} of group {} ({} ranks)", step, departure_.group(), pads_.size()),
+        time.describe(limit_), missing,
+        talk != nullptr ? talk->at_fault(missing) : cohort::detail::Fault{missing}));
   }
 
   const GroupPads& pads_;
