@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
@@ -9,18 +11,22 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "cohort/call_time.hpp"
 #include "cohort/control_frame.hpp"
 #include "cohort/error.hpp"
+#include "cohort/flight_recorder.hpp"
 #include "cohort/give_up.hpp"
 #include "cohort/inquiry.hpp"
 #include "cohort/mailbox.hpp"
 #include "cohort/membership.hpp"
 #include "cohort/messenger.hpp"
 #include "cohort/question_box.hpp"
+#include "cohort/ring_reading.hpp"
 
 /// \file
 /// What a rank says and asks over a mailbox during a long wait.
@@ -31,11 +37,14 @@ namespace cohort::detail {
 /// the messenger's numbers.
 class ControlTalk : public LongWait {
  public:
-  ControlTalk(Mailbox& mailbox, const Membership& group, Deadline asks_at, Clock::duration patience)
+  /// @param recorder  Of the group, to tell the call that is open; null for none.
+  ControlTalk(Mailbox& mailbox, const Membership& group, const FlightRecorder* recorder,
+              Deadline asks_at, Clock::duration patience)
       : mailbox_(mailbox),
         group_(group),
+        recorder_(recorder),
         self_(group.member(group.rank())),
-        asks_at_(mailbox.messenger().size() > 2 ? asks_at : Deadline::max()),
+        asks_at_(asks_at),
         inquiry_(self_, patience) {
     mailbox_.questions().begin_wait(group_.channel());
   }
@@ -62,7 +71,7 @@ class ControlTalk : public LongWait {
     }
     const std::vector<int> others = members_of(missing());
     for (const auto& question : questions) {
-      answer(question, {self_, others});
+      answer(question, {self_, others, false, group_.channel(), own_call()});
       answered_.insert_or_assign({question.from, question.trailer.sequence}, question);
     }
     if (asks) {
@@ -73,9 +82,6 @@ class ControlTalk : public LongWait {
   }
 
   [[nodiscard]] bool is_settled(const std::vector<int>& missing) override {
-    if (asks_at_ == Deadline::max()) {  // of two the other is the one that it waits for
-      return true;
-    }
     hear();
     return inquiry_.is_settled(members_of(missing), Clock::now());
   }
@@ -85,10 +91,14 @@ class ControlTalk : public LongWait {
     const Deadline now = Clock::now();
     gave_up_on_ = detail::at_fault(self_, members_of(missing),
                                    [&](int r) { return inquiry_.waits_for(r, now); });
-    if (gave_up_on_.empty()) {
-      gave_up_on_ = members_of(missing);
-    }
     Fault fault;
+    if (gave_up_on_.empty()) {  // each waits for others of them
+      gave_up_on_ = members_of(missing);
+      find_difference(inquiry_.chain(gave_up_on_), fault);
+      if (!fault.difference.empty()) {
+        return fault;
+      }
+    }
     const Membership& home = group_.home_of(gave_up_on_);
     for (const int member : gave_up_on_) {
       const int r = group_.rank_of(member);
@@ -111,6 +121,57 @@ class ControlTalk : public LongWait {
       r = group_.member(r);
     }
     return ranks;
+  }
+
+  [[nodiscard]] std::optional<OpenCall> own_call() const {
+    auto open = recorder_ != nullptr ? recorder_->call_to_compare() : std::nullopt;
+    if (open) {
+      open->text += " of group " + group_.name();
+    }
+    return open;
+  }
+
+  /// Of ranks of which each waits for others of them, this one with them: whether they are in calls
+  /// that differ, as far as all have said. Those of pairs alone may wait in a circle.
+  void find_difference(std::vector<int> others, Fault& fault) const {
+    others.push_back(self_);
+    std::sort(others.begin(), others.end(), [&](int a, int b) {  // ranks of the group come first
+      return std::pair(group_.rank_of(a), a) < std::pair(group_.rank_of(b), b);
+    });
+    using Call = std::tuple<std::uint64_t, std::uint64_t, std::uint32_t>;
+    std::vector<Call> calls;
+    std::string text;
+    bool all_pairs = true;
+    for (const int member : others) {
+      const auto said = calls_.find(member);
+      const auto call = member == self_        ? own_call()
+                        : said != calls_.end() ? said->second.call
+                                               : std::nullopt;
+      if (!call) {
+        return;
+      }
+      all_pairs = all_pairs && call->number == 0;
+      calls.emplace_back(member == self_ ? group_.channel() : said->second.channel, call->number,
+                         call->signature);
+      const Membership& home = group_.home_of(std::span(&member, 1));
+      text += fmt::format("{}rank {}{} in {}", text.empty() ? "" : ", ", home.rank_of(member),
+                          &home == &group_ ? "" : " of group " + home.name(), call->text);
+    }
+    const auto alike = [&](const Call& call) {
+      return std::count(calls.begin(), calls.end(), call);
+    };
+    const auto most =
+        std::max_element(calls.begin(), calls.end(),
+                         [&](const Call& a, const Call& b) { return alike(a) < alike(b); });
+    if (all_pairs || alike(*most) == static_cast<std::ptrdiff_t>(calls.size())) {
+      return;
+    }
+    fault.difference = text;
+    for (std::size_t i = 0; i < others.size(); ++i) {
+      if (const int r = group_.rank_of(others[i]); calls[i] != *most && r < group_.size()) {
+        fault.ranks.push_back(r);
+      }
+    }
   }
 
   /// Because of whom the wait has ended, of which the group's end says as much where another rank
@@ -154,29 +215,35 @@ class ControlTalk : public LongWait {
     }
     mailbox_.look();
     for (auto& answer : mailbox_.questions().take_answers(*number_)) {
-      inquiry_.hear(answer.from, std::move(answer.waits_for), Clock::now(), answer.gave_up);
+      inquiry_.hear(answer.from, answer.waits_for, Clock::now(), answer.gave_up);
+      const int from = answer.from;
+      calls_.insert_or_assign(from, std::move(answer));
     }
   }
 
   Mailbox& mailbox_;
   const Membership& group_;
+  const FlightRecorder* recorder_;
   int self_;
   Deadline asks_at_;
   Inquiry inquiry_;
   std::optional<std::uint32_t> number_;  // of the inquiry, once it has begun
   std::map<std::pair<int, std::uint32_t>, QuestionBox::Question> answered_;
+  std::map<int, QuestionBox::Answer> calls_;  // what each said last
   std::vector<int> gave_up_on_;
 };
 
 /// `ControlPlane::begin_long_wait`: asks in the last eighth of the limit.
 [[nodiscard]] inline std::unique_ptr<LongWait> begin_talk(Mailbox& mailbox, const Membership& group,
+                                                          const FlightRecorder* recorder,
                                                           const LimitedWait& time,
                                                           std::chrono::milliseconds limit) noexcept
     try {
   const bool has_peers = group.size() > 1 && limit > std::chrono::milliseconds(0);
-  return has_peers ? std::make_unique<ControlTalk>(mailbox, group, time.deadline() - limit / 8,
-                                                   Clock::duration(limit) / 16)
-                   : nullptr;
+  return has_peers
+             ? std::make_unique<ControlTalk>(mailbox, group, recorder, time.deadline() - limit / 8,
+                                             Clock::duration(limit) / 16)
+             : nullptr;
 } catch (const std::exception&) {
   return nullptr;
 }

@@ -95,8 +95,8 @@ class ControlWait {
     }
   }
 
-  /// Throws `TimeoutError` where ranks are missing, naming those at fault, unless one has said
-  /// better why they are.
+  /// Where ranks are missing throws `TimeoutError` naming those at fault, or `SymmetryError` where
+  /// ranks wait for each other in calls that differ, unless one has said better why they are.
   void fail_if_missing(const FrameTrailer& trailer) {
     if (!missing_.empty()) {
       mailbox_.look();
@@ -131,7 +131,7 @@ class ControlWait {
       }
       notice_.say(now, [&] { return missing_text(missing(), trailer); });
       if (talk_ == nullptr && !is_late) {
-        talk_ = begin_talk(mailbox_, group_, time_, limit_);
+        talk_ = begin_talk(mailbox_, group_, recorder_, time_, limit_);
       }
       if (talk_ != nullptr) {
         talk_->look(missing);

@@ -303,6 +303,8 @@ class FlightRecorder {
     const auto record = open == 0 ? std::nullopt : TraceRing::at(own_->records, open);
     return record ? describe_record(*own_, *record) : "";
   }
+  /// The same with what the ranks compare of it, launches of graphs included.
+  [[nodiscard]] std::optional<OpenCall> call_to_compare() const { return open_call_in(*own_); }
   /// The ranks of this machine that have not come as far as this one, and what each did last:
   /// "rank 1 has not come to all_reduce #57; its last call is all_gather #56". "" where none is
   /// behind.

@@ -57,6 +57,9 @@ struct Fault {
   std::vector<int> elsewhere = {};  ///< Of no rank of the group: those for whom its ranks wait.
   std::string home = {};            ///< The group whose numbers these are.
   bool in_world = false;            ///< Whether that is the one of which this group is a part.
+  /// In which calls all of them wait for each other, where these differ; then `ranks` are those
+  /// that are not with most, and the others are in these words alone.
+  std::string difference = {};
 };
 
 /// Of a wait that is over because of ranks of other groups, at least.
@@ -72,12 +75,19 @@ class LateElsewhere : public TimeoutError {
   std::vector<int> elsewhere_;
 };
 
-/// What a rank throws whose wait for `missing` is over.
+/// What a rank throws whose wait for `missing` is over: `TimeoutError`, or `SymmetryError` where
+/// the calls differ.
 /// @param place   Where they were to come to.
 /// @param within  How long that had.
 [[nodiscard]] inline std::exception_ptr late_error(std::string_view place, std::string_view within,
                                                    const std::vector<int>& missing,
                                                    const Fault& fault) {
+  if (!fault.difference.empty()) {
+    return std::make_exception_ptr(
+        SymmetryError(fmt::format("{}: ranks waited for each other for {} in calls that differ: {}",
+                                  place, within, fault.difference),
+                      fault.ranks));
+  }
   std::string who = fault.ranks.empty() ? "" : "rank " + joined(fault.ranks, ", ");
   if (!fault.elsewhere.empty()) {
     who += fmt::format("{}rank {} of group {}", who.empty() ? "" : " and ",

@@ -30,7 +30,7 @@ class Inquiry {
   /// found.
   [[nodiscard]] std::vector<int> whom_to_ask(const std::vector<int>& missing, Deadline now) {
     std::vector<int> due;
-    for (const int r : concerned(missing)) {
+    for (const int r : chain(missing)) {
       const auto [found, is_new] = asked_.try_emplace(r);
       Asked& asked = found->second;
       if (asked.may_be_asked_at <= now) {
@@ -59,12 +59,31 @@ class Inquiry {
 
   /// Whether all have been asked, and have answered or had the time to.
   [[nodiscard]] bool is_settled(const std::vector<int>& missing, Deadline now) const {
-    const std::vector<int> ranks = concerned(missing);
+    const std::vector<int> ranks = chain(missing);
     return std::all_of(ranks.begin(), ranks.end(), [&](int r) {
       const auto asked = asked_.find(r);
       return asked != asked_.end() &&
              (!asked->second.waits_for.empty() || now - asked->second.at > patience_);
     });
+  }
+
+  /// `missing` and those for whom they wait, as far as it is known.
+  [[nodiscard]] std::vector<int> chain(const std::vector<int>& missing) const {
+    std::vector<int> ranks;
+    const auto add = [&](const std::vector<int>& some) {
+      for (const int r : some) {
+        if (r != self_ && std::find(ranks.begin(), ranks.end(), r) == ranks.end()) {
+          ranks.push_back(r);
+        }
+      }
+    };
+    add(missing);
+    for (std::size_t i = 0; i < ranks.size(); ++i) {
+      if (const auto asked = asked_.find(ranks[i]); asked != asked_.end()) {
+        add(asked->second.waits_for);
+      }
+    }
+    return ranks;
   }
 
   /// Nothing for a rank that is in no wait.
@@ -84,25 +103,6 @@ class Inquiry {
     bool is_open = false;  ///< It has not answered yet.
     std::vector<int> waits_for = {};
   };
-
-  /// The chain as far as it is known.
-  [[nodiscard]] std::vector<int> concerned(const std::vector<int>& missing) const {
-    std::vector<int> ranks;
-    const auto add = [&](const std::vector<int>& some) {
-      for (const int r : some) {
-        if (r != self_ && std::find(ranks.begin(), ranks.end(), r) == ranks.end()) {
-          ranks.push_back(r);
-        }
-      }
-    };
-    add(missing);
-    for (std::size_t i = 0; i < ranks.size(); ++i) {
-      if (const auto asked = asked_.find(ranks[i]); asked != asked_.end()) {
-        add(asked->second.waits_for);
-      }
-    }
-    return ranks;
-  }
 
   int self_;
   Clock::duration patience_;

@@ -176,7 +176,7 @@ class MessageControlPlane : public ControlPlane {
 
   [[nodiscard]] std::unique_ptr<detail::LongWait> begin_long_wait(
       const detail::LimitedWait& time, std::chrono::milliseconds limit) noexcept override {
-    return detail::begin_talk(*mailbox_, group_, time, limit);
+    return detail::begin_talk(*mailbox_, group_, recorder(), time, limit);
   }
 
   std::unique_ptr<ControlPlane> subgroup(std::span<const int> ranks, std::uint64_t generation,

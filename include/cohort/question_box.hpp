@@ -1,19 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "cohort/control_frame.hpp"
 #include "cohort/messenger.hpp"
 #include "cohort/owner_process.hpp"
+#include "cohort/ring_reading.hpp"
 
 /// \file
 /// What ranks ask each other during long waits, and what they answer: `Inquiry` decides whom.
@@ -31,25 +36,50 @@ class QuestionBox {
     int from = 0;
     FrameTrailer trailer;
   };
-  /// For whom a rank waits, in the messenger; for nobody any more where that is empty.
+  /// For whom a rank waits, in the messenger; for nobody any more where that is empty. In which
+  /// call it says as well, so that ranks which wait for each other find out where these differ.
   struct Answer {
     int from = 0;
     std::vector<int> waits_for;
-    bool gave_up = false;  ///< It waits no more, because they did not come.
+    bool gave_up = false;               ///< It waits no more, because they did not come.
+    std::uint64_t channel = 0;          ///< In which group.
+    std::optional<OpenCall> call = {};  ///< In which call, where that is known.
 
     [[nodiscard]] Bytes serialize() const {
-      std::vector<std::int32_t> words{gave_up ? 1 : 0};
-      words.insert(words.end(), waits_for.begin(), waits_for.end());
-      const auto bytes = std::as_bytes(std::span(words));
-      return {bytes.begin(), bytes.end()};
+      const OpenCall open = call.value_or(OpenCall{});
+      const std::array<std::uint64_t, 5> head{gave_up ? 1U : 0U, waits_for.size(), channel,
+                                              open.number, open.signature};
+      Bytes out;
+      const auto add = [&out](const auto& values) {
+        const auto bytes = std::as_bytes(std::span(values));
+        out.insert(out.end(), bytes.begin(), bytes.end());
+      };
+      add(head);
+      add(waits_for);
+      add(open.text);
+      return out;
     }
+    /// What is no answer is one of a rank that waits for nobody.
     [[nodiscard]] static Answer deserialize(int from, std::span<const std::byte> in) {
-      std::vector<std::int32_t> words(in.size() / sizeof(std::int32_t));
-      if (words.empty()) {
+      std::array<std::uint64_t, 5> head{};
+      if (in.size() < sizeof(head)) {
         return {from, {}};
       }
-      std::memcpy(words.data(), in.data(), words.size() * sizeof(std::int32_t));
-      return {from, std::vector<int>(words.begin() + 1, words.end()), words.front() != 0};
+      std::memcpy(head.data(), in.data(), sizeof(head));
+      in = in.subspan(sizeof(head));
+      Answer answer{from,
+                    std::vector<int>(std::min<std::uint64_t>(head[1], in.size() / sizeof(int))),
+                    head[0] != 0, head[2]};
+      const std::size_t bytes = answer.waits_for.size() * sizeof(int);
+      if (bytes > 0) {
+        std::memcpy(answer.waits_for.data(), in.data(), bytes);
+      }
+      in = in.subspan(bytes);
+      if (!in.empty()) {
+        answer.call = OpenCall{head[3], static_cast<std::uint32_t>(head[4]),
+                               std::string(reinterpret_cast<const char*>(in.data()), in.size())};
+      }
+      return answer;
     }
   };
 

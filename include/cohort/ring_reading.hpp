@@ -35,6 +35,25 @@ namespace cohort {
   return text;
 }
 
+/// The call that a rank's host is in, as ranks compare it that wait for each other.
+struct OpenCall {
+  std::uint64_t number = 0;     ///< Among those that all ranks make; 0 for one of a pair.
+  std::uint32_t signature = 0;  ///< Of what has to be equal on all ranks.
+  std::string text = {};        ///< `describe_record`.
+};
+
+/// Nothing where it is in none. On the host a graph runs within its launch.
+[[nodiscard]] inline std::optional<OpenCall> open_call_in(const TraceRing& ring) {
+  const std::uint64_t open = TraceRing::load(ring.open);
+  const std::uint64_t sequence = open != 0 ? open : TraceRing::load(ring.calls);
+  const auto record = sequence != 0 ? TraceRing::at(ring.records, sequence) : std::nullopt;
+  if (!record || (open == 0 && record->call != TraceCall::launch)) {
+    return std::nullopt;
+  }
+  return OpenCall{TraceRing::full_number(TraceRing::load(ring.numbered), *record),
+                  record->signature, describe_record(ring, *record)};
+}
+
 /// Whether the process that writes a ring is known to have ended.
 [[nodiscard]] inline bool writer_ended(const TraceRing& ring) {
   return ring.process_namespace == pid_namespace() &&

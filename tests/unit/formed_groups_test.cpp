@@ -180,6 +180,54 @@ TEST_CASE("behind a rank that does not come each group names it, and none that w
       std::chrono::milliseconds(1'000));
 }
 
+TEST_CASE("calls that differ are found where ranks wait for each other by different means",
+          "[state]") {
+  const int n = GENERATE(2, 3);
+  const bool mapped = GENERATE(true, false);
+  const bool replayed = GENERATE(false, true);  // by those that reduce
+  run_ranks(
+      n,
+      [&](ControlPlane& world) {
+        const HostOptions options{.machine = mapped ? "one" : std::to_string(world.rank())};
+        auto state = make_state(world, {.tp = n}, {.backend = host_backend(options)});
+        auto& tp = state.tp();
+        const Tensor x = state.backend().allocate({4}, DType::f32, {});
+        fill(x, 0);
+        HostStream stream;
+        auto graph = state.capture(stream, [&] { tp.all_reduce(x, stream); });
+        const auto call = [&] {
+          if (world.rank() == n - 1 && mapped) {
+            tp.reserve(64 << 20);
+          } else if (world.rank() == n - 1) {
+            tp.shutdown();
+          } else if (replayed) {
+            graph.launch(stream);
+          } else {
+            tp.all_reduce(x);
+          }
+        };
+        check_blames(n - 1, call, "of group tp[0]", "in calls that differ",
+                     replayed ? "in launch #" : "in all_reduce #",
+                     fmt::format("rank {} in agreement #", n - 1),
+                     mapped ? "reservation in arena tp[0]" : "shutdown of the group");
+        check(tp.failed(), "the group has ended");
+      },
+      std::chrono::milliseconds(2'000));
+}
+
+TEST_CASE("ranks that wait for messages of each other are late, and name each other", "[state]") {
+  const bool mapped = GENERATE(true, false);
+  run_ranks(
+      2,
+      [&](ControlPlane& world) {
+        const HostOptions options{.machine = mapped ? "one" : std::to_string(world.rank())};
+        auto state = make_state(world, {.tp = 2}, {.backend = host_backend(options)});
+        const Tensor x = state.backend().allocate({4}, DType::f32, {});
+        check_throws<TimeoutError>([&] { state.tp().recv(x, 1 - world.rank()); }, "did not arrive");
+      },
+      std::chrono::milliseconds(1'000));
+}
+
 TEST_CASE("whoever waits for ranks that leave behind a difference throws the same", "[state]") {
   const bool mapped = GENERATE(true, false);
   const bool in_world = GENERATE(true, false);

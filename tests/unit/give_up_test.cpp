@@ -93,6 +93,11 @@ TEST_CASE("a wait that is over names those at fault, of other groups too, and wh
   CHECK(in_tp.ranks == std::vector{1});
   CHECK_THROWS_MATCHES(in_tp.raise("wait", "tp[1]"), TimeoutError,
                        says("group tp[1]: behind a failure in group pp[0] of rank 3 of the world"));
+  const detail::Fault unlike{.ranks = {1}, .difference = "rank 0 in barrier #4, rank 1 in recv"};
+  CHECK_THROWS_MATCHES(std::rethrow_exception(late({1}, unlike)), SymmetryError,
+                       says("step 4 of group pp[0]: ranks waited for each other for 20 ms in "
+                            "calls that differ: rank 0 in barrier #4, rank 1 in recv"));
+  CHECK(detail::GiveUp::because(late({1}, unlike), 0).ranks == std::vector{1});
   // Numbers of another group than the world are words only.
   CHECK(detail::GiveUp::because(late({1}, {{}, {3}, "all", false}), 0).world.empty());
 }

@@ -314,7 +314,7 @@ TEST_CASE("questions, answers and notices of other ranks go to their places, and
   Post post;
   const std::uint32_t number = post.mailbox.questions().begin_inquiry();
   post.messenger->deliver(1, {7, ControlCall::asks, 3}, 0);
-  post.messenger->deliver(1, {7, ControlCall::waits, number}, 2 * sizeof(int));
+  post.messenger->deliver(1, {7, ControlCall::waits, number}, 5 * sizeof(std::uint64_t));
   post.mailbox.look();
   const auto questions = post.mailbox.questions().take_questions(7);
   REQUIRE(questions.size() == 1);
@@ -323,7 +323,7 @@ TEST_CASE("questions, answers and notices of other ranks go to their places, and
   const auto answers = post.mailbox.questions().take_answers(number);
   REQUIRE(answers.size() == 1);
   CHECK(answers.front().from == 1);
-  CHECK(answers.front().waits_for == std::vector{0});
+  CHECK(answers.front().waits_for.empty());
   CHECK(post.mailbox.held() == 0);
   post.messenger->deliver(2, {7, ControlCall::gave_up, 5}, 4);
   post.mailbox.look();

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/question_box.hpp"
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -45,7 +47,8 @@ TEST_CASE("answers are kept while their inquiry goes on") {
   const std::uint32_t other = box.begin_inquiry();
   box.store_answer(1, number, QuestionBox::Answer{1, {4, 3}}.serialize());
   box.store_answer(2, number, Bytes(0));  // no answer, as little as one of a rank that waits
-  box.store_answer(3, number, QuestionBox::Answer{3, {2}, true}.serialize());
+  box.store_answer(3, number,
+                   QuestionBox::Answer{3, {2}, true, 9, OpenCall{5, 6, "barrier #5"}}.serialize());
   box.store_answer(2, other + 1, Bytes(sizeof(int)));
   CHECK(box.take_answers(other).empty());
   const auto answers = box.take_answers(number);
@@ -53,10 +56,19 @@ TEST_CASE("answers are kept while their inquiry goes on") {
   CHECK(answers[0].from == 1);
   CHECK(answers[0].waits_for == std::vector{4, 3});
   CHECK_FALSE(answers[0].gave_up);
+  CHECK_FALSE(answers[0].call);
   CHECK(answers[1].from == 2);
   CHECK(answers[1].waits_for.empty());
   CHECK(answers[2].waits_for == std::vector{2});
   CHECK(answers[2].gave_up);
+  CHECK(answers[2].channel == 9);
+  REQUIRE(answers[2].call);
+  CHECK(answers[2].call->number == 5);
+  CHECK(answers[2].call->signature == 6);
+  CHECK(answers[2].call->text == "barrier #5");
+  Bytes wild = QuestionBox::Answer{1, {4}}.serialize();
+  std::fill(wild.begin() + 8, wild.begin() + 16, std::byte{0x7f});  // of how many it speaks
+  CHECK(QuestionBox::Answer::deserialize(1, wild).waits_for == std::vector{4});
   box.end_inquiry(number);
   box.store_answer(1, number, Bytes(sizeof(int)));
   CHECK(box.take_answers(number).empty());

@@ -38,6 +38,24 @@ struct Written {
 
 }  // namespace
 
+TEST_CASE("the call to compare is the open one, or the launch that runs", "[ring_reading]") {
+  const Written one;
+  CHECK_FALSE(open_call_in(*one.ring));
+  one.add(TraceCall::all_gather);
+  CHECK_FALSE(open_call_in(*one.ring));  // it has ended
+  one.ring->open = 1;
+  const auto open = open_call_in(*one.ring);
+  REQUIRE(open);
+  CHECK(open->number == 1);
+  CHECK(open->text == "all_gather #1");
+  one.add(TraceCall::recv, false);
+  one.ring->open = 2;
+  CHECK(open_call_in(*one.ring)->number == 0);
+  one.ring->open = 0;
+  one.add(TraceCall::launch);
+  CHECK(open_call_in(*one.ring)->text == "launch #2");
+}
+
 TEST_CASE("a record is told by its call, its number and its note", "[ring_reading]") {
   const Written one;
   const auto last = [&one] {
