@@ -61,12 +61,7 @@ void check_aligned(std::string_view argument, const BasicTensorView<Void>& x) {
 template <class Void>
 void check_on_device(std::string_view argument, const Caller& caller, Device device,
                      const BasicTensorView<Void>& x) {
-  if (!is_dtype(x.dtype())) {
-    detail::refuse([&] {
-      return fmt::format("{}: expected an element type, got number {}", argument,
-                         static_cast<int>(x.dtype()));
-    });
-  }
+  check_dtype(argument, x.dtype());
   check_aligned(argument, x);
   if (x.device() != device) {
     detail::refuse([&, argument] {
@@ -227,6 +222,7 @@ void check_divisible(std::string_view argument, const BasicTensorView<Void>& x, 
                          sizes[static_cast<std::size_t>(caller.rank)], dim, to_string(x.shape()));
     });
   }
+  static_cast<void>(numel(shape, "all_gather x of all ranks"));
   return shape;
 }
 
@@ -252,9 +248,7 @@ struct StepRoom {
   std::size_t scratch = 0;          ///< Most bytes of input and output of one call.
 
   /// Adds a block of that shape.
-  void add_block(const Dims& shape, DType dtype) {
-    blocks.push_back(static_cast<std::size_t>(numel(shape)) * size_of(dtype));
-  }
+  void add_block(const Dims& shape, DType dtype) { blocks.push_back(bytes_of(shape, dtype)); }
 
   /// Bytes in one piece that suffice for eager steps of up to these blocks, and for one graph, or
   /// graphs of one pool, besides. What an eager step leaves alive is released before the next eager
@@ -285,7 +279,14 @@ struct StepRoom {
         return fmt::format("reserve_for_calls widest: expected >= 0, got {}", call.widest);
       });
     }
-    static_cast<void>(numel(call.shape));  // throws for one that cannot be
+    check_dtype("reserve_for_calls dtype", call.dtype);
+    if (call.collective > Collective::all_reduce_rms_norm) {
+      detail::refuse([&] {
+        return fmt::format("reserve_for_calls collective: expected one, got number {}",
+                           static_cast<int>(call.collective));
+      });
+    }
+    static_cast<void>(numel(call.shape, "reserve_for_calls shape"));
     Dims in = call.shape;
     Dims out = in;
     const bool moves = call.collective == Collective::all_gather ||
@@ -300,8 +301,9 @@ struct StepRoom {
       }
       if (call.collective == Collective::all_gather) {
         in[dim] = std::max(in[dim], call.widest);
-        static_cast<void>(numel(in));
-        out[dim] = in[dim] * size;
+        static_cast<void>(numel(in, "reserve_for_calls widest"));
+        out[dim] = numel({in[dim], size}, "reserve_for_calls shape of all ranks");
+        static_cast<void>(numel(out, "reserve_for_calls shape of all ranks"));
       } else if (call.collective == Collective::reduce_scatter && call.widest > 0) {
         out[dim] = call.widest;
       } else if (in[dim] % size != 0) {

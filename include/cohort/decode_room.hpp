@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string_view>
 #include <utility>
 
 #include "cohort/collective_arguments.hpp"
@@ -54,7 +55,7 @@ struct BlockParts {
   }
   /// A part of that shape.
   [[nodiscard]] constexpr std::size_t add(const Dims& shape, DType dtype) {
-    return add(static_cast<std::size_t>(numel(shape)) * size_of(dtype));
+    return add(bytes_of(shape, dtype));
   }
 };
 
@@ -107,10 +108,22 @@ class DecodeRoom {
           shape.result == MergeResult::by_token ? " with a query" : "", shape.batch, shape.heads,
           shape.latent, shape.rope, shape.value, shape.tokens, to_string(shape.dtype)));
     }
-    for (const auto extent : {shape.latent, shape.rope, shape.value}) {
-      static_cast<void>(numel({ranks, shape.batch, shape.heads, extent}));  // throws on overflow
+    check_dtype("reserve_for query_dtype", shape.query_dtype.value_or(shape.dtype));
+    check_dtype("reserve_for rope_dtype", shape.rope_dtype.value_or(shape.dtype));
+    if (shape.result > MergeResult::replicated) {
+      throw UsageError(
+          fmt::format("reserve_for result: expected by_head, by_token or replicated, got number {}",
+                      static_cast<int>(shape.result)));
     }
-    static_cast<void>(numel({shape.batch, shape.heads, query_row_bytes()}));
+    const auto check_extent = [&](std::int64_t extent, std::string_view argument) {
+      // In bytes of the largest type, so that sums of them do not overflow.
+      static_cast<void>(numel({ranks, shape.batch, shape.heads, extent, 8}, argument));
+    };
+    check_extent(shape.latent, "reserve_for batch, heads and latent, of all ranks in bytes");
+    check_extent(shape.rope, "reserve_for batch, heads and rope, of all ranks in bytes");
+    check_extent(shape.value, "reserve_for batch, heads and value, of all ranks in bytes");
+    static_cast<void>(numel({shape.batch, shape.heads, query_row_bytes()},
+                            "reserve_for batch, heads, latent and rope, in bytes"));
   }
 
   /// The blocks of a step, as the calls of the group allocate them.

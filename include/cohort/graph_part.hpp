@@ -73,7 +73,7 @@ class GraphPart : public CaptureMemory, public std::enable_shared_from_this<Grap
 
   [[nodiscard]] Tensor empty(const Dims& shape, DType dtype, StreamRef stream,
                              CaptureId capture) override {
-    const std::size_t bytes = static_cast<std::size_t>(numel(shape)) * size_of(dtype);
+    const std::size_t bytes = bytes_of(shape, dtype);
     arena_->enter();
     auto& blocks = held_->blocks;
     auto block = blocks.allocate(bytes);

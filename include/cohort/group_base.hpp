@@ -411,7 +411,7 @@ class GroupBase {
   void reserve_inbox(Transport& transport, std::span<const CollectiveShape> calls) const {
     std::size_t most = 0;
     for (const auto& call : calls) {
-      const std::size_t bytes = static_cast<std::size_t>(numel(call.shape)) * size_of(call.dtype);
+      const std::size_t bytes = bytes_of(call.shape, call.dtype);
       const bool gathers = call.collective == Collective::all_gather;
       if (call.widest == 0) {
         const std::size_t row =

@@ -39,7 +39,10 @@ struct QueryParts {
     check_on_device("gather_query q_nope", caller, device, nope);
     check_on_device("gather_query q_pe", caller, device, pe);
     check_alike("gather_query q_pe", pe, nope, {nope.size(0), nope.size(1), pe.size(2)});
-    return {nope.size(0), nope.size(1) * caller.size, nope.size(2) + pe.size(2)};
+    const Dims shape{nope.size(0), numel({nope.size(1), caller.size}, "gather_query heads"),
+                     nope.size(2) + pe.size(2)};
+    static_cast<void>(numel(shape, "gather_query q"));
+    return shape;
   }
 
   /// Throws unless the query of all ranks can be written into `q`.
@@ -60,6 +63,7 @@ struct QueryParts {
       throw UsageError(
           fmt::format("{}: expected {}, got {}", argument, shape, to_string(part.shape())));
     }
+    check_dtype(argument, part.dtype());
     check_aligned(argument, part);  // while its type is known
     check_rows(argument, part);
   }

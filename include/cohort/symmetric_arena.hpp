@@ -411,7 +411,7 @@ inline Tensor SymmetricArena::empty(const Dims& shape, DType dtype, StreamRef st
         "the graph would not keep its memory",
         name_));
   }
-  const std::size_t bytes = static_cast<std::size_t>(numel(shape)) * size_of(dtype);
+  const std::size_t bytes = bytes_of(shape, dtype);
   const auto block = allocate(bytes, stream);
   const TensorView view(segments_.address(blocks_.space().offset(block)), dtype, shape,
                         backend().device());

@@ -38,8 +38,8 @@ class Dims {
   /// Throws `UsageError` for more than `kMaxDims`.
   constexpr explicit Dims(std::span<const std::int64_t> values) {
     if (values.size() > static_cast<std::size_t>(kMaxDims)) {
-      throw UsageError(fmt::format("a tensor has {} dimensions; at most {} are supported",
-                                   values.size(), kMaxDims));
+      throw UsageError(
+          fmt::format("dims: expected at most {} dimensions, got {}", kMaxDims, values.size()));
     }
     for (const auto value : values) {
       values_[static_cast<std::size_t>(size_++)] = value;
@@ -66,7 +66,8 @@ class Dims {
   /// The list with one more in front. Throws `UsageError` where it has `kMaxDims` already.
   [[nodiscard]] constexpr Dims behind(std::int64_t value) const {
     if (size_ == kMaxDims) {
-      throw UsageError(fmt::format("a tensor has at most {} dimensions", kMaxDims));
+      throw UsageError(fmt::format("dims: expected fewer than {} to put another in front, got {}",
+                                   kMaxDims, size_));
     }
     Dims longer;
     longer.values_[0] = value;
@@ -99,13 +100,26 @@ class Dims {
   return fmt::format("({})", detail::joined(dims, ","));
 }
 
-/// Product of the extents. Throws `UsageError` on a negative extent or one that overflows.
-[[nodiscard]] constexpr std::int64_t numel(const Dims& shape) {
+/// Throws `UsageError` naming `argument` for what is no element type.
+constexpr void check_dtype(std::string_view argument, DType dtype) {
+  if (!is_dtype(dtype)) {
+    detail::refuse([=] {
+      return fmt::format("{}: expected an element type, got number {}", argument,
+                         static_cast<int>(dtype));
+    });
+  }
+}
+
+/// Product of the extents. Throws `UsageError` naming `argument` on a negative extent, and where
+/// the product of those that are not 0 is 2^59 or more.
+[[nodiscard]] constexpr std::int64_t numel(const Dims& shape, std::string_view argument = "shape") {
   std::int64_t product = 1;
   bool empty = false;
   for (const auto extent : shape) {
     if (extent < 0) {
-      throw UsageError(fmt::format("a tensor has the negative extent {}", extent));
+      detail::refuse([&] {
+        return fmt::format("{}: expected extents >= 0, got {}", argument, to_string(shape));
+      });
     }
     if (extent == 0) {
       empty = true;
@@ -114,19 +128,28 @@ class Dims {
     // No division: every call of a group makes views.
     if (__builtin_mul_overflow(product, extent, &product) ||
         product > std::numeric_limits<std::int64_t>::max() / 16) {
-      throw UsageError("a tensor's element count overflows");
+      detail::refuse([&] {
+        return fmt::format("{}: expected fewer than 2^59 elements, got {}", argument,
+                           to_string(shape));
+      });
     }
   }
   return empty ? 0 : product;
 }
 
-/// Strides of a row-major tensor without gaps.
+/// Bytes of a tensor without gaps. Throws as `numel`, and for what is no element type.
+[[nodiscard]] constexpr std::size_t bytes_of(const Dims& shape, DType dtype) {
+  check_dtype("dtype", dtype);
+  return static_cast<std::size_t>(numel(shape)) * size_of(dtype);
+}
+
+/// Strides of a row-major tensor without gaps; of a shape that `numel` refuses any.
 [[nodiscard]] constexpr Dims contiguous_strides(const Dims& shape) noexcept {
   Dims strides = shape;
-  std::int64_t step = 1;
+  std::uint64_t step = 1;  // which may wrap
   for (int i = shape.size() - 1; i >= 0; --i) {
-    strides[i] = step;
-    step *= shape[i] > 0 ? shape[i] : 1;
+    strides[i] = static_cast<std::int64_t>(step);
+    step *= static_cast<std::uint64_t>(shape[i] > 0 ? shape[i] : 1);
   }
   return strides;
 }
@@ -267,9 +290,10 @@ class BasicTensorView {
   }
 
   /// The same bytes as elements of another type, like torch's `view(dtype)`: the last dimension
-  /// counts the new elements. Throws `UsageError` where it has gaps, or the memory, a row or a step
-  /// between rows is not a whole number of new elements.
+  /// counts the new elements. Throws `UsageError` for what is no type, and where it has gaps, or
+  /// the memory, a row or a step between rows is not a whole number of new elements.
   [[nodiscard]] BasicTensorView reinterpret(DType dtype) const {
+    check_dtype("reinterpret dtype", dtype);
     const auto from = static_cast<std::int64_t>(size_of(dtype_));
     const auto to = static_cast<std::int64_t>(size_of(dtype));
     const int last = ndim() - 1;

@@ -127,5 +127,18 @@ TEST_CASE("the room of calls counts their results and what they pack", "[argumen
   refused({.collective = Collective::all_reduce_rms_norm, .shape = {3}}, "[B, hidden]");
   refused({.collective = Collective::all_gather, .shape = {3}, .dim = 1}, "dim");
   refused({.collective = Collective::all_gather, .shape = {3}, .widest = -1}, "widest");
-  CHECK_THROWS_AS(room_of(std::vector<CollectiveShape>{{.shape = {-1}}}, 2), UsageError);
+  refused({.shape = {-1}}, "reserve_for_calls shape: expected extents >= 0, got (-1)");
+  constexpr std::int64_t kMany = std::int64_t{1} << 58;
+  refused({.shape = {kMany, 2}}, "reserve_for_calls shape: expected fewer than 2^59 elements");
+  refused({.shape = {1, 8}, .widest = kMany}, "reserve_for_calls widest");
+  refused({.shape = {kMany}}, "reserve_for_calls shape of all ranks");
+  refused({.shape = {4}, .dtype = static_cast<DType>(99)}, "reserve_for_calls dtype");
+  refused({.collective = static_cast<Collective>(9), .shape = {4}}, "reserve_for_calls collective");
+}
+
+TEST_CASE("what is gathered must have a size as well", "[arguments]") {
+  const std::vector<std::int64_t> sizes{std::int64_t{1} << 58, std::int64_t{1} << 58};
+  const ConstTensorView x(nullptr, DType::f32, {0, sizes[0]});
+  CHECK_THROWS_MATCHES(gathered_shape(x, {"tp[0]", 0, 2}, sizes, 1), UsageError,
+                       says("all_gather x of all ranks: expected fewer than 2^59 elements"));
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/decode_room.hpp"
 
+#include <limits>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -137,8 +138,17 @@ TEST_CASE("shapes that cannot be are refused", "[dcp]") {
   CHECK_THROWS_MATCHES(room({.batch = 1, .dtype = DType::i8}), UsageError, says("i8"));
   constexpr std::int64_t kMany = std::int64_t{1} << 40;
   CHECK_THROWS_MATCHES(room({.batch = kMany, .heads = 1 << 21, .value = 512}), UsageError,
-                       says("overflow"));
+                       says("reserve_for batch, heads and latent", "2^59"));
   CHECK_THROWS_MATCHES(room({.batch = kMany, .heads = 1 << 21, .latent = 512}), UsageError,
-                       says("overflow"));
+                       says("reserve_for batch, heads and latent", "2^59"));
+  CHECK_THROWS_MATCHES(room({.rope = std::numeric_limits<std::int64_t>::max()}), UsageError,
+                       says("reserve_for batch, heads and rope", "2^59"));
+  const auto no_type = static_cast<DType>(99);
+  CHECK_THROWS_MATCHES(room({.query_dtype = no_type}), UsageError,
+                       says("reserve_for query_dtype", "number 99"));
+  CHECK_THROWS_MATCHES(room({.rope_dtype = no_type}), UsageError,
+                       says("reserve_for rope_dtype", "number 99"));
+  CHECK_THROWS_MATCHES(room({.result = static_cast<MergeResult>(9)}), UsageError,
+                       says("reserve_for result", "number 9"));
   CHECK(room({}).scratch == 0);
 }

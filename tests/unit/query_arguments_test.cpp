@@ -66,6 +66,12 @@ TEST_CASE("parts that make no query are named", "[dcp]") {
   refused(nope, crooked, "gather_query q_pe", "a multiple of 4 bytes");
   refused(crooked, half, "gather_query q_nope", "a multiple of 4 bytes");
   refused(half, crooked, "gather_query q_pe", "a multiple of 4 bytes");
+  const TensorView no_type(nope.data(), static_cast<DType>(99), {2, 2, 4});
+  refused(no_type, pe, "gather_query q_nope", "number 99");
+  refused(nope, no_type, "gather_query q_pe", "number 99");
+  const std::int64_t many = std::int64_t{1} << 57;
+  refused(TensorView(nullptr, DType::f32, {0, many, 1}),
+          TensorView(nullptr, DType::f32, {0, many, 1}), "gather_query q", "2^59");
   const Device elsewhere{DeviceKind::cuda, 0};
   const TensorView far(nope.data(), DType::f32, {2, 2, 8}, elsewhere);
   refused(far, pe, "gather_query q_nope", "group dcp[0]");

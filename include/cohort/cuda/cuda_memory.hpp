@@ -46,7 +46,7 @@ class CudaMemory : public std::enable_shared_from_this<CudaMemory> {
   /// capture of the stream the memory belongs to the captured graph as well and is not reused
   /// inside it. Throws `TransportError`.
   [[nodiscard]] Tensor allocate(const Dims& shape, DType dtype, StreamRef stream) {
-    const auto bytes = static_cast<std::size_t>(numel(shape)) * size_of(dtype);
+    const std::size_t bytes = bytes_of(shape, dtype);
     const Device device{DeviceKind::cuda, device_};
     if (bytes == 0) {
       return Tensor(TensorView(nullptr, dtype, shape, device), nullptr, 0);

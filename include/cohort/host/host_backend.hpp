@@ -149,7 +149,7 @@ class HostBackend final : public Backend {
   }
 
   [[nodiscard]] Tensor allocate(const Dims& shape, DType dtype, StreamRef stream) override {
-    const std::size_t bytes = static_cast<std::size_t>(numel(shape)) * size_of(dtype);
+    const std::size_t bytes = bytes_of(shape, dtype);
     std::shared_ptr<HostBuffer> buffer;
     try {
       buffer = std::make_shared<HostBuffer>(bytes);
