@@ -191,7 +191,7 @@ class Attendance {
                            .rank = group_.rank(),
                            .group = group_.name()},
                           fmt::format("the messenger, to which the ranks of the group are {}: {}",
-                                      joined(group_.members(), ", "), error.what()));
+                                      joined(group_.members(), ", "), error.detail()));
   }
 
   /// What this rank leaves with behind an error: what another said is passed on as it is.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -45,12 +46,25 @@ class TransportError : public Error {
 
   /// The message names the call, its code, the rank and the group of `site`, then `detail`.
   TransportError(Site site, const std::string& detail)
-      : Error(describe(site, detail)), site_(std::move(site)) {}
+      : TransportError(std::move(site), detail, {}) {}
+
+  /// What another rank said, which has told already where it happened: the message is `words`.
+  [[nodiscard]] static TransportError relayed(Site site, const std::string& words) {
+    return {std::move(site), {}, words};
+  }
 
   /// Where it happened.
   [[nodiscard]] const Site& site() const noexcept { return site_; }
+  /// The end of the message, which says why; all of what was relayed.
+  [[nodiscard]] const char* detail() const noexcept { return what() + before_detail_; }
 
  private:
+  TransportError(Site site, const std::string& detail, const std::string& words)
+      : Error(words.empty() ? describe(site, detail) : words),
+        site_(std::move(site)),
+        before_detail_(words.empty() ? std::char_traits<char>::length(what()) - detail.size() : 0) {
+  }
+
   static std::string describe(const Site& site, const std::string& detail) {
     std::string text = site.call + " failed with code " + std::to_string(site.native_code);
     if (!site.group.empty()) {
@@ -63,6 +77,7 @@ class TransportError : public Error {
   }
 
   Site site_;
+  std::size_t before_detail_;
 };
 
 /// The ranks of a group disagree about something that must be the same on all of them: the

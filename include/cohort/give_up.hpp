@@ -233,9 +233,11 @@ struct GiveUp {
       case Kind::timeout:
         throw TimeoutError(words, ranks);
       case Kind::transport:
-        throw TransportError(
+        throw TransportError::relayed(
             {.call = std::string(call), .native_code = native_code, .rank = finder, .group = group},
-            words);
+            words.find("group " + group) != std::string::npos
+                ? words
+                : fmt::format("group {}: {}", group, words));
       case Kind::symmetry:
         break;
     }

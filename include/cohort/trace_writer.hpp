@@ -86,17 +86,31 @@ class NoFileSizeSignal {
   bool was_pending_ = false;
 };
 
-/// Writes a file anew: who reads it sees the old one or all of the new, and nothing is left of what
-/// could not be finished. Throws `TransportError` where the system refuses.
+/// A file beside `path` that nobody else writes, whichever processes write there at once, with its
+/// name: "PATH.PROCESS-NUMBER.part". Errno where it is not open.
+inline UniqueFd open_unfinished(const std::string& path, std::string& name) {
+  static std::atomic<unsigned> files{0};
+  while (true) {  // another container's process may have this one's number
+    name = fmt::format("{}.{}-{}.part", path, ::getpid(), files.fetch_add(1));
+    UniqueFd file = os::open_file(name, O_WRONLY | O_CREAT | O_EXCL, 0644);
+    if (file || errno != EEXIST) {
+      return file;
+    }
+  }
+}
+
+/// Writes a file anew: who reads it sees the old one or all of the new, of several that are written
+/// at once the last, and nothing is left of what could not be finished. Throws `TransportError`
+/// where the system refuses.
 inline void replace_file(const std::string& path, std::string_view text) {
   const NoFileSizeSignal quiet;
-  const std::string unfinished = path + ".part";
+  std::string unfinished;
   const auto refused = [&](const char* call, int code) {
     ::unlink(unfinished.c_str());
     throw TransportError({.call = call, .native_code = code},
                          fmt::format("the trace {}: {}", path, os::error_text(call, code)));
   };
-  UniqueFd file = os::open_file(unfinished, O_WRONLY | O_CREAT | O_TRUNC, 0644);
+  UniqueFd file = open_unfinished(path, unfinished);
   if (!file) {
     refused("open", errno);
   }

@@ -51,3 +51,10 @@ expect 2 1 --backend nothing
 holds "--backend"
 expect 2 2 --bakend host
 holds "did you mean --backend?"
+
+# What cannot be written is said.
+timeout 60 "$mpirun" -n 1 bash -c 'exec "$0" --backend host --no-self-test >/dev/full' "$program" \
+  >"$output" 2>&1
+status=$?
+[[ $status == 1 ]] || fail "to a full device: status $status, expected 1"
+holds "cohort_info: the output cannot be written: No space left on device"

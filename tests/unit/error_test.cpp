@@ -10,6 +10,14 @@
 using namespace cohort;
 using cohort::test::says;
 
+namespace {
+
+std::string error_words() {
+  return "rank 1 gave up: send failed with code 3 on rank 1: broken pipe";
+}
+
+}  // namespace
+
 TEST_CASE("every exception is an Error, and an Error is a runtime_error", "[error]") {
   STATIC_REQUIRE(std::is_base_of_v<std::runtime_error, Error>);
   STATIC_REQUIRE(std::is_base_of_v<Error, ConfigError>);
@@ -46,10 +54,18 @@ TEST_CASE("a TransportError says which call failed, how and where", "[error]") {
       {.call = "ncclAllGather", .native_code = 3, .rank = 5, .group = "dcp1"}, "internal error");
   CHECK(std::string(error.what()) ==
         "ncclAllGather failed with code 3 in group dcp1 on rank 5: internal error");
+  CHECK(std::string(error.detail()) == "internal error");
   CHECK(error.site().call == "ncclAllGather");
   CHECK(error.site().native_code == 3);
   CHECK(error.site().rank == 5);
   CHECK(error.site().group == "dcp1");
+}
+
+TEST_CASE("what another rank said is said once", "[error]") {
+  const auto error = TransportError::relayed({.call = "wait", .native_code = 3}, error_words());
+  CHECK(std::string(error.what()) == error_words());
+  CHECK(std::string(error.detail()) == error_words());
+  CHECK(error.site().native_code == 3);
 }
 
 TEST_CASE("a TransportError without a group leaves group and rank out", "[error]") {

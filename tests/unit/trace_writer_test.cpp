@@ -4,6 +4,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <csignal>
 #include <cstdint>
@@ -160,6 +161,45 @@ TEST_CASE("what cannot be written leaves nothing, and what matters is in the log
   recorder->end(entry, {}, 0);
   CHECK(std::filesystem::is_empty(folder.path()));
   CHECK_THAT(said, contains("write: File too large", "rank 3 is in barrier #501 of group tp[0]"));
+}
+
+TEST_CASE("of writers of one path at once each succeeds, and the file is one of theirs",
+          "[trace_writer]") {
+  const Folder folder;
+  constexpr int kWriters = 4;
+  std::vector<std::string> texts;
+  for (int writer = 0; writer < kWriters; ++writer) {
+    texts.emplace_back(100'000U + static_cast<unsigned>(writer), static_cast<char>('a' + writer));
+  }
+  std::vector<std::string> refused(kWriters);
+  std::vector<std::thread> threads;
+  for (std::size_t writer = 0; writer < kWriters; ++writer) {
+    threads.emplace_back([&, writer] {
+      try {
+        for (int i = 0; i < 50; ++i) {
+          detail::replace_file(folder.file(), texts[writer]);
+        }
+      } catch (const TransportError& error) {
+        refused[writer] = error.what();
+      }
+    });
+  }
+  for (auto& thread : threads) {
+    thread.join();
+  }
+  CHECK(refused == std::vector<std::string>(kWriters));
+  CHECK(std::count(texts.begin(), texts.end(), folder.content()) == 1);
+  std::filesystem::remove(folder.file());
+  CHECK(std::filesystem::is_empty(folder.path()));
+  // What a process of another container left with this one's number is not written over.
+  std::string name;
+  const auto first = detail::open_unfinished(folder.file(), name);
+  const auto at = name.rfind('-') + 1;
+  const std::string next = name.substr(0, at) + std::to_string(std::stoi(name.substr(at)) + 1);
+  static_cast<void>(std::ofstream(next + ".part"));
+  detail::replace_file(folder.file(), texts[0]);
+  CHECK(folder.content() == texts[0]);
+  CHECK(std::filesystem::exists(next + ".part"));
 }
 
 TEST_CASE("a folder is made, and one that cannot be is refused at once", "[trace_writer]") {

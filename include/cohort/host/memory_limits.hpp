@@ -186,8 +186,8 @@ class CommitTurn {
 };
 
 struct CommitResult {
-  int error = 0;           ///< errno, or 0
-  std::uint64_t left = 0;  ///< where the error is ENOMEM: bytes that were left
+  int error = 0;                  ///< errno, or 0
+  std::uint64_t left = kNoLimit;  ///< where the error is ENOMEM: bytes that were left, if known
 };
 
 /// Takes `bytes` by `take(first, bytes) -> errno`, piece by piece, unless less is left than what is

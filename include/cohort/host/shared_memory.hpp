@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <fmt/format.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -69,6 +70,26 @@ static_assert(std::is_trivially_copyable_v<MemoryHandle>);
   return cookie;
 }
 
+namespace detail {
+
+/// What an error says of address space that did not suffice: the process's own limits, where it has
+/// some (setrlimit(2)).
+[[nodiscard]] inline std::string process_limits_text(int code) {
+  std::string text;
+  if (code == ENOMEM) {
+    for (const auto& [name, resource] :
+         {std::pair("RLIMIT_AS", RLIMIT_AS), std::pair("RLIMIT_DATA", RLIMIT_DATA)}) {
+      rlimit limit{};
+      if (::getrlimit(resource, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) {
+        text += fmt::format("{}{} is {} bytes", text.empty() ? "" : ", ", name, limit.rlim_cur);
+      }
+    }
+  }
+  return text.empty() ? text : fmt::format(" (of this process {})", text);
+}
+
+}  // namespace detail
+
 /// One mapping of a memory file, made or imported. Unmapped on destruction.
 class SharedMemory {
  public:
@@ -76,9 +97,10 @@ class SharedMemory {
       : fd_(std::move(fd)), bytes_(bytes), cookie_(cookie) {
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
     if (memory == MAP_FAILED) {
-      throw TransportError(
-          {.call = "mmap", .native_code = errno},
-          fmt::format("mapping a memory file of {} bytes: {}", bytes, std::strerror(errno)));
+      const int code = errno;
+      throw TransportError({.call = "mmap", .native_code = code},
+                           fmt::format("mapping a memory file of {} bytes: {}{}", bytes,
+                                       std::strerror(code), detail::process_limits_text(code)));
     }
     data_ = static_cast<std::byte*>(memory);
   }
@@ -209,7 +231,8 @@ class PrivateMemory {
   explicit PrivateMemory(std::size_t bytes) : bytes_(bytes) {
     void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) {
-      fail("mmap", {.error = errno});
+      const int code = errno;
+      fail("mmap", code, detail::process_limits_text(code));
     }
     data_ = static_cast<std::byte*>(memory);
     const auto result = detail::commit(bytes, [&](std::size_t first, std::size_t piece) {
@@ -217,7 +240,7 @@ class PrivateMemory {
     });
     if (result.error != 0) {
       munmap(data_, bytes_);
-      fail("madvise", result);
+      fail("madvise", result.error, detail::left_text(result));
     }
   }
   PrivateMemory(const PrivateMemory&) = delete;
@@ -232,10 +255,10 @@ class PrivateMemory {
   [[nodiscard]] std::size_t bytes() const noexcept { return bytes_; }
 
  private:
-  [[noreturn]] void fail(const char* call, const detail::CommitResult& result) const {
-    throw TransportError({.call = call, .native_code = result.error},
-                         fmt::format("allocating {} bytes: {}{}", bytes_,
-                                     std::strerror(result.error), detail::left_text(result)));
+  [[noreturn]] void fail(const char* call, int code, const std::string& more) const {
+    throw TransportError(
+        {.call = call, .native_code = code},
+        fmt::format("allocating {} bytes: {}{}", bytes_, std::strerror(code), more));
   }
 
   std::size_t bytes_;

@@ -14,9 +14,11 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "command_line/cli11.hpp"
+#include "command_line/command_line.hpp"
 #include "device.hpp"
 #include "machine_facts.hpp"
 #include "report.hpp"
@@ -151,6 +153,17 @@ Report make_report(ControlPlane& world, const Options& options) {
   return report;
 }
 
+/// False where it cannot be written, of which it speaks: the session ends in order all the same.
+bool print(const std::string& text) {
+  try {
+    tools::write_all(stdout, text);
+    return true;
+  } catch (const std::system_error& error) {
+    fmt::print(stderr, "cohort_info: {}\n", error.what());
+    return false;
+  }
+}
+
 }  // namespace
 }  // namespace cohort::info
 
@@ -165,9 +178,9 @@ int main(int argc, char** argv) {
       return status;
     }
     const info::Report report = info::make_report(mpi.world(), options);
-    if (prints) {
-      fmt::print("{}{}", options.json ? info::to_json(report) : info::to_text(report),
-                 options.json ? "\n" : "");
+    if (prints &&
+        !info::print(options.json ? info::to_json(report) + '\n' : info::to_text(report))) {
+      return EXIT_FAILURE;
     }
     return info::is_well(report) ? EXIT_SUCCESS : EXIT_FAILURE;
   } catch (const std::exception& error) {

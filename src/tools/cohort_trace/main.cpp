@@ -21,6 +21,7 @@
 
 #include "analysis.hpp"
 #include "command_line/cli11.hpp"
+#include "command_line/command_line.hpp"
 
 namespace {
 
@@ -52,9 +53,9 @@ Found files_at(const std::vector<std::string>& paths) {
       const std::string name = entry.path().filename().string();
       if (name.starts_with("cohort.rank") && name.ends_with(".json")) {
         names.push_back(entry.path());
-      } else if (name.starts_with("cohort.rank") && name.ends_with(".json.part")) {
+      } else if (name.starts_with("cohort.rank") && name.ends_with(".part")) {
         found.notes.push_back(
-            fmt::format("left out: {}: unfinished; its rank was stopped while it wrote",
+            fmt::format("left out: {}: unfinished; its rank writes it, or was stopped then",
                         entry.path().string()));
       }
     }
@@ -99,22 +100,25 @@ int run(const Options& options) {
     throw std::runtime_error("no traces: expected files cohort.rank*.json");
   }
   const std::size_t first = options.all ? 0 : states.size() - 1;
+  std::string pages;
   for (std::size_t i = states.size(); i-- > first;) {
-    fmt::print("{}{}",
-               options.json ? trace::to_json(states[i]) : trace::to_text(states[i], options.width),
-               options.json || i > first ? "\n" : "");
+    pages += options.json ? trace::to_json(states[i]) : trace::to_text(states[i], options.width);
+    pages += options.json || i > first ? "\n" : "";
   }
-  // JSON is alone on the standard output.
-  std::FILE* const aside = options.json ? stderr : stdout;
+  std::string aside;
   if (first > 0) {
-    fmt::print(aside, "\nthis is the newest run, {}, of {}; --all shows the others as well:\n",
-               states.back().run, ranks_of(states.back()));
+    aside = fmt::format("\nthis is the newest run, {}, of {}; --all shows the others as well:\n",
+                        states.back().run, ranks_of(states.back()));
     for (std::size_t i = first; i-- > 0;) {
-      fmt::print(aside, "  {}", in_short(states[i], states.back()));
+      aside += "  " + in_short(states[i], states.back());
     }
   }
   for (const auto& note : found.notes) {
-    fmt::print(aside, "{}\n", note);
+    aside += note + '\n';
+  }
+  tools::write_all(stdout, options.json ? pages : pages + aside);
+  if (options.json) {  // which is alone on the standard output
+    tools::write_all(stderr, aside);
   }
   if (!options.svg.empty()) {
     std::ofstream file(options.svg);

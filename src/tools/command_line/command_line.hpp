@@ -2,11 +2,14 @@
 #pragma once
 
 #include <algorithm>
+#include <cerrno>
+#include <csignal>
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <vector>
 
 /// \file
@@ -65,6 +68,15 @@ namespace cohort::tools {
   const std::string near = nearest_option(name, help);
   return std::string(name) + ": no such option; " +
          (near.empty() ? "" : "did you mean " + near + "? ") + "--help lists them";
+}
+
+/// Writes all of a text, and has it leave the program. Throws where the system refuses; at a limit
+/// of the size of files too, where it would otherwise end the program by a signal.
+inline void write_all(std::FILE* to, std::string_view text) {
+  std::signal(SIGXFSZ, SIG_IGN);
+  if (std::fwrite(text.data(), 1, text.size(), to) != text.size() || std::fflush(to) != 0) {
+    throw std::system_error(errno, std::generic_category(), "the output cannot be written");
+  }
 }
 
 /// Whether this process speaks for a launcher's: its first, or one that none started. For programs

@@ -202,6 +202,30 @@ TEST_CASE("a limit of file sizes is an error, not the end of the process", "[hos
         }) == 0);
 }
 
+TEST_CASE("memory that a limit of the process refuses is told with that limit", "[host]") {
+  const auto refused = [](int resource, const std::string& name, const auto& allocate) {
+    const rlimit limit{std::size_t{1} << 40, std::size_t{1} << 40};
+    setrlimit(resource, &limit);
+    try {
+      allocate(std::size_t{1} << 41);
+    } catch (const TransportError& error) {
+      const std::string words = error.what();
+      return words.find("(of this process " + name + " is 1099511627776 bytes)") != words.npos &&
+                     words.find("bytes left") == words.npos
+                 ? 0
+                 : 1;
+    }
+    return 2;
+  };
+  const auto in_private = [](std::size_t bytes) { PrivateMemory memory(bytes); };
+  const auto in_file = [](std::size_t bytes) {
+    (void)make_shared_memory(bytes, Commit::at_first_access);
+  };
+  CHECK(in_child([&] { return refused(RLIMIT_AS, "RLIMIT_AS", in_private); }) == 0);
+  CHECK(in_child([&] { return refused(RLIMIT_AS, "RLIMIT_AS", in_file); }) == 0);
+  CHECK(in_child([&] { return refused(RLIMIT_DATA, "RLIMIT_DATA", in_private); }) == 0);
+}
+
 TEST_CASE("a memory file takes no standard stream's number", "[host]") {
   CHECK(in_child([] {
           close(0);

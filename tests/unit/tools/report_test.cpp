@@ -1,11 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "report.hpp"
 
+#include <sys/resource.h>
+
+#include <cstdio>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <system_error>
 #include <vector>
 
+#include "command_line/command_line.hpp"
 #include "support/catch.hpp"
+#include "support/forked.hpp"
+#include "support/threads.hpp"
 
 namespace {
 
@@ -24,6 +31,18 @@ Report small_report() {
 }
 
 }  // namespace
+
+TEST_CASE("a write beyond a limit of the size of files throws, and is no signal", "[cohort_info]") {
+  cohort::test::run_in_child([] {
+    const rlimit limit{16, 16};
+    setrlimit(RLIMIT_FSIZE, &limit);
+    std::FILE* const file = std::tmpfile();
+    cohort::tools::write_all(file, "sixteen letters!");
+    cohort::test::check_throws<std::system_error>(
+        [&] { cohort::tools::write_all(file, "and one more"); },
+        "the output cannot be written: File too large");
+  });
+}
 
 TEST_CASE("ranks are written as ranges", "[cohort_info]") {
   CHECK(ranges({}).empty());
