@@ -248,7 +248,10 @@ class MpiMessenger : public Messenger {
 
   /// Waits until all messages have left this rank, then frees the communicator; later calls of the
   /// messenger throw. False where messages were abandoned: `MPI_Finalize` might hang then.
-  bool close() noexcept {
+  /// @param all_are_here  All ranks are known to close, and to have taken what this one sent: then
+  ///                      it counts whether messages are under way, not whether they were
+  ///                      abandoned.
+  bool close(bool all_are_here = false) noexcept {
     if (!owner_.is_here()) {
       comm_ = MPI_COMM_NULL;  // MPI's state and its messages are the parent's
     }
@@ -259,7 +262,7 @@ class MpiMessenger : public Messenger {
       abandoned_ = true;
       log(LogLevel::error, "an MPI control plane outlives MPI_Finalize");
     }
-    if (abandoned_ || !drain()) {
+    if ((abandoned_ && !all_are_here) || !drain()) {
       abandoned_ = true;
       keep_forever();
       comm_ = MPI_COMM_NULL;
@@ -350,21 +353,23 @@ class MpiMessenger : public Messenger {
       while (true) {
         const bool is_late = Clock::now() >= deadline;  // before the look, which then is the last
         reap();
-        if (sent_.empty()) {
-          break;
+        std::size_t arriving = 0;
+        for (auto& from_rank : arriving_) {
+          from_rank.remove_if(finished);  // what nobody asked for
+          arriving += from_rank.size();
+        }
+        if (sent_.empty() && arriving == 0) {
+          return true;
         }
         if (is_late) {
-          log(LogLevel::error, "rank {}: {} control messages were not received within {} ms", rank_,
-              sent_.size(), limit_.count());
+          log(LogLevel::error,
+              "rank {}: {} control messages were not received within {} ms, and {} did not come "
+              "whole",
+              rank_, sent_.size(), limit_.count(), arriving);
           return false;
         }
         pause();
       }
-      for (auto& arriving : arriving_) {
-        arriving.remove_if(finished);  // what nobody asked for
-      }
-      return std::all_of(arriving_.begin(), arriving_.end(),
-                         [](const auto& arriving) { return arriving.empty(); });
     } catch (const std::exception& error) {
       log(LogLevel::error, error.what());
       return false;

@@ -3,23 +3,30 @@
 
 #include <fmt/format.h>
 #include <mpi.h>
+#include <unistd.h>
 
+#include <array>
 #include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <numeric>
 #include <optional>
+#include <span>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "cohort/control_plane.hpp"
 #include "cohort/error.hpp"
+#include "cohort/fixed_text.hpp"
 #include "cohort/launcher.hpp"
 #include "cohort/log.hpp"
+#include "cohort/machine.hpp"
 #include "cohort/mpi/mpi_control_plane.hpp"
 #include "cohort/owner_process.hpp"
 #include "cohort/process_state.hpp"
@@ -98,6 +105,27 @@ inline void abort_mpi_at_exit() noexcept {
       launcher->size, launcher->variable);
 }
 
+/// A rank's process, as the others of its machine can see whether it is there.
+struct RankProcess {
+  std::array<char, 40> machine{};   ///< The kernel's boot id.
+  std::uint64_t pid_namespace = 0;  ///< 0 where unknown.
+  std::uint64_t start_time = 0;     ///< In ticks since the boot.
+  std::int64_t number = 0;
+
+  [[nodiscard]] static RankProcess own() {
+    RankProcess process{.pid_namespace = cohort::pid_namespace(),
+                        .start_time = process_start_time("self"),
+                        .number = ::getpid()};
+    copy_text(boot_id(), process.machine);
+    return process;
+  }
+  /// Whether it is known to have ended, seen from a process of `here`.
+  [[nodiscard]] bool is_gone(const RankProcess& here) const {
+    return machine[0] != '\0' && machine == here.machine && pid_namespace != 0 &&
+           pid_namespace == here.pid_namespace && process_ended(number, start_time);
+  }
+};
+
 /// Initialises MPI unless the engine has, and then also finalises it.
 class MpiRuntime {
  public:
@@ -174,11 +202,12 @@ class MpiRuntime {
 /// Owns MPI for the time of its life, and the control plane over its ranks. If the engine has
 /// initialised MPI, the session leaves it running at its end.
 ///
-/// The session ends in order when every rank comes to its destructor within the time limit: then
-/// `MPI_Finalize`. After a time-out, a transport error, or when an exception leaves its scope, the
-/// process leaves by `MPI_Abort` at its exit, which ends the whole job: `MPI_Finalize` would wait
-/// for ranks that never come. Where the engine owns MPI, that is left to the engine, as
-/// `must_abort` tells it. In a forked child the session does nothing: MPI is the parent's.
+/// The session ends in order when every rank comes to its end within the time limit and no message
+/// is under way any more, whatever calls have failed before: then `MPI_Finalize`. Where a rank does
+/// not come, or its process is seen to be gone, and when an exception leaves its scope, the process
+/// leaves by `MPI_Abort` at its exit, which ends the whole job: `MPI_Finalize` would wait for ranks
+/// that never come. Where the engine owns MPI, that is left to the engine, as `close` tells it. In
+/// a forked child the session does nothing: MPI is the parent's.
 ///
 /// Create it in the main thread, before any group; destroy it after the last.
 class MpiSession {
@@ -197,16 +226,28 @@ class MpiSession {
   MpiSession& operator=(const MpiSession&) = delete;
 
   ~MpiSession() {
-    if (!owner_.is_here()) {
-      return;
+    if (std::uncaught_exceptions() > exceptions_) {
+      forsake();
     }
-    const bool unwinding = std::uncaught_exceptions() > exceptions_;
-    if (unwinding) {
+    static_cast<void>(close());
+  }
+
+  /// Collective. Ends the session, as its destructor does otherwise: no call may follow. Whether it
+  /// ended in order, so that `MPI_Finalize` returns, which a session that owns MPI has called then.
+  bool close() noexcept {
+    if (!owner_.is_here() || std::exchange(closed_, true)) {
+      return in_order_;
+    }
+    in_order_ = !forsaken_ && say_goodbye() && world_.messenger().close(true);
+    if (!in_order_) {
       world_.messenger().abandon();
     }
-    const bool orderly = !must_abort() && say_goodbye() && world_.messenger().close();
-    runtime_.leave(orderly);
+    runtime_.leave(in_order_);
+    return in_order_;
   }
+
+  /// Local. Has the session end by `MPI_Abort`, without waiting for others: this rank has failed.
+  void forsake() noexcept { forsaken_ = true; }
 
   /// All ranks.
   [[nodiscard]] ControlPlane& world() noexcept { return world_; }
@@ -220,14 +261,17 @@ class MpiSession {
   /// Whether the session initialised MPI.
   [[nodiscard]] bool owns_mpi() const noexcept { return runtime_.owned(); }
 
-  /// Whether a wait of the world or of a group made from it timed out or failed, so that
-  /// `MPI_Finalize` would hang.
-  [[nodiscard]] bool must_abort() noexcept { return world_.messenger().abandoned(); }
-
  private:
   MpiSession(int* argc, char*** argv, const MpiSessionOptions& options)
       : runtime_(argc, argv, options), world_(options.ranks, options.limit) {
-    world_.barrier();  // names who is missing, and keeps the next call from waiting for them
+    // Names who is missing, and keeps the next call from waiting for them.
+    const auto own = detail::RankProcess::own();
+    for (const Bytes& bytes : world_.all_gather(std::as_bytes(std::span(&own, 1)))) {
+      processes_.emplace_back();
+      if (bytes.size() == sizeof(own)) {
+        std::memcpy(&processes_.back(), bytes.data(), sizeof(own));
+      }
+    }
     const MPI_Comm comm = world_.messenger().communicator();
     MPI_Comm node = MPI_COMM_NULL;
     detail::mpi_check(
@@ -241,10 +285,18 @@ class MpiSession {
   /// Proves that every rank has come to its end, in a group of its own: the world's own calls may
   /// be out of step after an error that the program has handled.
   bool say_goodbye() noexcept {
+    constexpr const char* kName = "end of the MPI session";
     try {
+      const detail::RankProcess& own = processes_[static_cast<std::size_t>(world_.rank())];
+      for (std::size_t r = 0; r < processes_.size(); ++r) {
+        if (processes_[r].is_gone(own)) {
+          log(LogLevel::error, "{}: rank {} did not arrive: its process is gone", kName, r);
+          return false;
+        }
+      }
       std::vector<int> all(static_cast<std::size_t>(world_.size()));
       std::iota(all.begin(), all.end(), 0);
-      world_.subgroup(all, ~std::uint64_t{0}, "end of the MPI session")->barrier();
+      world_.subgroup(all, ~std::uint64_t{0}, kName)->barrier();
       return true;
     } catch (const std::exception& error) {
       log(LogLevel::error, error.what());
@@ -258,6 +310,10 @@ class MpiSession {
   MpiControlPlane world_;
   int local_rank_ = 0;
   int local_size_ = 1;
+  std::vector<detail::RankProcess> processes_;  // by rank
+  bool forsaken_ = false;
+  bool closed_ = false;
+  bool in_order_ = false;
 };
 
 }  // namespace cohort

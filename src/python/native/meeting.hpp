@@ -91,7 +91,7 @@ inline void finalize_mpi(bool in_order) {
 #if COHORT_TORCH_WITH_MPI
   auto& session = mpi_session();
   if (session != nullptr && !in_order) {
-    static_cast<MpiControlPlane&>(session->world()).messenger().abandon();
+    session->forsake();
   }
   session.reset();
 #else

@@ -11,9 +11,12 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cohort/cohort.hpp>
+#include <cohort/host/host_backend.hpp>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -57,7 +60,8 @@ int own(int argc, char** argv) {
     check(session.local_size() == world.size(), "local size");
     const std::vector<int> alone{rank};
     outlives = world.subgroup(alone, 0, "alone");
-    check(!session.must_abort(), "nothing went wrong");
+    check(session.close(), "nothing went wrong");
+    check(session.close(), "a second time it does nothing");
   }
   check(finalized(), "the session finalises MPI");
   outlives->barrier();  // a group of one sends nothing
@@ -84,6 +88,7 @@ int engine(int argc, char** argv) {
     check(!session.owns_mpi(), "the engine owns MPI");
     check(session.world().rank() == session.world().size() - 1 - rank, "the engine's order");
     session.world().barrier();
+    check(session.close(), "MPI_Finalize would return");
   }
   check(!finalized(), "MPI runs on");
   int sum = 0;
@@ -131,11 +136,55 @@ int late(int argc, char** argv) {
     std::puts("the barrier returned without a rank");
   } catch (const TimeoutError& error) {
     check(error.missing() == std::vector{last}, "who is missing");
-    check(session.must_abort(), "the session knows");
+    check(!session.close(), "the session knows");
     ok("late", world.rank());
   }
   std::this_thread::sleep_for(200ms);  // so that every rank's line is out before the first abort
   return 0;                            // leaves by MPI_Abort all the same
+}
+
+// The last rank came later than the others waited, over the control plane and in shared memory. All
+// have gone on since, so the session ends in order, whatever was under way.
+int recovered(int argc, char** argv) {
+  int rank = -1;
+  {
+    MpiSession session(argc, argv, {.limit = 500ms});
+    auto& world = session.world();
+    rank = world.rank();
+    const int last = world.size() - 1;
+    std::vector<int> all(static_cast<std::size_t>(world.size()));
+    std::iota(all.begin(), all.end(), 0);
+    const auto attempt = [&](auto&& call) {
+      const auto start = Clock::now();
+      if (rank == last) {
+        std::this_thread::sleep_for(900ms);
+      }
+      try {
+        call();
+        check(false, "the call returned without a rank");
+      } catch (const TimeoutError& error) {
+        check(error.missing() == std::vector{last}, "who is missing");
+      }
+      std::this_thread::sleep_until(start + 1200ms);
+    };
+    const auto over_control = world.subgroup(all, 1, "over control");
+    attempt([&] {
+      if (rank == 0) {  // nobody asks for it
+        over_control->exchange({{last, Bytes(std::size_t{1} << 20)}}, {});
+      }
+      over_control->barrier();
+    });
+    const auto of_state = world.subgroup(all, 2, "of the state");
+    {
+      auto state = ParallelState::create(
+          *of_state, {.layout = {.tp = world.size()}, .backend = host_backend()});
+      attempt([&] { state.tp().barrier(); });
+    }
+    world.subgroup(all, 3, "anew")->barrier();
+  }
+  check(finalized(), "the session finalises MPI");
+  ok("recovered", rank);
+  return 0;
 }
 
 // An exception leaves the session: its handler outside still reports it, then the job ends.
@@ -194,7 +243,6 @@ int forked(int argc, char** argv) {
   waitpid(child, &status, 0);
   check(WIFEXITED(status) && WEXITSTATUS(status) == 3, "the child's call is refused, and it exits");
   world.barrier();
-  check(!session.must_abort(), "nothing went wrong");
   ok("forked", rank);
   return 0;
 }
@@ -277,6 +325,9 @@ int main(int argc, char** argv) {
   if (mode == "late") {
     return late(argc, argv);
   }
+  if (mode == "recovered") {
+    return recovered(argc, argv);
+  }
   if (mode == "unwinding") {
     return unwinding(argc, argv);
   }
@@ -293,6 +344,7 @@ int main(int argc, char** argv) {
     return alone(argc, argv);
   }
   std::puts(
-      "usage: mpi_session own|engine|thread_level|late|unwinding|goodbye|forked|strangers|alone");
+      "usage: mpi_session "
+      "own|engine|thread_level|late|recovered|unwinding|goodbye|forked|strangers|alone");
   return 2;
 }
