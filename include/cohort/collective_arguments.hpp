@@ -124,6 +124,16 @@ inline void check_op(std::string_view argument, ReduceOp op) {
   }
 }
 
+/// Throws `UsageError` for what is no collective.
+inline void check_collective(std::string_view argument, Collective collective) {
+  if (collective > Collective::all_reduce_rms_norm) {
+    detail::refuse([=] {
+      return fmt::format("{}: expected a Collective, got number {}", argument,
+                         static_cast<int>(collective));
+    });
+  }
+}
+
 /// Throws where a result would be written over itself.
 template <class Void>
 void check_distinct(std::string_view argument, const BasicTensorView<Void>& out) {
@@ -280,12 +290,7 @@ struct StepRoom {
       });
     }
     check_dtype("reserve_for_calls dtype", call.dtype);
-    if (call.collective > Collective::all_reduce_rms_norm) {
-      detail::refuse([&] {
-        return fmt::format("reserve_for_calls collective: expected one, got number {}",
-                           static_cast<int>(call.collective));
-      });
-    }
+    check_collective("reserve_for_calls collective", call.collective);
     static_cast<void>(numel(call.shape, "reserve_for_calls shape"));
     Dims in = call.shape;
     Dims out = in;

@@ -182,8 +182,12 @@ class GroupBase {
   }
   /// Calls that took one path so far, their bytes, and how often the host waited in them for other
   /// ranks. Of a graph's calls each launch counts that went through `order` with its number, or
-  /// through a `CapturedGraph`. Any thread.
-  [[nodiscard]] PathCounters counters(CallPath path) const noexcept {
+  /// through a `CapturedGraph`. Any thread. Throws `UsageError` for what is no path.
+  [[nodiscard]] PathCounters counters(CallPath path) const {
+    if (static_cast<std::size_t>(path) >= kCallPaths) {
+      throw UsageError(
+          fmt::format("counters path: expected a CallPath, got number {}", static_cast<int>(path)));
+    }
     return recorder_->counters(path);
   }
 

@@ -218,6 +218,7 @@ class GroupCoordinator : public GroupBase {
   [[nodiscard]] std::string path(Collective collective, const ConstTensorView& x,
                                  const TensorView& out, int dim = 0) const {
     throw_if_closed();
+    check_collective("path collective", collective);
     return size() == 1 ? "single rank" : transport()->path(collective, x, out, dim);
   }
 

@@ -35,6 +35,19 @@ struct MergeOptions {
   }
 };
 
+/// Throws `ConfigError` for numbers that are no plan or precision.
+inline void validate(const MergeOptions& options) {
+  if (options.plan > MergePlan::one_kernel) {
+    throw ConfigError(fmt::format("MergeOptions.plan: expected a MergePlan, got number {}",
+                                  static_cast<int>(options.plan)));
+  }
+  if (options.staged_precision > StagedPrecision::partial) {
+    throw ConfigError(
+        fmt::format("MergeOptions.staged_precision: expected f32 or partial, got number {}",
+                    static_cast<int>(options.staged_precision)));
+  }
+}
+
 /// Which plan a merge takes, and why.
 struct MergeChoice {
   MergePlan plan = MergePlan::packed;  ///< The plan that was taken.

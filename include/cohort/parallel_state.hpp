@@ -53,6 +53,7 @@ class ParallelState {
       throw ConfigError("ParallelOptions.backend: expected a backend, got null");
     }
     validate(options.layout, world.size());
+    validate(options.merge);
     return ParallelState(world, std::move(options));
   }
 

@@ -136,6 +136,12 @@ TEST_CASE("the room of calls counts their results and what they pack", "[argumen
   refused({.collective = static_cast<Collective>(9), .shape = {4}}, "reserve_for_calls collective");
 }
 
+TEST_CASE("a number that is no collective is named", "[arguments]") {
+  check_collective("path collective", Collective::all_reduce_rms_norm);
+  CHECK_THROWS_MATCHES(check_collective("path collective", static_cast<Collective>(77)), UsageError,
+                       says("path collective: expected a Collective, got number 77"));
+}
+
 TEST_CASE("what is gathered must have a size as well", "[arguments]") {
   const std::vector<std::int64_t> sizes{std::int64_t{1} << 58, std::int64_t{1} << 58};
   const ConstTensorView x(nullptr, DType::f32, {0, sizes[0]});

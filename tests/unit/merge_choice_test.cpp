@@ -24,6 +24,16 @@ constexpr std::string_view kNoMap = "ranks out of peer reach";
 
 }  // namespace
 
+TEST_CASE("numbers that are no plan or precision are refused", "[dcp]") {
+  for (const MergePlan plan : kMergePlans) {
+    CHECK_NOTHROW(validate({.plan = plan}));
+  }
+  CHECK_THROWS_MATCHES(validate({.plan = static_cast<MergePlan>(9)}), ConfigError,
+                       says("MergeOptions.plan", "number 9"));
+  CHECK_THROWS_MATCHES(validate({.staged_precision = static_cast<StagedPrecision>(2)}), ConfigError,
+                       says("MergeOptions.staged_precision", "number 2"));
+}
+
 TEST_CASE("the kernel is taken where it can be", "[dcp]") {
   const auto can = choose(MergePlan::automatic, "");
   CHECK(can.plan == MergePlan::one_kernel);

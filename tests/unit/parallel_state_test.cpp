@@ -335,6 +335,8 @@ TEST_CASE("a state counts its calls, those of graphs at each launch, and writes 
       const CallPath path = mapped ? CallPath::mapped : CallPath::exchange;
       check_equal(tp.counters(path).calls, std::uint64_t{7}, "calls");
       check_equal(tp.counters(path).bytes, std::uint64_t{5 * 64}, "bytes");
+      check_throws<UsageError>([&] { (void)tp.counters(static_cast<CallPath>(77)); },
+                               "counters path", "number 77");
       check_equal(state.dcp().counters(path).calls, std::uint64_t{0}, "calls of another group");
       const std::string line =
           fmt::format("cohort_calls_total{{group=\"tp[0]\",path=\"{}\"}} 7\n", to_string(path));
