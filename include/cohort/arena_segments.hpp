@@ -76,8 +76,7 @@ class ArenaSegments {
 
   /// Where an offset lies in this process.
   [[nodiscard]] void* address(std::uint64_t offset) const noexcept {
-    return static_cast<std::byte*>(segments_[index(offset)]->data()) +
-           (offset & ((std::uint64_t{1} << kBits) - 1));
+    return bases_[index(offset)] + (offset & ((std::uint64_t{1} << kBits) - 1));
   }
   /// The offset of an address; nothing for memory of others.
   [[nodiscard]] std::optional<std::uint64_t> offset_of(const void* address) const noexcept {
@@ -142,6 +141,7 @@ class ArenaSegments {
     }
     agree_on(intent, failure);
     register_with_all(*segment, intent);
+    bases_.push_back(static_cast<std::byte*>(segment->data()));
     segments_.push_back(std::move(segment));
     return {.offset = std::uint64_t{segments_.size() - 1} << kBits, .bytes = size};
   }
@@ -153,7 +153,10 @@ class ArenaSegments {
     }
   }
   /// Frees the memory that nobody else holds.
-  void free() noexcept { segments_.clear(); }
+  void free() noexcept {
+    segments_.clear();
+    bases_.clear();
+  }
 
  private:
   // A segment's bytes are numbered from its own multiple of 2^44, so that no block spans two
@@ -219,6 +222,7 @@ class ArenaSegments {
   std::string arena_;
   Audience audience_;
   bool needs_equal_offsets_;
+  std::vector<std::byte*> bases_;  // of the segments
   std::vector<std::shared_ptr<Segment>> segments_;
   std::vector<std::unique_ptr<Window>> windows_;  // destroyed before the segments
 };

@@ -21,7 +21,9 @@
 /// same live blocks go on alike even if they released others in different orders. Free blocks are
 /// in pairing heaps (M. L. Fredman, R. Sedgewick, D. D. Sleator and R. E. Tarjan, "The pairing
 /// heap", Algorithmica 1, 1986), one for each class of sizes, so allocation and release take O(log
-/// n) amortized; a large block also looks at the smaller free ones of its class.
+/// n) amortized; a large block also looks at the smaller free ones of its class. The first block of
+/// a class lies beside its heap: what is taken and given back in turn, as temporaries of a step
+/// are, touches none.
 
 namespace cohort {
 
@@ -191,11 +193,11 @@ class OffsetAllocator {
     Marks marks = 0;
     std::uint32_t previous = kNone;  // neighbours in memory
     std::uint32_t next = kNone;
-    // Of a free block its first child and its next sibling in the heap, of a live one those
-    // allocated before and after it, of a node without a block (right only) the next such node.
+    // Of a block in a heap its first child and its next sibling, of a live one those allocated
+    // before and after it, of a node without a block (right only) the next such node.
     std::uint32_t left = kNone;
     std::uint32_t right = kNone;
-    std::uint32_t up = kNone;  // of a free block the sibling before it, of the first the parent
+    std::uint32_t up = kNone;  // in a heap the sibling before it, of the first the parent
     bool used = false;
   };
 
@@ -268,6 +270,9 @@ class OffsetAllocator {
   static constexpr std::uint64_t kExact = 64;  // sizes in units of the alignment
   static constexpr std::size_t kClasses = 64 + 8 * 46;
 
+  /// Whether all blocks of a class have one size.
+  [[nodiscard]] static constexpr bool is_exact(std::size_t of) noexcept { return of < kExact; }
+
   [[nodiscard]] static constexpr std::size_t class_of(std::uint64_t size) noexcept {
     const std::uint64_t units = size / kAlignment;
     if (units <= kExact) {
@@ -294,10 +299,23 @@ class OffsetAllocator {
     return word * 64 + static_cast<std::size_t>(std::countr_zero(bits));
   }
 
-  [[nodiscard]] static constexpr std::array<std::uint32_t, kClasses> all_empty() noexcept {
-    std::array<std::uint32_t, kClasses> roots{};
-    roots.fill(kNone);
-    return roots;
+  /// The free blocks of a class: the first of them, or none where it was taken since, and a heap of
+  /// the others, which all come behind the first.
+  struct Bin {
+    std::uint32_t first = kNone;
+    std::uint32_t root = kNone;
+  };
+
+  [[nodiscard]] bool is_filled(std::size_t of) const noexcept {
+    return (filled_[of / 64] >> (of % 64) & 1) != 0;
+  }
+  void note_filled(std::size_t of) noexcept { filled_[of / 64] |= std::uint64_t{1} << (of % 64); }
+  void note_empty(std::size_t of) noexcept { filled_[of / 64] &= ~(std::uint64_t{1} << (of % 64)); }
+
+  /// The first block of a class that has some.
+  [[nodiscard]] std::uint32_t first_of(std::size_t of) const noexcept {
+    const Bin& bin = bins_[of];
+    return bin.first != kNone ? bin.first : bin.root;
   }
 
   [[nodiscard]] bool less(std::uint32_t a, std::uint32_t b) const noexcept {
@@ -309,21 +327,24 @@ class OffsetAllocator {
   /// The smallest free block of at least `size`, of several the one with the lowest offset.
   [[nodiscard]] std::uint32_t find(std::uint64_t size) const noexcept {
     const std::size_t own = class_of(size);
-    std::size_t first = first_filled(own);
-    if (first == own) {
-      const std::uint32_t found = find_in(own, size);
-      if (found != kNone) {
+    if (is_filled(own)) [[likely]] {
+      const std::uint32_t found = is_exact(own) ? first_of(own) : find_in(own, size);
+      if (found != kNone) [[likely]] {
         return found;
       }
-      first = first_filled(own + 1);
     }
-    return first < kClasses ? roots_[first] : kNone;
+    const std::size_t first = first_filled(own + 1);
+    return first < kClasses ? first_of(first) : kNone;
   }
 
   /// The same in one class. Blocks below a large enough one are larger and not looked at.
   [[nodiscard]] std::uint32_t find_in(std::size_t of, std::uint64_t size) const noexcept {
-    std::uint32_t best = kNone;
-    for (std::uint32_t node = roots_[of]; node != kNone;) {
+    std::uint32_t best = bins_[of].first;
+    if (best != kNone && nodes_[best].size >= size) {
+      return best;
+    }
+    best = kNone;
+    for (std::uint32_t node = bins_[of].root; node != kNone;) {
       const bool fits = nodes_[node].size >= size;
       if (fits && (best == kNone || less(node, best))) {
         best = node;
@@ -338,8 +359,9 @@ class OffsetAllocator {
     for (std::size_t word = filled_.size(); word-- > 0;) {
       if (filled_[word] != 0) {
         const auto last = 63 - static_cast<unsigned>(std::countl_zero(filled_[word]));
-        std::uint32_t best = roots_[word * 64 + last];
-        for (std::uint32_t node = best; node != kNone; node = following(node, true)) {
+        const Bin& bin = bins_[word * 64 + last];
+        std::uint32_t best = bin.root != kNone ? bin.root : bin.first;
+        for (std::uint32_t node = bin.root; node != kNone; node = following(node, true)) {
           best = less(best, node) ? node : best;
         }
         return best;
@@ -388,6 +410,12 @@ class OffsetAllocator {
 
   /// Joins the heaps of a list of siblings, in pairs and then from the last pair to the first.
   std::uint32_t meld_siblings(std::uint32_t first) noexcept {
+    if (first == kNone || nodes_[first].right == kNone) [[likely]] {
+      if (first != kNone) {
+        nodes_[first].up = kNone;
+      }
+      return first;
+    }
     std::uint32_t pairs = kNone;
     while (first != kNone) {
       const std::uint32_t a = first;
@@ -403,33 +431,43 @@ class OffsetAllocator {
       pairs = nodes_[pair].right;
       all = all == kNone ? pair : meld(all, pair);
     }
-    if (all != kNone) {
-      nodes_[all].up = kNone;
-      nodes_[all].right = kNone;
-    }
+    nodes_[all].up = kNone;
+    nodes_[all].right = kNone;
     return all;
   }
 
   void insert_free(std::uint32_t index) noexcept {
     const std::size_t of = class_of(nodes_[index].size);
-    auto& node = nodes_[index];
-    node.left = node.right = node.up = kNone;
-    if (roots_[of] == kNone) {
-      roots_[of] = index;
-      filled_[of / 64] |= std::uint64_t{1} << (of % 64);
-    } else {
-      roots_[of] = meld(roots_[of], index);
+    Bin& bin = bins_[of];
+    note_filled(of);
+    if (bin.first == kNone) {
+      if (bin.root == kNone || less(index, bin.root)) [[likely]] {
+        bin.first = index;
+        return;
+      }
+    } else if (less(index, bin.first)) {
+      std::swap(bin.first, index);
     }
+    nodes_[index].left = nodes_[index].right = nodes_[index].up = kNone;
+    bin.root = bin.root == kNone ? index : meld(bin.root, index);
   }
 
   void remove_free(std::uint32_t index) noexcept {
     const std::size_t of = class_of(nodes_[index].size);
+    Bin& bin = bins_[of];
+    if (index == bin.first) [[likely]] {
+      bin.first = kNone;
+      if (bin.root == kNone) {
+        note_empty(of);
+      }
+      return;
+    }
     const auto [left, right, up] =
         std::tuple(nodes_[index].left, nodes_[index].right, nodes_[index].up);
     if (up == kNone) {
-      roots_[of] = meld_siblings(left);
-      if (roots_[of] == kNone) {
-        filled_[of / 64] &= ~(std::uint64_t{1} << (of % 64));
+      bin.root = meld_siblings(left);
+      if (bin.root == kNone && bin.first == kNone) {
+        note_empty(of);
       }
       return;
     }
@@ -438,7 +476,7 @@ class OffsetAllocator {
       nodes_[right].up = up;
     }
     if (left != kNone) {
-      roots_[of] = meld(roots_[of], meld_siblings(left));
+      bin.root = meld(bin.root, meld_siblings(left));
     }
   }
 
@@ -485,7 +523,7 @@ class OffsetAllocator {
 
   std::vector<Node> nodes_;
   std::uint32_t unused_ = kNone;  // nodes without a block, linked by `right`
-  std::array<std::uint32_t, kClasses> roots_ = all_empty();
+  std::array<Bin, kClasses> bins_{};
   std::array<std::uint64_t, (kClasses + 63) / 64> filled_{};  // a bit for each class with a block
   std::uint32_t oldest_ = kNone;                              // of the live blocks
   std::uint32_t newest_ = kNone;

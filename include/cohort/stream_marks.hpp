@@ -69,26 +69,10 @@ class StreamMarks {
   /// that of a stream that is being captured.
   template <class Replace>
   [[nodiscard]] Marks of(StreamRef stream, const Replace& replace) {
-    if (!stream.valid()) {
-      return 0;
-    }
-    if (streams_[last_] == stream) {
+    if (streams_[last_] == stream && stream.valid()) [[likely]] {
       return mark(last_);
     }
-    if (stream.driver().runs_at_once()) {
-      return 0;
-    }
-    auto found = std::find(streams_.begin(), streams_.end(), stream);
-    if (found == streams_.end()) {
-      found = std::find(streams_.begin(), streams_.end(), StreamRef());
-    }
-    if (found == streams_.end()) {
-      replace(give_up());
-      found = std::find(streams_.begin(), streams_.end(), StreamRef());
-    }
-    *found = stream;
-    last_ = static_cast<std::size_t>(found - streams_.begin());
-    return mark(last_);
+    return of_another(stream, replace);
   }
 
   /// A mark for all that the stream has so far: the stream's own, if it has one, or that of the
@@ -153,6 +137,28 @@ class StreamMarks {
     StreamRef stream;
     std::unique_ptr<StreamEvent> event;
   };
+
+  /// `of` a stream other than that of the last call.
+  template <class Replace>
+  [[nodiscard, gnu::noinline]] Marks of_another(StreamRef stream, const Replace& replace) {
+    if (!stream.valid()) {
+      return 0;
+    }
+    if (stream.driver().runs_at_once()) {
+      return 0;
+    }
+    auto found = std::find(streams_.begin(), streams_.end(), stream);
+    if (found == streams_.end()) {
+      found = std::find(streams_.begin(), streams_.end(), StreamRef());
+    }
+    if (found == streams_.end()) {
+      replace(give_up());
+      found = std::find(streams_.begin(), streams_.end(), StreamRef());
+    }
+    *found = stream;
+    last_ = static_cast<std::size_t>(found - streams_.begin());
+    return mark(last_);
+  }
 
   [[nodiscard]] static constexpr Marks mark(std::size_t place) noexcept {
     return Marks{1} << place;

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
@@ -92,8 +93,11 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   [[nodiscard]] static std::shared_ptr<SymmetricArena> create(Backend& backend, std::string name,
                                                               Audience audience,
                                                               ArenaOptions options = {}) {
-    return std::make_shared<SymmetricArena>(Private{}, backend, std::move(name),
-                                            std::move(audience), options);
+    auto arena = std::make_shared<SymmetricArena>(Private{}, backend, std::move(name),
+                                                  std::move(audience), options);
+    auto* const raw = arena.get();
+    // Shares that the arena keeps of itself end with the last one that a user has.
+    return {raw, [held = std::move(arena)](SymmetricArena* self) noexcept { self->keep_none(); }};
   }
 
   /// Made by `create`.
@@ -102,6 +106,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
       : keeps_backend_(backend.weak_from_this().lock()),
         name_(std::move(name)),
         options_(options),
+        device_(backend.device()),
         segments_(backend, name_, std::move(audience)),
         marks_("arena " + name_, segments_.limit()),
         graphs_(blocks_.space(), segments_) {}
@@ -246,7 +251,24 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     return hash_to_agree_on();
   }
 
-  void release(std::uint64_t block) noexcept override { release_of(block, nullptr); }
+  void release(std::uint64_t block) noexcept override {
+    std::shared_ptr<MemoryOwner> none;
+    take_back(block, none);
+  }
+  void take_back(std::uint64_t block, std::shared_ptr<MemoryOwner>& self) noexcept override {
+    const auto named = static_cast<OffsetAllocator::Block>(block);
+    gate_.release(
+        [&] {
+          take_back(blocks_, named);
+          if (kept_ < most_kept_) {
+            shares_[kept_++] = std::move(self);
+          }
+        },
+        [&] {
+          return Dropped{named, nullptr};
+        });
+    self.reset();  // where it was not kept, and last: it may be what keeps this
+  }
 
   void record_stream(std::uint64_t block, StreamRef stream) override {
     enter();
@@ -255,6 +277,22 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
 
  private:
   friend class GraphPart;
+
+  /// A share of the arena for a tensor: one that another left, or a new one.
+  [[nodiscard]] std::shared_ptr<MemoryOwner> share() {
+    return kept_ > 0 ? std::move(shares_[--kept_]) : shared_from_this();
+  }
+  /// Only tensors, graphs and what they took need the arena from here on.
+  void keep_none() noexcept {
+    enter();
+    most_kept_ = 0;
+    while (kept_ > 0) {
+      shares_[--kept_].reset();
+    }
+  }
+
+  /// As many as the temporaries of a step that live at once.
+  static constexpr std::size_t kMostShares = 16;
 
   /// A block that another thread dropped.
   struct Dropped {
@@ -270,13 +308,10 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
       take_back(dropped.held != nullptr ? dropped.held->blocks : blocks_, dropped.block);
     });
   }
-  /// On any thread.
+  /// Of a part. On any thread.
   void release_of(std::uint64_t block, const std::shared_ptr<GraphExtents>& held) noexcept {
     const auto named = static_cast<OffsetAllocator::Block>(block);
-    gate_.release([&] { take_back(held != nullptr ? held->blocks : blocks_, named); },
-                  [&] {
-                    return Dropped{named, held};
-                  });
+    gate_.release([&] { take_back(held->blocks, named); }, [&] { return Dropped{named, held}; });
   }
   void take_back(StreamOrderedAllocator& blocks, OffsetAllocator::Block block) noexcept {
     try {
@@ -390,6 +425,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   std::shared_ptr<Backend> keeps_backend_;  // goes last; null where nobody shares it
   std::string name_;
   ArenaOptions options_;
+  Device device_;
   ArenaSegments segments_;
   StreamOrderedAllocator blocks_;
   StreamMarks marks_;
@@ -397,6 +433,10 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
   bool frozen_ = false;
   bool closed_ = false;
   detail::ReleaseGate<Dropped> gate_;
+  // What tensors left of their shares in the arena, for those that follow.
+  std::array<std::shared_ptr<MemoryOwner>, kMostShares> shares_;
+  std::size_t kept_ = 0;
+  std::size_t most_kept_ = kMostShares;
 };
 
 inline Tensor SymmetricArena::empty(const Dims& shape, DType dtype, StreamRef stream,
@@ -411,11 +451,16 @@ inline Tensor SymmetricArena::empty(const Dims& shape, DType dtype, StreamRef st
         "the graph would not keep its memory",
         name_));
   }
-  const std::size_t bytes = bytes_of(shape, dtype);
-  const auto block = allocate(bytes, stream);
-  const TensorView view(segments_.address(blocks_.space().offset(block)), dtype, shape,
-                        backend().device());
-  return {view, shared_from_this(), block};
+  check_dtype("dtype", dtype);
+  const Counted count{numel(shape)};
+  const auto block = allocate(static_cast<std::size_t>(count.elements) * size_of(dtype), stream);
+  return {segments_.address(blocks_.space().offset(block)),
+          dtype,
+          shape,
+          count,
+          device_,
+          share(),
+          block};
 }
 
 }  // namespace cohort

@@ -165,6 +165,11 @@ constexpr void check_dtype(std::string_view argument, DType dtype) {
   return dim < 0 ? dim + ndim : dim;
 }
 
+/// The number of a shape's elements, where it is known.
+struct Counted {
+  std::int64_t elements = 0;  ///< As `numel` says.
+};
+
 /// A view of memory as a tensor. `Void` is `void` or `const void`. Owns nothing.
 template <class Void>
 class BasicTensorView {
@@ -184,6 +189,16 @@ class BasicTensorView {
         dtype_(dtype) {
     check_data();
   }
+
+  /// The same of memory for `numel` elements, which are those of the shape: for owners of memory,
+  /// which have counted them.
+  BasicTensorView(Void* data, DType dtype, const Dims& shape, Counted numel, Device device) noexcept
+      : data_(data),
+        shape_(shape),
+        strides_(contiguous_strides(shape)),
+        numel_(numel.elements),
+        device_(device),
+        dtype_(dtype) {}
 
   /// Throws `UsageError` where shape and strides differ in length or `data` is null although the
   /// tensor has elements.
@@ -206,9 +221,8 @@ class BasicTensorView {
   /// A view of mutable memory converts to a view of constant memory.
   template <class Other>
   requires(std::is_const_v<Void>&& std::is_same_v<Other, void>)
-      BasicTensorView(  // NOLINT(google-explicit-constructor)
-          const BasicTensorView<Other>& other)
-  noexcept
+      [[gnu::hot]] BasicTensorView(  // NOLINT(google-explicit-constructor)
+          const BasicTensorView<Other>& other) noexcept
       : data_(other.data()),
         shape_(other.shape()),
         strides_(other.strides()),
@@ -390,6 +404,13 @@ class MemoryOwner {
 
   /// Takes block `block` back, in the order of the stream that it was allocated on.
   virtual void release(std::uint64_t block) noexcept = 0;
+  /// The same, and takes the tensor's share of the owner, `self`, which is null afterwards: an
+  /// owner may keep it for its next tensor, because to let go of a share and to make another costs
+  /// more than a block.
+  virtual void take_back(std::uint64_t block, std::shared_ptr<MemoryOwner>& self) noexcept {
+    release(block);
+    self.reset();
+  }
   /// A later reuse of the block also waits for what `stream` has enqueued when it is released.
   virtual void record_stream(std::uint64_t block, StreamRef stream) = 0;
 };
@@ -401,6 +422,10 @@ class Tensor {
   /// Of a block that its owner gave.
   Tensor(const TensorView& view, std::shared_ptr<MemoryOwner> owner, std::uint64_t block) noexcept
       : view_(view), owner_(std::move(owner)), block_(block) {}
+  /// The same, without gaps and of so many elements as the shape has, built where it is to be.
+  Tensor(void* data, DType dtype, const Dims& shape, Counted numel, Device device,
+         std::shared_ptr<MemoryOwner>&& owner, std::uint64_t block) noexcept
+      : view_(data, dtype, shape, numel, device), owner_(std::move(owner)), block_(block) {}
   /// The other is empty afterwards.
   Tensor(Tensor&& other) noexcept
       : view_(other.view_), owner_(std::move(other.owner_)), block_(other.block_) {
@@ -478,8 +503,7 @@ class Tensor {
  private:
   void release() noexcept {
     if (owner_ != nullptr) {
-      owner_->release(block_);
-      owner_.reset();
+      owner_->take_back(block_, owner_);
     }
   }
 

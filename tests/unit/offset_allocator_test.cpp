@@ -124,6 +124,56 @@ TEST_CASE("where a block goes depends on what lives, not on what was", "[offset_
   CHECK(equal);
 }
 
+TEST_CASE("the smallest block that fits is taken, and of equals the first", "[offset_allocator]") {
+  constexpr std::uint64_t kBytes = 2000 * kUnit;
+  OffsetAllocator allocator;
+  allocator.add_range(0, kBytes);
+  std::map<std::uint64_t, std::pair<std::uint64_t, OffsetAllocator::Block>> live;  // by offset
+  const auto best = [&](std::uint64_t size) {
+    std::pair<std::uint64_t, std::uint64_t> found{kBytes + 1, 0};  // size, offset
+    std::uint64_t begin = 0;
+    const auto look = [&](std::uint64_t end) {
+      if (end - begin >= size) {
+        found = std::min(found, {end - begin, begin});
+      }
+    };
+    for (const auto& [offset, block] : live) {
+      look(offset);
+      begin = offset + block.first;
+    }
+    look(kBytes);
+    return found;
+  };
+  std::mt19937_64 random(7);
+  std::vector<std::uint64_t> last;  // of the temporaries, which come back soon
+  for (int i = 0; i < 20'000; ++i) {
+    // Classes of one size and of several; more blocks come than go until little is free.
+    const std::uint64_t size = (1 + random() % (random() % 4 == 0 ? 150 : 12)) * kUnit;
+    const auto [fit, offset] = best(size);
+    const auto block = allocator.allocate(size);
+    REQUIRE(block.has_value() == (fit <= kBytes));
+    if (block) {
+      REQUIRE(allocator.offset(*block) == offset);
+      live[offset] = {size, *block};
+      last.push_back(offset);
+    }
+    const std::size_t most = i % 2000 < 1000 ? 3 : 100;
+    while (!last.empty() && (last.size() > most || !block)) {
+      const std::size_t at = random() % 2 == 0 ? last.size() - 1 : random() % last.size();
+      allocator.free(live.at(last[at]).second);
+      live.erase(last[at]);
+      last.erase(last.begin() + static_cast<std::ptrdiff_t>(at));
+      if (!block && random() % 3 == 0) {
+        break;
+      }
+    }
+    if (random() % 64 == 0 && !last.empty()) {
+      last.erase(last.begin());  // lives on
+    }
+  }
+  CHECK(live.size() > 100);
+}
+
 TEST_CASE("live blocks are visited in the order of their allocation", "[offset_allocator]") {
   OffsetAllocator allocator;
   allocator.add_range(0, 64 * kUnit);

@@ -343,6 +343,52 @@ TEST_CASE("tensors outlive the arena's owner", "[arena]") {
   tensor.reset();
 }
 
+TEST_CASE("an arena ends with its last user, whatever its tensors left it", "[arena]") {
+  Workspace work;
+  const std::weak_ptr<SymmetricArena> arena = work.arena->weak_from_this();
+  const auto use = [&] {
+    std::vector<Tensor> step;
+    for (int i = 0; i < 40; ++i) {
+      step.push_back(bytes_of(*work.arena, 256));
+    }
+  };
+  use();
+  use();
+  SECTION("without a tensor") {
+    SECTION("it is dropped where it was used") { work.arena.reset(); }
+    SECTION("another thread drops it") {
+      std::thread([&] { work.arena.reset(); }).join();
+    }
+    SECTION("it is closed before") {
+      work.arena->close();
+      work.arena.reset();
+    }
+    CHECK(arena.expired());
+  }
+  SECTION("with a tensor") {
+    Tensor last = bytes_of(*work.arena, 256);
+    work.arena.reset();
+    CHECK_FALSE(arena.expired());
+    std::memset(last.data(), 1, 256);
+    SECTION("on the arena's thread") { last.reset(); }
+    SECTION("on another thread") {
+      std::thread([&] { last.reset(); }).join();
+    }
+    CHECK(arena.expired());
+  }
+  SECTION("while another thread drops tensors") {
+    std::vector<Tensor> lot;
+    for (int i = 0; i < 1000; ++i) {
+      lot.push_back(bytes_of(*work.arena, 256));
+    }
+    std::thread dropper([&] { lot.clear(); });
+    use();
+    work.arena.reset();
+    dropper.join();
+    CHECK(arena.expired());
+  }
+}
+
 TEST_CASE("tensors may be dropped on any thread", "[arena]") {
   Workspace work;
   auto& arena = *work.arena;

@@ -206,6 +206,33 @@ TEST_CASE("a tensor gives its memory back once", "[tensor]") {
   CHECK(owner.use_count() == 1);
 }
 
+TEST_CASE("an owner may keep the share that a tensor leaves", "[tensor]") {
+  class Keeping final : public Counting {
+   public:
+    void take_back(std::uint64_t block, std::shared_ptr<MemoryOwner>& self) noexcept override {
+      release(block);
+      kept = std::move(self);
+    }
+    std::shared_ptr<MemoryOwner> kept;
+  };
+  auto values = numbers();
+  auto owner = std::make_shared<Keeping>();
+  const std::weak_ptr<Keeping> alive = owner;
+  auto* const raw = owner.get();
+  Tensor tensor(values.data(), DType::f32, {4, 6}, Counted{24}, Device{}, std::move(owner), 3);
+  CHECK(tensor.numel() == 24);
+  CHECK(tensor.view().strides() == Dims{6, 1});
+  CHECK(tensor.view().is_contiguous());
+  tensor.reset();
+  CHECK(raw->released == std::vector<std::uint64_t>{3});
+  CHECK(alive.use_count() == 1);
+  CHECK(tensor.data() == nullptr);
+  tensor.reset();
+  CHECK(raw->released.size() == 1);
+  raw->kept.reset();
+  CHECK(alive.expired());
+}
+
 TEST_CASE("a tensor can be viewed as a smaller one", "[tensor]") {
   auto values = numbers();
   Tensor tensor(TensorView(values.data(), DType::f32, {6, 4}), nullptr, 0);
