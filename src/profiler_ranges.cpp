@@ -30,7 +30,7 @@ ProfilerRanges::ProfilerRanges(const std::string& group) {
   }
 }
 
-void ProfilerRanges::begin(TraceCall call) const noexcept {
+void ProfilerRanges::push(TraceCall call) const noexcept {
   nvtxStringHandle_t const name =
       static_cast<nvtxStringHandle_t>(names_[static_cast<std::size_t>(call)]);
   if (name == nullptr) {
@@ -44,11 +44,7 @@ void ProfilerRanges::begin(TraceCall call) const noexcept {
   static_cast<void>(nvtxDomainRangePushEx(domain(), &attributes));
 }
 
-void ProfilerRanges::end() const noexcept {
-  if (names_.front() != nullptr) {
-    static_cast<void>(nvtxDomainRangePop(domain()));
-  }
-}
+void ProfilerRanges::pop() noexcept { static_cast<void>(nvtxDomainRangePop(domain())); }
 
 }  // namespace cohort
 
@@ -57,8 +53,8 @@ void ProfilerRanges::end() const noexcept {
 namespace cohort {
 
 ProfilerRanges::ProfilerRanges(const std::string&) {}
-void ProfilerRanges::begin(TraceCall) const noexcept {}
-void ProfilerRanges::end() const noexcept {}
+void ProfilerRanges::push(TraceCall) const noexcept {}
+void ProfilerRanges::pop() noexcept {}
 
 }  // namespace cohort
 

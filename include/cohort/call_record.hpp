@@ -82,24 +82,25 @@ namespace detail {
   const auto extent = [&shape](int d) { return static_cast<std::uint64_t>(shape[d]); };
   const bool fits = ((extent(0) | extent(1) | extent(2) | extent(3) | extent(4)) >> 32) == 0 &&
                     shape.size() <= TraceRecord::kExtents;
-  std::uint32_t word = 0;
+  TraceRecord record{.call = call,
+                     .dtype = dtype,
+                     .ndim = static_cast<std::uint8_t>(shape.size()),
+                     .variant = variant};
   if (uneven == 0 && fits) [[likely]] {
     // In pairs, as they lie in the record.
     const auto pair = [&extent](int d) {
       return static_cast<std::int64_t>(extent(d) | extent(d + 1) << 32);
     };
-    word = signature.mix(shape[0]).mix(pair(1)).mix(pair(3)).word();
-  } else {
-    word = detail::mix_unusual(signature, shape, dim, sizes, uneven != 0);
+    record.signature = signature.mix(shape[0]).mix(pair(1)).mix(pair(3)).word();
+    const auto whole = [&extent](int d) { return static_cast<std::uint32_t>(extent(d)); };
+    record.extents = {whole(0), whole(1), whole(2), whole(3), whole(4)};
+    return record;
   }
-  return {.signature = word,
-          .call = call,
-          .dtype = dtype,
-          .ndim = static_cast<std::uint8_t>(shape.size()),
-          .variant = variant,
-          .extents = {detail::saturated(extent(0)), detail::saturated(extent(1)),
-                      detail::saturated(extent(2)), detail::saturated(extent(3)),
-                      detail::saturated(extent(4))}};
+  record.signature = detail::mix_unusual(signature, shape, dim, sizes, uneven != 0);
+  record.extents = {detail::saturated(extent(0)), detail::saturated(extent(1)),
+                    detail::saturated(extent(2)), detail::saturated(extent(3)),
+                    detail::saturated(extent(4))};
+  return record;
 }
 
 }  // namespace cohort

@@ -168,6 +168,10 @@ class ControlPlane {
   /// does meanwhile.
   void check_peers(PeerLook look = PeerLook::now) { find_who_left(look); }
 
+  /// Whether `check_peers(PeerLook::lately)` would find nothing, and the group is not poisoned:
+  /// what each call asks first. False where that would have to be looked for.
+  [[nodiscard]] virtual bool is_calm() const noexcept { return false; }
+
   /// Local. For a wait for others of the group, by whichever means, that has lasted for some ms, so
   /// that who gives up blames none that waits itself. Null in groups in which nobody waits for
   /// another, and where there is no memory for it. Does not outlive this.

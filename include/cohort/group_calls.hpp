@@ -155,7 +155,7 @@ class GroupCalls {
     }
 
     /// All of it has been enqueued.
-    void finish() const {
+    [[gnu::hot]] void finish() const {
       if (std::exchange(ended_, true)) {
         return;
       }
@@ -189,7 +189,7 @@ class GroupCalls {
 
   /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.
   /// The call is recorded, and where debug checks are on compared across the ranks.
-  [[nodiscard]] Call begin(StreamRef stream, const MadeCall& made) {
+  [[nodiscard, gnu::hot]] Call begin(StreamRef stream, const MadeCall& made) {
     const CaptureId capture = lanes_[lane_].before(stream).capture;
     if (capture != 0) {
       // Not each piece of work: local arithmetic belongs to the backend, which outlives the group.
@@ -216,7 +216,8 @@ class GroupCalls {
   }
 
   /// Of a call that begins.
-  void record(BegunCall& begun, const MadeCall& made, StreamRef stream, CaptureId capture) {
+  [[gnu::hot]] void record(BegunCall& begun, const MadeCall& made, StreamRef stream,
+                           CaptureId capture) {
     const bool collective = made.call != TraceCall::send && made.call != TraceCall::recv;
     TransportStand before;
     if (transport_ != nullptr) {

@@ -94,8 +94,8 @@ class GroupCoordinator : public GroupBase {
     all_reduce_into(x, x, stream, op);
   }
   /// `out` has the shape of `x` and may be `x`.
-  void all_reduce_into(const TensorView& out, const ConstTensorView& x, StreamRef stream = {},
-                       ReduceOp op = ReduceOp::sum) {
+  [[gnu::hot]] void all_reduce_into(const TensorView& out, const ConstTensorView& x,
+                                    StreamRef stream = {}, ReduceOp op = ReduceOp::sum) {
     check_call("all_reduce", x);
     check_reducible("all_reduce x", x);
     check_op("all_reduce op", op);
@@ -319,8 +319,8 @@ class GroupCoordinator : public GroupBase {
     return out;
   }
 
-  void gather_into(const TensorView& out, const ConstTensorView& x,
-                   std::span<const std::int64_t> sizes, int dim, StreamRef stream) {
+  [[gnu::hot]] void gather_into(const TensorView& out, const ConstTensorView& x,
+                                std::span<const std::int64_t> sizes, int dim, StreamRef stream) {
     check_call("all_gather x", x);
     check_like("all_gather out", out, x, gathered_shape(x, caller(), sizes, dim));
     check_distinct("all_gather out", out);
@@ -350,8 +350,9 @@ class GroupCoordinator : public GroupBase {
     return out;
   }
 
-  void scatter_into(const TensorView& out, const ConstTensorView& x,
-                    std::span<const std::int64_t> sizes, int dim, ReduceOp op, StreamRef stream) {
+  [[gnu::hot]] void scatter_into(const TensorView& out, const ConstTensorView& x,
+                                 std::span<const std::int64_t> sizes, int dim, ReduceOp op,
+                                 StreamRef stream) {
     check_call("reduce_scatter x", x);
     check_reducible("reduce_scatter x", x);
     check_op("reduce_scatter op", op);

@@ -155,6 +155,11 @@ class Mailbox {
     }
   }
 
+  /// Whether `look_now_and_then` would do nothing, and no rank is known to have left a group.
+  [[nodiscard]] bool is_calm() const noexcept {
+    return !notices_.any() && tick() <= looked_.load(std::memory_order_relaxed);
+  }
+
   /// Whether a frame of that kind of call from a rank has been taken in.
   [[nodiscard]] bool has(int from, ControlCall call, std::uint64_t channel) {
     const auto lock = enter();

@@ -69,6 +69,10 @@ class MessageControlPlane : public ControlPlane {
   [[nodiscard]] std::chrono::milliseconds limit() const noexcept override { return limit_; }
   [[nodiscard]] bool poisoned() const noexcept override { return attendance_.has_left(); }
 
+  [[nodiscard, gnu::hot]] bool is_calm() const noexcept override {
+    return !attendance_.has_left() && mailbox_->is_calm();
+  }
+
   Arrivals gather_arrivals(std::span<const std::byte> mine, std::chrono::milliseconds limit,
                            const detail::GiveUp* excuse) override {
     Arrivals arrivals;

@@ -47,7 +47,9 @@ class StreamOrder {
       return {};
     }
     const CaptureId capture = stream.capture_id();
-    if (!stream.driver().runs_at_once()) {
+    if (capture == 0 && eager_.stream == stream) [[likely]] {
+      eager_.stands = false;
+    } else if (!stream.driver().runs_at_once()) {
       if (capture == 0) {
         follow(eager_, stream, capture);
       } else if (capture != kInvalidatedCapture) {  // nothing of that one will ever run

@@ -200,21 +200,34 @@ template <class A, class B>
 
 }  // namespace detail
 
-/// Whether one view ends before the other begins, or has no elements: all that most views need.
+namespace detail {
+
+/// `is_apart` of views with gaps.
 template <class A, class B>
-[[nodiscard]] bool is_apart(const BasicTensorView<A>& a, const BasicTensorView<B>& b) noexcept {
+[[nodiscard, gnu::noinline]] bool ranges_apart(const BasicTensorView<A>& a,
+                                               const BasicTensorView<B>& b) noexcept {
   if (a.numel() == 0 || b.numel() == 0) {
     return true;
   }
-  if (a.is_contiguous() && b.is_contiguous()) {
-    const auto first = reinterpret_cast<std::uintptr_t>(a.data());
-    const auto second = reinterpret_cast<std::uintptr_t>(b.data());
-    return first < second ? a.bytes() <= second - first : b.bytes() <= first - second;
-  }
-  const detail::ByteRange x(a);
-  const detail::ByteRange y(b);
+  const ByteRange x(a);
+  const ByteRange y(b);
   return !x.is_immense && !y.is_immense &&
          (x.begin + x.extent <= y.begin || y.begin + y.extent <= x.begin);
+}
+
+}  // namespace detail
+
+/// Whether one view ends before the other begins, or has no elements: all that most views need.
+template <class A, class B>
+[[nodiscard, gnu::always_inline]] inline bool is_apart(const BasicTensorView<A>& a,
+                                                       const BasicTensorView<B>& b) noexcept {
+  if (a.is_contiguous() && b.is_contiguous()) [[likely]] {
+    const auto first = reinterpret_cast<std::uintptr_t>(a.data());
+    const auto second = reinterpret_cast<std::uintptr_t>(b.data());
+    const bool apart = first < second ? a.bytes() <= second - first : b.bytes() <= first - second;
+    return apart || a.numel() == 0 || b.numel() == 0;
+  }
+  return detail::ranges_apart(a, b);
 }
 
 /// Whether some byte belongs to an element of both views. Exact, but for strides that neither nest

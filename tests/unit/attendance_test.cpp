@@ -229,7 +229,9 @@ TEST_CASE("ranks that wait by other means learn who has left, and leave as well"
     check_throws<SymmetryError>([&] { plane.check_peers(); }, "rank 0 gave up", "group world",
                                 "its stream stood still");
     check(plane.poisoned(), "poisoned");
+    check(!plane.is_calm(), "who has left is not calm");
     plane.check_peers();
+    check(!plane.is_calm(), "nor behind a look");
     check_throws<TransportError>([&] { plane.barrier(); }, "form a new group");
   });
 }

@@ -261,6 +261,28 @@ TEST_CASE("who asks all the time looks once in a while, whichever group asks") {
   CHECK(post.messenger->asked <= 2 * most);
 }
 
+TEST_CASE("it is calm behind a look, for some milliseconds and until somebody has left") {
+  Post post;
+  post.mailbox.look();
+  const int asked = post.messenger->asked;
+  bool was_calm = false;
+  const auto end = Clock::now() + 60s;
+  while (post.mailbox.is_calm() && Clock::now() < end) {
+    was_calm = true;
+  }
+  CHECK(was_calm);
+  CHECK_FALSE(post.mailbox.is_calm());    // the next look is due
+  CHECK(post.messenger->asked == asked);  // and to ask for calm was none
+  while (!post.mailbox.is_calm() && Clock::now() < end) {
+    post.mailbox.look_now_and_then();
+  }
+  post.messenger->deliver(2, {8, ControlCall::gave_up, 4});
+  do {
+    post.mailbox.look();
+    CHECK_FALSE(post.mailbox.is_calm());
+  } while (!post.mailbox.notices().any() && Clock::now() < end);
+}
+
 TEST_CASE("who asks now and then waits for no thread that is inside") {
   Post post;
   post.messenger->deliver(2, {8, ControlCall::gave_up, 4});

@@ -305,25 +305,12 @@ class CudaStreamDriver final : public StreamDriver {
   /// Every call of a group asks this, so eagerly it is one CUDA call, and the shortest that
   /// answers. A created stream belongs to a device whatever the current one is, and answers from
   /// any; only the default streams are those of the current device.
-  [[nodiscard]] CaptureId capture_id(void* native) const override {
+  [[nodiscard, gnu::hot]] CaptureId capture_id(void* native) const override {
     const auto stream = static_cast<cudaStream_t>(native);
-    std::optional<DeviceGuard> guard;
-    std::optional<cudaStreamCaptureStatus> status;
-    if (detail::is_default_stream(stream)) {
-      guard.emplace(device_);
-    } else {
-      status = detail::capture_status_quickly(stream);
+    if (!detail::is_default_stream(stream) && detail::is_eager_quickly(stream)) [[likely]] {
+      return 0;
     }
-    switch (status ? *status : detail::capture_status(stream)) {
-      case cudaStreamCaptureStatusNone:
-        return 0;
-      case cudaStreamCaptureStatusInvalidated:
-        return kInvalidatedCapture;  // CUDA gives no number; whatever is enqueued will fail
-      case cudaStreamCaptureStatusActive:
-        break;
-    }
-    // The runtime numbers captures over the life of the process; 0 is ours for "none".
-    return detail::capture_info(stream).id + 1;
+    return number_of_capture(stream);
   }
 
   void retain_in_capture(void* native, std::shared_ptr<void> object) override {
@@ -439,6 +426,24 @@ class CudaStreamDriver final : public StreamDriver {
   }
 
  private:
+  /// Asks the runtime.
+  [[gnu::noinline]] CaptureId number_of_capture(cudaStream_t stream) const {
+    std::optional<DeviceGuard> guard;
+    if (detail::is_default_stream(stream)) {
+      guard.emplace(device_);
+    }
+    switch (detail::capture_status(stream)) {
+      case cudaStreamCaptureStatusNone:
+        return 0;
+      case cudaStreamCaptureStatusInvalidated:
+        return kInvalidatedCapture;  // CUDA gives no number; whatever is enqueued will fail
+      case cudaStreamCaptureStatusActive:
+        break;
+    }
+    // The runtime numbers captures over the life of the process; 0 is ours for "none".
+    return detail::capture_info(stream).id + 1;
+  }
+
   int device_;
   std::mutex event_mutex_;
   UniqueEvent event_;

@@ -20,25 +20,30 @@ class DeviceGuard {
  public:
   /// Throws `TransportError`.
   explicit DeviceGuard(int device) {
-    if (const auto current = detail::current_device_quickly()) [[likely]] {
-      before_ = *current;
-    } else {
-      cuda_check(cudaGetDevice(&before_), "cudaGetDevice");
-    }
-    if (before_ != device) {
-      cuda_check(cudaSetDevice(device), "cudaSetDevice");
-      changed_ = true;
+    if (!detail::is_current_quickly(device)) [[unlikely]] {
+      change(device);
     }
   }
   DeviceGuard(const DeviceGuard&) = delete;
   DeviceGuard& operator=(const DeviceGuard&) = delete;
   ~DeviceGuard() {
-    if (changed_) {
-      cuda_report(cudaSetDevice(before_), "cudaSetDevice");
+    if (changed_) [[unlikely]] {
+      change_back();
     }
   }
 
  private:
+  [[gnu::cold, gnu::noinline]] void change(int device) {
+    cuda_check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device) {
+      cuda_check(cudaSetDevice(device), "cudaSetDevice");
+      changed_ = true;
+    }
+  }
+  [[gnu::cold, gnu::noinline]] void change_back() const noexcept {
+    cuda_report(cudaSetDevice(before_), "cudaSetDevice");
+  }
+
   int before_ = 0;
   bool changed_ = false;
 };

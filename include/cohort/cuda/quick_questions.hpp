@@ -4,6 +4,7 @@
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <optional>
 
 #include "cohort/cuda/driver.hpp"
@@ -17,54 +18,69 @@
 
 namespace cohort::detail {
 
-/// The driver's functions of those names, or null.
+/// The driver's functions of those names. Whoever stands in a function's place at first looks it
+/// up, once in each module, so that a question is a load and a call.
 struct QuickQuestions {
-  decltype(&::cuCtxGetDevice) current_device = nullptr;
-  decltype(&::cuStreamIsCapturing) is_capturing = nullptr;
+  using CurrentDevice = decltype(&::cuCtxGetDevice);
+  using IsCapturing = decltype(&::cuStreamIsCapturing);
 
-  /// Looked up once in each module.
-  [[nodiscard]] static const QuickQuestions& get() noexcept {
-    static const QuickQuestions questions = look_up();
-    return questions;
-  }
+  [[gnu::cold]] static CUresult first_current_device(CUdevice* device) noexcept;
+  [[gnu::cold]] static CUresult first_is_capturing(CUstream stream,
+                                                   CUstreamCaptureStatus* status) noexcept;
+
+  inline static constinit std::atomic<CurrentDevice> current_device{&first_current_device};
+  inline static constinit std::atomic<IsCapturing> is_capturing{&first_is_capturing};
 
  private:
-  [[nodiscard]] static QuickQuestions look_up() noexcept {
-    QuickQuestions found;
+  /// `none`, which knows no answer, stays where the driver has no such function.
+  template <class Function>
+  [[nodiscard]] static Function look_up(const char* name, std::atomic<Function>& place,
+                                        Function none) noexcept {
+    Function found = none;
     try {
-      load_driver_function("cuCtxGetDevice", found.current_device);
-      load_driver_function("cuStreamIsCapturing", found.is_capturing);
+      load_driver_function(name, found);
     } catch (...) {
-      return {};
+      found = none;
     }
+    place.store(found, std::memory_order_relaxed);
     return found;
   }
 };
 
+inline CUresult QuickQuestions::first_current_device(CUdevice* device) noexcept {
+  const CurrentDevice none = [](CUdevice*) -> CUresult { return CUDA_ERROR_NOT_FOUND; };
+  return look_up("cuCtxGetDevice", current_device, none)(device);
+}
+inline CUresult QuickQuestions::first_is_capturing(CUstream stream,
+                                                   CUstreamCaptureStatus* status) noexcept {
+  const IsCapturing none = [](CUstream, CUstreamCaptureStatus*) -> CUresult {
+    return CUDA_ERROR_NOT_FOUND;
+  };
+  return look_up("cuStreamIsCapturing", is_capturing, none)(stream, status);
+}
+
 /// The current device, or nothing where that is not known so quickly. The driver's devices are the
 /// runtime's numbers.
 [[nodiscard]] inline std::optional<int> current_device_quickly() noexcept {
-  const auto ask = QuickQuestions::get().current_device;
   CUdevice device = 0;
-  if (ask != nullptr && ask(&device) == CUDA_SUCCESS) [[likely]] {
-    return device;
-  }
-  return std::nullopt;
+  return QuickQuestions::current_device.load(std::memory_order_relaxed)(&device) == CUDA_SUCCESS
+             ? std::optional<int>(device)
+             : std::nullopt;
 }
 
-/// Whether a stream that was created is being captured, likewise.
-[[nodiscard]] inline std::optional<cudaStreamCaptureStatus> capture_status_quickly(
-    cudaStream_t stream) noexcept {
-  static_assert(
-      static_cast<int>(CU_STREAM_CAPTURE_STATUS_NONE) == cudaStreamCaptureStatusNone &&
-      static_cast<int>(CU_STREAM_CAPTURE_STATUS_ACTIVE) == cudaStreamCaptureStatusActive &&
-      static_cast<int>(CU_STREAM_CAPTURE_STATUS_INVALIDATED) == cudaStreamCaptureStatusInvalidated);
-  const auto ask = QuickQuestions::get().is_capturing;
+/// Whether a device is known to be the current one; false also where that is not known so quickly.
+[[nodiscard]] inline bool is_current_quickly(int device) noexcept {
+  CUdevice current = 0;
+  return QuickQuestions::current_device.load(std::memory_order_relaxed)(&current) == CUDA_SUCCESS &&
+         current == device;
+}
+
+/// Whether a stream that was created is known not to be captured, likewise.
+[[nodiscard]] inline bool is_eager_quickly(cudaStream_t stream) noexcept {
   CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
-  if (ask != nullptr && ask(stream, &status) == CUDA_SUCCESS) [[likely]] {
-    return static_cast<cudaStreamCaptureStatus>(status);
-  }
-  return std::nullopt;
+  return QuickQuestions::is_capturing.load(std::memory_order_relaxed)(stream, &status) ==
+             CUDA_SUCCESS &&
+         status == CU_STREAM_CAPTURE_STATUS_NONE;
 }
 
 }  // namespace cohort::detail

@@ -112,8 +112,9 @@ class NcclCalls {
   /// Whether a peer may be reached by the place of `view`, which need not be the same on all ranks:
   /// then the call takes scratch memory instead. True on all ranks or on none.
   template <class Void>
-  [[nodiscard]] bool loose(Collective collective, const BasicTensorView<Void>& view,
-                           ReduceOp op) const {
+  [[nodiscard, gnu::always_inline]] bool loose(Collective collective,
+                                               const BasicTensorView<Void>& view,
+                                               ReduceOp op) const {
     return group_.communicator->has_registered() &&
            has_symmetric_kernel(collective, view.dtype(), op) &&
            group_.communicator->loose(view.data(), view.bytes());
@@ -123,9 +124,8 @@ class NcclCalls {
   /// they are joined along, so that ranks which mean different ones are told.
   void all_gather(const ConstTensorView& share, int dim, const void* in, void* out,
                   cudaStream_t stream) {
-    const SymmetricPath path =
-        prepare(Collective::all_gather, in, share.bytes(), out, whole(share), share.dtype(),
-                ReduceOp::sum, extents_before(share.shape(), dim), stream);
+    const SymmetricPath path = prepare(Collective::all_gather, in, share.bytes(), out, whole(share),
+                                       share.dtype(), ReduceOp::sum, &share.shape(), dim, stream);
     make("ncclAllGather",
          way_of(Way::all_gather, share.dtype(), ReduceOp::sum, path, share.bytes()), stream,
          [=, elements = element_count(share), type = nccl_type(share.dtype())](ncclComm_t comm) {
@@ -136,7 +136,7 @@ class NcclCalls {
                       cudaStream_t stream) {
     const SymmetricPath path =
         prepare(Collective::reduce_scatter, in, whole(share), out, share.bytes(), share.dtype(), op,
-                extents_before(share.shape(), dim), stream);
+                &share.shape(), dim, stream);
     make("ncclReduceScatter", way_of(Way::reduce_scatter, share.dtype(), op, path, share.bytes()),
          stream,
          [=, elements = element_count(share), type = nccl_type(share.dtype())](ncclComm_t comm) {
@@ -148,7 +148,7 @@ class NcclCalls {
   void all_reduce(const ConstTensorView& like, const void* in, void* out, ReduceOp op,
                   cudaStream_t stream) {
     const SymmetricPath path = prepare(Collective::all_reduce, in, like.bytes(), out, like.bytes(),
-                                       like.dtype(), op, 1, stream);
+                                       like.dtype(), op, nullptr, 0, stream);
     make("ncclAllReduce", way_of(Way::all_reduce, like.dtype(), op, path, like.bytes()), stream,
          [=, elements = element_count(like), type = nccl_type(like.dtype())](ncclComm_t comm) {
            return ncclAllReduce(in, out, elements, type, nccl_op(op), comm, stream);
@@ -205,12 +205,17 @@ class NcclCalls {
   ///
   /// @param way  Equal for calls whose ranks are connected once those of one of them are.
   template <class Work>
-  void make(const char* name, std::uint64_t way, cudaStream_t stream, Work work) {
+  [[gnu::always_inline]] void make(const char* name, std::uint64_t way, cudaStream_t stream,
+                                   Work work) {
     const bool known = is_known(way);
     if (known && !group_.is_captured(stream)) [[likely]] {
       nccl(work(group_.communicator->get()), name);
       return;
     }
+    make_bounded(name, way, known, std::move(work));
+  }
+  template <class Work>
+  [[gnu::noinline]] void make_bounded(const char* name, std::uint64_t way, bool known, Work work) {
     if (!known) {
       require_descriptors();
     }
@@ -237,14 +242,13 @@ class NcclCalls {
 
   /// Whether a call has been made that way.
   [[nodiscard]] bool is_known(std::uint64_t way) {
-    std::uint64_t& recent = recent_[way % recent_.size()];
-    if (recent == way) [[likely]] {
-      return true;
-    }
+    return recent_[way % recent_.size()] == way || is_known_of_old(way);
+  }
+  [[nodiscard, gnu::noinline]] bool is_known_of_old(std::uint64_t way) {
     if (!known_.contains(way)) {
       return false;
     }
-    recent = way;
+    recent_[way % recent_.size()] = way;
     return true;
   }
 
@@ -260,9 +264,11 @@ class NcclCalls {
     if (group_.path == CallPath::unknown) {
       group_.path = CallPath::nccl;
     }
-    if (code == ncclSuccess) [[likely]] {
-      return;
+    if (code != ncclSuccess) [[unlikely]] {
+      fail(code, call);
     }
+  }
+  [[gnu::cold, gnu::noinline]] void fail(ncclResult_t code, const char* call) {
     try {
       group_.communicator->check(code, call);
     } catch (const TransportError&) {
@@ -287,14 +293,22 @@ class NcclCalls {
   /// every rank, before anything is enqueued, where the call is captured or debug checks are on;
   /// otherwise an eager one fails the group. -> the path. `before`: the product of the extents
   /// before the dimension that the ranks' shares are parts of.
-  SymmetricPath prepare(Collective collective, const void* in, std::size_t in_bytes,
-                        const void* out, std::size_t out_bytes, DType dtype, ReduceOp op,
-                        std::int64_t before, cudaStream_t stream) {
-    const bool registered = group_.communicator->has_registered();
-    if (!registered && !symmetric_asked_for_) {  // whatever the version
+  [[gnu::always_inline]] SymmetricPath prepare(Collective collective, const void* in,
+                                               std::size_t in_bytes, const void* out,
+                                               std::size_t out_bytes, DType dtype, ReduceOp op,
+                                               const Dims* shape, int dim, cudaStream_t stream) {
+    if (!group_.communicator->has_registered() && !symmetric_asked_for_) {  // whatever the version
       group_.path = CallPath::nccl;
       return SymmetricPath::never;
     }
+    return prepare_symmetric(collective, in, in_bytes, out, out_bytes, dtype, op,
+                             shape != nullptr ? extents_before(*shape, dim) : 1, stream);
+  }
+  [[gnu::noinline]] SymmetricPath prepare_symmetric(Collective collective, const void* in,
+                                                    std::size_t in_bytes, const void* out,
+                                                    std::size_t out_bytes, DType dtype, ReduceOp op,
+                                                    std::int64_t before, cudaStream_t stream) {
+    const bool registered = group_.communicator->has_registered();
     const SymmetricPath path = symmetric(collective, in, in_bytes, out, out_bytes, dtype, op);
     group_.path = path == SymmetricPath::never ? CallPath::nccl : CallPath::nccl_symmetric;
     const PlaceCheck check =

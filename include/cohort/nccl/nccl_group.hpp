@@ -116,6 +116,18 @@ struct NcclGroup {
   /// A call, or a launch of a graph that may hold some, comes on `stream`. Throws where it cannot
   /// work, because the group has failed or another rank has left, which the recorder learns.
   void enter(cudaStream_t stream, bool can_work = true) {
+    const bool calm = can_work && !own_failed() && communicator != nullptr &&
+                      !communicator->broken() && control.is_calm();
+    if (!calm) [[unlikely]] {
+      look_around(can_work);
+    }
+    if (size > 1) {
+      last_stream.store(stream, std::memory_order_relaxed);
+      used.store(true, std::memory_order_release);
+    }
+  }
+  /// Throws where a call cannot work.
+  [[gnu::cold, gnu::noinline]] void look_around(bool can_work) {
     reporting(control.recorder(), [&] {
       if (failed() || !can_work) {
         throw_failed();
@@ -124,10 +136,6 @@ struct NcclGroup {
         check_peers(PeerLook::lately);
       }
     });
-    if (size > 1) {
-      last_stream.store(stream, std::memory_order_relaxed);
-      used.store(true, std::memory_order_release);
-    }
   }
   /// Whether the last one came on `stream`. Any thread.
   [[nodiscard]] bool came_on(cudaStream_t stream) const noexcept {
@@ -178,11 +186,13 @@ struct NcclGroup {
   }
 
   /// Whether the own kernels take a call.
-  [[nodiscard]] bool own(Collective collective, const ConstTensorView& in, const TensorView& out,
-                         ReduceOp op) const {
-    if (peers == nullptr) {
-      return false;
-    }
+  [[nodiscard, gnu::always_inline]] bool own(Collective collective, const ConstTensorView& in,
+                                             const TensorView& out, ReduceOp op) const {
+    return peers != nullptr && peers_take(collective, in, out, op);
+  }
+  /// The same where there are some.
+  [[nodiscard]] bool peers_take(Collective collective, const ConstTensorView& in,
+                                const TensorView& out, ReduceOp op) const {
     if (std::max(in.bytes(), out.bytes()) > own_limit(collective)) {
       return false;
     }
@@ -310,7 +320,7 @@ struct NcclGroup {
 /// device may be another, and may change between calls; a time-out of another group, on its thread,
 /// ends this one's communicator as well.
 struct NcclCall {
-  NcclCall(NcclGroup& group, StreamRef reference)
+  [[gnu::always_inline]] NcclCall(NcclGroup& group, StreamRef reference)
       : guard(group.device), use(use_of(group)), stream(native(reference)) {
     group.enter(stream, group.communicator == nullptr || use);
   }

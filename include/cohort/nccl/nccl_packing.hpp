@@ -58,14 +58,28 @@ struct AlwaysPacked {
 
 /// Input and output of an elementwise call without gaps: the caller's own where they are so.
 struct Packed {
-  Packed(NcclGroup& group, const NcclCall& call, const ConstTensorView& from, const TensorView& to,
-         AlwaysPacked always = {})
+  [[gnu::always_inline]] Packed(NcclGroup& group, const NcclCall& call, const ConstTensorView& from,
+                                const TensorView& to, AlwaysPacked always = {})
       : in(from.data()), out(to.data()) {
+    if (!from.is_contiguous() || !to.is_contiguous() || always.in || always.out) [[unlikely]] {
+      pack(group, call, from, to, always);
+    }
+  }
+
+  void unpack(const TensorView& to, cudaStream_t stream) const {
+    if (unpack_) [[unlikely]] {
+      copy_view(TensorView(out, to.dtype(), to.shape(), to.device()), to, stream);
+    }
+  }
+
+  const void* in;
+  void* out;
+
+ private:
+  [[gnu::noinline]] void pack(NcclGroup& group, const NcclCall& call, const ConstTensorView& from,
+                              const TensorView& to, AlwaysPacked always) {
     const std::size_t in_bytes = from.is_contiguous() && !always.in ? 0 : aligned(from.bytes());
     const std::size_t out_bytes = to.is_contiguous() && !always.out ? 0 : aligned(to.bytes());
-    if (in_bytes + out_bytes == 0) {
-      return;
-    }
     std::byte* const scratch = scratch_at_least(group, call, in_bytes + out_bytes);
     if (in_bytes > 0) {
       const TensorView packed(scratch, from.dtype(), from.shape(), from.device());
@@ -78,16 +92,6 @@ struct Packed {
     }
   }
 
-  void unpack(const TensorView& to, cudaStream_t stream) const {
-    if (unpack_) {
-      copy_view(TensorView(out, to.dtype(), to.shape(), to.device()), to, stream);
-    }
-  }
-
-  const void* in;
-  void* out;
-
- private:
   bool unpack_ = false;
 };
 

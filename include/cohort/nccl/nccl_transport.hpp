@@ -91,8 +91,8 @@ class NcclTransport final : public Transport {
                               group_.control);
   }
 
-  void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
-                  std::span<const std::int64_t> sizes, StreamRef stream) override {
+  [[gnu::hot]] void all_gather(const ConstTensorView& in, const TensorView& out, int dim,
+                               std::span<const std::int64_t> sizes, StreamRef stream) override {
     if (out.numel() == 0) {
       return;
     }
@@ -117,8 +117,9 @@ class NcclTransport final : public Transport {
     }
   }
 
-  void reduce_scatter(const ConstTensorView& in, const TensorView& out, int dim,
-                      std::span<const std::int64_t> sizes, ReduceOp op, StreamRef stream) override {
+  [[gnu::hot]] void reduce_scatter(const ConstTensorView& in, const TensorView& out, int dim,
+                                   std::span<const std::int64_t> sizes, ReduceOp op,
+                                   StreamRef stream) override {
     if (in.numel() == 0) {
       return;
     }
@@ -141,8 +142,8 @@ class NcclTransport final : public Transport {
     }
   }
 
-  void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
-                  StreamRef stream) override {
+  [[gnu::hot]] void all_reduce(const ConstTensorView& in, const TensorView& out, ReduceOp op,
+                               StreamRef stream) override {
     if (in.numel() == 0) {
       return;
     }
@@ -341,8 +342,8 @@ class NcclTransport final : public Transport {
   [[nodiscard]] bool failed() const noexcept override { return group_.failed(); }
 
   [[nodiscard]] TraceRings trace_rings() override { return std::move(group_.trace_rings); }
-  [[nodiscard]] TransportStand call_begins(TraceCall call, StreamRef stream,
-                                           CaptureId capture) noexcept override {
+  [[nodiscard, gnu::hot]] TransportStand call_begins(TraceCall call, StreamRef stream,
+                                                     CaptureId capture) noexcept override {
     ranges_.begin(call);
     group_.path = CallPath::unknown;
     group_.form = 0;
@@ -353,7 +354,7 @@ class NcclTransport final : public Transport {
     return {.steps = steps_before_,
             .inbox = group_.peers != nullptr ? group_.peers->inbox() : std::uint8_t{0}};
   }
-  [[nodiscard]] TransportStand call_ends() noexcept override {
+  [[nodiscard, gnu::hot]] TransportStand call_ends() noexcept override {
     group_.capture.reset();
     ranges_.end();
     TransportStand stand{.steps = steps(), .path = group_.path};

@@ -19,11 +19,22 @@ class ProfilerRanges {
   explicit ProfilerRanges(const std::string& group);
 
   /// A range of this thread begins.
-  void begin(TraceCall call) const noexcept;
+  void begin(TraceCall call) const noexcept {
+    if (names_.front() != nullptr) [[unlikely]] {
+      push(call);
+    }
+  }
   /// The last one that began ends.
-  void end() const noexcept;
+  void end() const noexcept {
+    if (names_.front() != nullptr) [[unlikely]] {
+      pop();
+    }
+  }
 
  private:
+  void push(TraceCall call) const noexcept;
+  static void pop() noexcept;
+
   static constexpr std::size_t kCalls = static_cast<std::size_t>(TraceCall::launch) + 1;
 
   std::array<void*, kCalls> names_{};  // registered with the tool; null without one

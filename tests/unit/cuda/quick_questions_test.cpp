@@ -20,8 +20,11 @@ TEST_CASE("without a current device nothing is known, and the runtime is asked",
   static_cast<void>(cudaGetLastError());
   std::thread([&] {
     CHECK_FALSE(detail::current_device_quickly());
+    CHECK_FALSE(detail::is_current_quickly(0));
+    CHECK_FALSE(detail::current_device_quickly());  // nor where the driver's function is known
     if (none != cudaSuccess) {
-      CHECK_FALSE(detail::capture_status_quickly(nullptr));
+      CHECK_FALSE(detail::is_eager_quickly(nullptr));
+      CHECK_FALSE(detail::is_eager_quickly(nullptr));
       CHECK_THROWS_AS(DeviceGuard(0), TransportError);
     } else {
       CHECK(cudaGetLastError() == cudaSuccess);  // the question leaves no error behind
