@@ -69,17 +69,20 @@ class Reporter {
   return ranks;
 }
 
-/// World ranks that an error's text names as those: of the failure of another group.
+/// World ranks that an error's text names as those: of the failure of another group, or of ranks of
+/// other groups for whom those of this one wait.
 [[nodiscard]] inline std::string world_ranks_in(const std::string& text) {
-  constexpr std::string_view kBefore = " of rank ";
-  const auto end = text.find(" of the world: ");
-  const auto begin = end == std::string::npos ? end : text.rfind(kBefore, end);
-  if (begin == std::string::npos) {
-    return "";
+  constexpr std::string_view kBefore = " rank ";
+  for (const std::string_view behind : {" of the world: ", " of group world did not arrive"}) {
+    const auto end = text.find(behind);
+    const auto begin = end == std::string::npos ? end : text.rfind(kBefore, end);
+    if (begin != std::string::npos) {
+      std::string ranks = text.substr(begin + kBefore.size(), end - begin - kBefore.size());
+      std::erase(ranks, ' ');
+      return ranks;
+    }
   }
-  std::string ranks = text.substr(begin + kBefore.size(), end - begin - kBefore.size());
-  std::erase(ranks, ' ');
-  return ranks;
+  return "";
 }
 
 /// World ranks that an error names, from its ranks in the group whose call threw it.
