@@ -49,14 +49,13 @@ class QuestionBox {
       const OpenCall open = call.value_or(OpenCall{});
       const std::array<std::uint64_t, 5> head{gave_up ? 1U : 0U, waits_for.size(), channel,
                                               open.number, open.signature};
-      Bytes out;
-      const auto add = [&out](const auto& values) {
-        const auto bytes = std::as_bytes(std::span(values));
-        out.insert(out.end(), bytes.begin(), bytes.end());
-      };
-      add(head);
-      add(waits_for);
-      add(open.text);
+      // All at once: of a vector that grows g++ warns that it has no room.
+      const auto ranks = std::as_bytes(std::span(waits_for));
+      const auto text = std::as_bytes(std::span(open.text));
+      Bytes out(sizeof(head) + ranks.size() + text.size());
+      std::memcpy(out.data(), head.data(), sizeof(head));
+      const auto behind = std::copy(ranks.begin(), ranks.end(), out.begin() + sizeof(head));
+      std::copy(text.begin(), text.end(), behind);
       return out;
     }
     /// What is no answer is one of a rank that waits for nobody.
