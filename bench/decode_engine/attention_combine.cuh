@@ -32,6 +32,9 @@ __global__ void __launch_bounds__(kSets* kCombining)
   constexpr int kEach = kMostAttentionSplits / 32;  // of a lane
   __shared__ float weights[kMostAttentionSplits];
   __shared__ float4 sums[kSets][kCombining];
+  if (a.next_waits) {
+    wgmma::launch_next_kernel();
+  }
   wgmma::wait_for_kernel_before();
   const int parts = splits.count;
   const std::int64_t rows = a.batch * a.heads;

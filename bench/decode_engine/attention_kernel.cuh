@@ -86,6 +86,7 @@ struct Fetching {
 template <class S>
 __device__ __forceinline__ void weigh(const Attention& a, const Splits& splits, float scale,
                                       const std::uint8_t* shared, const Work<S>& work) {
+  wgmma::wait_for_kernel_before();
   float largest[2] = {-CUDART_INF_F, -CUDART_INF_F};
   float total[2] = {0, 0};
   unsigned queries[S::kHeld][4];
@@ -233,11 +234,14 @@ __device__ __forceinline__ void add_up(const Attention& a, const Splits& splits,
   const int own = S::kHalves ? (static_cast<int>(threadIdx.x) / kGroup - 1) * S::kColumns : 0;
   const bool fetches = threadIdx.x / 32 == kGroup / 32;
   Fetching<S> fetching(a, splits, work);
-  if (fetches && work.first < work.end) {
-    fetching.queries(a, splits, maps, work);
+  if (fetches) {
     while (fetching.tile < min(work.first + kPlaces - 1, work.end)) {
       fetching.next(a, maps, work);
     }
+  }
+  wgmma::wait_for_kernel_before();  // which may have made the queries
+  if (fetches && work.first < work.end) {
+    fetching.queries(a, splits, maps, work);
   }
   float out[kElements] = {};
   Place place;
@@ -294,11 +298,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   Work<S> work(shared);
   work.find(a, splits);
   if (threadIdx.x == 0) {
+    wgmma::fetch_map(maps.rows);
+    wgmma::fetch_map(maps.queries);
     work.set_up(Sharing(a).count);
   }
   wgmma::wait_for_cluster();
-  // Any other kernel that comes next may not wait for this one's results.
-  if (splits.count > 1 && !splits.together) {
+  if (a.next_waits || (splits.count > 1 && !splits.together)) {
     wgmma::launch_next_kernel();
   }
   if (threadIdx.x < kGroup) {

@@ -51,6 +51,7 @@ class CohortExchange final : public Exchange {
     state_.dcp().merge_attention_into(merged.transpose(0, 1), out.transpose(0, 1), lse,
                                       cohort::LseBase::e, device_.stream());
   }
+  bool waits() const override { return true; }
   cohort::DType sum_type() const override { return cohort::DType::bf16; }
   bool reduce(const Addition& a) override {
     state_.tp().all_reduce_rms_norm_into(

@@ -2,6 +2,7 @@
 #include <cuda.h>
 #include <fmt/format.h>
 
+#include <array>
 #include <vector>
 
 #include "attention_combine.cuh"
@@ -96,16 +97,19 @@ Maps maps_of(const Attention& a) {
 
 void attend(const Attention& a, const Splits& splits, cudaStream_t stream) {
   const std::int64_t groups = (a.heads + kTile - 1) / kTile;
-  cudaLaunchAttribute cluster{};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x =
+  // Both kernels are launched early, and wait for the one before.
+  std::array<cudaLaunchAttribute, 2> attributes{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x =
       static_cast<unsigned>(sharing_blocks(a.heads) * (splits.together ? splits.count : 1));
-  cluster.val.clusterDim.y = 1;
-  cluster.val.clusterDim.z = 1;
+  attributes[1].val.clusterDim.y = 1;
+  attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
   config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
+  config.attrs = attributes.data();
+  config.numAttrs = 2;
   with_kernel(a.latent, a.rope, [&](auto* kernel, unsigned shared) {
     config.gridDim = static_cast<unsigned>(a.batch * groups * splits.count);
     config.blockDim = kThreads;
@@ -116,13 +120,10 @@ void attend(const Attention& a, const Splits& splits, cudaStream_t stream) {
   });
   if (splits.count > 1 && !splits.together) {
     // Its blocks take the room that the first ones leave, and wait for the last.
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
     config.gridDim = static_cast<unsigned>(a.batch * a.heads);
     config.blockDim = static_cast<unsigned>(splits.sets * kCombining);
     config.dynamicSmemBytes = 0;
-    config.attrs = &early;
+    config.numAttrs = 1;
     auto* const kernel = splits.sets == 1 ? combine_kernel<1, kCombinedAhead>
                          : splits.ahead   ? combine_kernel<4, kCombinedAhead>
                                           : combine_kernel<4, 0>;

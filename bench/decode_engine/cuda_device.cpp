@@ -73,6 +73,11 @@ class CudaDevice final : public Device {
     kernels::add_and_normalize(hidden, sums == nullptr ? nullptr : sums->data_as<BFloat16>(), gain,
                                y, rows, width, stream_.get());
   }
+  void normalize_and_keep(BFloat16* x, const BFloat16* gain, BFloat16* y, std::int64_t width,
+                          const CacheRow& row) override {
+    const cohort::DeviceGuard guard(device_);
+    kernels::normalize_and_keep(x, gain, y, width, row, stream_.get());
+  }
   void rotate(const Rotation& rotation) override {
     const cohort::DeviceGuard guard(device_);
     kernels::rotate(rotation, stream_.get());
@@ -90,9 +95,10 @@ class CudaDevice final : public Device {
     const cohort::DeviceGuard guard(device_);
     kernels::choose(logits, stride, tokens, rows, vocabulary, stream_.get());
   }
-  void lengthen(std::int32_t* lengths, std::int64_t batch) override {
+  void lengthen(std::int32_t* lengths, Turn* turns, std::int64_t batch,
+                std::int64_t rope) override {
     const cohort::DeviceGuard guard(device_);
-    kernels::lengthen(lengths, batch, stream_.get());
+    kernels::lengthen(lengths, turns, batch, rope, stream_.get());
   }
 
   /// To cuBLAS matrices are stored by columns: x is [in, rows], w is [in, out], y is [out, rows].

@@ -66,12 +66,24 @@ __global__ void embed_kernel(const std::int32_t* tokens, const BFloat16* table, 
   }
 }
 
-/// A block for each row, which its threads hold in registers.
-__global__ void __launch_bounds__(kManyThreads)
-    add_and_normalize_kernel(BFloat16* hidden, const BFloat16* sums, const BFloat16* gain,
-                             BFloat16* y, std::int64_t width) {
+/// In front of all loads and stores, in all threads: this launch may have begun early.
+__device__ void wait_for_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+/// Once all blocks were here, the next kernel may begin that waits so.
+__device__ void launch_next_kernel() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+/// Of `kManyThreads`, which hold the row in registers.
+__device__ void add_and_normalize_row(BFloat16* hidden, const BFloat16* sums, const BFloat16* gain,
+                                      BFloat16* y, std::int64_t number, std::int64_t width) {
   constexpr int kEach = static_cast<int>(kMostWidth) / kManyThreads;
-  const std::int64_t row = blockIdx.x * width;
+  const std::int64_t row = number * width;
   float x[kEach] = {};
   float add[kEach] = {};
   float scales[kEach] = {};
@@ -104,34 +116,36 @@ __global__ void __launch_bounds__(kManyThreads)
   }
 }
 
-__device__ void rotate_pair(const BFloat16* from, BFloat16* to, std::int64_t pair,
-                            std::int64_t rope, std::int64_t position) {
-  double sin = 0;
-  double cos = 0;
-  // As rotation_angle. In fp64: at position 131,071 an angle in fp32 is off by 0.004.
-  const double angle =
-      static_cast<double>(position) *
-      pow(kRotationBase, -2.0 * static_cast<double>(pair) / static_cast<double>(rope));
-  sincos(angle, &sin, &cos);
+/// A block for each row.
+__global__ void __launch_bounds__(kManyThreads)
+    add_and_normalize_kernel(BFloat16* hidden, const BFloat16* sums, const BFloat16* gain,
+                             BFloat16* y, std::int64_t width) {
+  add_and_normalize_row(hidden, sums, gain, y, blockIdx.x, width);
+}
+
+__device__ void rotate_pair(const BFloat16* from, BFloat16* to, std::int64_t pair, Turn turn) {
   const float a = wide(from, 2 * pair);
   const float b = wide(from, 2 * pair + 1);
-  store(to, 2 * pair, a * static_cast<float>(cos) - b * static_cast<float>(sin));
-  store(to, 2 * pair + 1, a * static_cast<float>(sin) + b * static_cast<float>(cos));
+  store(to, 2 * pair, a * turn.cos - b * turn.sin);
+  store(to, 2 * pair + 1, a * turn.sin + b * turn.cos);
 }
 
 /// A block for each head and sequence.
-__global__ void rotate_kernel(Rotation r) {
+__global__ void rotate_kernel(const __grid_constant__ Rotation r) {
+  if (r.next_waits) {
+    launch_next_kernel();
+  }
+  wait_for_kernel_before();
   const std::int64_t h = blockIdx.x;
   const std::int64_t b = blockIdx.y;
   for (std::int64_t pair = threadIdx.x; pair < r.rope / 2; pair += blockDim.x) {
     rotate_pair(r.from + b * r.from_sequence + h * r.from_head,
-                r.to + b * r.to_sequence + h * r.to_head, pair, r.rope, r.lengths[b] - 1);
+                r.to + b * r.to_sequence + h * r.to_head, pair, r.turns[b * r.rope / 2 + pair]);
   }
 }
 
-/// A block for each sequence.
-__global__ void keep_kernel(CacheRow c) {
-  const std::int64_t b = blockIdx.x;
+/// Of a block.
+__device__ void keep_row(const CacheRow& c, std::int64_t b) {
   const std::int64_t width = c.latent + c.rope;
   if (c.slots[b] < 0) {
     return;
@@ -139,16 +153,30 @@ __global__ void keep_kernel(CacheRow c) {
   const BFloat16* from = c.kv + b * width;
   BFloat16* to = c.cache + (b * c.capacity + c.slots[b]) * width;
   float squares = 0;
-  for (std::int64_t i = threadIdx.x; i < c.latent; i += kThreads) {
+  for (std::int64_t i = threadIdx.x; i < c.latent; i += blockDim.x) {
     squares += wide(from, i) * wide(from, i);
   }
   const float scale = rsqrtf(sum_over_block(squares) / static_cast<float>(c.latent) +
                              static_cast<float>(kNormEpsilon));
-  for (std::int64_t i = threadIdx.x; i < c.latent; i += kThreads) {
+  for (std::int64_t i = threadIdx.x; i < c.latent; i += blockDim.x) {
     store(to, i, wide(from, i) * scale * wide(c.gain, i));
   }
-  for (std::int64_t pair = threadIdx.x; pair < c.rope / 2; pair += kThreads) {
-    rotate_pair(from + c.latent, to + c.latent, pair, c.rope, c.lengths[b] - 1);
+  for (std::int64_t pair = threadIdx.x; pair < c.rope / 2; pair += blockDim.x) {
+    rotate_pair(from + c.latent, to + c.latent, pair, c.turns[b * c.rope / 2 + pair]);
+  }
+}
+
+/// A block for each sequence.
+__global__ void keep_kernel(const __grid_constant__ CacheRow c) { keep_row(c, blockIdx.x); }
+
+/// A block for each row of either.
+__global__ void __launch_bounds__(kManyThreads)
+    normalize_and_keep_kernel(BFloat16* x, const BFloat16* gain, BFloat16* y, std::int64_t width,
+                              const __grid_constant__ CacheRow c) {
+  if (blockIdx.x < c.batch) {
+    add_and_normalize_row(x, nullptr, gain, y, blockIdx.x, width);
+  } else {
+    keep_row(c, blockIdx.x - c.batch);
   }
 }
 
@@ -195,9 +223,22 @@ __global__ void __launch_bounds__(kManyThreads)
   }
 }
 
-__global__ void lengthen_kernel(std::int32_t* lengths, std::int64_t batch) {
-  for (std::int64_t b = threadIdx.x; b < batch; b += kThreads) {
-    ++lengths[b];
+/// A block for each sequence.
+__global__ void lengthen_kernel(std::int32_t* lengths, Turn* turns, std::int64_t rope) {
+  const std::int64_t b = blockIdx.x;
+  const std::int32_t position = lengths[b];  // of the new token
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    lengths[b] = position + 1;
+  }
+  for (std::int64_t pair = threadIdx.x; pair < rope / 2; pair += blockDim.x) {
+    double sin = 0;
+    double cos = 0;
+    // As rotation_angle. In fp64: at position 131,071 an angle in fp32 is off by 0.004.
+    const double angle =
+        position * pow(kRotationBase, -2.0 * static_cast<double>(pair) / static_cast<double>(rope));
+    sincos(angle, &sin, &cos);
+    turns[b * rope / 2 + pair] = {static_cast<float>(cos), static_cast<float>(sin)};
   }
 }
 
@@ -214,6 +255,13 @@ unsigned blocks_for(std::int64_t elements) {
   return static_cast<unsigned>((elements + kThreads - 1) / kThreads);
 }
 
+void check_width(std::int64_t width) {
+  if (width > kMostWidth) {
+    throw cohort::ConfigError(
+        fmt::format("{} elements of a row: expected {} at most", width, kMostWidth));
+  }
+}
+
 }  // namespace
 
 void fill_with_noise(BFloat16* to, const Noise& noise, const Block& block, cudaStream_t stream) {
@@ -227,16 +275,27 @@ void embed(const std::int32_t* tokens, const BFloat16* table, BFloat16* hidden, 
 }
 void add_and_normalize(BFloat16* hidden, const BFloat16* sums, const BFloat16* gain, BFloat16* y,
                        std::int64_t rows, std::int64_t width, cudaStream_t stream) {
-  if (width > kMostWidth) {
-    throw cohort::ConfigError(
-        fmt::format("{} elements of a row: expected {} at most", width, kMostWidth));
-  }
+  check_width(width);
   launch(add_and_normalize_kernel, dim3(static_cast<unsigned>(rows)), kManyThreads, stream, hidden,
          sums, gain, y, width);
 }
+void normalize_and_keep(BFloat16* x, const BFloat16* gain, BFloat16* y, std::int64_t width,
+                        const CacheRow& row, cudaStream_t stream) {
+  check_width(width);
+  launch(normalize_and_keep_kernel, dim3(static_cast<unsigned>(2 * row.batch)), kManyThreads,
+         stream, x, gain, y, width, row);
+}
 void rotate(const Rotation& r, cudaStream_t stream) {
-  launch(rotate_kernel, dim3(static_cast<unsigned>(r.heads), static_cast<unsigned>(r.batch)), 32,
-         stream, r);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(r.heads), static_cast<unsigned>(r.batch));
+  config.blockDim = 32;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = 1;
+  cohort::cuda_check(cudaLaunchKernelEx(&config, rotate_kernel, r), "kernel launch");
 }
 void keep(const CacheRow& row, cudaStream_t stream) {
   launch(keep_kernel, dim3(static_cast<unsigned>(row.batch)), kThreads, stream, row);
@@ -250,7 +309,9 @@ void choose(const float* logits, std::int64_t stride, std::int32_t* tokens, std:
   launch(choose_kernel, dim3(static_cast<unsigned>(rows)), kManyThreads, stream, logits, stride,
          tokens, vocabulary);
 }
-void lengthen(std::int32_t* lengths, std::int64_t batch, cudaStream_t stream) {
-  launch(lengthen_kernel, dim3(1), kThreads, stream, lengths, batch);
+void lengthen(std::int32_t* lengths, Turn* turns, std::int64_t batch, std::int64_t rope,
+              cudaStream_t stream) {
+  launch(lengthen_kernel, dim3(static_cast<unsigned>(batch)), 32, stream, lengths, turns, rope);
 }
+
 }  // namespace decode_engine::kernels

@@ -55,20 +55,28 @@ class Device {
   virtual void add_and_normalize(BFloat16* hidden, const cohort::TensorView* sums,
                                  const BFloat16* gain, BFloat16* y, std::int64_t rows,
                                  std::int64_t width) = 0;
+  /// `add_and_normalize` without sums of `row.batch` rows, and `keep`, at once where it can.
+  virtual void normalize_and_keep(BFloat16* x, const BFloat16* gain, BFloat16* y,
+                                  std::int64_t width, const CacheRow& row) {
+    add_and_normalize(x, nullptr, gain, y, row.batch, width);
+    keep(row);
+  }
   virtual void multiply(const Product& product) = 0;
   virtual void rotate(const Rotation& rotation) = 0;
   virtual void keep(const CacheRow& row) = 0;
   /// What attention of these sizes needs besides its arguments, for `Attention::room`; empty where
   /// it needs nothing. Before it is captured. Local.
   [[nodiscard]] virtual cohort::Tensor attention_room(const Attention& attention) = 0;
+  /// Counts and rows of the cache are not of the operation in front.
   virtual void attend(const Attention& attention) = 0;
   /// y[r][i] = silu(x[r][i]) x[r][width + i].
   virtual void gate(const BFloat16* x, BFloat16* y, std::int64_t rows, std::int64_t width) = 0;
   /// The first of the largest logits of each row.
   virtual void choose(const float* logits, std::int64_t stride, std::int32_t* tokens,
                       std::int64_t rows, std::int64_t vocabulary) = 0;
-  /// One more token of every sequence.
-  virtual void lengthen(std::int32_t* lengths, std::int64_t batch) = 0;
+  /// One more token of every sequence; turns [batch, rope / 2] are those of its position.
+  virtual void lengthen(std::int32_t* lengths, Turn* turns, std::int64_t batch,
+                        std::int64_t rope) = 0;
 
   /// Notes when the stream gets here, in every launch of a graph as well.
   virtual void mark(std::size_t place) = 0;

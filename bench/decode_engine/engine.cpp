@@ -114,6 +114,7 @@ Engine::Engine(const Sizes& sizes, const Weights& weights, const Cache& cache, D
       all_heads_(own_heads_ * place.dcp),
       shard_(place.dcp),
       lengths_(ordinary({batch}, DType::i32)),
+      turns_(ordinary({batch, sizes.rope}, DType::f32)),
       counts_(ordinary({batch}, DType::i32)),
       slots_(ordinary({batch, 1}, DType::i64)),
       squeezed_(ordinary({batch, sizes.query_rank}, DType::bf16)),
@@ -246,7 +247,7 @@ void Engine::record(bool marked) {
     marks_.clear();
   }
   enter(Kind::rest);
-  device_.lengthen(lengths_.data_as<std::int32_t>(), batch_);
+  device_.lengthen(lengths_.data_as<std::int32_t>(), turns(), batch_, sizes_.rope);
   device_.backend()->ops().place_step(
       cohort::KvStep{.lengths = lengths_.view(), .counts = counts_.view(), .slots = slots_.view()}
           .rows(shard_.placement(), place_.dcp_rank),
@@ -296,16 +297,30 @@ void Engine::add_sums(const BFloat16* gain, bool of_all) {
 void Engine::enqueue_attention(std::size_t layer) {
   const Weights::Layer& w = weights_.layers()[layer];
   const Sizes& s = sizes_;
+  const bool shared = place_.dcp > 1;
   auto* x = x_.data_as<BFloat16>();
   auto* heads = heads_.data_as<BFloat16>();
   auto* own_query = own_query_.data_as<BFloat16>();
+  BFloat16* const cache = cache_.layer(static_cast<std::int64_t>(layer));
+  const CacheRow row{.kv = kv_.data_as<BFloat16>(),
+                     .gain = w.kv_gain,
+                     .turns = turns(),
+                     .slots = slots_.data_as<std::int64_t>(),
+                     .cache = cache,
+                     .batch = batch_,
+                     .capacity = cache_.capacity(),
+                     .latent = s.latent,
+                     .rope = s.rope};
   multiply(x, s.hidden, w.kv_down, kv_);
   if (s.query_rank > 0) {
     multiply(x, s.hidden, w.query_down, squeezed_);
     enter(Kind::rest);
-    device_.add_and_normalize(squeezed_.data_as<BFloat16>(), nullptr, w.query_gain,
-                              query_latent_.data_as<BFloat16>(), batch_, s.query_rank);
+    device_.normalize_and_keep(squeezed_.data_as<BFloat16>(), w.query_gain,
+                               query_latent_.data_as<BFloat16>(), s.query_rank, row);
     x = query_latent_.data_as<BFloat16>();
+  } else {
+    enter(Kind::rest);
+    device_.keep(row);
   }
   multiply(x, s.query_input(), w.query_up, heads_);
   device_.multiply({.x = heads,
@@ -326,22 +341,11 @@ void Engine::enqueue_attention(std::size_t layer) {
                   .to = own_query + s.latent,
                   .to_sequence = s.row(),
                   .to_head = batch_ * s.row(),
-                  .lengths = lengths_.data_as<std::int32_t>(),
+                  .turns = turns(),
                   .batch = batch_,
                   .heads = own_heads_,
-                  .rope = s.rope});
-  BFloat16* const cache = cache_.layer(static_cast<std::int64_t>(layer));
-  device_.keep({.kv = kv_.data_as<BFloat16>(),
-                .gain = w.kv_gain,
-                .lengths = lengths_.data_as<std::int32_t>(),
-                .slots = slots_.data_as<std::int64_t>(),
-                .cache = cache,
-                .batch = batch_,
-                .capacity = cache_.capacity(),
-                .latent = s.latent,
-                .rope = s.rope});
-
-  const bool shared = place_.dcp > 1;
+                  .rope = s.rope,
+                  .next_waits = !shared || exchange_.waits()});
   if (shared) {
     enter(Kind::communication);
     exchange_.gather_query(query_, own_query_);
@@ -358,7 +362,8 @@ void Engine::enqueue_attention(std::size_t layer) {
                   .capacity = cache_.capacity(),
                   .latent = s.latent,
                   .rope = s.rope,
-                  .scale = 1 / std::sqrt(static_cast<double>(s.key()))});
+                  .scale = 1 / std::sqrt(static_cast<double>(s.key())),
+                  .next_waits = shared && exchange_.waits()});
   if (shared) {
     enter(Kind::communication);
     exchange_.merge(merged_, out_, lse_);

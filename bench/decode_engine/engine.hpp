@@ -101,6 +101,7 @@ class Engine {
   void enter(Kind kind);
   [[nodiscard]] cohort::Tensor ordinary(const cohort::Dims& shape, cohort::DType dtype);
   void multiply(const BFloat16* x, std::int64_t in, const BFloat16* w, const cohort::Tensor& y);
+  [[nodiscard]] Turn* turns() const { return static_cast<Turn*>(turns_.data()); }
 
   Sizes sizes_;
   const Weights& weights_;
@@ -112,6 +113,7 @@ class Engine {
   cohort::dcp::KvShard shard_;
 
   cohort::Tensor lengths_;   ///< [B] i32
+  cohort::Tensor turns_;     ///< [B, rope / 2] pairs of f32
   cohort::Tensor counts_;    ///< [B] i32: of them on this rank
   cohort::Tensor slots_;     ///< [B, 1] i64
   cohort::Tensor squeezed_;  ///< [B, query_rank], and normalized

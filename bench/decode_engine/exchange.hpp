@@ -49,6 +49,9 @@ class Exchange {
   /// H].
   virtual void merge(const cohort::TensorView& merged, const cohort::TensorView& out,
                      const cohort::TensorView& lse) = 0;
+  /// Whether what it enqueues waits for the kernel in front, where that lets the next one be
+  /// launched early.
+  [[nodiscard]] virtual bool waits() const { return false; }
   /// In which partial products are added up over the ranks.
   [[nodiscard]] virtual cohort::DType sum_type() const = 0;
   /// Adds the sums up over the ranks, in place. True where the way does in the same call what

@@ -92,11 +92,9 @@ float scale_to_one(const BFloat16* row, std::int64_t width) {
   return 1 / std::sqrt(squares / static_cast<float>(width) + static_cast<float>(kNormEpsilon));
 }
 
-void rotate_row(const BFloat16* from, BFloat16* to, std::int64_t rope, std::int64_t position) {
+void rotate_row(const BFloat16* from, BFloat16* to, std::int64_t rope, const Turn* turns) {
   for (std::int64_t i = 0; i < rope; i += 2) {
-    const double angle = rotation_angle(i / 2, rope, position);
-    const auto cos = static_cast<float>(std::cos(angle));
-    const auto sin = static_cast<float>(std::sin(angle));
+    const auto [cos, sin] = turns[i / 2];
     const float a = wide(from[i]);
     const float b = wide(from[i + 1]);
     to[i] = BFloat16(a * cos - b * sin);
@@ -165,7 +163,8 @@ class HostDevice final : public Device {
       for (std::int64_t b = 0; b < r.batch; ++b) {
         for (std::int64_t h = 0; h < r.heads; ++h) {
           rotate_row(r.from + b * r.from_sequence + h * r.from_head,
-                     r.to + b * r.to_sequence + h * r.to_head, r.rope, r.lengths[b] - 1);
+                     r.to + b * r.to_sequence + h * r.to_head, r.rope,
+                     r.turns + b * r.rope / 2);
         }
       }
     });
@@ -183,7 +182,7 @@ class HostDevice final : public Device {
         for (std::int64_t i = 0; i < c.latent; ++i) {
           to[i] = BFloat16(wide(from[i]) * scale * wide(c.gain[i]));
         }
-        rotate_row(from + c.latent, to + c.latent, c.rope, c.lengths[b] - 1);
+        rotate_row(from + c.latent, to + c.latent, c.rope, c.turns + b * c.rope / 2);
       }
     });
   }
@@ -210,8 +209,16 @@ class HostDevice final : public Device {
       }
     });
   }
-  void lengthen(std::int32_t* lengths, std::int64_t batch) override {
-    stream().submit([=] { std::for_each_n(lengths, batch, [](std::int32_t& l) { ++l; }); });
+  void lengthen(std::int32_t* lengths, Turn* turns, std::int64_t batch,
+                std::int64_t rope) override {
+    stream().submit([=] {
+      for (std::int64_t i = 0; i < batch * rope / 2; ++i) {
+        const std::int64_t pair = i % (rope / 2);
+        const double angle = rotation_angle(pair, rope, lengths[i / (rope / 2)]);
+        turns[i] = {static_cast<float>(std::cos(angle)), static_cast<float>(std::sin(angle))};
+      }
+      std::for_each_n(lengths, batch, [](std::int32_t& l) { ++l; });
+    });
   }
 
   void mark(std::size_t place) override {

@@ -23,13 +23,18 @@ struct Product {
   std::int64_t rows = 0, in = 0, out = 0, groups = 1;
 };
 
+/// Cosine and sine of an angle.
+struct Turn {
+  float cos = 1, sin = 0;
+};
+
 /// Rows of the cache and what they are made of.
 struct CacheRow {
-  const BFloat16* kv = nullptr;           ///< [batch, latent + rope]
-  const BFloat16* gain = nullptr;         ///< [latent]
-  const std::int32_t* lengths = nullptr;  ///< [batch]: the new token's position is one less.
-  const std::int64_t* slots = nullptr;    ///< [batch]: in the sequence's shard, or negative
-  BFloat16* cache = nullptr;              ///< [batch, capacity, latent + rope]
+  const BFloat16* kv = nullptr;         ///< [batch, latent + rope]
+  const BFloat16* gain = nullptr;       ///< [latent]
+  const Turn* turns = nullptr;          ///< [batch, rope / 2]
+  const std::int64_t* slots = nullptr;  ///< [batch]: in the sequence's shard, or negative
+  BFloat16* cache = nullptr;            ///< [batch, capacity, latent + rope]
   std::int64_t batch = 0, capacity = 0, latent = 0, rope = 0;
 };
 
@@ -43,17 +48,21 @@ struct Attention {
   void* room = nullptr;                  ///< What `Device::attention_room` gave for these sizes.
   std::int64_t heads = 0, batch = 0, capacity = 0, latent = 0, rope = 0;
   double scale = 0;
+  /// Whether the next kernel on the stream waits for this one's results, even where the card
+  /// launches it early. NCCL's may not.
+  bool next_waits = false;
 };
 
-/// to[h][b] = from[b][h], rotated by the position of the newest token. `from` begins at the first
-/// rotated element; strides are those of heads and sequences.
+/// to[h][b] = from[b][h], each pair turned. `from` begins at the first rotated element; strides are
+/// those of heads and sequences.
 struct Rotation {
   const BFloat16* from = nullptr;
   std::int64_t from_sequence = 0, from_head = 0;
   BFloat16* to = nullptr;
   std::int64_t to_sequence = 0, to_head = 0;
-  const std::int32_t* lengths = nullptr;
+  const Turn* turns = nullptr;  ///< [batch, rope / 2]
   std::int64_t batch = 0, heads = 0, rope = 0;
+  bool next_waits = false;  ///< As `Attention`'s.
 };
 
 }  // namespace decode_engine

@@ -299,6 +299,11 @@ __device__ __forceinline__ float4 load4_there(unsigned address) {
   return result;
 }
 
+/// Fetches what a map says, of which the first copy would otherwise have to wait.
+__device__ __forceinline__ void fetch_map(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
+}
+
 /// Waits until the kernel before, behind which this one was launched early, is over.
 __device__ __forceinline__ void wait_for_kernel_before() {
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
