@@ -35,7 +35,6 @@ __global__ void __launch_bounds__(kSets* kCombining)
   if (a.next_waits) {
     wgmma::launch_next_kernel();
   }
-  wgmma::wait_for_kernel_before();
   const int parts = splits.count;
   const std::int64_t rows = a.batch * a.heads;
   const std::int64_t row = blockIdx.x;
@@ -44,6 +43,16 @@ __global__ void __launch_bounds__(kSets* kCombining)
   const int column = thread % kCombining * 4;
   const bool has_column = column < a.latent;
   const float* const from = splits.sums + row * a.latent + column;
+  const auto result = [&] {
+    return a.out + (row % a.heads * a.batch + row / a.heads) * a.latent + column;
+  };
+  // Where these lie is looked up meanwhile.
+  wgmma::prefetch(splits.lses + row);
+  if (has_column) {
+    wgmma::prefetch(from);
+    wgmma::prefetch(result());
+  }
+  wgmma::wait_for_kernel_before();
   float4 first[kAhead > 0 ? kAhead : 1];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
@@ -52,9 +61,10 @@ __global__ void __launch_bounds__(kSets* kCombining)
                    ? *reinterpret_cast<const float4*>(from + part * rows * a.latent)
                    : make_float4(0, 0, 0, 0);
   }
+  float largest = -CUDART_INF_F;
+  float total = 0;
   if (thread < 32) {
     float lses[kEach];
-    float largest = -CUDART_INF_F;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       const int part = thread + 32 * i;
@@ -62,22 +72,22 @@ __global__ void __launch_bounds__(kSets* kCombining)
       largest = fmaxf(largest, lses[i]);
     }
     largest = over_warp(largest, true);
-    float total = 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       lses[i] = largest == -CUDART_INF_F ? 0 : exp2f((lses[i] - largest) * 1.44269504F);
       total += lses[i];
     }
     total = over_warp(total, false);
+    const float inverse = total > 0 ? 1 / total : 0;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      weights[thread + 32 * i] = total > 0 ? lses[i] / total : 0;
-    }
-    if (thread == 0) {
-      a.lse[row] = total > 0 ? largest + logf(total) : -CUDART_INF_F;
+      weights[thread + 32 * i] = lses[i] * inverse;
     }
   }
   __syncthreads();
+  if (thread == 0) {
+    a.lse[row] = total > 0 ? largest + logf(total) : -CUDART_INF_F;
+  }
   float4 sum = make_float4(0, 0, 0, 0);
   const auto add = [&](const float4& part, float weight) {
     sum.x += weight * part.x;
@@ -111,8 +121,7 @@ __global__ void __launch_bounds__(kSets* kCombining)
   if (has_column) {
     const __nv_bfloat162 pairs[2] = {__floats2bfloat162_rn(sum.x, sum.y),
                                      __floats2bfloat162_rn(sum.z, sum.w)};
-    *reinterpret_cast<uint2*>(a.out + (row % a.heads * a.batch + row / a.heads) * a.latent +
-                              column) = reinterpret_cast<const uint2&>(pairs);
+    *reinterpret_cast<uint2*>(result()) = reinterpret_cast<const uint2&>(pairs);
   }
 }
 

@@ -53,21 +53,24 @@ struct Fetching {
   }
   __device__ __forceinline__ void next(const Attention& a, const Maps& maps, const Work<S>& work) {
     const unsigned lane = threadIdx.x % 32;
-    const unsigned arrival = work.fetched(place, lane / S::kChunkBlocks);
+    const unsigned block = lane * S::kCopyBlocks;
+    const unsigned arrival = work.fetched(place, block / S::kChunkBlocks);
     if (lane < S::kChunks) {
       wgmma::expect(work.fetched(place, lane), S::kChunkBlocks * kBlockBytes);
     }
     __syncwarp();
     const int row = first_row + tile * kTile;
-    const int column = static_cast<int>(lane) * wgmma::kBlockColumns;
-    const unsigned to = work.tile(place) + lane * kBlockBytes;
+    const int column = S::kWholeBlocks ? 0 : static_cast<int>(block) * wgmma::kBlockColumns;
+    const int plane = S::kWholeBlocks ? static_cast<int>(block) : 0;
+    const unsigned to = work.tile(place) + block * kBlockBytes;
     const Sharing sharing(a);
-    if (lane < S::kBlocks && sharing.first + lane % sharing.count == wgmma::block_in_cluster()) {
+    const unsigned turn = (lane + static_cast<unsigned>(tile)) % sharing.count;
+    if (lane < S::kCopies && sharing.first + turn == wgmma::block_in_cluster()) {
       if (sharing.count == 1) {
-        wgmma::copy_box(to, maps.rows, column, row, arrival);
+        wgmma::copy_box(to, maps.rows, column, row, plane, arrival);
       } else {
         wgmma::copy_box_to(static_cast<std::uint16_t>(3 << sharing.first), to, maps.rows, column,
-                           row, arrival);
+                           row, plane, arrival);
       }
     }
     __syncwarp();
@@ -85,7 +88,8 @@ struct Fetching {
 /// The first warpgroup: weighs the tokens.
 template <class S>
 __device__ __forceinline__ void weigh(const Attention& a, const Splits& splits, float scale,
-                                      const std::uint8_t* shared, const Work<S>& work) {
+                                      const Work<S>& work) {
+  work.keep_count();
   wgmma::wait_for_kernel_before();
   float largest[2] = {-CUDART_INF_F, -CUDART_INF_F};
   float total[2] = {0, 0};
@@ -152,9 +156,7 @@ __device__ __forceinline__ void weigh(const Attention& a, const Splits& splits, 
     wgmma::pin(scores);
 
     if (tiles == 1) {
-      Work<S> whole(shared);
-      whole.find(a, splits);
-      const int left = whole.count - (whole.end - 1) * kTile;  // tokens
+      const int left = work.kept_count() - (work.end - 1) * kTile;  // tokens
       const int column = static_cast<int>(first_column());
 #pragma unroll
       for (int i = 0; i < 32; ++i) {
@@ -206,18 +208,17 @@ __device__ __forceinline__ void weigh(const Attention& a, const Splits& splits, 
     waits = true;
     place.advance();
   }
-  __syncthreads();
   const Share share(a, splits);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int head = static_cast<int>(upper_head()) + 8 * half;
     const float sum = over_quad(total[half], false);
     if (first_column() == 0) {
-      wgmma::store(work.numbers({}) + 4 * static_cast<unsigned>(head), sum);
+      wgmma::store(work.sum(static_cast<unsigned>(head)), sum);
       const float lse =
           sum > 0 ? largest[half] * static_cast<float>(a.scale) + logf(sum) : -CUDART_INF_F;
       if (splits.together) {
-        wgmma::store(work.numbers({1}) + 4 * static_cast<unsigned>(head), lse);
+        wgmma::store(work.lse(static_cast<unsigned>(head)), lse);
       } else if (head < share.heads) {
         (splits.count == 1 ? a.lse : splits.lses)[share.result(a, head)] = lse;
       }
@@ -234,14 +235,17 @@ __device__ __forceinline__ void add_up(const Attention& a, const Splits& splits,
   const int own = S::kHalves ? (static_cast<int>(threadIdx.x) / kGroup - 1) * S::kColumns : 0;
   const bool fetches = threadIdx.x / 32 == kGroup / 32;
   Fetching<S> fetching(a, splits, work);
-  if (fetches) {
+  // The first product is of the first tokens and the queries. The kernel before made the latter.
+  const bool any = fetches && work.first < work.end;
+  if (any) {
+    fetching.next(a, maps, work);
+  }
+  wgmma::wait_for_kernel_before();
+  if (any) {
+    fetching.queries(a, splits, maps, work);
     while (fetching.tile < min(work.first + kPlaces - 1, work.end)) {
       fetching.next(a, maps, work);
     }
-  }
-  wgmma::wait_for_kernel_before();  // which may have made the queries
-  if (fetches && work.first < work.end) {
-    fetching.queries(a, splits, maps, work);
   }
   float out[kElements] = {};
   Place place;
@@ -283,8 +287,7 @@ __device__ __forceinline__ void add_up(const Attention& a, const Splits& splits,
     work.release(place, 1, Sharing(a));
     place.advance();
   }
-  __syncthreads();
-  __syncthreads();
+  __syncthreads();  // sums are there, and nobody reads tiles
   if (S::kHalves || static_cast<int>(threadIdx.x) < 2 * kGroup) {
     write_results(a, splits, work, out, own);
   }
@@ -296,19 +299,21 @@ __global__ void __launch_bounds__(kThreads, 1)
                   const __grid_constant__ Maps maps, float scale) {
   extern __shared__ __align__(1024) std::uint8_t shared[];
   Work<S> work(shared);
-  work.find(a, splits);
+  const Share share(a, splits);
+  const int tokens = a.counts[share.sequence];  // on its way meanwhile
   if (threadIdx.x == 0) {
     wgmma::fetch_map(maps.rows);
     wgmma::fetch_map(maps.queries);
     work.set_up(Sharing(a).count);
   }
   wgmma::wait_for_cluster();
+  work.find(share, splits, tokens);
   if (a.next_waits || (splits.count > 1 && !splits.together)) {
     wgmma::launch_next_kernel();
   }
   if (threadIdx.x < kGroup) {
     wgmma::take_registers<kWeighing>();
-    weigh(a, splits, scale, shared, work);
+    weigh(a, splits, scale, work);
   } else {
     wgmma::give_registers<kAdding>();
     add_up(a, splits, maps, work);

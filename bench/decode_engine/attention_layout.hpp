@@ -32,12 +32,17 @@ struct AttentionLayout {
   /// Parts of a tile that arrive by themselves.
   static constexpr int kChunks = kBlocks % 3 == 0 ? 3 : 1;
   static constexpr int kChunkBlocks = kBlocks / kChunks;
+  /// Copies that fetch a tile: of a chunk each where rows are whole blocks.
+  static constexpr bool kWholeBlocks = kRow % wgmma::kBlockColumns == 0;
+  static constexpr int kCopies = kWholeBlocks ? kChunks : kBlocks;
+  static constexpr int kCopyBlocks = kBlocks / kCopies;
   /// Where the columns of a step begin in a tile.
   [[nodiscard]] static constexpr unsigned step(int number) {
     return static_cast<unsigned>(number) / 4 * kBlockBytes + static_cast<unsigned>(number) % 4 * 32;
   }
 
-  // Tiles; of queries the rotated part and what registers do not hold; numbers of heads; arrivals.
+  // Tiles; of queries the rotated part and what registers do not hold; numbers of heads; arrivals;
+  // the sequence's tokens, for each warp that weighs.
   [[nodiscard]] static constexpr unsigned tile(unsigned place) { return place * kTileBytes; }
   /// Of a tile, in the place of its last columns.
   [[nodiscard]] static constexpr unsigned weights(unsigned place) {
@@ -58,11 +63,20 @@ struct AttentionLayout {
   [[nodiscard]] static constexpr unsigned fetched(unsigned place, unsigned chunk) {
     return kQueried + 8 + (place * kChunks + chunk) * 8;
   }
-  static constexpr unsigned kBytes = fetched(kPlaces, 0);
+  static constexpr unsigned kCounts = fetched(kPlaces, 0);
+  static constexpr unsigned kBytes = kCounts + 4 * 4;
 
-  /// Results, in the place of all tiles. Rows begin eight banks apart.
-  static constexpr unsigned kResultRowBytes = (kLatent + 8) * 4;
-  static_assert(kTile * kResultRowBytes <= kPlaces * kTileBytes);
+  /// Behind all tiles, of heads: the sums of weights and the LSEs. No product reads there any more.
+  static constexpr unsigned kSums = kApart;
+  static constexpr unsigned kLses = kSums + kTile * 4;
+  static_assert(kLses + kTile * 4 <= kApart + kApartBytes);
+
+  /// Results, in the place of all tiles. Rows of elements of so many bytes begin four banks apart,
+  /// or eight, of which a thread writes two.
+  [[nodiscard]] static constexpr unsigned result_row(unsigned element) {
+    return (kLatent + 8) * element;
+  }
+  static_assert(kTile * result_row(4) <= kPlaces * kTileBytes);
 };
 
 }  // namespace decode_engine::kernels

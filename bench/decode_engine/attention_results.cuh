@@ -17,39 +17,54 @@ __device__ __forceinline__ BFloat16* whole_result(const Attention& a, const Shar
   return a.out + ((share.first_head + head) * a.batch + share.sequence) * S::kLatent + column;
 }
 
-/// Of a thread that adds up, whose first column is of `own`: writes them, or puts them where tiles
-/// were, for all splits of the cluster.
+/// Of a thread that adds up, whose first column is of `own`: writes them. A warp has whole rows of
+/// its columns. Those of all tokens are copied from where tiles were, in whole lines; parts of them
+/// take their time whichever way, as there is twice as much of them. Those of a cluster stay there
+/// for all of its splits.
 template <class S, int kElements>
 __device__ __forceinline__ void write_results(const Attention& a, const Splits& splits,
                                               const Work<S>& work, const float (&out)[kElements],
                                               int own) {
   const Share share(a, splits);
-  const int column = own + static_cast<int>(first_column());
+  const bool whole = splits.count == 1;
+  const unsigned column = static_cast<unsigned>(own) + first_column();
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int head = static_cast<int>(upper_head()) + 8 * half;
-    const float sum = wgmma::load(work.numbers({}) + 4 * static_cast<unsigned>(head));
+    const unsigned head = upper_head() + 8 * half;
+    const float sum = wgmma::load(work.sum(head));
     const float inverse = sum > 0 ? 1 / sum : 0;
-    if (splits.together) {
-      const unsigned to = work.result(static_cast<unsigned>(head)) + column * 4;
+    const auto each = [&](auto put) {
 #pragma unroll
       for (int i = 0; i < kElements; i += 4) {
-        wgmma::store(to + 8 * i, out[i + 2 * half] * inverse, out[i + 2 * half + 1] * inverse);
+        put(2 * i, out[i + 2 * half] * inverse, out[i + 2 * half + 1] * inverse);
       }
-    } else if (head < share.heads) {
-      BFloat16* const to = whole_result<S>(a, share, head, column);
-      float* const to_part = splits.sums + share.result(a, head) * S::kLatent + column;
-#pragma unroll
-      for (int i = 0; i < kElements; i += 4) {
-        const float x = out[i + 2 * half] * inverse;
-        const float y = out[i + 2 * half + 1] * inverse;
-        if (splits.count == 1) {
-          *reinterpret_cast<__nv_bfloat162*>(to + 2 * i) = __floats2bfloat162_rn(x, y);
-        } else {
-          *reinterpret_cast<float2*>(to_part + 2 * i) = make_float2(x, y);
-        }
-      }
+    };
+    if (whole) {
+      const unsigned to = work.result(head, column, 2);
+      each([to](int i, float x, float y) {
+        wgmma::store(to + static_cast<unsigned>(i) * 2, __floats2bfloat162_rn(x, y));
+      });
+    } else if (splits.together) {
+      const unsigned to = work.result(head, column, 4);
+      each(
+          [to](int i, float x, float y) { wgmma::store(to + static_cast<unsigned>(i) * 4, x, y); });
+    } else if (static_cast<int>(head) < share.heads) {
+      float* const to = splits.sums + share.result(a, static_cast<int>(head)) * S::kLatent + column;
+      each([to](int i, float x, float y) {
+        *reinterpret_cast<float2*>(to + i) = make_float2(x, y);
+      });
     }
+  }
+  if (!whole) {
+    return;
+  }
+  wgmma::publish();
+  __syncwarp();
+  const unsigned head = wgmma::thread() % kGroup / 32 * 16 + wgmma::thread() % 32;
+  if (wgmma::thread() % 32 < 16 && static_cast<int>(head) < share.heads) {
+    wgmma::copy_out(whole_result<S>(a, share, static_cast<int>(head), own),
+                    work.result(head, static_cast<unsigned>(own), 2), S::kColumns * 2);
+    wgmma::finish_copies();
   }
 }
 
@@ -73,9 +88,9 @@ __device__ __forceinline__ void combine(const Attention& a, const Share& share,
     there[i] = wgmma::address_in(rank % sharing + static_cast<unsigned>(i) * sharing, work.begin);
   }
   BFloat16* to = whole_result<S>(a, share, head, column);
-  unsigned lse_place = S::numbers(1) + static_cast<unsigned>(head) * 4;
+  unsigned lse_place = S::kLses + static_cast<unsigned>(head) * 4;
   unsigned place =
-      static_cast<unsigned>(head) * S::kResultRowBytes + static_cast<unsigned>(column) * 4;
+      static_cast<unsigned>(head) * S::result_row(4) + static_cast<unsigned>(column) * 4;
 #pragma unroll(8 / kTogether)
   for (; head < end; head += kAtOnce) {
     float lses[kTogether];
@@ -111,7 +126,7 @@ __device__ __forceinline__ void combine(const Attention& a, const Share& share,
     }
     to += kAtOnce * a.batch * S::kLatent;
     lse_place += kAtOnce * 4;
-    place += kAtOnce * S::kResultRowBytes;
+    place += kAtOnce * S::result_row(4);
   }
 }
 

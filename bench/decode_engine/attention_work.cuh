@@ -19,7 +19,7 @@ constexpr int kThreads = 3 * kGroup;
 /// Where queries and rows are fetched from.
 struct Maps {
   CUtensorMap queries;  ///< [heads, batch, row]
-  CUtensorMap rows;     ///< [batch * capacity, row]
+  CUtensorMap rows;     ///< [blocks, batch * capacity, 64 columns], or [1, batch * capacity, row]
 };
 
 __device__ __forceinline__ float over_quad(float value, bool largest) {
@@ -94,9 +94,8 @@ struct Work {
 
   __device__ __forceinline__ explicit Work(const std::uint8_t* shared)
       : begin(static_cast<unsigned>(__cvta_generic_to_shared(shared))) {}
-  __device__ __forceinline__ void find(const Attention& a, const Splits& splits) {
-    const Share share(a, splits);
-    count = a.counts[share.sequence];
+  __device__ __forceinline__ void find(const Share& share, const Splits& splits, int tokens) {
+    count = tokens;
     first = share.split * splits.tiles;
     end = min(first + splits.tiles, (count + kTile - 1) / kTile);
   }
@@ -114,13 +113,28 @@ struct Work {
   /// Of queries.
   [[nodiscard]] __device__ __forceinline__ unsigned rotated() const { return begin + S::kRotated; }
   [[nodiscard]] __device__ __forceinline__ unsigned apart() const { return begin + S::kApart; }
-  /// Of heads: how much sums shrink; at the end the sum of weights, and in the next place LSEs.
+  /// Of heads: how much sums shrink.
   [[nodiscard]] __device__ __forceinline__ unsigned numbers(Place place) const {
     return begin + S::numbers(place.index);
   }
-  /// Of a head.
-  [[nodiscard]] __device__ __forceinline__ unsigned result(unsigned head) const {
-    return begin + head * S::kResultRowBytes;
+  [[nodiscard]] __device__ __forceinline__ unsigned sum(unsigned head) const {
+    return begin + S::kSums + 4 * head;
+  }
+  [[nodiscard]] __device__ __forceinline__ unsigned lse(unsigned head) const {
+    return begin + S::kLses + 4 * head;
+  }
+  /// Of a head, from a column on, in elements of so many bytes.
+  [[nodiscard]] __device__ __forceinline__ unsigned result(unsigned head, unsigned column,
+                                                           unsigned element) const {
+    return begin + head * S::result_row(element) + column * element;
+  }
+  /// Of the sequence, as the same warp left it with a first call.
+  __device__ __forceinline__ void keep_count() const {
+    wgmma::store(begin + S::kCounts + threadIdx.x / 32 * 4, __int_as_float(count));
+    __syncwarp();
+  }
+  [[nodiscard]] __device__ __forceinline__ int kept_count() const {
+    return __float_as_int(wgmma::load(begin + S::kCounts + wgmma::thread() / 32 * 4));
   }
   // Arrivals: rows, their weights, the end of their use, and queries.
   [[nodiscard]] __device__ __forceinline__ unsigned fetched(Place place, unsigned chunk) const {

@@ -3,7 +3,6 @@
 #include <fmt/format.h>
 
 #include <array>
-#include <vector>
 
 #include "attention_combine.cuh"
 #include "attention_kernel.cuh"
@@ -59,19 +58,15 @@ namespace {
 
 using Encode = decltype(&::cuTensorMapEncodeTiled);
 
-/// Of bf16, the first extent lying without gaps. A box has 64 columns and 64 of the last extent, in
-/// the order that products read.
-CUtensorMap map_of(const BFloat16* data, std::vector<cuuint64_t> extents,
-                   const std::vector<cuuint64_t>& strides) {
+/// Of bf16, the first extent lying without gaps, in boxes that lie in the order that products read.
+CUtensorMap map_of(const BFloat16* data, const std::array<cuuint64_t, 3>& extents,
+                   const std::array<cuuint64_t, 2>& strides, const std::array<cuuint32_t, 3>& box) {
   static const Encode encode = [] {
     Encode found = nullptr;
     cohort::detail::load_driver_function("cuTensorMapEncodeTiled", found);
     return found;
   }();
-  const std::vector<cuuint32_t> steps(extents.size(), 1);
-  std::vector<cuuint32_t> box(extents.size(), 1);
-  box.front() = wgmma::kBlockColumns;
-  box.back() = kTile;
+  const std::array<cuuint32_t, 3> steps = {1, 1, 1};
   CUtensorMap map{};
   const CUresult code =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, static_cast<cuuint32_t>(extents.size()),
@@ -86,11 +81,18 @@ CUtensorMap map_of(const BFloat16* data, std::vector<cuuint64_t> extents,
 }
 
 Maps maps_of(const Attention& a) {
+  constexpr cuuint32_t kColumns = wgmma::kBlockColumns;
   const auto row = static_cast<cuuint64_t>(a.latent + a.rope);
   const auto batch = static_cast<cuuint64_t>(a.batch);
+  const auto rows = batch * static_cast<cuuint64_t>(a.capacity);
+  const bool whole = row % kColumns == 0;  // blocks are planes
+  const auto copied = static_cast<cuuint32_t>(AttentionLayout<512, 64>::kCopyBlocks);
   return {.queries = map_of(a.q, {row, batch, static_cast<cuuint64_t>(a.heads)},
-                            {2 * row, 2 * row * batch}),
-          .rows = map_of(a.cache, {row, batch * static_cast<cuuint64_t>(a.capacity)}, {2 * row})};
+                            {2 * row, 2 * row * batch}, {kColumns, 1, kTile}),
+          .rows = whole ? map_of(a.cache, {kColumns, rows, row / kColumns}, {2 * row, 2 * kColumns},
+                                 {kColumns, kTile, copied})
+                        : map_of(a.cache, {row, rows, 1}, {2 * row, 2 * row * rows},
+                                 {kColumns, kTile, 1})};
 }
 
 }  // namespace

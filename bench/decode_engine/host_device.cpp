@@ -163,8 +163,7 @@ class HostDevice final : public Device {
       for (std::int64_t b = 0; b < r.batch; ++b) {
         for (std::int64_t h = 0; h < r.heads; ++h) {
           rotate_row(r.from + b * r.from_sequence + h * r.from_head,
-                     r.to + b * r.to_sequence + h * r.to_head, r.rope,
-                     r.turns + b * r.rope / 2);
+                     r.to + b * r.to_sequence + h * r.to_head, r.rope, r.turns + b * r.rope / 2);
         }
       }
     });

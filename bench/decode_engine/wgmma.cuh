@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_bf16.h>
 
 #include <cstdint>
 
@@ -183,6 +184,11 @@ __device__ __forceinline__ void store(unsigned address, float first, float secon
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};\n" ::"r"(address), "f"(first), "f"(second)
                : "memory");
 }
+__device__ __forceinline__ void store(unsigned address, __nv_bfloat162 pair) {
+  asm volatile("st.shared.b32 [%0], %1;\n" ::"r"(address),
+               "r"(reinterpret_cast<const unsigned&>(pair))
+               : "memory");
+}
 __device__ __forceinline__ float load(unsigned address) {
   float value = 0;
   asm volatile("ld.shared.f32 %0, [%1];\n" : "=f"(value) : "r"(address) : "memory");
@@ -304,6 +310,11 @@ __device__ __forceinline__ void fetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
 }
 
+/// Has the second-level cache fetch a line, and looks up its address.
+__device__ __forceinline__ void prefetch(const void* line) {
+  asm volatile("prefetch.global.L2 [%0];\n" ::"l"(line));
+}
+
 /// Waits until the kernel before, behind which this one was launched early, is over.
 __device__ __forceinline__ void wait_for_kernel_before() {
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
@@ -315,14 +326,6 @@ __device__ __forceinline__ void launch_next_kernel() {
 
 /// One thread copies a map's box into shared memory. What lies outside of the map is zeros.
 __device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap& map, int column, int row,
-                                         unsigned arrival) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
-      "%3}], [%4];\n" ::"r"(to),
-      "l"(&map), "r"(column), "r"(row), "r"(arrival)
-      : "memory");
-}
-__device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap& map, int column, int row,
                                          int plane, unsigned arrival) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, "
@@ -333,13 +336,25 @@ __device__ __forceinline__ void copy_box(unsigned to, const CUtensorMap& map, in
 
 /// The same into all blocks of a cluster that the mask names, where it is counted as well.
 __device__ __forceinline__ void copy_box_to(std::uint16_t blocks, unsigned to,
-                                            const CUtensorMap& map, int column, int row,
+                                            const CUtensorMap& map, int column, int row, int plane,
                                             unsigned arrival) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
-      "cluster [%0], [%1, {%2, %3}], [%4], %5;\n" ::"r"(to),
-      "l"(&map), "r"(column), "r"(row), "r"(arrival), "h"(blocks)
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::"
+      "cluster [%0], [%1, {%2, %3, %4}], [%5], %6;\n" ::"r"(to),
+      "l"(&map), "r"(column), "r"(row), "r"(plane), "r"(arrival), "h"(blocks)
       : "memory");
+}
+
+/// One thread copies shared memory that was published to global memory, both at multiples of 16
+/// bytes.
+__device__ __forceinline__ void copy_out(void* to, unsigned from, unsigned bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;\n" ::"l"(to), "r"(from),
+               "r"(bytes)
+               : "memory");
+}
+/// Until everything is there that this thread copied so.
+__device__ __forceinline__ void finish_copies() {
+  asm volatile("cp.async.bulk.commit_group;\ncp.async.bulk.wait_group 0;\n" ::: "memory");
 }
 
 /// Takes registers from the block's, or gives some back: so many for each thread from now on.

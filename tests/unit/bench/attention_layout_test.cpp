@@ -21,7 +21,8 @@ template <class Layout>
 std::vector<Range> ranges() {
   std::vector<Range> all = {{Layout::kRotated, kBlockBytes, 1024},
                             {Layout::kApart, Layout::kApartBytes, 1024},
-                            {Layout::kQueried, 8, 8}};
+                            {Layout::kQueried, 8, 8},
+                            {Layout::kCounts, 16, 8}};
   for (unsigned place = 0; place < kPlaces; ++place) {
     all.push_back({Layout::tile(place), Layout::kTileBytes, 1024});
     all.push_back({Layout::numbers(place), kTile * sizeof(float), 16});
@@ -50,6 +51,16 @@ TEMPLATE_TEST_CASE("what attention keeps in shared memory has its own aligned pl
   CHECK(end == TestType::kBytes);
   constexpr unsigned kMost = 227 * 1024;  // of a block of compute capability 9.0
   CHECK(end <= kMost);
+}
+
+TEMPLATE_TEST_CASE("rows of results can be copied, and meet other banks than those beside them", "",
+                   (AttentionLayout<512, 64>), (AttentionLayout<64, 16>)) {
+  for (const unsigned element : {2U, 4U}) {
+    CAPTURE(element);
+    CHECK(TestType::result_row(element) % 16 == 0);
+    CHECK(TestType::result_row(element) / 4 % 32 == element * 2);
+    CHECK(kTile * TestType::result_row(element) <= TestType::kRotated);
+  }
 }
 
 TEMPLATE_TEST_CASE("the weights of a tile take the place of its rotated columns", "",
