@@ -59,8 +59,8 @@ class PeerCollectives {
 
   /// Whether this rank's tensors allow an all_reduce that passes no slot. It takes place if those
   /// of every rank do.
-  [[nodiscard]] bool reduces_in_place(const ConstTensorView& in, const TensorView& out) const {
-    return all_reduce_.reduces_in_place(in, out);
+  [[nodiscard]] bool passes_no_slot(const ConstTensorView& in, const TensorView& out) const {
+    return all_reduce_.passes_no_slot(in, out);
   }
 
  private:

@@ -149,6 +149,8 @@ struct Showing {
 
 /// Of a rank that shows no tensor.
 inline constexpr Showing kShowsNothing{};
+/// Of a rank whose tensor is in the slot.
+inline constexpr Showing kShowsSlot{.place = Place::slot, .first = {}, .second = {}, .strides = {}};
 
 /// One step of a group. The owner fills everything else and then stores `epoch`; a peer that has
 /// loaded the epoch (acquire, paired with the owner's release) may read the rest.
@@ -245,7 +247,7 @@ inline constexpr std::size_t kParcelBytes = 64 * 1024;
 /// changes of meaning that the layout does not show.
 inline constexpr std::uint64_t kPadProtocol = [] {
   std::uint64_t hash = cohort::detail::kHashSeed;
-  for (const std::size_t word : {std::size_t{3},
+  for (const std::size_t word : {std::size_t{4},
                                  sizeof(void*),
                                  sizeof(SignalPad),
                                  offsetof(SignalPad, finished),

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
 #include <cohort/host/peer_all_reduce.hpp>
 
 #include "support/catch.hpp"
@@ -15,10 +16,50 @@ TEST_CASE("an all-reduce of every dtype and operation is exact, in one step and 
       for (const ReduceOp op : {ReduceOp::sum, ReduceOp::prod, ReduceOp::min, ReduceOp::max}) {
         Site site(plane, {}, Memory::mixed);
         check_all_reduce(site, plane, Dims{129, 70}, dtype, op, Form::contiguous, true);
-        // The last tensor that every rank reduces itself, and the first that goes in parts.
+        // The last tensor that each of three ranks reduces itself, and the first that goes in
+        // parts.
         const auto most = static_cast<std::int64_t>(4096 / size_of(dtype));
         check_all_reduce(site, plane, Dims{most}, dtype, op, Form::contiguous, false);
         check_all_reduce(site, plane, Dims{most + 1}, dtype, op, Form::contiguous, false);
+      }
+    }
+  });
+}
+
+TEST_CASE("two ranks each reduce all of what fits a piece, wherever it lies", "[host]") {
+  const Memory memory = GENERATE(Memory::ordinary, Memory::window, Memory::mixed);
+  run_ranks(2, [&](ControlPlane& plane) {
+    // The first that is read in a window, and the last.
+    for (const std::int64_t count : {1023, 1024, 64 * 1024, 64 * 1024 + 1}) {
+      for (const Form form : {Form::contiguous, Form::sliced}) {
+        for (const int in_place : {0, 1, 2}) {
+          Site site(plane, {}, memory);
+          // 2: on one of them, so that one copies and the other shows.
+          check_all_reduce(site, plane, Dims{count}, DType::f32, ReduceOp::sum, form,
+                           in_place == 2 ? plane.rank() == 1 : in_place == 1);
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("two ranks may write to what they had reduced as soon as the call returns", "[host]") {
+  run_ranks(2, [](ControlPlane& plane) {
+    Site site(plane, {}, Memory::window);
+    for (const std::int64_t count : {1024, 32 * 1024}) {
+      const auto in = site.tensor(Dims{count}, DType::f32, Form::contiguous);
+      const auto out = site.tensor(Dims{count}, DType::f32, Form::contiguous);
+      check(site.transport->path(Collective::all_reduce, in, out, 0) == "direct",
+            "read in windows");
+      check(site.transport->path(Collective::all_reduce, in, in, 0) == "slot", "in place");
+      for (int round = 0; round < 200; ++round) {
+        const auto value = static_cast<float>(round + plane.rank());
+        std::fill_n(in.data_as<float>(), count, value);
+        site.transport->all_reduce(in, out, ReduceOp::sum, {});
+        std::fill_n(in.data_as<float>(), count, -1000.0F);  // while a slower rank may still read
+        for (std::int64_t i = 0; i < count; ++i) {
+          check_equal(out.data_as<float>()[i], static_cast<float>(2 * round + 1), "sum");
+        }
       }
     }
   });
