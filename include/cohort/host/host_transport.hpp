@@ -404,8 +404,8 @@ inline std::string HostTransport::path(Collective collective, const ConstTensorV
   }
   if (collective == Collective::all_reduce || collective == Collective::all_reduce_rms_norm) {
     const bool sums_into_it = in.dtype() == out.dtype();  // see `all_reduce_rms_norm`
-    const TensorView sum = sums_into_it ? out : TensorView(nullptr, in.dtype(), in.shape());
-    return peers_->passes_no_slot(in, sum) ? "direct" : "slot";
+    return (sums_into_it ? peers_->passes_no_slot(in, out) : peers_->passes_no_slot(in)) ? "direct"
+                                                                                         : "slot";
   }
   std::size_t copied = in.bytes();  // into a slot; of what is scattered the own part stays here
   if (collective == Collective::reduce_scatter) {

@@ -35,9 +35,13 @@ class PeerAllReduce {
   /// Whether this rank's tensors allow an all_reduce that passes no slot. It takes place if those
   /// of every rank do; a short tensor of this rank is then read where it lies in any case.
   [[nodiscard]] bool passes_no_slot(const ConstTensorView& in, const TensorView& out) const {
-    return is_reduced_by_all(in.bytes()) ? shown_in(in, out).has_value()
+    return is_reduced_by_all(in.bytes()) ? shown_in(in, out.data()).has_value()
                                          : in.is_contiguous() && out.is_contiguous() &&
                                                access_.window_of(in) && access_.window_of(out);
+  }
+  /// The same where the sum goes to memory of the transport's.
+  [[nodiscard]] bool passes_no_slot(const ConstTensorView& in) const {
+    return is_reduced_by_all(in.bytes()) && shown_in(in, nullptr);
   }
 
  private:
@@ -54,9 +58,9 @@ class PeerAllReduce {
   /// The window in which the peers read a short tensor, if they do: the result is written
   /// elsewhere, because each of them reads all of it.
   [[nodiscard]] std::optional<WindowOffset> shown_in(const ConstTensorView& in,
-                                                     const TensorView& out) const {
-    const bool may_be_read = in.bytes() >= kShownBytes && access_.size() == 2 &&
-                             in.is_contiguous() && in.data() != out.data();
+                                                     const void* out) const {
+    const bool may_be_read =
+        in.bytes() >= kShownBytes && access_.size() == 2 && in.is_contiguous() && in.data() != out;
     return may_be_read ? access_.window_of(in) : std::nullopt;
   }
 
@@ -97,7 +101,7 @@ inline void PeerAllReduce::reduce_all(const Call& call, const ConstTensorView& i
   const std::size_t bytes = in.bytes();
   const int rank = access_.rank();
   const auto* const own = static_cast<const std::byte*>(in.data());
-  const auto window = shown_in(in, out);
+  const auto window = shown_in(in, out.data());
   const bool exposed = window.has_value();
   if (exposed) {
     meeting_.enter(call, {.place = Place::direct, .first = *window, .second = {}, .strides = {}});

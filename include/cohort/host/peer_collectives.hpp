@@ -62,6 +62,10 @@ class PeerCollectives {
   [[nodiscard]] bool passes_no_slot(const ConstTensorView& in, const TensorView& out) const {
     return all_reduce_.passes_no_slot(in, out);
   }
+  /// The same where the sum goes to memory of the transport's.
+  [[nodiscard]] bool passes_no_slot(const ConstTensorView& in) const {
+    return all_reduce_.passes_no_slot(in);
+  }
 
  private:
   PeerAccess& access_;
