@@ -453,7 +453,7 @@ inline Tensor SymmetricArena::empty(const Dims& shape, DType dtype, StreamRef st
   }
   check_dtype("dtype", dtype);
   const Counted count{numel(shape)};
-  const auto block = allocate(static_cast<std::size_t>(count.elements) * size_of(dtype), stream);
+  const auto block = allocate(static_cast<std::size_t>(count) * size_of(dtype), stream);
   return {segments_.address(blocks_.space().offset(block)),
           dtype,
           shape,

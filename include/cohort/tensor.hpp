@@ -165,10 +165,9 @@ constexpr void check_dtype(std::string_view argument, DType dtype) {
   return dim < 0 ? dim + ndim : dim;
 }
 
-/// The number of a shape's elements, where it is known.
-struct Counted {
-  std::int64_t elements = 0;  ///< As `numel` says.
-};
+/// The number of a shape's elements, as `numel` says, where it is known. Not what a list of one
+/// stride becomes.
+enum class Counted : std::int64_t {};
 
 /// A view of memory as a tensor. `Void` is `void` or `const void`. Owns nothing.
 template <class Void>
@@ -196,7 +195,7 @@ class BasicTensorView {
       : data_(data),
         shape_(shape),
         strides_(contiguous_strides(shape)),
-        numel_(numel.elements),
+        numel_(static_cast<std::int64_t>(numel)),
         device_(device),
         dtype_(dtype) {}
 

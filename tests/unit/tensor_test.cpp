@@ -75,6 +75,13 @@ TEST_CASE("dimensions count from both ends", "[tensor]") {
   CHECK_THROWS_AS(normalize_dim(0, 0, "x dim"), UsageError);
 }
 
+TEST_CASE("a list of one stride is strides", "[tensor]") {
+  auto values = numbers();
+  const TensorView every_third(values.data(), DType::f32, {8}, {3}, Device{});
+  CHECK(every_third.strides() == Dims{3});
+  CHECK(every_third.slice(0, 7, 1).data_as<float>() == &values[21]);
+}
+
 TEST_CASE("views address what they say", "[tensor]") {
   auto values = numbers();
   const TensorView view(values.data(), DType::f32, {2, 3, 4});
