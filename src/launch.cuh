@@ -31,6 +31,14 @@ __device__ __forceinline__ void await_predecessor() {
 #endif
 }
 
+/// In all threads: once every block was here or has ended, the card may launch the next kernel
+/// where that takes the attribute.
+__device__ __forceinline__ void launch_successor() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
 /// The device that is current.
 [[nodiscard]] int current_device();
 

@@ -104,6 +104,7 @@ struct QueryArgs {
   FastDiv words_per_row;
   std::uint32_t nope_bytes;
   std::uint32_t words;
+  bool successor_waits;
 
   __device__ __forceinline__ uint2 load(std::uint32_t word) const {
     const std::uint32_t row = words_per_row.divide(word);
@@ -140,6 +141,9 @@ __global__ void __launch_bounds__(kLlThreads, 1)
   // `used` is `words`, or 1 in an empty call, which signals nevertheless.
   const bool has_first = sends_ahead<kRanks>(used);
   const FirstPlaces<kRanks> places(g, first);
+  if (q.successor_waits) {
+    launch_successor();
+  }
   const Found found = begin(g);
   // Loaded while the epoch is on its way.
   const uint2 value = has_first && first < q.words ? q.load(first) : make_uint2(0, 0);
@@ -187,6 +191,7 @@ struct ShareArgs {
   View in;
   View out;
   std::uint32_t words;
+  static constexpr bool successor_waits = false;
 
   __device__ __forceinline__ uint2 load(std::uint32_t word) const { return load_word(in, word); }
   __device__ __forceinline__ void store(int rank, std::uint32_t word, uint2 value) const {
@@ -241,6 +246,9 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
   Call c;
   const LineRole role(a.words);
   const auto load = [&](std::uint32_t group) { return load_lines(a, group); };
+  if (a.successor_waits) {
+    launch_successor();
+  }
   const Found found = begin(g);
   const LineWords<1> first = load(role.ahead());  // while the epoch is on its way
   if (!enter(g, found, c, 0)) {
@@ -288,7 +296,8 @@ QueryArgs<kAligned> args_of(const Query& q, const Rows& out) {
           .heads = FastDiv(q.heads),
           .words_per_row = FastDiv(row / 8),
           .nope_bytes = static_cast<std::uint32_t>(q.nope_dim * static_cast<std::int64_t>(element)),
-          .words = static_cast<std::uint32_t>(query_bytes(q) / 8)};
+          .words = static_cast<std::uint32_t>(query_bytes(q) / 8),
+          .successor_waits = q.successor_waits};
 }
 
 void gather_query(const PeerTable& t, const Query& query, const Rows& out, PeerPath path,

@@ -30,6 +30,7 @@ class CohortExchange final : public Exchange {
                                               .shape = {batch, sizes_.hidden},
                                               .dtype = cohort::DType::bf16}});
     if (place_.dcp > 1) {
+      state_.dcp().attention_waits(true);
       state_.dcp().reserve_for({.batch = batch,
                                 .heads = place_.own_heads(sizes_) * place_.dcp,
                                 .latent = sizes_.latent,

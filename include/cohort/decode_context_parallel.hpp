@@ -109,6 +109,21 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     finish(call);
   }
 
+  /// Local, for the query gathers that follow and the graphs that they are captured in. Whether the
+  /// kernel behind a gather waits for it by itself, as attention does that is launched with
+  /// programmatic stream serialization and executes `griddepcontrol.wait` in front of its first
+  /// look at the queries. The card may then launch that kernel while the gather waits for peers, so
+  /// that its start takes no time of its own. Its thread blocks take their room on the card at
+  /// once, and hold it until the peers have come: kernels of this rank on other streams, and other
+  /// ranks on the same card, must not have to run first. Off at first; without effect where no
+  /// kernel of the library's gathers, as on the host.
+  void attention_waits(bool waits) {
+    throw_if_closed();
+    if (PeerKernels* kernels = peer_kernels()) {
+      kernels->attention_waits(waits);
+    }
+  }
+
   /// Merges the ranks' partial attentions exactly and scatters the heads: [B, H/n, D] from this
   /// rank's `out` [B, H, D] and `lse` [B, H] in f32, of any strides with D without gaps. Ranks
   /// without tokens have lse = -inf; their `out` is never read. See dcp/lse_merge.hpp. On cards D

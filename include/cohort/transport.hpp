@@ -217,6 +217,9 @@ class PeerKernels {
   /// type. The ranks agree on `types` as well: what the parts are that come as bytes.
   virtual void gather_query(const ConstTensorView& q_nope, const ConstTensorView& q_pe,
                             const TensorView& q, QueryTypes types, StreamRef stream) = 0;
+  /// Local, for the query gathers that follow: whether the kernel behind one waits for it where a
+  /// card launches it early.
+  virtual void attention_waits(bool /*waits*/) noexcept {}
 };
 
 /// Moves tensor bytes for one group. Every call but `send` and `recv` is collective: all ranks

@@ -25,6 +25,7 @@ inline void check_gather_query(ControlPlane& world) {
   auto small = decode_state(world, {}, {.slot_bytes = 4096});
   for (ParallelState* state : {&near, &far, &small}) {
     auto& dcp = state->dcp();
+    dcp.attention_waits(state == &near);
     for (const Memory memory : {Memory::arena, Memory::ordinary, Memory::mixed}) {
       for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
         for (const auto& [batch, own, latent, rope] : std::vector<std::array<std::int64_t, 4>>{

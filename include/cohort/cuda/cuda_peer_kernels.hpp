@@ -203,10 +203,13 @@ class CudaPeerKernels final : public PeerKernels {
     }
     cuda::Query query = detail::query_of(q_nope, q_pe);
     query.types = types.number();
+    query.successor_waits = attention_waits_;
     cuda::peer_gather_query(table(), query, q.data(), q.strides()[0], q.strides()[1],
                             detail::native(stream));
     ++steps_;
   }
+
+  void attention_waits(bool waits) noexcept override { attention_waits_ = waits; }
 
   // The small collectives, for the group's transport. Whether they take a call depends on sizes and
   // types alone, which are equal on all ranks, and never on a rank's strides.
@@ -393,6 +396,7 @@ class CudaPeerKernels final : public PeerKernels {
   std::size_t lane_ = 0;
   std::size_t inboxes_ = 0;  // of all lanes
   int block_limit_ = 0;
+  bool attention_waits_ = false;
   std::uint64_t steps_ = 0;  // enqueued or captured
 };
 

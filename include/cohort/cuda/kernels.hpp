@@ -26,7 +26,8 @@
 /// All of them return at once, can be captured, allocate nothing, and, but for `peer_meet`, are
 /// launched with programmatic stream serialization: a kernel may be scheduled while its predecessor
 /// in the stream drains, but every thread waits for the predecessor's memory before it touches any,
-/// and none triggers its own completion early. So they are ordered like ordinary kernels.
+/// and none triggers its own completion early but a query gather that is told to. So they are
+/// ordered like ordinary kernels.
 ///
 /// Pointers are device memory of the current device. Strides of tensors count elements. Every
 /// function throws `UsageError` for arguments that it cannot take, before the launch, and
@@ -149,6 +150,9 @@ struct Query {
   std::int64_t pe_dim = 0;
   DType dtype = DType::bf16;  ///< Any; moved as bytes.
   std::int64_t types = 0;     ///< What else the ranks agree on: `QueryTypes::number`.
+  /// Of `peer_gather_query`: whether the next kernel may be launched while this one waits for
+  /// peers.
+  bool successor_waits = false;
 };
 
 /// out [B,h,Dn+Dr] by strides = nope and pe side by side.

@@ -106,9 +106,11 @@ __device__ bool merged_right(const Check& k, std::uint32_t c, std::uint32_t i, f
   return fabsf(got - want) <= 0.005F * fabsf(want) + 0.0005F;  // false for NaN
 }
 
-/// Counts wrong elements of `out` and poisons it for the next call.
+/// Counts wrong elements of `out` and poisons it for the next call. May be launched early, as
+/// attention is behind a query gather.
 __global__ void verify(std::uint16_t* out, std::uint32_t count, Check k,
                        const std::uint32_t* counter, unsigned long long* wrong) {
+  cudaGridDependencySynchronize();
   const std::uint32_t c = *counter;
   for (std::uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < count;
        i += gridDim.x * blockDim.x) {
@@ -220,7 +222,7 @@ constexpr std::int64_t kMostElements = std::int64_t{1} << 20;
 class Soak {
  public:
   Soak(int n, int cards, std::uint32_t seed)
-      : world_(n, 320 << 10, 320 << 10, kFirstEpoch, cards), random_(seed) {
+      : world_(n, 320 << 10, 320 << 10, kFirstEpoch, cards), random_(seed), alone_(cards >= n) {
     world_.delay(seed | 1U);
     for (int r = 0; r < n; ++r) {
       world_.enter(r);
@@ -349,8 +351,18 @@ class Soak {
     if (s.kind != Kind::barrier) {
       const Check check{n,       r,     s.outer, std::max<std::int64_t>(s.inner, 1),
                         s.heads, s.dim, s.pe,    s.kind};
-      verify<<<8, 256, 0, stream>>>(out, outputs, check, counter,
-                                    counters_[to_size(r)].at<unsigned long long>(8));
+      cudaLaunchAttribute early{};
+      early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      early.val.programmaticStreamSerializationAllowed = 1;
+      cudaLaunchConfig_t config{};
+      config.gridDim = 8;
+      config.blockDim = 256;
+      config.stream = stream;
+      config.attrs = &early;
+      config.numAttrs = 1;
+      COHORT_CHECK(cudaLaunchKernelEx(&config, verify, out, outputs, check,
+                                      static_cast<const std::uint32_t*>(counter),
+                                      counters_[to_size(r)].at<unsigned long long>(8)));
     }
     check(cudaGetLastError(), "launch");
   }
@@ -377,7 +389,8 @@ class Soak {
                                         .batch = s.batch,
                                         .heads = s.heads,
                                         .nope_dim = s.dim,
-                                        .pe_dim = s.pe},
+                                        .pe_dim = s.pe,
+                                        .successor_waits = alone_},
                                        out, n * s.heads * (s.dim + s.pe), s.dim + s.pe, stream,
                                        s.path);
       case Kind::merge:
@@ -391,6 +404,7 @@ class Soak {
 
   World world_;
   Random random_;
+  bool alone_;  ///< Whether each rank has a card: none takes the room of another's kernels.
   std::vector<Buffer> in_;
   std::vector<Buffer> lse_;
   std::vector<Buffer> out_;
