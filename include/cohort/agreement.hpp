@@ -74,7 +74,7 @@ namespace detail {
     if (same != causes.end()) {
       same->second.push_back(rank);
     } else {
-      causes.push_back({&failure, {rank}});
+      causes.emplace_back(&failure, std::vector<int>(1, rank));
     }
   }
   std::string text;

@@ -219,10 +219,9 @@ class MessageCase {
     }
   }
 
-  /// A failure of another group, whose ranks are none of the one that the call was of.
-  static bool names_elsewhere(const std::string& text) {
-    return text.find(" of the world: ") != std::string::npos;
-  }
+  /// A failure of another group, or a wait for ranks of others: none of the one that the call was
+  /// of.
+  static bool names_elsewhere(const std::string& text) { return !world_ranks_in(text).empty(); }
 
   /// Whether the call ended well.
   bool judge(std::string_view name, int rank, const std::function<void()>& body) {

@@ -135,12 +135,12 @@ TEST_CASE("ranks whose norms differ are told, in one launch and in two", "[nccl]
     }
     const std::string path = group.path(Collective::all_reduce_rms_norm, x.view(), out.view());
     CHECK(path == (common == two ? "own, then a norm" : "own"));
-    if (mine.normed) {
-      group.all_reduce_rms_norm_into(out.view(), x.view(), norm, stream);
-    } else {
-      group.all_reduce_into(out.view(), x.view(), stream);
-    }
-    try {
+    try {  // who comes late may be told in the call
+      if (mine.normed) {
+        group.all_reduce_rms_norm_into(out.view(), x.view(), norm, stream);
+      } else {
+        group.all_reduce_into(out.view(), x.view(), stream);
+      }
       group.synchronize(stream, kLimit);
       FAIL("expected a SymmetryError");
     } catch (const SymmetryError& error) {

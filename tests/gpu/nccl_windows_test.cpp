@@ -72,11 +72,19 @@ TEST_CASE("in windows NCCL takes its symmetric path, and the guard precedes it",
 
 namespace {
 
-/// A transport all of whose calls NCCL takes, and memory in a window of its.
+/// A transport all of whose calls NCCL takes, of a group that may fail, and memory in a window of
+/// its.
 struct InWindow {
+  static std::uint64_t next_generation() {
+    static std::uint64_t last = 1000;
+    return ++last;
+  }
+
+  std::unique_ptr<ControlPlane> group =
+      world().subgroup(everyone(), next_generation(), "in a window");
   std::unique_ptr<Segment> segment = session().backend->allocate_segment(std::size_t{8} << 20);
   std::unique_ptr<NcclTransport> transport = std::make_unique<NcclTransport>(
-      world(), session().backend->streams(), session().backend->device().index,
+      *group, session().backend->streams(), session().backend->device().index,
       NcclTransportOptions{.own_max_bytes = 0});
   std::unique_ptr<Window> window = transport->register_segment(*segment);
 };
