@@ -18,6 +18,7 @@
 #include <thread>
 #include <vector>
 
+#include "chaos/steps.hpp"
 #include "support/faulty_messenger.hpp"
 
 /// \file

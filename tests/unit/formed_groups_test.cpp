@@ -212,7 +212,7 @@ TEST_CASE("calls that differ are found where ranks wait for each other by differ
                      mapped ? "reservation in arena tp[0]" : "shutdown of the group");
         check(tp.failed(), "the group has ended");
       },
-      std::chrono::milliseconds(2'000));
+      std::chrono::milliseconds(4'000));
 }
 
 TEST_CASE("ranks that wait for messages of each other are late, and name each other", "[state]") {
