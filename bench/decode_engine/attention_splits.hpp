@@ -79,7 +79,8 @@ struct AttentionTime {
   [[nodiscard]] static constexpr std::int64_t at_once(const AttentionSize& size,
                                                       const AttentionSplits& splits) {
     const std::int64_t cluster = sharing_blocks(size.heads) * (splits.together ? splits.count : 1);
-    return cluster < 4 ? size.multiprocessors : size.multiprocessors * 10 / 11;
+    return cluster < 4 ? size.multiprocessors
+                       : std::max<std::int64_t>(1, size.multiprocessors * 10 / 11);
   }
 
   [[nodiscard]] static constexpr double of(const AttentionSize& size,

@@ -114,3 +114,10 @@ TEST_CASE("clusters of four blocks and more leave some multiprocessors idle") {
   CHECK(AttentionTime::at_once(size, together) == 120);
   CHECK(blocks_of(128, 8, split_attention(128, 8, 8192, kMultiprocessors)) <= kMultiprocessors);
 }
+
+TEST_CASE("a card of one multiprocessor has room for one block at a time") {
+  const AttentionSize size{16, 1, 1 << 20, 1};
+  CHECK(AttentionTime::at_once(size, {.count = 4, .tiles = 4096, .together = true}) == 1);
+  const AttentionSplits splits = split_attention(16, 1, 1 << 20, 1);
+  CHECK(splits.count * splits.tiles * kAttentionTile >= 1 << 20);
+}
