@@ -13,6 +13,7 @@
 
 #include "cohort/cohort.hpp"
 #include "cohort/cuda.hpp"
+#include "cohort/cuda/device_drain.hpp"
 #include "cohort/mpi.hpp"
 #include "gpu/device_tensor.hpp"
 #include "gpu/world_ranks.hpp"
@@ -110,6 +111,57 @@ TEST_CASE("a rank that never comes is named at the caller's limit, and a new sta
   CHECK(cudaDeviceSynchronize() == cudaSuccess);
   const auto second_world = world().subgroup(everyone(), 12, "second");
   Fixture again(60s, *second_world);
+  again.check_sum(again.a());
+}
+
+TEST_CASE("a call that hears that its group has failed ends what was enqueued before",
+          "[liveness]") {
+  if (skip_all_if(ranks() < 2, "needs two ranks")) {
+    return;
+  }
+  const auto own_world = world().subgroup(everyone(), 20, "told in a call");
+  {
+    Fixture fixture(60s, *own_world);
+    if (skip_all_if(!fixture.has_own_kernels(), "needs own kernels")) {
+      return;
+    }
+    fixture.check_sum(fixture.a());
+    auto& group = fixture.state->tp();
+    auto x = fixture.tensor(1000);
+    auto y = fixture.tensor(1000);
+    const bool gives_up = rank() == ranks() - 1;
+    if (!gives_up) {
+      group.all_reduce(x.view(), fixture.a());
+    }
+    world().barrier();
+    if (gives_up) {
+      group.control().give_up("no more of this");
+    }
+    world().barrier();
+    if (!gives_up) {
+      const auto start = std::chrono::steady_clock::now();
+      std::string heard;
+      while (heard.empty() && seconds_since(start) < 10) {
+        try {
+          group.all_reduce(y.view(), fixture.b());
+          std::this_thread::sleep_for(5ms);
+        } catch (const Error& error) {
+          heard = error.what();
+        }
+      }
+      CHECK_THAT(heard, contains("no more of this"));
+      CHECK(device_idle_within(fixture.backend->device().index, 10s));
+      try {  // what its kernels missed behind that is no cause
+        group.synchronize(fixture.a(), kLimit);
+        FAIL("expected what the other rank said");
+      } catch (const Error& error) {
+        CHECK_THAT(std::string(error.what()), contains("no more of this"));
+      }
+    }
+    world().barrier();
+  }
+  const auto next_world = world().subgroup(everyone(), 21, "behind it");
+  Fixture again(60s, *next_world);
   again.check_sum(again.a());
 }
 

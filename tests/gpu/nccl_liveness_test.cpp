@@ -15,6 +15,7 @@
 
 #include "cohort/cohort.hpp"
 #include "cohort/cuda.hpp"
+#include "cohort/cuda/device_drain.hpp"
 #include "cohort/mpi.hpp"
 #include "cohort/system_calls.hpp"
 #include "gpu/device_tensor.hpp"
@@ -153,6 +154,7 @@ TEST_CASE("a rank that is late for a call over NCCL is told that the others gave
         std::this_thread::sleep_for(1ms);
       }
       check_told(issue);
+      CHECK(device_idle_within(it.backend->device().index, 10s));  // nothing waits any more
     } else {
       check_told([&] { it.state->dcp().synchronize(it.ref(), kLimit); });
       CHECK_THROWS_AS(it.group().synchronize(it.ref(), kLimit), Error);

@@ -229,8 +229,11 @@ class NcclCalls {
             communicator->check(work(communicator->get()), name);
           },
           [this] {
-            if (group_.own_failed()) {
+            if (group_.own_found_failure()) {
               std::rethrow_exception(group_.own_failure());
+            }
+            if (group_.control.poisoned()) {  // another thread has heard it
+              group_.check_peers();
             }
           });
     } catch (...) {

@@ -87,29 +87,45 @@ struct NcclGroup {
   ~NcclGroup() = default;
 
   [[nodiscard]] bool own_failed() const noexcept { return peers != nullptr && peers->failed(); }
+  /// Whether the own kernels have found a failure themselves: where they were told to end because
+  /// the group had failed, what they missed then says nothing.
+  [[nodiscard]] bool own_found_failure() const noexcept { return own_failed() && !ended; }
   [[nodiscard]] bool failed() const noexcept {
     return own_failed() || (communicator != nullptr && communicator->broken()) ||
            control.poisoned();
   }
 
-  /// Throws what a rank said that has left the group, also where this one has left with it before.
-  /// A kernel of NCCL that is told to stop still sends what it has, and its peers end as if all
-  /// were well, so that only words tell them: they are said before it is told, and looked for
-  /// behind it.
+  /// Throws what a rank said that has left the group, also where this one has left with it before,
+  /// and has end what this rank has enqueued.
   void check_peers(PeerLook look = PeerLook::now) {
     try {
       control.check_peers(look);
     } catch (const Error&) {
-      if (communicator != nullptr) {
-        communicator->mark_broken();
-      }
+      end_enqueued();
       throw;
     }
     if (control.poisoned()) {
+      end_enqueued();
       if (const auto said = control.left_with()) {
         said->raise("wait", control.name());
       }
       throw_failed();
+    }
+  }
+
+  /// Has what this rank has enqueued end, once it has left the group. Whoever hears of that in a
+  /// call may free memory next, for which a card waits until no kernel runs. A kernel of NCCL that
+  /// is told to stop still sends what it has, and its peers end as if all were well, so that only
+  /// words tell them: they are said before it is told, and looked for behind it. Any thread.
+  void end_enqueued() noexcept {
+    if (peers != nullptr) {
+      if (!peers->failed()) {
+        ended = true;
+      }
+      peers->give_up();
+    }
+    if (communicator != nullptr) {
+      communicator->abort();
     }
   }
 
@@ -130,6 +146,9 @@ struct NcclGroup {
   [[gnu::cold, gnu::noinline]] void look_around(bool can_work) {
     reporting(control.recorder(), [&] {
       if (failed() || !can_work) {
+        if (control.poisoned()) {
+          end_enqueued();
+        }
         throw_failed();
       }
       if (size > 1) {
@@ -241,6 +260,7 @@ struct NcclGroup {
   std::size_t lane = 0;
   std::atomic<cudaStream_t> last_stream{nullptr};  ///< Of the last call or launch, where `used`.
   std::atomic<bool> used{false};                   ///< Whether there was one.
+  std::atomic<bool> ended{false};                  ///< See `own_found_failure`.
   std::unique_ptr<CudaPeerKernels> peers;  ///< Null where the ranks do not map each other's memory.
 
  private:

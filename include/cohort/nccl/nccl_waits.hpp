@@ -59,7 +59,7 @@ class NcclWaits final : private RankWaits {
       if (group_.streams.idle(stream.native())) {
         break;
       }
-      if (group_.own_failed()) {
+      if (group_.own_found_failure()) {
         fail_with_own(stream);
       }
       if (const auto noticed = asynchronous_failure()) {
@@ -85,7 +85,7 @@ class NcclWaits final : private RankWaits {
   /// Throws where a call of the group is known to have failed whose streams are idle: what it said
   /// here, or another rank that has left. Any thread.
   void check(PeerLook look = PeerLook::now) {
-    if (group_.own_failed()) {
+    if (group_.own_found_failure()) {
       throw_own();
     }
     if (group_.size > 1) {
@@ -144,7 +144,7 @@ class NcclWaits final : private RankWaits {
     try {
       group_.check_peers(PeerLook::lately);
     } catch (const Error&) {
-      if (group_.own_failed()) {
+      if (group_.own_found_failure()) {
         fail_with_own(stream);
       }
       static_cast<void>(end_all(stream, std::current_exception()));
@@ -152,7 +152,7 @@ class NcclWaits final : private RankWaits {
     }
   }
 
-  // RankWaits. The others are told first: see `NcclGroup::check_peers`.
+  // RankWaits. The others are told first: see `NcclGroup::end_enqueued`.
   void end_waits(std::string_view reason) noexcept override {
     if (group_.peers != nullptr) {
       group_.peers->give_up();
@@ -170,8 +170,9 @@ class NcclWaits final : private RankWaits {
     }
   }
   [[nodiscard]] std::string failure() const override {
-    return group_.own_failed() ? own_failure_text(*group_.peers, group_.control.name(), group_.rank)
-                               : "";
+    return group_.own_found_failure()
+               ? own_failure_text(*group_.peers, group_.control.name(), group_.rank)
+               : "";
   }
 
   /// Whether the stream drains once the waits of this group's own kernels end, which then say who
@@ -186,12 +187,7 @@ class NcclWaits final : private RankWaits {
   /// Whether it drains once all ends that waits for ranks: that of this group, of which the others
   /// have been told, and then that of the groups beside it, which pass on why.
   [[nodiscard]] bool end_all(StreamRef stream, const std::exception_ptr& why) {
-    if (group_.peers != nullptr) {
-      group_.peers->give_up();
-    }
-    if (group_.communicator != nullptr) {
-      group_.communicator->abort();
-    }
+    group_.end_enqueued();
     if (group_.streams.idle_within(stream.native(), kDrainLimit)) {
       return true;
     }
@@ -223,7 +219,7 @@ class NcclWaits final : private RankWaits {
   [[noreturn]] void fail_at_limit(StreamRef stream, std::chrono::milliseconds limit) {
     bool drained = end_own(stream);
     const FirstCause first = group_.leave(
-        group_.own_failed()
+        group_.own_found_failure()
             ? group_.own_failure()
             : std::make_exception_ptr(TimeoutError(
                   fmt::format("synchronize in group {} on rank {}: the stream was still busy after "
@@ -232,7 +228,7 @@ class NcclWaits final : private RankWaits {
                   {})),
         CauseFinder::Clock::now());
     drained = drained || end_all(stream, first.error);
-    if (group_.own_failed()) {
+    if (group_.own_found_failure()) {
       std::rethrow_exception(first.error);
     }
     const std::string others = group_.streams.failures(*this);
