@@ -213,19 +213,6 @@ struct InboxError {
             .theirs = static_cast<PeerCall>(word >> 12 & 0xfU),
             .waiting_rank = static_cast<int>(word >> 16 & 0xffU)};
   }
-
-  /// Two calls that differ, as one of the ranks that made them sees it: the other's is `theirs`,
-  /// whichever of them noticed.
-  [[nodiscard]] constexpr InboxError seen_by(int rank) const noexcept {
-    if (theirs == PeerCall::none || missing_rank != rank) {
-      return *this;
-    }
-    return {.epoch = epoch,
-            .missing_rank = waiting_rank,
-            .mine = theirs,
-            .theirs = mine,
-            .waiting_rank = rank};
-  }
 };
 
 /// Enqueues what makes a rank's own inbox ready: zeros, the time limit and the epoch to count from.

@@ -18,28 +18,29 @@
 
 namespace cohort::detail {
 
-/// Who did not come, or made another call, as `rank` sees it.
+/// Who did not come, as `rank` sees it, or which ranks made calls that differ, alike on all. Passed
+/// on to others, so it names this rank as any other.
 [[nodiscard]] inline std::string own_failure_text(const CudaPeerKernels& peers,
                                                   const std::string& group, int rank) {
-  const cuda::InboxError error = peers.error().seen_by(rank);
-  const auto name_of = [rank](int other) {
-    return other == rank ? std::string("this rank") : fmt::format("rank {}", other);
-  };
+  const cuda::InboxError error = peers.error();
   if (error.theirs != cuda::PeerCall::none) {
+    const bool same = error.theirs == error.mine;
+    const bool missed_first = error.missing_rank < error.waiting_rank;
+    const auto [first, second] = std::minmax(error.missing_rank, error.waiting_rank);
     return fmt::format(
-        "group {}: at call {} of the group's own kernels rank {} made {} {}, and {} {}{}", group,
-        error.epoch, error.missing_rank, error.theirs == error.mine ? "another" : "a",
-        to_string(error.theirs), name_of(error.waiting_rank), to_string(error.mine),
-        error.theirs == error.mine && is_over_nccl(error.mine)
+        "group {}: at call {} of the group's own kernels rank {} made {}, and rank {} {}{}", group,
+        error.epoch, first, to_string(missed_first ? error.theirs : error.mine), second,
+        same ? "another" : to_string(missed_first ? error.mine : error.theirs),
+        same && is_over_nccl(error.mine)
             ? ": its buffers lie at other offsets of their windows, or on one rank in none, or "
               "its sizes or types differ"
             : "");
   }
   if (error.missing_rank == rank) {
     return fmt::format(
-        "group {}: this rank did not come to call {} of the group's own kernels, {}, "
-        "while rank {} waited for it",
-        group, error.epoch, to_string(error.mine), error.waiting_rank);
+        "group {}: rank {} did not come to call {} of the group's own kernels, {}, while rank {} "
+        "waited for it",
+        group, rank, error.epoch, to_string(error.mine), error.waiting_rank);
   }
   const auto missing = peers.missing();
   return fmt::format("group {}: rank{} {} did not come to call {} of the group's own kernels, {}",

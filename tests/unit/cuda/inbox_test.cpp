@@ -59,26 +59,6 @@ TEST_CASE("error words name the epoch and the rank, and 0 is no error", "[inbox]
   CHECK_FALSE(static_cast<bool>(cuda::InboxError::decode(0)));
 }
 
-TEST_CASE("of two calls that differ each rank is told the other's", "[inbox]") {
-  const auto error = cuda::InboxError::decode(
-      cuda::InboxError::encode(7, 2, 5, cuda::PeerCall::merge, cuda::PeerCall::barrier));
-  const auto other = error.seen_by(5);
-  CHECK(other.epoch == 7);
-  CHECK(other.missing_rank == 2);
-  CHECK(other.waiting_rank == 5);
-  CHECK(other.mine == cuda::PeerCall::barrier);
-  CHECK(other.theirs == cuda::PeerCall::merge);
-  for (const int rank : {2, 3}) {  // the one that noticed, and one that made neither
-    const auto same = error.seen_by(rank);
-    CHECK(same.missing_rank == 5);
-    CHECK(same.waiting_rank == 2);
-    CHECK(same.theirs == cuda::PeerCall::barrier);
-  }
-  // A rank that did not come is named as it is, also to itself.
-  const auto late = cuda::InboxError::decode(cuda::InboxError::encode(7, 2, 5));
-  CHECK(late.seen_by(5).missing_rank == 5);
-}
-
 TEST_CASE("an inbox that grows doubles, and stops at the largest lane", "[inbox]") {
   CHECK(cuda::grown_lane_bytes(100, 80) == 160);
   CHECK(cuda::grown_lane_bytes(200, 80) == 200);
