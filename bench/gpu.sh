@@ -111,7 +111,7 @@ elif ((shared)); then
   part 45 --bench all_reduce_norm --modes graph --batches 1,16 "${few[@]}"
   part 60 --bench "$partials" --modes graph --batches 1,16 "${few[@]}"
   part 50 --bench decode_step --batches 1 --iters 3 --warmup 1 --max-seconds 4
-  part 30 --bench arena,scope,recorder,registration --iters 10 --warmup 1
+  part 30 --bench arena,scope,recorder,registration,formation --iters 10 --warmup 1
 else
   factor=$((${QUICK:-0} ? 8 : 2))
   part 150 --bench "$collectives" --min-bytes 2K --max-bytes 64M --factor "$factor" --iters 30 --max-seconds 1
@@ -120,7 +120,7 @@ else
   part 90 --bench "$partials" --batches 1,4,8,16,64,128 --iters 60 --max-seconds 1
   part 60 --bench decode_step --batches 1,16,128 --iters 50 --max-seconds 6
   part 40 --bench all_gather,all_reduce,gather_query,dcp_merge --modes issue --min-bytes 2K --max-bytes 2K --batches 1 --iters 60
-  part 30 --bench arena,scope,recorder,registration --iters 30
+  part 30 --bench arena,scope,recorder,registration,formation --iters 30
 fi
 echo "written: $([[ $only == decode_engine ]] && echo "bench/results/$only/$name-${ranks}ranks-*.json" || echo "$out")"
 if ((status == 0)) && python3 -c 'import torch' 2>/dev/null && ((!shared)) && ((${TORCH:-0})); then

@@ -105,6 +105,9 @@ class Bed {
   /// Enqueues a copy by loads and stores; either side may be a peer's memory.
   virtual void enqueue_copy(void* to, const void* from, std::size_t bytes) = 0;
 
+  /// Bytes of the device's memory that are in use, by whomever; 0 on the host.
+  [[nodiscard]] virtual std::int64_t memory_used() const { return 0; }
+
   /// Device, driver and library versions, for the first line of the result file. Collective.
   virtual void describe(Meta& meta, ControlPlane& world) = 0;
 };

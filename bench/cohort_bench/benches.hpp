@@ -27,5 +27,6 @@ void bench_arena(Session& session);
 void bench_scope(Session& session);
 void bench_recorder(Session& session);
 void bench_registration(Session& session);
+void bench_formation(Session& session);
 
 }  // namespace cohort::bench

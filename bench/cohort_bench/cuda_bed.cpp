@@ -185,6 +185,14 @@ class CudaBed final : public Bed {
     launch_copy(to, from, bytes, multiprocessors_ * 2, stream_.get());
   }
 
+  [[nodiscard]] std::int64_t memory_used() const override {
+    const DeviceGuard guard(device_);
+    std::size_t free = 0;
+    std::size_t all = 0;
+    cuda_check(cudaMemGetInfo(&free, &all), "cudaMemGetInfo");
+    return static_cast<std::int64_t>(all - free);
+  }
+
   void describe(Meta& meta, ControlPlane& world) override { describe_cuda(meta, world, device_); }
 
  private:

@@ -59,6 +59,8 @@ void run_bench(Session& session, Bench bench) {
       return bench_recorder(session);
     case Bench::registration:
       return bench_registration(session);
+    case Bench::formation:
+      return bench_formation(session);
   }
 }
 
@@ -67,8 +69,9 @@ void run_bench(Session& session, Bench bench) {
   std::vector<Bench> wanted;
   bool communicates = false;
   for (const Bench bench : options.benches) {
-    communicates = communicates || (bench != Bench::arena && bench != Bench::scope &&
-                                    bench != Bench::recorder && bench != Bench::registration);
+    communicates = communicates ||
+                   (bench != Bench::arena && bench != Bench::scope && bench != Bench::recorder &&
+                    bench != Bench::registration && bench != Bench::formation);
   }
   for (const auto& entry : kBenches) {
     if (options.has(entry.value) || (entry.value == Bench::ceiling && communicates)) {

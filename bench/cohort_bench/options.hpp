@@ -43,6 +43,7 @@ enum class Bench : std::uint8_t {
   scope,
   recorder,
   registration,
+  formation,
 };
 
 /// Who moves the bytes, and in which memory.
@@ -85,6 +86,7 @@ inline constexpr std::array kBenches = {
     Named{Bench::scope, "scope"},
     Named{Bench::recorder, "recorder"},
     Named{Bench::registration, "registration"},
+    Named{Bench::formation, "formation"},
 };
 inline constexpr std::array kPaths = {
     Named{Path::raw, "raw"},

@@ -18,8 +18,8 @@
 
 namespace cohort::detail {
 
-/// Who did not come, as `rank` sees it, or which ranks made calls that differ, alike on all. Passed
-/// on to others, so it names this rank as any other.
+/// Who did not come, as `rank` sees it, or two ranks whose calls differ, the first that it heard
+/// of. Passed on to others, so it names this rank as any other.
 [[nodiscard]] inline std::string own_failure_text(const CudaPeerKernels& peers,
                                                   const std::string& group, int rank) {
   const cuda::InboxError error = peers.error();
@@ -48,8 +48,8 @@ namespace cohort::detail {
                      to_string(error.mine));
 }
 
-/// The same as the error that the rank throws. Of calls that differ both ranks are named, the same
-/// on all: nobody knows which of them is wrong.
+/// The same as the error that the rank throws. Of calls that differ both ranks are named: nobody
+/// knows which of them is wrong.
 [[nodiscard]] inline std::exception_ptr own_failure(const CudaPeerKernels& peers,
                                                     const std::string& group, int rank) {
   const std::string text = own_failure_text(peers, group, rank) +

@@ -57,6 +57,9 @@ for path in raw plain symmetric own; do has gather_quantised "$path" -; done
 has place_step plain -
 has recorded_call plain record
 for path in barrier peer_read peer_write; do has ceiling "$path" -; done
+for plan in group group+call; do
+  for path in plain own; do has formation "$path" "$plan"; done
+done
 for bench in arena scope registration; do has "$bench" symmetric -; done
 grep -q 'scope entry and exit, ns' "$folder/output" || fail "no goals in the output"
 grep -q 'TP without DCP: KV cache' "$folder/output" || fail "no summary of decode_step"
