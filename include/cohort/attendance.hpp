@@ -6,7 +6,9 @@
 #include <atomic>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 #include <string>
@@ -147,6 +149,14 @@ class Attendance {
             : std::nullopt;
     return said ? std::optional(GiveUp::deserialize(said->reason)) : std::nullopt;
   }
+  /// `ControlPlane::when_left`.
+  void when_left(std::function<void()> end) {
+    const std::lock_guard lock(when_left_mutex_);
+    when_left_ = std::move(end);
+    if (has_left()) {
+      say_left();
+    }
+  }
   /// `ControlPlane::leave_in_order`, in a group whose channel no later one has.
   void leave_in_order() noexcept {
     if (has_left() || !mailbox_.owner().is_here()) {
@@ -230,6 +240,13 @@ class Attendance {
       progress_.fetch_or(kLeft);
       log(LogLevel::error, error.what());
     }
+    const std::lock_guard lock(when_left_mutex_);
+    say_left();
+  }
+  void say_left() {
+    if (const auto end = std::exchange(when_left_, nullptr)) {
+      end();
+    }
   }
 
   /// The others may be dead, and then there is nobody to tell.
@@ -256,6 +273,8 @@ class Attendance {
   // Calls finished, and above them whether this rank has left: in one word, so that what it tells
   // the others is the call under way.
   std::atomic<std::uint64_t> progress_{0};
+  std::mutex when_left_mutex_;
+  std::function<void()> when_left_;
 };
 
 }  // namespace cohort::detail

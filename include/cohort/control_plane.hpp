@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -153,6 +154,11 @@ class ControlPlane {
   virtual void leave_with(const detail::GiveUp& why) noexcept = 0;
   /// What this rank has left with: the first cause, where another said it. Nothing before.
   [[nodiscard]] virtual std::optional<detail::GiveUp> left_with() const = 0;
+
+  /// Local. Has `end` called once this rank has left with a cause, behind telling the others, by
+  /// the thread with which it leaves; at once where it has left. It must not throw, nor use the
+  /// group. Takes the place of the one before; null for none, and then none is running either.
+  virtual void when_left(std::function<void()> end) = 0;
 
   /// Local. Tells the others that this rank, which has finished its calls, makes no further one:
   /// who awaits something of it, or sends it something later, throws `TransportError` at once, and

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -171,6 +172,8 @@ class MessageControlPlane : public ControlPlane {
   [[nodiscard]] std::optional<detail::GiveUp> left_with() const override {
     return attendance_.left_with();
   }
+
+  void when_left(std::function<void()> end) override { attendance_.when_left(std::move(end)); }
 
   void leave_in_order() noexcept override {
     if (given_once_) {

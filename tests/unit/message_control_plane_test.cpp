@@ -194,6 +194,42 @@ TEST_CASE("survivors of a time-out form a group without the ranks that left") {
       500ms);
 }
 
+TEST_CASE("what shall come behind leaving comes once, whoever left, and not behind good order") {
+  const int n = GENERATE(2, 3);
+  run_ranks(n, [&](ControlPlane& world) {
+    std::vector<int> ranks;
+    for (int r = 0; r < n; ++r) {
+      ranks.push_back(r);
+    }
+    const auto group = world.subgroup(ranks, world.new_generations(1), "left");
+    const auto ordered = world.subgroup(ranks, world.new_generations(1), "in order");
+    int ends = 0;
+    int ends_in_order = 0;
+    group->when_left([&] { ends += 100; });  // the next one takes its place
+    group->when_left([&] { ends += 1; });
+    ordered->when_left([&] { ends_in_order += 1; });
+    group->barrier();
+    check_equal(ends, 0, "before");
+    world.barrier();
+    if (group->rank() == 0) {
+      group->give_up("enough");
+      check_equal(ends, 1, "by this rank");
+    } else {
+      check_throws<SymmetryError>([&] { group->barrier(); }, "enough");
+      check_equal(ends, 1, "by what another said");
+    }
+    group->give_up("once more");
+    check_equal(ends, 1, "once");
+    group->when_left([&] { ends += 10; });
+    check_equal(ends, 11, "at once where it has left");
+    group->when_left(nullptr);
+    ordered->leave_in_order();
+    ordered->when_left(nullptr);
+    ordered->give_up("nobody asks any more");
+    check_equal(ends_in_order, 0, "in order, and behind taking it back");
+  });
+}
+
 TEST_CASE("an exchange of another size is an error that names both sizes") {
   run_ranks(2, [](ControlPlane& plane) {
     if (plane.rank() == 0) {

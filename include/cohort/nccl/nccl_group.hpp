@@ -81,10 +81,11 @@ struct NcclGroup {
     } else if (!options.peer_mapping) {
       capabilities.obstacle = "CudaOptions::peer_mapping is false";
     }
+    control.when_left([this] { end_enqueued(); });
   }
   NcclGroup(const NcclGroup&) = delete;
   NcclGroup& operator=(const NcclGroup&) = delete;
-  ~NcclGroup() = default;
+  ~NcclGroup() { control.when_left(nullptr); }
 
   [[nodiscard]] bool own_failed() const noexcept { return peers != nullptr && peers->failed(); }
   /// Whether the own kernels have found a failure themselves: where they were told to end because
@@ -95,17 +96,10 @@ struct NcclGroup {
            control.poisoned();
   }
 
-  /// Throws what a rank said that has left the group, also where this one has left with it before,
-  /// and has end what this rank has enqueued.
+  /// Throws what a rank said that has left the group, also where this one has left with it before.
   void check_peers(PeerLook look = PeerLook::now) {
-    try {
-      control.check_peers(look);
-    } catch (const Error&) {
-      end_enqueued();
-      throw;
-    }
+    control.check_peers(look);
     if (control.poisoned()) {
-      end_enqueued();
       if (const auto said = control.left_with()) {
         said->raise("wait", control.name());
       }
@@ -113,9 +107,9 @@ struct NcclGroup {
     }
   }
 
-  /// Has what this rank has enqueued end, once it has left the group. Whoever hears of that in a
-  /// call may free memory next, for which a card waits until no kernel runs. A kernel of NCCL that
-  /// is told to stop still sends what it has, and its peers end as if all were well, so that only
+  /// Has what this rank has enqueued end, once it has left the group, by whichever call or thread:
+  /// it may free memory next, for which a card waits until no kernel runs. A kernel of NCCL that is
+  /// told to stop still sends what it has, and its peers end as if all were well, so that only
   /// words tell them: they are said before it is told, and looked for behind it. Any thread.
   void end_enqueued() noexcept {
     if (peers != nullptr) {
@@ -146,9 +140,6 @@ struct NcclGroup {
   [[gnu::cold, gnu::noinline]] void look_around(bool can_work) {
     reporting(control.recorder(), [&] {
       if (failed() || !can_work) {
-        if (control.poisoned()) {
-          end_enqueued();
-        }
         throw_failed();
       }
       if (size > 1) {
@@ -173,9 +164,7 @@ struct NcclGroup {
   }
   /// The same where no stream is waited for. Throws it.
   [[noreturn]] void fail(const std::exception_ptr& error) {
-    const FirstCause first = leave(error, CauseFinder::Clock::time_point::max());
-    communicator->abort();
-    std::rethrow_exception(first.error);
+    std::rethrow_exception(leave(error, CauseFinder::Clock::time_point::max()).error);
   }
 
   /// What the own kernels have failed with.
