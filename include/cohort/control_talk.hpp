@@ -56,7 +56,9 @@ class ControlTalk : public LongWait {
       mailbox_.questions().end_wait(group_.channel());
       const std::vector<int> late = answered_.empty() ? std::vector<int>{} : who_ended_it();
       for (const auto& [inquiry, question] : answered_) {
-        answer(question, {self_, late, !late.empty()});
+        answer(question,
+               late.empty() ? QuestionBox::Answer{self_, {}}
+                            : QuestionBox::Answer{self_, late, true, group_.channel(), own_call()});
       }
     } catch (const std::exception&) {
       return;  // who asked asks again

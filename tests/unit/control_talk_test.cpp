@@ -6,9 +6,13 @@
 #include <cohort/call_time.hpp>
 #include <cohort/control_frame.hpp>
 #include <cohort/control_talk.hpp>
+#include <cohort/flight_recorder.hpp>
 #include <cohort/hash.hpp>
+#include <cohort/mailbox.hpp>
+#include <cohort/membership.hpp>
 #include <cohort/message_control_plane.hpp>
 #include <cohort/thread_control_planes.hpp>
+#include <cohort/traced_agreement.hpp>
 #include <cstdio>
 #include <exception>
 #include <functional>
@@ -162,6 +166,42 @@ TEST_CASE("a rank that waited in a call, and does so no more, is blamed") {
         }
       },
       1s);
+}
+
+TEST_CASE("a rank that has given up over calls that differ has said in which it was") {
+  const auto hub = std::make_shared<detail::ThreadHub>(2);
+  struct Rank {
+    Rank(const std::shared_ptr<detail::ThreadHub>& to, int rank, const char* call)
+        : mailbox(detail::Mailbox::shared(std::make_shared<detail::ThreadMessenger>(to, rank))),
+          group("tp[0]", rank, 2),
+          recorder("tp[0]", rank, {0, 1}, TraceRings{}),
+          open(&recorder, call, 0),
+          talk(std::make_unique<detail::ControlTalk>(*mailbox, group, &recorder,
+                                                     std::chrono::steady_clock::now(), 1s)) {}
+
+    void look(int missing) {
+      mailbox->look();
+      talk->look([&] { return std::vector{missing}; });
+    }
+
+    std::shared_ptr<detail::Mailbox> mailbox;
+    detail::Membership group;
+    FlightRecorder recorder;
+    detail::TracedAgreement open;
+    std::unique_ptr<detail::ControlTalk> talk;
+  };
+  Rank first(hub, 0, "growth");
+  Rank second(hub, 1, "reservation");
+  first.look(1);
+  second.look(0);
+  first.look(1);
+  const detail::Fault found = first.talk->at_fault({1});
+  CHECK_THAT(found.difference, contains("growth") && contains("reservation"));
+  first.talk.reset();  // as it throws
+
+  const detail::Fault later = second.talk->at_fault({0});
+  CHECK(later.difference == found.difference);
+  CHECK(later.ranks == found.ranks);
 }
 
 TEST_CASE("a rank whose wait has ended right before another's limit is blamed") {
