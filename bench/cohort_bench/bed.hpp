@@ -101,7 +101,10 @@ class Bed {
   virtual void fill_bytes(void* to, std::size_t bytes, std::uint8_t value) = 0;
 
   /// Enqueues a fixed amount of work that communicates nothing: a layer's local attention.
-  virtual void stand_in() = 0;
+  ///
+  /// @param next_waits  What follows waits for the end of the kernel before it by itself: on a card
+  ///                    it may be launched as soon as this has begun.
+  virtual void stand_in(bool next_waits) = 0;
   /// Enqueues a copy by loads and stores; either side may be a peer's memory.
   virtual void enqueue_copy(void* to, const void* from, std::size_t bytes) = 0;
 

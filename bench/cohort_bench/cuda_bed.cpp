@@ -175,10 +175,10 @@ class CudaBed final : public Bed {
     synchronize();
   }
 
-  void stand_in() override {
+  void stand_in(bool next_waits) override {
     constexpr double kAttentionUs = 5;  // a layer's local attention at small batches
     const DeviceGuard guard(device_);
-    spin(kAttentionUs);
+    spin(kAttentionUs, next_waits);
   }
   void enqueue_copy(void* to, const void* from, std::size_t bytes) override {
     const DeviceGuard guard(device_);
@@ -196,8 +196,8 @@ class CudaBed final : public Bed {
   void describe(Meta& meta, ControlPlane& world) override { describe_cuda(meta, world, device_); }
 
  private:
-  void spin(double us) {
-    launch_spin(static_cast<long long>(us * clock_khz_ * 1e-3), stream_.get());
+  void spin(double us, bool next_waits = false) {
+    launch_spin(static_cast<long long>(us * clock_khz_ * 1e-3), next_waits, stream_.get());
   }
   void copy(void* to, const void* from, std::size_t bytes) {
     const DeviceGuard guard(device_);

@@ -41,7 +41,7 @@ namespace {
                              .call =
                                  [&session] {
                                    for (std::int64_t l = 0; l < session.options.layers; ++l) {
-                                     session.bed.stand_in();
+                                     session.bed.stand_in(false);
                                    }
                                  },
                              .hidden = true});
@@ -49,15 +49,19 @@ namespace {
   return index;
 }
 
+/// Whether a path's kernels wait for the end of the kernel before them: Cohort's do, and NCCL's may
+/// not.
+[[nodiscard]] bool waits_itself(Path path) { return path == Path::own; }
+
 /// One token through all layers, in one variant.
 [[nodiscard]] Variant token_variant(Session& session, const MergeWay& way, const StepShape& shape) {
   const Variant gather = gather_variant(session, way.way, shape);
   const Variant merge = merge_variant(session, way, shape);
   Variant token = merge;
-  token.call = [&session, gather, merge] {
+  token.call = [&session, gather, merge, waits = waits_itself(way.way.path)] {
     for (std::int64_t l = 0; l < session.options.layers; ++l) {
       gather.call();
-      session.bed.stand_in();
+      session.bed.stand_in(waits);
       merge.call();
     }
   };
@@ -113,9 +117,9 @@ void tensor_parallel_case(Session& session, const StepShape& shape) {
     }
     Variant token = reduce;
     token.plan = kTensorParallelOnly;
-    token.call = [&session, reduce] {
+    token.call = [&session, reduce, waits = waits_itself(way.path)] {
       for (std::int64_t l = 0; l < session.options.layers; ++l) {
-        session.bed.stand_in();
+        session.bed.stand_in(waits);
         reduce.call();
       }
     };

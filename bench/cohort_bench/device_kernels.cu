@@ -9,7 +9,12 @@ namespace {
 
 constexpr int kThreads = 512;
 
-__global__ void spin_kernel(long long cycles) {
+__global__ void spin_kernel(long long cycles, bool next_waits) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (next_waits) {
+    cudaTriggerProgrammaticLaunchCompletion();
+  }
+#endif
   const long long start = clock64();
   while (clock64() - start < cycles) {
   }
@@ -38,8 +43,8 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-void launch_spin(long long cycles, cudaStream_t stream) {
-  spin_kernel<<<1, 1, 0, stream>>>(cycles);
+void launch_spin(long long cycles, bool next_waits, cudaStream_t stream) {
+  spin_kernel<<<1, 1, 0, stream>>>(cycles, next_waits);
   cuda_check(cudaGetLastError(), "spin_kernel");
 }
 

@@ -180,7 +180,7 @@ class HostBed final : public Bed {
     std::memset(to, value, bytes);
   }
 
-  void stand_in() override {
+  void stand_in(bool /*next_waits*/) override {
     stream_.submit([] {
       constexpr double kAttentionUs = 2;
       const double start = now_us();
