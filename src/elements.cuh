@@ -51,6 +51,7 @@ struct Word;  ///< Unpacks 8 bytes into floats and packs them again.
 template <>
 struct Word<float> {
   static constexpr int kElements = 2;
+  static constexpr std::uint32_t kNegativeZeros = 0x80000000U;
   static __device__ __forceinline__ void unpack(uint2 w, float (&f)[2]) {
     f[0] = __uint_as_float(w.x);
     f[1] = __uint_as_float(w.y);
@@ -63,6 +64,7 @@ struct Word<float> {
 template <>
 struct Word<__half> {
   static constexpr int kElements = 4;
+  static constexpr std::uint32_t kNegativeZeros = 0x80008000U;
   static __device__ __forceinline__ void unpack(uint2 w, float (&f)[4]) {
     const float2 a = __half22float2(*reinterpret_cast<const __half2*>(&w.x));
     const float2 b = __half22float2(*reinterpret_cast<const __half2*>(&w.y));
@@ -79,6 +81,7 @@ struct Word<__half> {
 template <>
 struct Word<__nv_bfloat16> {
   static constexpr int kElements = 4;
+  static constexpr std::uint32_t kNegativeZeros = 0x80008000U;
   static __device__ __forceinline__ void unpack(uint2 w, float (&f)[4]) {
     f[0] = __uint_as_float(w.x << 16), f[1] = __uint_as_float(w.x & 0xffff0000U);
     f[2] = __uint_as_float(w.y << 16), f[3] = __uint_as_float(w.y & 0xffff0000U);
@@ -118,15 +121,18 @@ class WeightedSum {
       sums_[k] = -0.0F;
     }
   }
-  /// A rank whose scale is 0 is left out: its partial may hold NaN.
+  /// A rank whose scale is 0 is left out: its partial may hold NaN. Zeros take its place, negative
+  /// ones, to which a sum adds nothing whatever its sign.
   __device__ __forceinline__ void add(float scale, uint2 word) {
+    constexpr std::uint32_t kZeros = Word<T>::kNegativeZeros;
+    const bool counts = scale != 0.0F;
     float x[Word<T>::kElements];
-    Word<T>::unpack(word, x);
+    Word<T>::unpack(make_uint2(counts ? word.x : kZeros, counts ? word.y : kZeros), x);
 #pragma unroll
     for (int k = 0; k < Word<T>::kElements; ++k) {
-      sums_[k] = scale == 0.0F ? sums_[k] : __fmaf_rn(scale, x[k], sums_[k]);
+      sums_[k] = __fmaf_rn(scale, x[k], sums_[k]);
     }
-    any_ = any_ || scale != 0.0F;
+    any_ = any_ || counts;
   }
   __device__ __forceinline__ uint2 result() const {
     return any_ ? Word<T>::pack(sums_) : make_uint2(0, 0);
@@ -163,30 +169,53 @@ class Sum {
   float sums_[Word<T>::kElements];
 };
 
-/// Calls `call(exp, log)` with the functions of a base.
-template <class Call>
-__device__ __forceinline__ float with_base(LseBase base, const Call& call) {
+/// Out of line: few weights are so small.
+static __device__ __noinline__ float divide_small(float weight, float sum) { return weight / sum; }
+
+/// Divides the weights of a row's partials by their sum, of at least 1, to the nearest as `/` does
+/// and by the same steps, with one reciprocal for all of them. Those steps need what is left over
+/// to be a normal number; smaller weights are left to `/`.
+struct DivideWeights {
+  __device__ __forceinline__ void operator()(float* weights, int n, float sum) const {
+    constexpr float kSmall = 0x1p-100F;
+    float reciprocal;
+    asm("rcp.approx.ftz.f32 %0,%1;" : "=f"(reciprocal) : "f"(sum));
+    reciprocal = __fmaf_rn(reciprocal, __fmaf_rn(-sum, reciprocal, 1.0F), reciprocal);
+#pragma unroll
+    for (int r = 0; r < n; ++r) {
+      const float weight = weights[r];
+      const float quotient = __fmul_rn(weight, reciprocal);
+      weights[r] = weight < kSmall && weight != 0.0F
+                       ? divide_small(weight, sum)
+                       : __fmaf_rn(reciprocal, __fmaf_rn(-sum, quotient, weight), quotient);
+    }
+  }
+};
+
+/// Every rank's scale from every rank's LSE (dcp/lse_merge.hpp), in place; returns what the merged
+/// LSE follows from.
+__device__ __forceinline__ dcp::RowMass merge_scales(float* lses, int n, LseBase base,
+                                                     float sink = dcp::kEmptyLse) {
   struct ExpE {
     __host__ __device__ float operator()(float x) const { return expf(x); }
-  };
-  struct LogE {
-    __host__ __device__ float operator()(float x) const { return logf(x); }
   };
   struct Exp2 {
     __host__ __device__ float operator()(float x) const { return exp2f(x); }
   };
+  const dcp::RowMass mass = base == LseBase::e ? dcp::weigh_with(lses, n, ExpE{}, lses, sink)
+                                               : dcp::weigh_with(lses, n, Exp2{}, lses, sink);
+  DivideWeights{}(lses, n, max(mass.sum, 1.0F));
+  return mass;
+}
+/// The merged LSE.
+__device__ __forceinline__ float mass_lse(const dcp::RowMass& mass, LseBase base) {
+  struct LogE {
+    __host__ __device__ float operator()(float x) const { return logf(x); }
+  };
   struct Log2 {
     __host__ __device__ float operator()(float x) const { return log2f(x); }
   };
-  return base == LseBase::e ? call(ExpE{}, LogE{}) : call(Exp2{}, Log2{});
-}
-
-/// Every rank's scale from every rank's LSE (dcp/lse_merge.hpp), in place; returns the merged LSE.
-__device__ __forceinline__ float merge_scales(float* lses, int n, LseBase base,
-                                              float sink = dcp::kEmptyLse) {
-  return with_base(base, [&](const auto& exp, const auto& log) {
-    return dcp::merge_weights_with(lses, n, exp, log, lses, sink);
-  });
+  return base == LseBase::e ? mass.lse(LogE{}) : mass.lse(Log2{});
 }
 
 template <class Value>
@@ -236,19 +265,22 @@ __device__ __forceinline__ Value load_as(const std::byte* address, bool aligned)
   }
 }
 
-__device__ __forceinline__ void store_as(std::byte* address, uint2 value, bool aligned) {
-  if (aligned) {
-    *reinterpret_cast<uint2*>(address) = value;
-  } else {
-    store_unaligned(address, join(value, make_uint2(0, 0)), 8);
-  }
-}
-
 __device__ __forceinline__ void store_as(std::byte* address, uint4 value, bool aligned) {
   if (aligned) {
     *reinterpret_cast<uint4*>(address) = value;
   } else {
     store_unaligned(address, value, 16);
+  }
+}
+
+/// The same to an address in device memory of which the compiler knows nothing any more, such as a
+/// `settled` one.
+__device__ __forceinline__ void store_settled(std::byte* address, uint2 value, bool aligned) {
+  if (aligned) {
+    asm volatile("st.global.v2.u32 [%0],{%1,%2};" ::"l"(address), "r"(value.x), "r"(value.y)
+                 : "memory");
+  } else {
+    store_unaligned(address, join(value, make_uint2(0, 0)), 8);
   }
 }
 

@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads)
       scales[r] = reinterpret_cast<const float*>(pieces.base + r * pieces.piece_bytes +
                                                  pieces.lse_offset)[row];
     }
-    const float merged_value = merge_scales(scales, n, base, kSinks ? sinks.at(h) : dcp::kEmptyLse);
+    const dcp::RowMass mass = merge_scales(scales, n, base, kSinks ? sinks.at(h) : dcp::kEmptyLse);
     WeightedSum<T> sums[2];
     for (int r0 = 0; r0 < n; r0 += kStep) {
       uint4 values[kStep];
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     store_as(merged.row(b, h) + 16 * v, join(sums[0].result(), sums[1].result()), merged.aligned);
     if (v == 0 && merged_lse.base != nullptr) {
-      *merged_lse.at(b, h) = merged_value;
+      *merged_lse.at(b, h) = mass_lse(mass, base);
     }
   }
 }

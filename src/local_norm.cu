@@ -16,7 +16,7 @@ namespace {
 template <bool kAligned, class T>
 __global__ void __launch_bounds__(kNormThreads, 1) norm_kernel(const __grid_constant__ NormTask a) {
   __shared__ NormShared shared;
-  open_norm(a, shared);
+  open_norm(a, shared, 0);
   const NormPart part(a, blockDim.x / kWarp);
   await_predecessor();
   await_opened(a);

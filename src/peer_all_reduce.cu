@@ -113,18 +113,26 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
   GroupsRead read(counts, in_place, role);
   const auto word_at = [&](std::uint32_t word) { return load_word(in, word); };
   const auto load = [&](std::uint32_t group) { return load_for_all(words, group, word_at); };
+  const FirstLines<kRanks> lines(g, role.leads(), role.first, words);
   const Found found = begin(g);
   const LineWords<1> first = load(role.ahead());  // while the epoch is on its way
-  if (!enter(g, found, c, 0)) {
+  const auto send_ahead = [&](bool wanted) { lines.send(wanted, c, first); };
+  if (!enter(g, found, c, 0, send_ahead)) {
     return;
   }
+  const auto send = [&](std::uint32_t group, const LineWords<1>& loaded) {
+    send_to_all(g, c, words, group, group, loaded);
+    read.add();
+  };
+  const auto send_first = [&] {
+    if constexpr (kRanks > 0) {
+      read.add();  // it is on its way
+    } else {
+      send(role.first, first);
+    }
+  };
   exchange_lines(
-      g, c, role, first, load,
-      [&](std::uint32_t group, const LineWords<1>& loaded) {
-        send_to_all(g, c, words, group, group, loaded);
-        read.add();
-      },
-      [&](std::uint32_t group, std::uint32_t& missing) {
+      g, c, role, send_first, load, send, [&](std::uint32_t group, std::uint32_t& missing) {
         LineWords<1> sum;
         if (!sum_lines<T>(g, c, words, group, word_at, sum, missing) || !read.has(group)) {
           return false;
@@ -192,17 +200,23 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
   const auto load = [&](std::uint32_t group) {
     return load_for_peers(g, a.share, group, word_for);
   };
+  const FirstLines<kRanks> lines(g, role.leads(), role.first, a.share);
   const Found found = begin(g);
   const PeerLineWords<kRanks> first = load(role.ahead());  // while the epoch is on its way
-  if (!enter(g, found, c, 0)) {
+  const auto send_ahead = [&](bool wanted) { lines.send(wanted, c, first); };
+  if (!enter(g, found, c, 0, send_ahead)) {
     return;
   }
+  const auto send = [&](std::uint32_t group, const PeerLineWords<kRanks>& loaded) {
+    send_to_peers(g, c, a.share, group, loaded, word_for);
+  };
+  const auto send_first = [&] {
+    if constexpr (kRanks == 0) {
+      send(role.first, first);
+    }
+  };
   const bool summed = exchange_lines(
-      g, c, role, first, load,
-      [&](std::uint32_t group, const PeerLineWords<kRanks>& loaded) {
-        send_to_peers(g, c, a.share, group, loaded, word_for);
-      },
-      [&](std::uint32_t group, std::uint32_t& missing) {
+      g, c, role, send_first, load, send, [&](std::uint32_t group, std::uint32_t& missing) {
         LineWords<1> sum;
         const auto own = [&](std::uint32_t word) { return a.load(g.rank, word); };
         if (!sum_lines<T>(g, c, a.share, group, own, sum, missing)) {

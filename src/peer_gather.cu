@@ -115,13 +115,25 @@ struct QueryArgs {
                ? load_as<uint2>(nope.row(b, h) + byte, kAligned || nope.aligned)
                : load_as<uint2>(pe.row(b, h) + (byte - nope_bytes), kAligned || pe.aligned);
   }
-  __device__ __forceinline__ void store(int rank, std::uint32_t word, uint2 value) const {
+  /// Where a word of a rank's goes, worked out now.
+  struct Target {
+    std::byte* to;
+    bool aligned;
+
+    __device__ __forceinline__ void store(uint2 value) const {
+      store_settled(to, value, kAligned || aligned);
+    }
+  };
+  __device__ __forceinline__ Target target(int rank, std::uint32_t word) const {
     const std::uint32_t row = words_per_row.divide(word);
     const std::uint32_t byte = 8 * (word - row * words_per_row.divisor);
     const std::uint32_t b = heads.divide(row);
     const std::uint32_t h = row - b * heads.divisor;
-    store_as(out.row(b, static_cast<std::uint32_t>(rank) * heads.divisor + h) + byte, value,
-             kAligned || out.aligned);
+    return {settled(out.row(b, static_cast<std::uint32_t>(rank) * heads.divisor + h) + byte),
+            out.aligned};
+  }
+  __device__ __forceinline__ void store(int rank, std::uint32_t word, uint2 value) const {
+    target(rank, word).store(value);
   }
 };
 
@@ -170,15 +182,22 @@ __global__ void __launch_bounds__(kLlThreads, 1)
   delay_point(g, c, 1);
 #pragma unroll 1
   for (std::uint32_t i = first; i < used; i += step) {
+    const auto peer_part = q.target(g.rank ^ 1, i);  // the only one's of two ranks
     for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
       uint2 values[kBatch<kRanks>];
       if (!ll_receive(g, c, r0, i, values, patience)) {
         return;
       }
+      if constexpr (kRanks == 2) {
+        if (i < q.words) {
+          peer_part.store(values[0]);
+        }
+      } else {
 #pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        if (i < q.words && is_peer(g, r0 + j)) {
-          q.store(r0 + j, i, values[j]);
+        for (int j = 0; j < kBatch<kRanks>; ++j) {
+          if (i < q.words && is_peer(g, r0 + j)) {
+            q.store(r0 + j, i, values[j]);
+          }
         }
       }
     }
@@ -194,6 +213,9 @@ struct ShareArgs {
   static constexpr bool successor_waits = false;
 
   __device__ __forceinline__ uint2 load(std::uint32_t word) const { return load_word(in, word); }
+  __device__ __forceinline__ WordAt<View> target(int rank, std::uint32_t word) const {
+    return {out, word, rank};
+  }
   __device__ __forceinline__ void store(int rank, std::uint32_t word, uint2 value) const {
     store_word(out, word, value, rank);
   }
@@ -204,34 +226,41 @@ __device__ __forceinline__ LineWords<1> load_lines(const Args& a, std::uint32_t 
   return load_for_all(a.words, group, [&](std::uint32_t word) { return a.load(word); });
 }
 
-/// A group of lines on its way to every peer, and into the own part of the output.
-template <int kRanks, class Args>
-__device__ __forceinline__ void send_lines(const Group<kRanks>& g, const Call& c, const Args& a,
-                                           std::uint32_t group, const LineWords<1>& loaded) {
-  send_to_all(g, c, a.words, group, group, loaded);
-  store_lines(a.words, group, loaded,
-              [&](std::uint32_t word, uint2 value) { a.store(g.rank, word, value); });
-}
-
 /// Polls for the same group of lines of every peer and stores it. Returns as `poll_in_warp`.
 template <int kRanks, class Args>
 __device__ __forceinline__ bool collect_lines(const Group<kRanks>& g, const Call& c, const Args& a,
                                               std::uint32_t group, std::uint32_t& missing) {
   const LinePart part(group);
   const bool any = part.line * kLineWords < a.words;
-  for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
-    uint4 values[kBatch<kRanks>] = {};
-    if (!receive_lines(g, c, r0, part, any, values, missing)) {
+  if constexpr (kRanks == 2) {
+    const int peer = g.rank ^ 1;
+    const auto first = a.target(peer, part.word);
+    const auto second = a.target(peer, part.word + 1);
+    uint4 values[kBatch<kRanks>];
+    if (!receive_lines(g, c, 0, part, any, values, missing)) {
       return false;
     }
+    if (part.word < a.words) {
+      first.store(low(values[0]));
+    }
+    if (!part.flag && part.word + 1 < a.words) {
+      second.store(high(values[0]));
+    }
+  } else {
+    for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
+      uint4 values[kBatch<kRanks>] = {};
+      if (!receive_lines(g, c, r0, part, any, values, missing)) {
+        return false;
+      }
 #pragma unroll
-    for (int j = 0; j < kBatch<kRanks>; ++j) {
-      if (is_peer(g, r0 + j)) {
-        if (part.word < a.words) {
-          a.store(r0 + j, part.word, low(values[j]));
-        }
-        if (!part.flag && part.word + 1 < a.words) {
-          a.store(r0 + j, part.word + 1, high(values[j]));
+      for (int j = 0; j < kBatch<kRanks>; ++j) {
+        if (is_peer(g, r0 + j)) {
+          if (part.word < a.words) {
+            a.store(r0 + j, part.word, low(values[j]));
+          }
+          if (!part.flag && part.word + 1 < a.words) {
+            a.store(r0 + j, part.word + 1, high(values[j]));
+          }
         }
       }
     }
@@ -246,26 +275,41 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
   Call c;
   const LineRole role(a.words);
   const auto load = [&](std::uint32_t group) { return load_lines(a, group); };
+  const FirstLines<kRanks> lines(g, role.leads(), role.first, a.words);
   if (a.successor_waits) {
     launch_successor();
   }
   const Found found = begin(g);
   const LineWords<1> first = load(role.ahead());  // while the epoch is on its way
-  if (!enter(g, found, c, 0)) {
+  const auto send_ahead = [&](bool wanted) { lines.send(wanted, c, first); };
+  if (!enter(g, found, c, 0, send_ahead)) {
     return;
   }
-  exchange_lines(
-      g, c, role, first, load,
-      [&](std::uint32_t group, const LineWords<1>& loaded) { send_lines(g, c, a, group, loaded); },
-      [&](std::uint32_t group, std::uint32_t& missing) {
-        return collect_lines(g, c, a, group, missing);
-      });
+  const auto keep = [&](std::uint32_t group, const LineWords<1>& loaded) {
+    store_lines(a.words, group, loaded,
+                [&](std::uint32_t word, uint2 value) { a.store(g.rank, word, value); });
+  };
+  const auto send = [&](std::uint32_t group, const LineWords<1>& loaded) {
+    send_to_all(g, c, a.words, group, group, loaded);
+    keep(group, loaded);
+  };
+  const auto send_first = [&] {
+    if constexpr (kRanks > 0) {
+      keep(role.first, first);  // it is on its way
+    } else {
+      send(role.first, first);
+    }
+  };
+  exchange_lines(g, c, role, send_first, load, send,
+                 [&](std::uint32_t group, std::uint32_t& missing) {
+                   return collect_lines(g, c, a, group, missing);
+                 });
 }
 
-// bench/results/own_kernels/nvidia-h100-2cards.json: two H100s, NVLink, 2 ranks, 128 heads of
-// 512+64 bf16, graph replay. Flag words took 2.42 and 2.85 us at 72 and 144 KiB sent against 2.50
-// and 2.74 for lines, and lines were faster at every batch beyond.
-constexpr PathRow kQueryPaths[] = {{128 << 10, PeerPath::flag_word},
+// bench/results/own_kernels/nvidia-h200-2cards-attention.json: two H200s, NVLink, 2 ranks, graph
+// replay. Flag words took 2.13 and 2.36 us at 37 and 72 KiB sent against 2.09 and 2.23 for lines,
+// and lines were faster at every batch beyond.
+constexpr PathRow kQueryPaths[] = {{32 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
 
 // The same file: all-gathers and reduce-scatters in flag words took 2.18 and 2.21 us at 64 KiB sent

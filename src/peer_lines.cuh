@@ -58,6 +58,55 @@ __device__ __forceinline__ void line_store(std::byte* to, uint2 first, uint2 sec
                : "memory");
 }
 
+/// What a thread sends of a group of lines: two words for each peer, by k, or two for all.
+template <int kPairs>
+struct LineWords {
+  uint2 first[kPairs];
+  uint2 second[kPairs];
+};
+
+/// Where a thread's part of its warp's first group goes in every peer's inbox, worked out before
+/// `begin`, as `FirstPlaces` for words. For a constant number of ranks, where `kAhead`.
+template <int kRanks, bool kAhead = (kRanks > 0)>
+class FirstLines {
+ public:
+  /// @param leads  Whether the warp sends lines of `group`, to every peer.
+  /// @param words  Of the payload; lines beyond are left out.
+  __device__ __forceinline__ FirstLines(const Group<kRanks>& g, bool leads, std::uint32_t group,
+                                        std::uint32_t words)
+      : part_(group), slot_bytes_(g.line_slot), any_(leads && part_.line * kLineWords < words) {
+#pragma unroll
+    for (int k = 1; k < (kAhead ? kRanks : 0); ++k) {
+      at_[k] = settled(g.peers[k] + g.line_own + kLineBytes * part_.line + part_.offset);
+    }
+  }
+  /// Sends them as soon as the epoch is there, without a branch, in a whole warp: see `line_store`.
+  template <int kPairs>
+  __device__ __forceinline__ void send(bool wanted, const Call& c,
+                                       const LineWords<kPairs>& loaded) const {
+    const auto low = static_cast<std::uint32_t>(c.line_flag);
+    const auto high = static_cast<std::uint32_t>(c.line_flag >> 32);
+    __syncwarp();
+#pragma unroll
+    for (int k = 1; k < (kAhead ? kRanks : 0); ++k) {
+      const uint2 first = loaded.first[kPairs > 1 ? k : 0];
+      const uint2 second = loaded.second[kPairs > 1 ? k : 0];
+      asm volatile(
+          "{.reg .pred p; setp.ne.u32 p,%5,0; @p st.volatile.global.v4.u32 [%0],{%1,%2,%3,%4};}" ::
+              "l"(at_[k] + (c.slot != 0 ? slot_bytes_ : 0)),
+          "r"(first.x), "r"(first.y), "r"(part_.flag ? low : second.x),
+          "r"(part_.flag ? high : second.y), "r"(static_cast<unsigned>(wanted && any_))
+          : "memory");
+    }
+  }
+
+ private:
+  LinePart part_;
+  std::int64_t slot_bytes_;
+  bool any_;
+  std::byte* at_[kRanks > 0 ? kRanks : 1];
+};
+
 /// 0 unless the thread has the flag and it is not the call's.
 __device__ __forceinline__ std::uint32_t line_differs(uint4 v, const Call& c,
                                                       const LinePart& part) {
@@ -74,20 +123,32 @@ __device__ __forceinline__ bool receive_lines(const Group<kRanks>& g, const Call
                                               const LinePart& part, bool any,
                                               uint4 (&values)[kBatch<kRanks>],
                                               std::uint32_t& missed) {
-  return poll_in_warp(missed, [&] {
-    std::uint32_t missing = 0;
+  if constexpr (kRanks == 2) {  // one peer, one load
+    const int peer = g.rank ^ 1;
+    const std::byte* const from = g.own() + line_place(g, c, peer, part);
+    uint4 value = {};
+    const bool there = poll_in_warp(missed, [&] {
+      ll_load_if(any, from, value);
+      return any && line_differs(value, c, part) != 0 ? 1U << peer : 0U;
+    });
+    values[0] = values[1] = value;
+    return there;
+  } else {
+    return poll_in_warp(missed, [&] {
+      std::uint32_t missing = 0;
 #pragma unroll
-    for (int j = 0; j < kBatch<kRanks>; ++j) {
-      ll_load_if(any && is_peer(g, first + j), g.own() + line_place(g, c, first + j, part),
-                 values[j]);
-    }
+      for (int j = 0; j < kBatch<kRanks>; ++j) {
+        ll_load_if(any && is_peer(g, first + j), g.own() + line_place(g, c, first + j, part),
+                   values[j]);
+      }
 #pragma unroll
-    for (int j = 0; j < kBatch<kRanks>; ++j) {
-      const bool differs = any && is_peer(g, first + j) && line_differs(values[j], c, part) != 0;
-      missing |= differs ? 1U << (first + j) : 0U;
-    }
-    return missing;
-  });
+      for (int j = 0; j < kBatch<kRanks>; ++j) {
+        const bool differs = any && is_peer(g, first + j) && line_differs(values[j], c, part) != 0;
+        missing |= differs ? 1U << (first + j) : 0U;
+      }
+      return missing;
+    });
+  }
 }
 
 /// What a warp does in a call with lines. While every group has a warp of its own, that warp sends
@@ -130,13 +191,6 @@ __device__ __forceinline__ unsigned line_mask(const LinePart& part, std::uint32_
 __device__ __forceinline__ bool is_in(unsigned mask) {
   return (mask >> (threadIdx.x & 31U) & 1U) != 0;
 }
-
-/// What a thread sends of a group of lines: two words for each peer, by k, or two for all.
-template <int kPairs>
-struct LineWords {
-  uint2 first[kPairs];
-  uint2 second[kPairs];
-};
 
 /// What all peers get alike: `word_at(word)` is a word of it.
 template <class WordAt>
@@ -305,14 +359,14 @@ __device__ __forceinline__ bool receive_all(const Group<kRanks>& g, const Call& 
 /// sends, `send(group, loaded)` sends it, and `receive` is as in `receive_all`. False if the wait
 /// failed.
 ///
-/// @param first  What the thread has loaded of the role's first group, if it leads.
-template <int kRanks, class Loaded, class Load, class Send, class Receive>
+/// @param send_first  Does what is left to do of the role's first group, if the warp leads.
+template <int kRanks, class SendFirst, class Load, class Send, class Receive>
 __device__ __forceinline__ bool exchange_lines(const Group<kRanks>& g, const Call& c,
-                                               const LineRole& role, const Loaded& first,
+                                               const LineRole& role, const SendFirst& send_first,
                                                const Load& load, const Send& send,
                                                const Receive& receive) {
   if (role.leads()) {
-    send(role.first, first);
+    send_first();
     for (std::uint32_t i = role.first + role.step; i < role.groups; i += role.step) {
       send(i, load(i));
     }

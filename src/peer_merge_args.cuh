@@ -74,8 +74,12 @@ struct MergeArgs {
     p.head = p.row - p.batch * heads.divisor;
     return p;
   }
-  __device__ __forceinline__ void store(const MergePlace& p, uint2 value) const {
-    store_as(merged.row(p.batch, p.head) + p.byte, value, kAligned || merged.aligned);
+  /// Where a merged word goes, worked out now.
+  __device__ __forceinline__ std::byte* target(const MergePlace& p) const {
+    return settled(merged.row(p.batch, p.head) + p.byte);
+  }
+  __device__ __forceinline__ void store(std::byte* to, uint2 value) const {
+    store_settled(to, value, kAligned || merged.aligned);
   }
   __device__ __forceinline__ void store_lse(std::uint32_t row, float value) const {
     const std::uint32_t batch = heads.divide(row);

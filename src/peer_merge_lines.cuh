@@ -28,6 +28,9 @@ __device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& 
   const bool has_second = !part.flag && part.word + 1 < words;
   const MergePlace first_place = a.place(has_first ? part.word : first_word);
   const MergePlace second_place = a.place(has_second ? part.word + 1 : first_word);
+  // Worked out before the lines have come.
+  std::byte* const first_to = a.target(first_place);
+  std::byte* const second_to = a.target(second_place);
   uint2 own_first;
   uint2 own_second;
   if constexpr (Args::kGeneral) {
@@ -37,45 +40,51 @@ __device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& 
     own_second = a.template load<T>(g.rank, second_place);
   }
   const float own_lse = has_row ? a.load_lse(g.rank, row) : 0.0F;
+  // One peer of two ranks, one load; else all ranks of a batch but this one.
+  constexpr int kPolled = kRanks == 2 ? 1 : kBatch<kRanks>;
+  const auto rank_of = [&](int r0, int j) { return kRanks == 2 ? g.rank ^ 1 : r0 + j; };
   float scales[Group<kRanks>::kMost];
-  uint4 values[kBatch<kRanks>] = {};
+  uint4 values[kPolled] = {};
   const auto receive = [&](int r0, bool again) {
-    uint4 lses[kBatch<kRanks>] = {};
-    return poll_in_warp(missed, [&] {
+    uint4 lses[kPolled] = {};
+    const bool there = poll_in_warp(missed, [&] {
       std::uint32_t missing = 0;
 #pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        const bool wanted = is_peer(g, r0 + j);
-        ll_load_if(wanted && has_line, g.own() + line_place(g, c, r0 + j, part), values[j]);
-        ll_load_if(wanted && has_row && !again, g.own() + ll_place(g, c, r0 + j, row / 2), lses[j]);
+      for (int j = 0; j < kPolled; ++j) {
+        const int r = rank_of(r0, j);
+        const bool wanted = kRanks == 2 || is_peer(g, r);
+        ll_load_if(wanted && has_line, g.own() + line_place(g, c, r, part), values[j]);
+        ll_load_if(wanted && has_row && !again, g.own() + ll_place(g, c, r, row / 2), lses[j]);
       }
 #pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        const int r = r0 + j;
+      for (int j = 0; j < kPolled; ++j) {
+        const int r = rank_of(r0, j);
         std::uint32_t differs = 0;
-        if (is_peer(g, r)) {
+        if (kRanks == 2 || is_peer(g, r)) {
           differs = (has_line ? line_differs(values[j], c, part) : 0) |
                     (has_row && !again ? ll_differs(lses[j], c) : 0);
         }
         missing |= differs != 0 ? 1U << r : 0U;
-        if (r < g.size() && !again) {
-          scales[r] = r == g.rank ? own_lse : lse_of(lses[j], row);
-        }
       }
       return missing;
     });
+#pragma unroll
+    for (int j = 0; j < kBatch<kRanks>; ++j) {
+      const int r = r0 + j;
+      if (r < g.size() && !again) {
+        scales[r] = r == g.rank ? own_lse : lse_of(lses[kRanks == 2 ? 0 : j], row);
+      }
+    }
+    return there;
   };
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
     if (!receive(r0, false)) {
       return false;
     }
   }
+  dcp::RowMass mass;
   if (has_row) {
-    const float merged_lse = merge_scales(scales, g.size(), a.base, a.load_sink(g.rank, row));
-    // The group with a row's first word has the row.
-    if (a.merged_lse.base != nullptr && row * a.words_per_row.divisor >= first_word) {
-      a.store_lse(row, merged_lse);
-    }
+    mass = merge_scales(scales, g.size(), a.base, a.load_sink(g.rank, row));
   }
   WeightedSum<T> first_sum;
   WeightedSum<T> second_sum;
@@ -90,16 +99,21 @@ __device__ __forceinline__ bool merge_lines(const Group<kRanks>& g, const Call& 
         const auto scale_of = [&](const MergePlace& place) {
           return __shfl_sync(kFullWarp, scales[r], static_cast<int>(place.row - first_row));
         };
-        first_sum.add(scale_of(first_place), r == g.rank ? own_first : low(values[j]));
-        second_sum.add(scale_of(second_place), r == g.rank ? own_second : high(values[j]));
+        const uint4 value = values[kRanks == 2 ? 0 : j];
+        first_sum.add(scale_of(first_place), r == g.rank ? own_first : low(value));
+        second_sum.add(scale_of(second_place), r == g.rank ? own_second : high(value));
       }
     }
   }
   if (has_first) {
-    a.store(first_place, first_sum.result());
+    a.store(first_to, first_sum.result());
   }
   if (has_second) {
-    a.store(second_place, second_sum.result());
+    a.store(second_to, second_sum.result());
+  }
+  // The group with a row's first word has the row.
+  if (has_row && a.merged_lse.base != nullptr && row * a.words_per_row.divisor >= first_word) {
+    a.store_lse(row, mass_lse(mass, a.base));
   }
   return true;
 }
@@ -158,10 +172,14 @@ template <int kRanks, class T, class Args>
 __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
     merge_line_kernel(const __grid_constant__ Group<kRanks> g, const __grid_constant__ Args a,
                       std::uint32_t lse_words) {
+  // Where ranks merge as many words each, the first ones are on their way as soon as the epoch is
+  // there.
+  constexpr bool kAhead = kRanks > 0 && !Args::kGeneral;
   Call c;
   const LineRole role(a.words);
   const auto load = [&](std::uint32_t group) { return load_rows<kRanks, T>(g, a, group); };
   const FirstPlaces<kRanks> places(g, worker_number());
+  const FirstLines<kRanks, kAhead> lines(g, role.leads(), role.first, a.words);
   const Found found = begin(g);
   // Loaded while the epoch is on its way.
   const FirstLses<kRanks> lses(g, a, lse_words);
@@ -169,29 +187,34 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
   if (role.leads()) {
     first = load(role.first);
   }
-  const auto send_first = [&](bool wanted) {
+  const auto send_ahead = [&](bool wanted) {
 #pragma unroll
     for (int k = 1; k < kRanks; ++k) {
       places.store_if(wanted && lses.any, c, k, lses.lses[k]);
     }
+    lines.send(wanted, c, first);
   };
-  if (!enter(g, found, c, lse_words, send_first)) {
+  if (!enter(g, found, c, lse_words, send_ahead)) {
     return;
   }
   send_lses(g, c, a, second_word<kRanks>(), lse_words);
   bool all_run = false;
-  exchange_lines(
-      g, c, role, first, load,
-      [&](std::uint32_t group, const PeerLineWords<kRanks>& loaded) {
-        send_rows<kRanks, T>(g, c, a, group, loaded);
-      },
-      [&](std::uint32_t group, std::uint32_t& missing) {
-        if (Args::kGeneral && group * kGroupWords >= a.words_of(g.rank)) {
-          return true;  // others merge more
-        }
-        cover_lses(g, c, a, all_run, group);
-        return merge_lines<kRanks, T>(g, c, a, group, missing);
-      });
+  const auto send = [&](std::uint32_t group, const PeerLineWords<kRanks>& loaded) {
+    send_rows<kRanks, T>(g, c, a, group, loaded);
+  };
+  const auto send_first = [&] {
+    if constexpr (!kAhead) {
+      send(role.first, first);
+    }
+  };
+  exchange_lines(g, c, role, send_first, load, send,
+                 [&](std::uint32_t group, std::uint32_t& missing) {
+                   if (Args::kGeneral && group * kGroupWords >= a.words_of(g.rank)) {
+                     return true;  // others merge more
+                   }
+                   cover_lses(g, c, a, all_run, group);
+                   return merge_lines<kRanks, T>(g, c, a, group, missing);
+                 });
   if (Args::kGeneral && a.words_of(g.rank) == 0 && worker_number() == 0) {
     Patience patience;
     await_peers(g, c, 0, patience);

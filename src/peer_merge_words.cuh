@@ -45,37 +45,47 @@ __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c
                                            Patience& patience) {
   const MergePlace place = a.place(word);
   const std::uint32_t lse_place = LseSlot<Args>(a, word).place_of(place.row);
+  std::byte* const to = a.target(place);  // worked out before the word has come
+  // One peer of two ranks, one load; else all ranks of a batch but this one.
+  constexpr int kPolled = kRanks == 2 ? 1 : kBatch<kRanks>;
+  const auto rank_of = [&](int r0, int j) { return kRanks == 2 ? g.rank ^ 1 : r0 + j; };
   float scales[Group<kRanks>::kMost];
-  uint4 values[kBatch<kRanks>] = {};
+  uint4 values[kPolled] = {};
   const auto receive = [&](int r0) {
-    uint4 lses[kBatch<kRanks>] = {};
-    return await(g, c, patience, [&] {
+    uint4 lses[kPolled] = {};
+    const bool there = await(g, c, patience, [&] {
       std::uint32_t missing = 0;
 #pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        const bool wanted = is_peer(g, r0 + j);
-        ll_load_if(wanted, g.own() + ll_place(g, c, r0 + j, word), values[j]);
-        ll_load_if(wanted, g.own() + ll_place(g, c, r0 + j, lse_place), lses[j]);
+      for (int j = 0; j < kPolled; ++j) {
+        const int r = rank_of(r0, j);
+        const bool wanted = kRanks == 2 || is_peer(g, r);
+        ll_load_if(wanted, g.own() + ll_place(g, c, r, word), values[j]);
+        ll_load_if(wanted, g.own() + ll_place(g, c, r, lse_place), lses[j]);
       }
 #pragma unroll
-      for (int j = 0; j < kBatch<kRanks>; ++j) {
-        const int r = r0 + j;
-        const bool differs =
-            is_peer(g, r) && (ll_differs(values[j], c) | ll_differs(lses[j], c)) != 0;
+      for (int j = 0; j < kPolled; ++j) {
+        const int r = rank_of(r0, j);
+        const bool differs = (kRanks == 2 || is_peer(g, r)) &&
+                             (ll_differs(values[j], c) | ll_differs(lses[j], c)) != 0;
         missing |= differs ? 1U << r : 0U;
-        if (r < g.size()) {
-          scales[r] = r == g.rank ? own_lse : __uint_as_float(lses[j].x);
-        }
       }
       return missing;
     });
+#pragma unroll
+    for (int j = 0; j < kBatch<kRanks>; ++j) {
+      const int r = r0 + j;
+      if (r < g.size()) {
+        scales[r] = r == g.rank ? own_lse : __uint_as_float(lses[kRanks == 2 ? 0 : j].x);
+      }
+    }
+    return there;
   };
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
     if (!receive(r0)) {
       return false;
     }
   }
-  const float merged_lse = merge_scales(scales, g.size(), a.base, a.load_sink(g.rank, place.row));
+  const dcp::RowMass mass = merge_scales(scales, g.size(), a.base, a.load_sink(g.rank, place.row));
   WeightedSum<T> sum;
   for (int r0 = 0; r0 < g.size(); r0 += kBatch<kRanks>) {
 #pragma unroll
@@ -83,15 +93,15 @@ __device__ __forceinline__ bool merge_word(const Group<kRanks>& g, const Call& c
       const int r = r0 + j;
       if (r < g.size()) {
         // More ranks than one batch: their words are there, read them again.
-        const uint4 value =
-            kRanks > 0 || r == g.rank ? values[j] : ll_load(g.own() + ll_place(g, c, r, word));
+        const uint4 value = kRanks > 0 || r == g.rank ? values[kRanks == 2 ? 0 : j]
+                                                      : ll_load(g.own() + ll_place(g, c, r, word));
         sum.add(scales[r], r == g.rank ? own : make_uint2(value.x, value.z));
       }
     }
   }
-  a.store(place, sum.result());
+  a.store(to, sum.result());
   if (place.byte == 0 && a.merged_lse.base != nullptr) {
-    a.store_lse(place.row, merged_lse);
+    a.store_lse(place.row, mass_lse(mass, a.base));
   }
   return true;
 }

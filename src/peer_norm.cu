@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <limits>
+#include <type_traits>
 
 #include "cohort/cuda/block_budget.hpp"
 #include "norm_launch.cuh"
@@ -40,6 +41,41 @@ __device__ __forceinline__ void send_norm_group(const Group<kRanks>& g, const Ca
     }
   }
 }
+
+/// Where a warp's first group goes in every peer's inbox, worked out before `begin`.
+template <int kRanks, bool kLines>
+class FirstNormGroup {
+ public:
+  /// @param any  Whether the warp has groups.
+  /// @param at   The first one's place in each lane.
+  __device__ __forceinline__ FirstNormGroup(const Group<kRanks>& g, bool any, std::uint32_t at)
+      : any_(any), places_(g, any, at) {}
+  /// Sends it as soon as the epoch is there, in a whole warp.
+  __device__ __forceinline__ void send(bool wanted, const Call& c,
+                                       const LineWords<1>& loaded) const {
+    places_.send(wanted && any_, c, loaded);
+  }
+
+ private:
+  struct InLines : FirstLines<kRanks> {
+    __device__ __forceinline__ InLines(const Group<kRanks>& g, bool any, std::uint32_t at)
+        : FirstLines<kRanks>(g, any, at, ~0U) {}
+  };
+  struct InWords : FirstPlaces<kRanks> {
+    __device__ __forceinline__ InWords(const Group<kRanks>& g, bool, std::uint32_t at)
+        : FirstPlaces<kRanks>(g, norm_place(at)) {}
+    __device__ __forceinline__ void send(bool wanted, const Call& c,
+                                         const LineWords<1>& loaded) const {
+#pragma unroll
+      for (int k = 1; k < kRanks; ++k) {
+        this->store_if(wanted, c, k, loaded.first[0]);
+        this->store_if(wanted, c, k, loaded.second[0], kSecondPlace);
+      }
+    }
+  };
+  bool any_;
+  std::conditional_t<kLines, InLines, InWords> places_;
+};
 
 /// Polls for a warp's part of a group of each of the ranks [first, first + kBatch) but this one.
 /// Returns as `poll_in_warp`.
@@ -128,19 +164,21 @@ __global__ void __launch_bounds__(kNormThreads, 1)
                            const __grid_constant__ NormTask a) {
   constexpr bool kAligned = kRanks > 0;
   __shared__ NormShared shared;
-  open_norm(a, shared);
+  open_norm(a, shared, a.cluster > 1 ? workers() : 0);
   Call c;
   const NormPart part(a, workers() / kWarp);
   const std::uint32_t first_row = blockIdx.x >> a.cluster;
   const std::uint32_t step = gridDim.x >> a.cluster;
   const bool any = threadIdx.x < workers() && part.first < a.groups;
+  const FirstNormGroup<kRanks, kLines> first_group(g, any, first_row * a.groups + part.first);
   const Found found = begin(g);
   // While the epoch is on its way.
   const LineWords<1> own =
       load_norm_group<kAligned>(a, a.x + first_row * a.row_bytes, part.first, any);
   NormAhead ahead = NormAhead::load<kAligned>(a, first_row, part.first, any);
   const float inverse_scale = load_inverse_scale(a);
-  bool good = enter(g, found, c, kLines ? 0 : a.rows * a.groups * (2 * kWarp));
+  bool good = enter(g, found, c, kLines ? 0 : a.rows * a.groups * (2 * kWarp),
+                    [&](bool wanted) { first_group.send(wanted, c, own); });
   if (threadIdx.x >= workers()) {
     return;
   }
@@ -155,7 +193,9 @@ __global__ void __launch_bounds__(kNormThreads, 1)
     for (std::uint32_t row = first_row; row < a.rows; row += step) {
 #pragma unroll 1
       for (std::uint32_t group = part.first; group < a.groups; group += part.step) {
-        send_norm_group<kRanks, kLines>(g, c, row * a.groups + group, x_at(row, group));
+        if (kRanks == 0 || row != first_row || group != part.first) {  // it is on its way
+          send_norm_group<kRanks, kLines>(g, c, row * a.groups + group, x_at(row, group));
+        }
       }
     }
   }

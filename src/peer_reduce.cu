@@ -68,17 +68,23 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
   const LineRole role(words);
   const auto word_for = [&](int rank, std::uint32_t word) { return load_word(in, word, rank); };
   const auto load = [&](std::uint32_t group) { return load_for_peers(g, words, group, word_for); };
+  const FirstLines<kRanks> lines(g, role.leads(), role.first, words);
   const Found found = begin(g);
   const PeerLineWords<kRanks> first = load(role.ahead());  // while the epoch is on its way
-  if (!enter(g, found, c, 0)) {
+  const auto send_ahead = [&](bool wanted) { lines.send(wanted, c, first); };
+  if (!enter(g, found, c, 0, send_ahead)) {
     return;
   }
+  const auto send = [&](std::uint32_t group, const PeerLineWords<kRanks>& loaded) {
+    send_to_peers(g, c, words, group, loaded, word_for);
+  };
+  const auto send_first = [&] {
+    if constexpr (kRanks == 0) {
+      send(role.first, first);
+    }
+  };
   exchange_lines(
-      g, c, role, first, load,
-      [&](std::uint32_t group, const PeerLineWords<kRanks>& loaded) {
-        send_to_peers(g, c, words, group, loaded, word_for);
-      },
-      [&](std::uint32_t group, std::uint32_t& missing) {
+      g, c, role, send_first, load, send, [&](std::uint32_t group, std::uint32_t& missing) {
         LineWords<1> sum;
         const auto own = [&](std::uint32_t word) { return load_word(in, word, g.rank); };
         if (!sum_lines<T>(g, c, words, group, own, sum, missing)) {

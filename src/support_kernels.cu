@@ -66,7 +66,7 @@ __global__ void merge_lse_kernel(const __grid_constant__ LseMerge a) {
       lses[r] = a.lses[r * a.rank_stride + b * a.batch_stride + h * a.head_stride];
     }
     const float sink = a.sink != nullptr ? a.sink[h * a.sink_stride] : dcp::kEmptyLse;
-    merged = merge_scales(lses, a.ranks, a.base, sink);
+    merged = mass_lse(merge_scales(lses, a.ranks, a.base, sink), a.base);
   }
 }
 

@@ -69,47 +69,6 @@ inline constexpr float kEmptyLse = -std::numeric_limits<float>::infinity();
   return (std::bit_cast<std::uint32_t>(lse) & 0x7f800000U) == 0x7f800000U;
 }
 
-/// Every rank's share of the result, from every rank's LSE. For the host and for kernels: `exp` and
-/// `log` are the base's functions (`expf` and `logf`, or `exp2f` and `log2f`), because the standard
-/// ones are not constexpr and kernels have faster ones. In a kernel this needs nvcc's
-/// --expt-relaxed-constexpr, and functors that are `__host__ __device__`.
-///
-/// @param lses    [n], in rank order.
-/// @param n       Number of ranks.
-/// @param exp     float -> float, exp(0) == 1 exactly.
-/// @param log     float -> float, log(1) == 0 exactly.
-/// @param scales  [n], written: scale_r, exactly 0 for ranks that are not to be read. May be
-/// `lses`.
-/// @param sink    A score without a value, or an empty one.
-/// @return the merged LSE, -inf if all ranks and the sink are empty.
-template <class Exp, class Log>
-constexpr float merge_weights_with(const float* lses, int n, const Exp& exp, const Log& log,
-                                   float* scales, float sink = kEmptyLse) {
-  // NOLINTNEXTLINE(bugprone-narrowing-conversions): both are float; the check minds the infinity
-  float max = is_empty_lse(sink) ? kEmptyLse : sink;
-  for (int r = 0; r < n; ++r) {
-    if (!is_empty_lse(lses[r]) && lses[r] > max) {
-      max = lses[r];
-    }
-  }
-  float sum = 0.0F;
-  for (int r = 0; r < n; ++r) {
-    const float weight = is_empty_lse(lses[r]) ? 0.0F : exp(lses[r] - max);
-    scales[r] = weight;
-    sum += weight;
-  }
-  if (!is_empty_lse(sink)) {
-    sum += exp(sink - max);
-  }
-  if (is_empty_lse(max)) {
-    return kEmptyLse;
-  }
-  for (int r = 0; r < n; ++r) {
-    scales[r] = scales[r] / sum;  // sum >= 1: the maximum itself contributes 1
-  }
-  return max + log(sum);
-}
-
 /// What all scales of a row follow from, for partials that are too many to keep them.
 struct RowMass {
   float max = kEmptyLse;  ///< m
@@ -126,6 +85,59 @@ struct RowMass {
     return is_empty_lse(max) ? kEmptyLse : max + log(sum);
   }
 };
+
+/// Every rank's weight, from every rank's LSE, and their mass. For the host and for kernels: `exp`
+/// is the base's function (`expf` or `exp2f`), because the standard one is not constexpr and
+/// kernels have faster ones. In a kernel this needs nvcc's --expt-relaxed-constexpr, and functors
+/// that are
+/// `__host__ __device__`.
+///
+/// @param lses     [n], in rank order.
+/// @param n        Number of ranks.
+/// @param exp      float -> float, exp(0) == 1 exactly.
+/// @param weights  [n], written: w_r, exactly 0 for ranks that are not to be read. May be `lses`.
+/// @param sink     A score without a value, or an empty one.
+/// @return their mass. Its sum is at least 1, or 0 if all ranks and the sink are empty.
+template <class Exp>
+constexpr RowMass weigh_with(const float* lses, int n, const Exp& exp, float* weights,
+                             float sink = kEmptyLse) {
+  RowMass mass;
+  // NOLINTNEXTLINE(bugprone-narrowing-conversions): both are float; the check minds the infinity
+  mass.max = is_empty_lse(sink) ? kEmptyLse : sink;
+  for (int r = 0; r < n; ++r) {
+    if (!is_empty_lse(lses[r]) && lses[r] > mass.max) {
+      mass.max = lses[r];
+    }
+  }
+  for (int r = 0; r < n; ++r) {
+    const float weight = is_empty_lse(lses[r]) ? 0.0F : exp(lses[r] - mass.max);
+    weights[r] = weight;
+    mass.sum += weight;
+  }
+  if (!is_empty_lse(sink)) {
+    mass.sum += exp(sink - mass.max);
+  }
+  return mass;
+}
+
+/// Every rank's share of the result. As `weigh_with`; `log` is the base's (`logf` or `log2f`).
+///
+/// @param log     float -> float, log(1) == 0 exactly.
+/// @param scales  [n], written: scale_r, exactly 0 for ranks that are not to be read. May be
+/// `lses`.
+/// @return the merged LSE, -inf if all ranks and the sink are empty.
+template <class Exp, class Log>
+constexpr float merge_weights_with(const float* lses, int n, const Exp& exp, const Log& log,
+                                   float* scales, float sink = kEmptyLse) {
+  const RowMass mass = weigh_with(lses, n, exp, scales, sink);
+  if (is_empty_lse(mass.max)) {
+    return kEmptyLse;
+  }
+  for (int r = 0; r < n; ++r) {
+    scales[r] = scales[r] / mass.sum;
+  }
+  return mass.lse(log);
+}
 
 /// The mass of `n` partials, in order; `lse_at(i)` is the LSE of the i-th.
 template <class LseAt, class Exp>

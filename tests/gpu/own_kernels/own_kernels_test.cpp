@@ -88,6 +88,7 @@ int main(int argc, char** argv) {
                                            : std::vector<int>{2, 3, 4, 5, 8, 9, 16};
     if (wants("local")) {
       test_local(tally);
+      test_division(tally);
     }
     if (wants("norms")) {
       test_norms_alone(tally);

@@ -329,6 +329,7 @@ inline std::vector<std::byte> random_elements(Random& random, DType dtype, std::
 
 // The parts of the program; each in a file of its own.
 void test_local(Tally& tally);
+void test_division(Tally& tally);
 void test_collectives(Tally& tally, int n, int cards);
 void test_attention(Tally& tally, int n);
 void test_norms(Tally& tally, int n, int cards);

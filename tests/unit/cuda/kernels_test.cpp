@@ -44,7 +44,10 @@ TEST_CASE("small merges go in flag words and large ones in flag lines", "[kernel
   CHECK(cuda::choose_merge_path(both, split) == PeerPath::flag_word);
   split.batch = 2;
   CHECK(cuda::choose_merge_path(both, split) == PeerPath::flag_line);
-  CHECK(cuda::choose_query_path(both, query(1)) == PeerPath::flag_word);
+  cuda::Query few = query(1);
+  few.heads = 16;
+  CHECK(cuda::choose_query_path(both, few) == PeerPath::flag_word);
+  CHECK(cuda::choose_query_path(both, query(1)) == PeerPath::flag_line);
   CHECK(cuda::choose_query_path(both, query(128)) == PeerPath::flag_line);
   CHECK(cuda::choose_share_path(both, 0) == PeerPath::flag_word);
   CHECK(cuda::choose_share_path(both, 32 * kKiB) == PeerPath::flag_word);

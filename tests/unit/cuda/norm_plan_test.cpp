@@ -40,9 +40,10 @@ TEST_CASE("few bytes go in words, more in lines, and what is no single launch in
   const auto plan = [](int ranks, std::int64_t rows, std::int64_t words, std::int64_t lines) {
     return norm_plan(ranks, shape_of(rows), words, lines);
   };
-  CHECK(plan(2, 1, kPlenty, kPlenty) == NormPlan{true, false});
-  CHECK(plan(2, 6, kPlenty, kPlenty) == NormPlan{true, false});
-  CHECK(plan(2, 7, kPlenty, kPlenty) == NormPlan{true, true});
+  CHECK(norm_plan(2, shape_of(1, 4096), kPlenty, kPlenty) == NormPlan{true, false});
+  CHECK(norm_plan(2, shape_of(2, 4096), kPlenty, kPlenty) == NormPlan{true, true});
+  CHECK(norm_plan(3, shape_of(1, 4096), kPlenty, kPlenty) == NormPlan{true, true});
+  CHECK(plan(2, 1, kPlenty, kPlenty) == NormPlan{true, true});
   CHECK(plan(2, 64, kPlenty, 0) == NormPlan{true, false});
   CHECK(plan(2, 64, 64 * 30 * 64 - 1, 0) == NormPlan{});
   CHECK(plan(2, 64, 0, 64 * 30 * 4) == NormPlan{true, true});

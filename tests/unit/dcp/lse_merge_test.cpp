@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cohort/dcp/lse_merge.hpp>
@@ -410,8 +412,27 @@ TEST_CASE("scales of one partial after the other have the same bits", "[dcp]") {
     const float lse = merge_weights_with(lses.data(), n, exp, log, scales.data());
     const RowMass mass = mass_of([&](int i) { return lses[static_cast<std::size_t>(i)]; }, n, exp);
     CHECK(mass.lse(log) == lse);
+    std::vector<float> weights(lses.size());
+    const RowMass weighed = weigh_with(lses.data(), n, exp, weights.data());
+    CHECK(weighed.max == mass.max);
+    CHECK(weighed.sum == mass.sum);
+    CHECK((weighed.sum >= 1 || weighed.sum == 0));
     for (std::size_t i = 0; i < lses.size(); ++i) {
       CHECK(mass.scale(lses[i], exp) == scales[i]);
+      CHECK(weights[i] / std::max(weighed.sum, 1.0F) == scales[i]);
     }
   }
+}
+
+TEST_CASE("a sink is weighed behind the ranks and is none of them", "[dcp]") {
+  std::array<float, 3> weights{};
+  const std::array<float, 3> lses{1, kNaN, 3};
+  const RowMass mass = weigh_with(lses.data(), 3, exact_exp2, weights.data(), 4);
+  CHECK(mass.max == 4);
+  CHECK(mass.sum == 0.125F + 0.5F + 1);
+  CHECK(weights == std::array<float, 3>{0.125F, 0, 0.5F});
+  const RowMass none = weigh_with(lses.data() + 1, 1, exact_exp2, weights.data());
+  CHECK(none.max == -kInf);
+  CHECK(none.sum == 0);
+  CHECK(weights[0] == 0);
 }
