@@ -89,6 +89,7 @@ void all_gather_case(Session& session, const std::vector<Way>& found, DType dtyp
         group->all_gather_into(out.view, in.view, 0, session.bed.stream());
       };
     }
+    write_before(session, variant, {in.view});
     variant.poison = [&session, out] { poison(session, out.view); };
     variant.wrong = [&session, out, dtype, share, n] {
       return count_wrong(dtype, fetch(session, out.view), [&](std::int64_t i) {
@@ -155,6 +156,7 @@ void reduce_scatter_case(Session& session, const std::vector<Way>& found, DType 
         group->reduce_scatter_into(out.view, in.view, 0, session.bed.stream());
       };
     }
+    write_before(session, variant, {in.view});
     variant.poison = [&session, out] { poison(session, out.view); };
     variant.wrong = [&session, out, dtype, share, n] {
       const std::int64_t first = session.rank() * share;
@@ -173,14 +175,27 @@ void all_reduce_case(Session& session, const std::vector<Way>& found, DType dtyp
                      std::int64_t wanted, Bench bench) {
   const int n = session.ranks();
   const std::int64_t count = share_of(wanted, n, dtype) * n;
-  Case work = make_case(session, bench, dtype, count * static_cast<std::int64_t>(size_of(dtype)));
-  for (const Way& way : found) {
-    const Variant variant = all_reduce_variant(session, way, dtype, count);
-    if (variant.call) {
-      add_modes(session, work, variant);
+  for (const bool in_place : {false, true}) {
+    Case work = make_case(session, bench, dtype, count * static_cast<std::int64_t>(size_of(dtype)));
+    if (in_place) {
+      if (session.bed.kind() != BackendKind::host || !session.options.has(Mode::eager)) {
+        continue;  // a check is of one call, not of a graph's
+      }
+      work.bench += "_in_place";
     }
+    for (const Way& way : found) {
+      const Variant variant = all_reduce_variant(session, way, dtype, count, in_place);
+      if (!variant.call) {
+        continue;
+      }
+      if (in_place) {
+        work.variants.push_back(variant);
+      } else {
+        add_modes(session, work, variant);
+      }
+    }
+    session.runner.run(work);
   }
-  session.runner.run(work);
 }
 
 /// Gathers [outer, rows, inner] along the middle, as a query's heads are.
@@ -216,6 +231,7 @@ void all_gather_dim_case(Session& session, const std::vector<Way>& found, DType 
         group->all_gather_into(out.view, in.view, 1, session.bed.stream());
       };
     }
+    write_before(session, variant, {in.view});
     variant.poison = [&session, out] { poison(session, out.view); };
     variant.wrong = [&session, out, dtype, rows, n] {
       return count_wrong(dtype, fetch(session, out.view), [&](std::int64_t i) {
@@ -231,16 +247,17 @@ void all_gather_dim_case(Session& session, const std::vector<Way>& found, DType 
 
 }  // namespace
 
-Variant all_reduce_variant(Session& session, const Way& way, DType dtype, std::int64_t count) {
+Variant all_reduce_variant(Session& session, const Way& way, DType dtype, std::int64_t count,
+                           bool in_place) {
   const int n = session.ranks();
   Variant variant{.path = std::string(to_string(way.path)), .lane = way.lane};
   if (way.is_raw() && !way.library->reduces(dtype)) {
     leave_out(session, "all_reduce", way.path, fmt::format("MPI has no {}", to_string(dtype)));
     return variant;
   }
-  const Buffer in = filled(session, way, {count}, dtype,
-                           [&](std::int64_t i) { return input_value(session.rank(), i, n); });
-  const Buffer out = allocate(way, {count}, dtype);
+  const auto value = [n, rank = session.rank()](std::int64_t i) { return input_value(rank, i, n); };
+  const Buffer in = filled(session, way, {count}, dtype, value);
+  const Buffer out = in_place ? in : allocate(way, {count}, dtype);
   if (!is_carried(session, way, "all_reduce", Collective::all_reduce, in.view, out.view, 0)) {
     return variant;
   }
@@ -253,7 +270,14 @@ Variant all_reduce_variant(Session& session, const Way& way, DType dtype, std::i
       group->all_reduce_into(out.view, in.view, session.bed.stream());
     };
   }
-  variant.poison = [&session, out] { poison(session, out.view); };
+  write_before(session, variant, {in.view});
+  variant.poison = [&session, out, in_place, value] {
+    if (in_place) {  // a sum is the next call's input: it grows, to infinity, until it is put back
+      session.bed.put(out.view.data(), encode(out.view.dtype(), out.view.numel(), value));
+    } else {
+      poison(session, out.view);
+    }
+  };
   variant.wrong = [&session, out, dtype, n] {
     return count_wrong(dtype, fetch(session, out.view),
                        [&](std::int64_t i) { return summed_value(i, n); });

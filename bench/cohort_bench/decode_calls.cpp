@@ -206,6 +206,7 @@ Variant gather_variant(Session& session, const Way& way, const StepShape& shape)
       reserve(session.options, shape, *lane);
     };
   }
+  write_before(session, variant, {nope.view, pe.view});
   variant.poison = [&session, q] { poison(session, q.view); };
   variant.wrong = [&session, q, shape] { return wrong_queries(session, q.view, shape); };
   return variant;
@@ -244,6 +245,7 @@ Variant merge_variant(Session& session, const MergeWay& merge, const StepShape& 
       reserve(session.options, shape, *lane);
     };
   }
+  write_before(session, variant, {out.view, lse.view});
   variant.poison = [&session, merged] { poison(session, merged); };
   variant.wrong = [&session, merged, shape] { return wrong_merged(session, merged, shape); };
   return variant;

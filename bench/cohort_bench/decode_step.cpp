@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <array>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "benches.hpp"
 #include "decode_calls.hpp"
@@ -53,6 +55,21 @@ namespace {
 /// not.
 [[nodiscard]] bool waits_itself(Path path) { return path == Path::own; }
 
+/// What the calls of a layer write, in all layers; nothing where they do not.
+[[nodiscard]] std::function<void()> in_all_layers(const Session& session,
+                                                  std::vector<std::function<void()>> writing) {
+  if (session.options.inputs != Inputs::written) {
+    return {};
+  }
+  return [layers = session.options.layers, writing = std::move(writing)] {
+    for (std::int64_t l = 0; l < layers; ++l) {
+      for (const auto& write : writing) {
+        write();
+      }
+    }
+  };
+}
+
 /// One token through all layers, in one variant.
 [[nodiscard]] Variant token_variant(Session& session, const MergeWay& way, const StepShape& shape) {
   const Variant gather = gather_variant(session, way.way, shape);
@@ -65,6 +82,7 @@ namespace {
       merge.call();
     }
   };
+  token.writing = in_all_layers(session, {gather.writing, merge.writing});
   token.poison = [gather, merge] {
     gather.poison();
     merge.poison();
@@ -123,6 +141,7 @@ void tensor_parallel_case(Session& session, const StepShape& shape) {
         reduce.call();
       }
     };
+    token.writing = in_all_layers(session, {reduce.writing});
     token.kv_bytes_per_rank = kv_bytes(options, shape);
     const Mode mode = options.has(Mode::graph) ? Mode::graph : Mode::eager;
     token.mode = mode;

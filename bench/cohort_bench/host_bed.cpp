@@ -72,8 +72,9 @@ class RawMpi final : public HostLibrary {
   }
   void all_reduce(const void* in, void* out, std::size_t count, DType) override {
     run([=, elements = static_cast<int>(count)] {
-      cohort::detail::mpi_check(
-          MPI_Allreduce(in, out, elements, MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD), "MPI_Allreduce");
+      cohort::detail::mpi_check(MPI_Allreduce(in == out ? MPI_IN_PLACE : in, out, elements,
+                                              MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD),
+                                "MPI_Allreduce");
     });
   }
 };

@@ -101,6 +101,7 @@ void on_signal(int) { interrupt(); }
   const auto bed = options.backend == BackendKind::host ? make_host_bed() : make_cuda_bed();
   Meta meta =
       describe_run("cohort_bench", command, detail::name_in(kBackends, options.backend), world);
+  meta.text("inputs", to_string(*options.inputs));
   bed->describe(meta, world);
   console.open(options.json, meta, world);
   static_cast<void>(std::signal(SIGINT, on_signal));

@@ -104,6 +104,7 @@ void norm_case(Session& session, const std::vector<Way>& found, DType dtype, std
         norm_of_sum();
       };
     }
+    write_before(session, variant, {data.x.view});
     add_modes(session, work, variant);
     if (!way.is_raw()) {
       variant.plan = std::string(kNone);
@@ -111,6 +112,7 @@ void norm_case(Session& session, const std::vector<Way>& found, DType dtype, std
         group->all_reduce_rms_norm_into(data.out.view, data.x.view, data.norm,
                                         session.bed.stream());
       };
+      write_before(session, variant, {data.x.view});
       add_modes(session, work, variant);
     }
   }

@@ -66,6 +66,12 @@ enum class Mode : std::uint8_t {
   issue,  ///< Eager calls of which only the host's time counts, until the last has returned.
 };
 
+/// What becomes of a call's inputs between two calls of it.
+enum class Inputs : std::uint8_t {
+  written,  ///< Each rank writes all of them before each call, as what produces them does.
+  kept,     ///< Nobody writes to them, so that caches of peers keep what they have read.
+};
+
 inline constexpr std::array kBenches = {
     Named{Bench::ceiling, "ceiling"},
     Named{Bench::all_gather, "all_gather"},
@@ -105,6 +111,8 @@ inline constexpr std::array kPlans = {
 };
 inline constexpr std::array kModes = {Named{Mode::eager, "eager"}, Named{Mode::graph, "graph"},
                                       Named{Mode::issue, "issue"}};
+inline constexpr std::array kInputs = {Named{Inputs::written, "written"},
+                                       Named{Inputs::kept, "kept"}};
 inline constexpr std::array kDTypes = {Named{DType::f32, "f32"}, Named{DType::f16, "f16"},
                                        Named{DType::bf16, "bf16"}};
 inline constexpr std::array kBackends = {Named{BackendKind::host, "host"},
@@ -121,6 +129,9 @@ inline constexpr std::array kBackends = {Named{BackendKind::host, "host"},
 }
 [[nodiscard]] constexpr std::string_view to_string(Mode value) {
   return detail::name_in(kModes, value);
+}
+[[nodiscard]] constexpr std::string_view to_string(Inputs value) {
+  return detail::name_in(kInputs, value);
 }
 
 struct Options {
@@ -144,6 +155,8 @@ struct Options {
   std::int64_t hidden = 7168;
   std::int64_t context = 128 << 10;
   std::vector<DType> dtypes;  ///< Empty: f32 on the host, where MPI has no 16-bit sums; else bf16.
+  /// `written` on the host by default; on cards `kept`, which keep no line of a peer's memory.
+  std::optional<Inputs> inputs;
   int iters = 200;
   int warmup = 5;
   std::optional<std::int64_t> sample_calls;  ///< Of a sample; else as many as take long enough.
@@ -203,6 +216,8 @@ struct Options {
          line("--hidden N", "its hidden size, 7168") +
          line("--context N", "tokens of each sequence in its KV cache, 131072") +
          line("--dtype LIST", "of f32,f16,bf16; f32 on the host and bf16 on cuda by default") +
+         line("--inputs NAME",
+              "written before each call by its rank, the default on the host, or kept") +
          line("--iters N", "samples of each row, 200") +
          line("--warmup N", "calls before them, 5") +
          line("--sample-calls N",
@@ -233,6 +248,8 @@ inline bool set_option(Options& options, std::string_view option, std::string_vi
     options.modes = parse_names(option, value, kModes);
   } else if (option == "--dtype") {
     options.dtypes = parse_names(option, value, kDTypes);
+  } else if (option == "--inputs") {
+    options.inputs = parse_name(option, value, kInputs);
   } else if (option == "--min-bytes") {
     options.min_bytes = parse_size(option, value);
   } else if (option == "--max-bytes") {
@@ -318,6 +335,12 @@ inline bool set_option(Options& options, std::string_view option, std::string_vi
     throw ConfigError(
         "--modes: issue is of --backend cuda; on the host a call is over when it returns, eager");
   }
+  if (options.backend == BackendKind::cuda && options.inputs == Inputs::written) {
+    throw ConfigError(
+        "--inputs: written is of --backend host; a card keeps no line of a peer's memory, kept");
+  }
+  options.inputs = options.inputs.value_or(options.backend == BackendKind::host ? Inputs::written
+                                                                                : Inputs::kept);
   if (options.dtypes.empty()) {
     options.dtypes = {options.backend == BackendKind::host ? DType::f32 : DType::bf16};
   }

@@ -162,17 +162,19 @@ struct FormMerge {
   Lane* const lane = merge.way.lane;
   reserve(session, shape, form.result, *lane);
   const FormMerge call(session, merge, shape, form);
-  return {.path = std::string(to_string(merge.way.path)),
-          .plan = fmt::format("{}{}", to_string(merge.plan),
-                              form.combined   ? "+combine"
-                              : form.gathered ? "+gather"
-                                              : ""),
-          .lane = lane,
-          .call = call,
-          .poison = [&session, result = call.result] { poison(session, result.view); },
-          .wrong = [call] { return call.wrong(); },
-          .before_capture = [&session, shape, form,
-                             lane] { reserve(session, shape, form.result, *lane); }};
+  Variant variant{.path = std::string(to_string(merge.way.path)),
+                  .plan = fmt::format("{}{}", to_string(merge.plan),
+                                      form.combined   ? "+combine"
+                                      : form.gathered ? "+gather"
+                                                      : ""),
+                  .lane = lane,
+                  .call = call,
+                  .poison = [&session, result = call.result] { poison(session, result.view); },
+                  .wrong = [call] { return call.wrong(); },
+                  .before_capture = [&session, shape, form,
+                                     lane] { reserve(session, shape, form.result, *lane); }};
+  write_before(session, variant, {call.out.view, call.lse.view});
+  return variant;
 }
 
 /// Rows of one bench: each form by every path and plan of Cohort's, side by side.
@@ -252,6 +254,7 @@ constexpr std::int64_t kScaleBytes = 16;
     };
     variant.before_capture = [reserved, lane = way.lane] { reserved(*lane); };
   }
+  write_before(session, variant, {nope.view, scales.view});
   variant.poison = [&session, q] { poison(session, q.view); };
   variant.wrong = [&session, q, own, wide, batch] {
     const auto bytes = fetch(session, q.view);

@@ -56,6 +56,7 @@ void interrupt() noexcept { interrupt_flag = 1; }
 /// What a variant's measurement gathers.
 struct Runner::State {
   std::unique_ptr<ExecutableGraph> graph;
+  std::unique_ptr<ExecutableGraph> writing;
   std::int64_t wrong = 0;
   double call_us = 0;
   std::vector<double> samples;  // of this rank
@@ -113,10 +114,9 @@ std::int64_t Runner::choose_calls(const Case& work, std::vector<State>& states) 
   return std::max(work.least_calls, calls_per_sample(slowest_rank, kSampleUs, work.most_calls));
 }
 
-void Runner::capture(const Variant& variant, State& state, std::int64_t calls) {
-  if (variant.before_capture) {
-    variant.before_capture();
-  }
+std::unique_ptr<ExecutableGraph> Runner::capture(const Variant& variant,
+                                                 const std::function<void()>& work,
+                                                 std::int64_t calls) {
   const StreamRef stream = bed_.stream();
   auto& driver = stream.driver();
   driver.begin_capture(stream.native());
@@ -126,11 +126,10 @@ void Runner::capture(const Variant& variant, State& state, std::int64_t calls) {
       scope.emplace(variant.lane->captures(), stream);
     }
     for (std::int64_t i = 0; i < calls; ++i) {
-      variant.call();
+      work();
     }
   }
-  state.graph = driver.end_capture(stream.native());
-  state.wrong += check(variant, [&] { state.graph->launch(stream); });
+  return driver.end_capture(stream.native());
 }
 
 /// Whether all ranks go on. One exchange a round: it also keeps the ranks together.
@@ -156,9 +155,19 @@ void Runner::run(Case& work) {
   std::vector<State> states(work.variants.size());
   const std::int64_t calls = choose_calls(work, states);
   for (std::size_t v = 0; v < states.size(); ++v) {
-    if (work.variants[v].mode == Mode::graph) {
-      capture(work.variants[v], states[v], calls);
+    const Variant& variant = work.variants[v];
+    if (variant.mode != Mode::graph) {
+      continue;
     }
+    if (variant.before_capture) {
+      variant.before_capture();
+    }
+    State& state = states[v];
+    state.graph = capture(variant, variant.call, calls);
+    if (variant.writing) {
+      state.writing = capture(variant, variant.writing, calls);
+    }
+    state.wrong += check(variant, [&] { state.graph->launch(bed_.stream()); });
   }
 
   const double started = now_s();  // warming up, checking and capturing do not count
@@ -170,18 +179,22 @@ void Runner::run(Case& work) {
       // Each round begins with another way, so that none always follows the same neighbour.
       const std::size_t v = (i + static_cast<std::size_t>(round)) % states.size();
       const Variant& variant = work.variants[v];
-      const auto body = [&] {
-        if (states[v].graph != nullptr) {
-          states[v].graph->launch(bed_.stream());
-          return;
-        }
-        for (std::int64_t call = 0; call < calls; ++call) {
-          variant.call();
-        }
+      const auto time_of = [&](const std::function<void()>& each, ExecutableGraph* graph) {
+        const auto body = [&] {
+          if (graph != nullptr) {
+            graph->launch(bed_.stream());
+            return;
+          }
+          for (std::int64_t call = 0; call < calls; ++call) {
+            each();
+          }
+        };
+        return bed_.elapsed_us([this] { align(); }, body, variant.mode) / parts;
       };
+      const State& state = states[v];
+      const double writing = variant.writing ? time_of(variant.writing, state.writing.get()) : 0;
       states[v].samples.push_back(
-          variant.sample ? variant.sample()
-                         : bed_.elapsed_us([this] { align(); }, body, variant.mode) / parts);
+          variant.sample ? variant.sample() : time_of(variant.call, state.graph.get()) - writing);
       if (variant.after_sample) {
         variant.after_sample();
       }

@@ -21,8 +21,11 @@ struct Variant {
   std::string path{kNone};
   std::string plan{kNone};
   Mode mode = Mode::eager;
-  Lane* lane = nullptr;                       ///< Whose arena a capture concerns, or null.
-  std::function<void()> call = {};            ///< Enqueues one call.
+  Lane* lane = nullptr;             ///< Whose arena a capture concerns, or null.
+  std::function<void()> call = {};  ///< Enqueues one call.
+  /// The writing of inputs that `call` begins with, alone. Its time is measured in the same rounds
+  /// and taken off. May be empty.
+  std::function<void()> writing = {};
   std::function<double()> sample = {};        ///< Takes a sample by itself, us of a call; or empty.
   std::function<void()> poison = {};          ///< Overwrites the result with NaN; may be empty.
   std::function<std::int64_t()> wrong = {};   ///< Wrong elements on this rank; may be empty.
@@ -91,7 +94,9 @@ class Runner {
   void align();
   [[nodiscard]] std::int64_t check(const Variant& variant, const std::function<void()>& once);
   [[nodiscard]] std::int64_t choose_calls(const Case& work, std::vector<State>& states);
-  void capture(const Variant& variant, State& state, std::int64_t calls);
+  [[nodiscard]] std::unique_ptr<ExecutableGraph> capture(const Variant& variant,
+                                                         const std::function<void()>& work,
+                                                         std::int64_t calls);
   [[nodiscard]] bool another_round(double started, int round);
   void finish(const Case& work, const std::vector<State>& states, std::int64_t calls);
 

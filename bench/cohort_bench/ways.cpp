@@ -3,6 +3,13 @@
 
 #include <fmt/format.h>
 
+#include <cstddef>
+#include <memory>
+#include <utility>
+
+#include "cohort/host/host_stream.hpp"
+#include "written_inputs.hpp"
+
 namespace cohort::bench {
 
 Lane* lane_of(Session& session, Path path, const MergeOptions& merge) {
@@ -74,6 +81,27 @@ std::vector<std::byte> fetch(Session& session, const TensorView& view) {
   std::vector<std::byte> bytes(view.bytes());
   session.bed.get(bytes, view.data());
   return bytes;
+}
+
+void write_before(Session& session, Variant& variant, std::vector<TensorView> inputs) {
+  if (session.options.inputs != Inputs::written) {
+    return;
+  }
+  const auto all = std::make_shared<const std::vector<TensorView>>(std::move(inputs));
+  variant.writing = [&session, all] {
+    host::enqueue(
+        session.bed.stream(),
+        [](const std::shared_ptr<const std::vector<TensorView>>& views) {
+          for (const TensorView& view : *views) {
+            rewrite({static_cast<std::byte*>(view.data()), view.bytes()});
+          }
+        },
+        all);
+  };
+  variant.call = [writing = variant.writing, call = std::move(variant.call)] {
+    writing();
+    call();
+  };
 }
 
 void add_modes(Session& session, Case& work, const Variant& variant) {

@@ -48,6 +48,10 @@ void poison(Session& session, const TensorView& view);
 /// The elements of contiguous memory, on the host.
 [[nodiscard]] std::vector<std::byte> fetch(Session& session, const TensorView& view);
 
+/// Where inputs are to be written before each call: puts that before the variant's call. What is
+/// written are the values that are there.
+void write_before(Session& session, Variant& variant, std::vector<TensorView> inputs);
+
 /// Adds the variant once for each mode asked for.
 void add_modes(Session& session, Case& work, const Variant& variant);
 
@@ -56,8 +60,9 @@ void leave_out(Session& session, std::string_view bench, Path path, std::string_
 
 /// An all-reduce of `count` elements by the way; decode_step uses it too. The way's path must carry
 /// it, otherwise `call` is empty and a note says why.
+/// @param in_place  The sum replaces the input, so that only one call behind `poison` is right.
 [[nodiscard]] Variant all_reduce_variant(Session& session, const Way& way, DType dtype,
-                                         std::int64_t count);
+                                         std::int64_t count, bool in_place = false);
 
 template <class Value>
 Buffer filled(Session& session, const Way& way, const Dims& shape, DType dtype,

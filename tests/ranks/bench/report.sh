@@ -48,6 +48,8 @@ grep -v '"scope"' base.json >new.json
 compared 1 "scope .*MISSING"
 sed '3s/"wrong": 0/"wrong": 5/' base.json >new.json
 compared 1 "5 WRONG"
+sed '1s/"ranks": 2,/"inputs": "written", "ranks": 2,/' base.json >new.json
+compared 2 "inputs are kept in base.json, written in new.json"
 echo 'no JSON' >new.json
 compared 2 "not JSON"
 { head -n 4 base.json; printf '{"bench": "all'; } >new.json  # as a killed run leaves it

@@ -20,7 +20,7 @@ row+=", \"ranks\": $ranks, \"bytes\": [0-9]+, \"batch\": [0-9]+, \"us_p50\": $nu
 row+=", \"us_min\": $number, \"algbw\": $number, \"busbw\": $number, \"wrong\": 0, \"calls\": [1-9][0-9]*"
 row+=", \"samples\": [1-9][0-9]*(, \"kv_bytes_per_rank\": [0-9]+)?\}\$"
 head -n 1 "$folder/rows.json" | grep -Eq '^\{"meta": \{"command": ' || fail "no facts in the first line"
-for key in command commit date backend ranks hosts cpu cores mpi environment; do
+for key in command commit date backend inputs ranks hosts cpu cores mpi environment; do
   head -n 1 "$folder/rows.json" | grep -q "\"$key\": " || fail "no $key among the facts"
 done
 if tail -n +2 "$folder/rows.json" | grep -Evn "$row"; then
@@ -32,7 +32,7 @@ has() {
   grep -q "\"bench\": \"$1\", \"path\": \"$2\", \"plan\": \"$3\"" "$folder/rows.json" ||
     fail "no row of $1 $2 $3"
 }
-for bench in all_gather reduce_scatter all_reduce all_gather_dim; do
+for bench in all_gather reduce_scatter all_reduce all_reduce_in_place all_gather_dim; do
   for path in raw shared_loop plain symmetric; do has "$bench" "$path" -; done
 done
 for bench in all_reduce_norm all_reduce_norm8; do
@@ -75,6 +75,11 @@ assert len(keys) == len(set(keys)), "two rows have one key"
 assert all(r["us_min"] <= r["us_p50"] <= r["us_p95"] for r in lines[1:])
 PY
 fi
+
+grep -q '"inputs": "written"' "$folder/rows.json" || fail "inputs are not written by default"
+timeout 60 "$mpiexec" -n "$ranks" "$program" --check --inputs kept --bench all_reduce --max-bytes 2K --iters 2 \
+  --json "$folder/kept.json" >"$folder/output" 2>&1 || fail "with kept inputs cohort_bench ended with status $?"
+grep -q '"inputs": "kept"' "$folder/kept.json" || fail "kept inputs are not told"
 
 # Wrong arguments end every rank with a message that names them.
 expect() {

@@ -27,6 +27,9 @@ TEST_CASE("without options everything is measured, in the type that the backend'
   CHECK_FALSE(options.sample_calls);
   CHECK(parse({"--sample-calls", "8"}).sample_calls == 8);
   CHECK_FALSE(options.check);
+  CHECK(options.inputs == Inputs::written);
+  CHECK(parse({"--inputs", "kept"}).inputs == Inputs::kept);
+  CHECK(parse({"--backend", "cuda"}).inputs == Inputs::kept);
   CHECK(options.dtypes == std::vector<DType>{DType::f32});
   CHECK(parse({"--backend", "cuda"}).dtypes == std::vector<DType>{DType::bf16});
   CHECK(parse({"--backend", "cuda", "--dtype", "f16"}).dtypes == std::vector<DType>{DType::f16});
@@ -60,6 +63,9 @@ TEST_CASE("a wrong argument is named with what was expected") {
   CHECK_THROWS_MATCHES(parse({"--factor", "1"}), ConfigError, says("--factor", "2"));
   CHECK_THROWS_MATCHES(parse({"--modes", "eager,issue"}), ConfigError, says("--modes", "issue"));
   CHECK(parse({"--modes", "issue", "--backend", "cuda"}).modes == std::vector<Mode>{Mode::issue});
+  CHECK_THROWS_MATCHES(parse({"--inputs", "new"}), ConfigError, says("--inputs", "written"));
+  CHECK_THROWS_MATCHES(parse({"--inputs", "written", "--backend", "cuda"}), ConfigError,
+                       says("--inputs", "kept"));
   CHECK_THROWS_MATCHES(parse({"--iters", "0"}), ConfigError, says("--iters"));
   CHECK_THROWS_MATCHES(parse({"--sample-calls", "0"}), ConfigError, says("--sample-calls"));
   CHECK_THROWS_MATCHES(parse({"--batches", "1,,2"}), ConfigError, says("--batches"));
