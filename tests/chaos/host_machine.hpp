@@ -15,6 +15,7 @@ class HostMachine final : public Machine {
   explicit HostMachine(const Plan& plan)
       : backend_(
             host_backend({.slot_bytes = plan.small_slots ? std::size_t{4096} : std::size_t{1} << 18,
+                          .window_bytes = 2048,  // as large as its tensors
                           .map_peers = plan.map_peers})) {}
 
   [[nodiscard]] std::shared_ptr<Backend> backend() override { return backend_; }

@@ -17,6 +17,7 @@ struct Setup {
   int ranks = 1;
   ParallelLayout layout;
   std::size_t slot_bytes = 4096;
+  std::size_t window_bytes = 2048;
   bool map_peers = true;
   bool two_machines = false;
   bool symmetric = true;
@@ -25,7 +26,8 @@ struct Setup {
   MergeOptions merge = {};
 
   [[nodiscard]] ParallelState create(ControlPlane& world) const {
-    HostOptions host{.slot_bytes = slot_bytes, .map_peers = map_peers};
+    HostOptions host{
+        .slot_bytes = slot_bytes, .window_bytes = window_bytes, .map_peers = map_peers};
     host.needs_equal_offsets = needs_equal_offsets;
     if (two_machines) {
       host.machine = world.rank() < ranks / 2 ? "one" : "other";
@@ -41,10 +43,11 @@ struct Setup {
 
 [[nodiscard]] inline std::string to_string(const Setup& setup) {
   return fmt::format(
-      "{} ranks as {}, slots of {} bytes{}{}{}{}{}\n", setup.ranks, to_string(setup.layout),
-      setup.slot_bytes, setup.map_peers ? "" : ", peers not mapped",
-      setup.two_machines ? ", two machines" : "", setup.symmetric ? "" : ", symmetric off",
-      setup.needs_equal_offsets ? ", equal offsets" : "", setup.debug_checks ? ", debug" : "");
+      "{} ranks as {}, slots of {} bytes, windows from {} on{}{}{}{}{}\n", setup.ranks,
+      to_string(setup.layout), setup.slot_bytes, setup.window_bytes,
+      setup.map_peers ? "" : ", peers not mapped", setup.two_machines ? ", two machines" : "",
+      setup.symmetric ? "" : ", symmetric off", setup.needs_equal_offsets ? ", equal offsets" : "",
+      setup.debug_checks ? ", debug" : "");
 }
 
 [[nodiscard]] inline Setup draw_setup(Random& random) {
@@ -60,6 +63,7 @@ struct Setup {
   layout.pp = setup.ranks / layout.tp;
   layout.dcp = layout.tp == 4 ? random.pick({1, 2, 4}) : random.one_in(4) ? 1 : layout.tp;
   setup.slot_bytes = random.pick<std::size_t>({4096, 4096, 8192, 65536, 1 << 20});
+  setup.window_bytes = random.pick<std::size_t>({256, 2048, 1 << 23});
   setup.map_peers = !random.one_in(4);
   setup.two_machines = random.one_in(5);
   setup.symmetric = !random.one_in(4);

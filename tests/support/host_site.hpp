@@ -41,12 +41,21 @@ inline MergeArguments by_head(int ranks, const ConstTensorView& out, const Const
           .lse = std::move(merged_lse)};
 }
 
+/// Peers read tensors of the sizes of tests in windows, unless a test says from which on.
+inline HostOptions reading_windows(HostOptions options = {}) {
+  if (options.window_bytes == HostOptions{}.window_bytes) {
+    options.window_bytes = 2048;
+  }
+  return options;
+}
+
 /// One rank of a test: a transport, and memory for tensors, in a window where asked.
 class Site {
  public:
   Site(ControlPlane& plane, HostOptions options, Memory memory,
        std::size_t bytes = std::size_t{4} << 20)
-      : backend(host_backend(std::move(options))), transport(backend->connect(plane)) {
+      : backend(host_backend(reading_windows(std::move(options)))),
+        transport(backend->connect(plane)) {
     const bool windows = transport->capabilities().peer_import;
     const bool in_window =
         windows && (memory == Memory::window || (memory == Memory::mixed && plane.rank() % 2 == 0));

@@ -201,8 +201,9 @@ inline void check_random_norm(GroupCoordinator& group, const NormCase& c) {
 /// Every type, memory and way of a state.
 inline void check_norms(ControlPlane& world) {
   for (const bool map_peers : {true, false}) {
-    auto state = make_state(world, {.tp = world.size()},
-                            {.backend = host_backend({.map_peers = map_peers})});
+    auto state =
+        make_state(world, {.tp = world.size()},
+                   {.backend = host_backend({.window_bytes = 2048, .map_peers = map_peers})});
     auto& group = state.tp();
     unsigned seed = 0;
     for (const DType dtype : {DType::bf16, DType::f16, DType::f32}) {
@@ -288,8 +289,9 @@ inline void check_norms_that_differ(ControlPlane& world) {
                {"no norm", common, 1e-5F, false}};
   for (const bool map_peers : {true, false}) {
     for (const auto& differing : cases) {
-      auto state = make_state(world, {.tp = world.size()},
-                              {.backend = host_backend({.map_peers = map_peers})});
+      auto state =
+          make_state(world, {.tp = world.size()},
+                     {.backend = host_backend({.window_bytes = 2048, .map_peers = map_peers})});
       auto& group = state.tp();
       const bool differs = group.rank() == last;
       std::vector<Tensor> kept;
@@ -336,13 +338,14 @@ inline void check_captured_norms_that_differ(ControlPlane& world) {
       last, [&] { graph.launch(stream); }, "the ranks make different calls");
 }
 
-/// A sum lies in a window where the output does and is of its type. Two ranks read what they sum in
-/// windows, wherever the sum lies.
+/// A sum lies in a window where the output does and is of its type. Each of two ranks sums all of
+/// what fits a slot.
 inline void check_norm_paths(ControlPlane& world) {
   for (const bool map_peers : {true, false}) {
-    auto state = make_state(world, {.tp = world.size()},
-                            {.backend = host_backend({.map_peers = map_peers}),
-                             .symmetric = {.enabled = true, .selection = Selection::all()}});
+    auto state =
+        make_state(world, {.tp = world.size()},
+                   {.backend = host_backend({.window_bytes = 2048, .map_peers = map_peers}),
+                    .symmetric = {.enabled = true, .selection = Selection::all()}});
     auto& group = state.tp();
     for (const Memory memory : {Memory::arena, Memory::ordinary}) {
       for (const std::int64_t hidden : {40, 4096}) {
@@ -351,8 +354,7 @@ inline void check_norm_paths(ControlPlane& world) {
           Site site(group, memory);
           const NormTensors t(site, c);
           const auto got = group.path(Collective::all_reduce_rms_norm, t.x, t.out);
-          const bool direct =
-              memory == Memory::arena && hidden == 4096 && (!fp8 || group.size() == 2);
+          const bool direct = memory == Memory::arena && hidden == 4096 && !fp8 && group.size() > 2;
           check(got == (group.size() == 1 ? "single rank"
                         : !map_peers      ? "exchange"
                         : direct          ? "direct"

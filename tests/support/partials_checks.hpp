@@ -326,10 +326,11 @@ inline void check_other_partials(ControlPlane& world, MergePlan plan, bool map_p
   const bool other = world.rank() == last;
   const int n = world.size();
   for (int kind = 0; kind < 7; ++kind) {
-    auto state = make_state(world, {.tp = n, .dcp = n},
-                            {.backend = host_backend({.map_peers = map_peers}),
-                             .merge = {.plan = plan},
-                             .debug_checks = debug});
+    auto state =
+        make_state(world, {.tp = n, .dcp = n},
+                   {.backend = host_backend({.window_bytes = 2048, .map_peers = map_peers}),
+                    .merge = {.plan = plan},
+                    .debug_checks = debug});
     auto& dcp = state.dcp();
     Site site(dcp, Memory::ordinary);
     const auto out = site.filled({2, 2 * n, 2 * n, 8}, DType::f32);

@@ -25,6 +25,7 @@
 #include "cohort/host/host_transport.hpp"
 #include "cohort/host/rendezvous.hpp"
 #include "cohort/host/shared_memory.hpp"
+#include "cohort/host/slot_sizes.hpp"
 #include "cohort/host/window.hpp"
 #include "cohort/joined.hpp"
 #include "cohort/transport.hpp"
@@ -35,11 +36,16 @@
 
 namespace cohort {
 
-/// Must be equal on all ranks, except for the limits.
+/// Must be equal on all ranks, except for the limits and `window_bytes`.
 struct HostOptions {
   /// Bytes of each of the two inbox slots that a rank has in each group. Longer messages go through
   /// in pieces. Rounded up to a multiple of 4096.
   std::size_t slot_bytes = std::size_t{1} << 20;
+  /// From so many bytes on, peers read a rank's tensor in its window, where it lies in one, rather
+  /// than in its slot; parts of a tensor from twice as many. Fewer pay where nobody writes to
+  /// inputs between calls, or where the ranks' cores share a cache: bench/README.md, "The host
+  /// beside its peers".
+  std::size_t window_bytes = host::kWindowBytes;
   /// Whether ranks map each other's memory. `false`: the control plane carries everything, as
   /// between machines.
   bool map_peers = true;
@@ -346,7 +352,7 @@ inline std::unique_ptr<Transport> HostBackend::connect(ControlPlane& group) {
       access = std::make_unique<PeerAccess>(
           std::make_unique<Rendezvous>(std::move(imported.pads), geometry, group.rank(),
                                        group.name(), group.limit()),
-          windows);
+          windows, options_.window_bytes);
     }
   }
   return std::make_unique<HostTransport>(group, found, std::move(access), std::move(windows),

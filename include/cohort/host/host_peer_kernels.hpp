@@ -21,6 +21,7 @@
 #include "cohort/host/host_stream.hpp"
 #include "cohort/host/partial_rows.hpp"
 #include "cohort/host/peer_access.hpp"
+#include "cohort/host/slot_copy.hpp"
 #include "cohort/transport.hpp"
 
 /// \file
@@ -164,7 +165,8 @@ inline Showing HostPeerKernels::show_partial(const Partials& partials) const {
   if (!partials.is_plain()) {
     return showing;
   }
-  const auto out = access_.read_in(partials.out, partials.out.bytes());
+  const auto out =
+      access_.reads_parts(partials.out.bytes()) ? access_.window_of(partials.out) : std::nullopt;
   const auto lse = access_.window_of(partials.lse);
   if (!out || !lse) {
     return showing;
@@ -237,11 +239,9 @@ inline void HostPeerKernels::push_pieces(const MergeArguments& arguments, Partia
     std::byte* base = meeting_.next_slot() + u(r) * piece.bytes;
     if (partials.is_plain()) {
       auto out = part_of_block(partials.out, block).cursor(u(shape.element), first * shape.dim);
-      WriteCursor to(base, dense_layout((end - first) * shape.dim), u(shape.element));
-      copy(to, out, (end - first) * shape.dim);
+      copy_to_slot(base, out, (end - first) * shape.dim);
       auto lse = part_of_block(partials.lse, block).cursor(sizeof(float), first);
-      WriteCursor words(base + piece.lse_offset, dense_layout(end - first), sizeof(float));
-      copy(words, lse, end - first);
+      copy_to_slot(base + piece.lse_offset, lse, end - first);
       continue;
     }
     const DefaultFloatMode mode;
@@ -390,7 +390,7 @@ inline Showing HostPeerKernels::show_query(const ConstTensorView& q_nope,
   Showing showing;
   const auto nope = access_.window_of(q_nope);
   const auto pe = access_.window_of(q_pe);
-  if (!nope || !pe || q_nope.bytes() + q_pe.bytes() < kDirectBytes) {
+  if (!nope || !pe || !access_.reads_windows(q_nope.bytes() + q_pe.bytes())) {
     showing.place = Place::slot;
     return showing;
   }
@@ -428,10 +428,8 @@ inline void HostPeerKernels::gather(const ConstTensorView& q_nope, const ConstTe
   const auto push = [&](std::int64_t first, std::int64_t count) {
     auto nope = whole(q_nope).cursor(element, first * nope_dim);
     auto pe = whole(q_pe).cursor(element, first * pe_dim);
-    WriteCursor nope_slot(meeting_.next_slot(), dense_layout(count * nope_dim), element);
-    WriteCursor pe_slot(meeting_.next_slot() + pe_offset, dense_layout(count * pe_dim), element);
-    copy(nope_slot, nope, count * nope_dim);
-    copy(pe_slot, pe, count * pe_dim);
+    copy_to_slot(meeting_.next_slot(), nope, count * nope_dim);
+    copy_to_slot(meeting_.next_slot() + pe_offset, pe, count * pe_dim);
   };
   // The heads of rank r in `q`: one part for q_nope, one for q_pe.
   const auto target = [&](int r, std::int64_t skip, std::int64_t dim) {

@@ -31,6 +31,7 @@
 #include "cohort/host/peer_access.hpp"
 #include "cohort/host/peer_collectives.hpp"
 #include "cohort/host/shared_memory.hpp"
+#include "cohort/host/slot_sizes.hpp"
 #include "cohort/host/window.hpp"
 #include "cohort/owner_process.hpp"
 #include "cohort/residual_norm.hpp"
@@ -404,16 +405,16 @@ inline std::string HostTransport::path(Collective collective, const ConstTensorV
   }
   if (collective == Collective::all_reduce || collective == Collective::all_reduce_rms_norm) {
     const bool sums_into_it = in.dtype() == out.dtype();  // see `all_reduce_rms_norm`
-    return (sums_into_it ? peers_->passes_no_slot(in, out) : peers_->passes_no_slot(in)) ? "direct"
-                                                                                         : "slot";
+    return sums_into_it && peers_->passes_no_slot(in, out) ? "direct" : "slot";
   }
-  std::size_t copied = in.bytes();  // into a slot; of what is scattered the own part stays here
-  if (collective == Collective::reduce_scatter) {
-    copied -= out.bytes();
+  bool reads = access_->reads_windows(in.bytes());
+  if (collective == Collective::reduce_scatter) {  // of what is scattered the own part stays here
+    reads = access_->reads_parts(in.bytes() - out.bytes());
   } else if (collective == Collective::all_to_all) {
-    copied -= in.bytes() / static_cast<std::size_t>(control_.size());
+    const std::size_t own = in.bytes() / static_cast<std::size_t>(control_.size());
+    reads = are_pieces_read_in_window(in.bytes() - own);
   }
-  return access_->read_in(in, copied) ? "direct" : "slot";
+  return reads && access_->window_of(in) ? "direct" : "slot";
 }
 
 }  // namespace cohort::host

@@ -13,6 +13,7 @@
 #include "cohort/error.hpp"
 #include "cohort/host/rendezvous.hpp"
 #include "cohort/host/signal_pad.hpp"
+#include "cohort/host/slot_sizes.hpp"
 #include "cohort/host/strided.hpp"
 #include "cohort/host/window.hpp"
 
@@ -21,22 +22,13 @@
 
 namespace cohort::host {
 
-/// What a window spares: copying into the slot what others read of the input. What it costs: a
-/// second signal, so that the caller may write to the tensor again. Below this many bytes the copy
-/// is cheaper.
-/// Measured with two processes on two Zen 4 cores: an all-gather of 1 KiB a rank takes 0.40 µs
-/// through the slots and 0.58 µs through windows, one of 2 KiB 0.86 and 0.60.
-inline constexpr std::size_t kDirectBytes = 2048;
-
-/// Longer messages go through the slots in pieces of this size, so that a piece is still in the
-/// second-level cache of its reader when the writer fills the next.
-inline constexpr std::size_t kPieceBytes = 256 * 1024;
-
 /// The rendezvous of a group with its windows; what the collectives and the peer kernels share.
 class PeerAccess {
  public:
-  PeerAccess(std::unique_ptr<Rendezvous> meeting, std::shared_ptr<WindowTable> windows)
-      : meeting_(std::move(meeting)), windows_(std::move(windows)) {
+  /// @param window_bytes  `HostOptions::window_bytes`.
+  PeerAccess(std::unique_ptr<Rendezvous> meeting, std::shared_ptr<WindowTable> windows,
+             std::size_t window_bytes = kWindowBytes)
+      : meeting_(std::move(meeting)), windows_(std::move(windows)), window_bytes_(window_bytes) {
     read_.reserve(2 * static_cast<std::size_t>(size()));
   }
 
@@ -47,7 +39,7 @@ class PeerAccess {
 
   /// Bytes that a call may put into a slot at a time.
   [[nodiscard]] std::size_t piece_bytes() const noexcept {
-    return std::min(meeting_->pads().slot_bytes(), kPieceBytes);
+    return piece_in_slot(meeting_->pads().slot_bytes());
   }
 
   /// The window that the view lies in.
@@ -56,21 +48,22 @@ class PeerAccess {
       const BasicTensorView<Void>& view) const noexcept {
     return windows_->find(view);
   }
-  /// The window that peers read the view in, if they do. `copied`: bytes that would otherwise be
-  /// copied into the slot.
-  template <class Void>
-  [[nodiscard]] std::optional<WindowOffset> read_in(const BasicTensorView<Void>& view,
-                                                    std::size_t copied) const noexcept {
-    return copied >= kDirectBytes ? window_of(view) : std::nullopt;
+  /// Whether peers read a tensor of so many bytes in its window, if it lies in one, or parts of so
+  /// many.
+  [[nodiscard]] bool reads_windows(std::size_t bytes) const noexcept {
+    return is_read_in_window(bytes, window_bytes_);
+  }
+  [[nodiscard]] bool reads_parts(std::size_t bytes) const noexcept {
+    return are_parts_read_in_window(bytes, window_bytes_);
   }
 
-  /// How peers find `view`: in its window, or in the slot, which the caller then fills with
-  /// `copied` bytes.
+  /// How peers find `view`: in its window, if it lies in one and they are to read it there, or in
+  /// the slot, which the caller then fills.
   template <class Void>
-  [[nodiscard]] Showing show(const BasicTensorView<Void>& view, std::size_t copied) const noexcept {
+  [[nodiscard]] Showing show(const BasicTensorView<Void>& view, bool reads_window) const noexcept {
     Showing showing;
     showing.place = Place::slot;
-    if (const auto where = read_in(view, copied)) {
+    if (const auto where = reads_window ? window_of(view) : std::nullopt) {
       showing.place = Place::direct;
       showing.first = *where;
       showing.dense = view.is_contiguous();
@@ -79,11 +72,6 @@ class PeerAccess {
       }
     }
     return showing;
-  }
-  /// The same of a view that the others read all of.
-  template <class Void>
-  [[nodiscard]] Showing show(const BasicTensorView<Void>& view) const noexcept {
-    return show(view, view.bytes());
   }
 
   /// Waits for a peer's ticket. Throws `SymmetryError` on every rank where the calls differ.
@@ -156,6 +144,7 @@ class PeerAccess {
  private:
   std::unique_ptr<Rendezvous> meeting_;
   std::shared_ptr<WindowTable> windows_;
+  std::size_t window_bytes_;
   std::vector<int>
       read_;  ///< Peers whose exposed memory the call reads. Kept: calls do not allocate.
 };

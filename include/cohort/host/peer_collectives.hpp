@@ -62,10 +62,6 @@ class PeerCollectives {
   [[nodiscard]] bool passes_no_slot(const ConstTensorView& in, const TensorView& out) const {
     return all_reduce_.passes_no_slot(in, out);
   }
-  /// The same where the sum goes to memory of the transport's.
-  [[nodiscard]] bool passes_no_slot(const ConstTensorView& in) const {
-    return all_reduce_.passes_no_slot(in);
-  }
 
  private:
   PeerAccess& access_;
@@ -88,12 +84,16 @@ inline void PeerCollectives::all_gather(const ConstTensorView& in, const TensorV
   const int rank = access_.rank();
   const int n = access_.size();
 
-  const Showing showing = access_.show(in);
+  const Showing showing = access_.show(in, access_.reads_windows(in.bytes()));
   const bool exposed = showing.place == Place::direct;
   const auto own = whole(in);
   if (!exposed) {
-    copy(meeting_.next_slot(), dense_layout(std::min(piece, in.numel())), own.base, own.layout,
-         element, std::min(piece, in.numel()));
+    const std::int64_t count = std::min(piece, in.numel());
+    if (in.is_contiguous()) {
+      steps_.fill_slot(own.base, to_size(count) * element);
+    } else {
+      steps_.fill_slot(own.cursor(element), count);
+    }
   }
   meeting_.enter(call, showing);
 
@@ -155,7 +155,8 @@ inline void PeerCollectives::broadcast(const TensorView& tensor, int root) {
   const bool giver = access_.rank() == root;
   const auto own = whole(tensor);
 
-  const Showing showing = giver ? access_.show(tensor) : kShowsNothing;
+  const Showing showing =
+      giver ? access_.show(tensor, access_.reads_windows(tensor.bytes())) : kShowsNothing;
   bool direct = showing.place == Place::direct;
   for (std::int64_t done = 0;; done += piece) {
     const std::int64_t count = std::min(piece, tensor.numel() - done);

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <numeric>
 #include <span>
 #include <vector>
@@ -12,6 +11,7 @@
 #include "cohort/host/peer_access.hpp"
 #include "cohort/host/peer_steps.hpp"
 #include "cohort/host/reduce.hpp"
+#include "cohort/host/slot_sizes.hpp"
 #include "cohort/host/strided.hpp"
 #include "cohort/transport.hpp"
 
@@ -33,13 +33,14 @@ class PeerScatter {
 
  private:
   template <class Consume>
-  void scatter(const Call& call, const ConstTensorView& in, int dim,
+  void scatter(const Call& call, const Showing& showing, const ConstTensorView& in, int dim,
                std::span<const std::int64_t> sizes, const Consume& consume);
   [[nodiscard]] ReadCursor scatter_source(int peer, const ConstTensorView& in, int dim,
                                           std::int64_t first, std::int64_t extent,
                                           std::int64_t pitch);
-  bool reduce_scatter_dense(const Call& call, const ConstTensorView& in, const TensorView& out,
-                            int dim, std::span<const std::int64_t> sizes, ReduceOp op);
+  bool reduce_scatter_dense(const Call& call, const Showing& showing, const ConstTensorView& in,
+                            const TensorView& out, int dim, std::span<const std::int64_t> sizes,
+                            ReduceOp op);
   /// Which of the parts in a rank's slot a peer's is: its own is not among them.
   [[nodiscard]] static std::size_t part_in_slot(int owner, int peer) noexcept {
     return to_size(peer < owner ? peer : peer - 1);
@@ -73,8 +74,8 @@ inline ReadCursor PeerScatter::scatter_source(int peer, const ConstTensorView& i
 /// Every rank gets its part of every rank's `in` along `dim`: calls `consume(first, count)` for
 /// stretches of the part, with `steps_.sources` standing at it in every rank's input.
 template <class Consume>
-void PeerScatter::scatter(const Call& call, const ConstTensorView& in, int dim,
-                          std::span<const std::int64_t> sizes, const Consume& consume) {
+void PeerScatter::scatter(const Call& call, const Showing& showing, const ConstTensorView& in,
+                          int dim, std::span<const std::int64_t> sizes, const Consume& consume) {
   const std::size_t element = size_of(in.dtype());
   const int rank = access_.rank();
   const int n = access_.size();
@@ -95,8 +96,6 @@ void PeerScatter::scatter(const Call& call, const ConstTensorView& in, int dim,
     }
   };
 
-  const Showing showing =
-      access_.show(in, in.bytes() - to_size(own_count) * element);  // the own part stays here
   const bool exposed = showing.place == Place::direct;
   if (!exposed) {
     fill(0);
@@ -142,9 +141,10 @@ void PeerScatter::scatter(const Call& call, const ConstTensorView& in, int dim,
 /// `scatter` and `reduce` for what a decode step sends: short tensors without gaps, whose parts
 /// have none either. The same step as `scatter`'s, so ranks may differ in which one they take; it
 /// spares the cursors, a third of the time at 2 KiB. Returns whether it applied.
-inline bool PeerScatter::reduce_scatter_dense(const Call& call, const ConstTensorView& in,
-                                              const TensorView& out, int dim,
-                                              std::span<const std::int64_t> sizes, ReduceOp op) {
+inline bool PeerScatter::reduce_scatter_dense(const Call& call, const Showing& showing,
+                                              const ConstTensorView& in, const TensorView& out,
+                                              int dim, std::span<const std::int64_t> sizes,
+                                              ReduceOp op) {
   if (!in.is_contiguous() || !out.is_contiguous()) {
     return false;
   }
@@ -170,18 +170,15 @@ inline bool PeerScatter::reduce_scatter_dense(const Call& call, const ConstTenso
   }
   const auto* own = static_cast<const std::byte*>(in.data());
   const std::size_t own_skip = to_size(own_first) * row;
-  const Showing showing = access_.show(in, in.bytes() - out.bytes());
   const bool exposed = showing.place == Place::direct;
   if (!exposed) {
-    std::byte* to = meeting_.next_slot();
+    std::size_t skip = 0;
     const std::byte* from = own;
     for (int r = 0; r < n; ++r) {
       const std::size_t bytes = to_size(sizes[to_size(r)]) * row;
       if (r != rank) {
-        if (bytes > 0) {
-          std::memcpy(to, from, bytes);
-        }
-        to += pitch;
+        steps_.fill_slot(from, bytes, skip);
+        skip += pitch;
       }
       from += bytes;
     }
@@ -231,11 +228,13 @@ inline void PeerScatter::reduce_scatter(const ConstTensorView& in, const TensorV
   for (const auto size : sizes) {
     call.mix(size);
   }
-  if (reduce_scatter_dense(call, in, out, dim, sizes, op)) {
+  // The own part stays here.
+  const Showing showing = access_.show(in, access_.reads_parts(in.bytes() - out.bytes()));
+  if (reduce_scatter_dense(call, showing, in, out, dim, sizes, op)) {
     return;
   }
   auto writer = whole(out).cursor(size_of(out.dtype()));
-  scatter(call, in, dim, sizes, [&](std::int64_t, std::int64_t count) {
+  scatter(call, showing, in, dim, sizes, [&](std::int64_t, std::int64_t count) {
     reduce(in.dtype(), op, writer, steps_.sources, count);
   });
 }
@@ -248,7 +247,9 @@ inline void PeerScatter::all_to_all(const ConstTensorView& in, const TensorView&
   sizes_.assign(to_size(n), extent);
   Call call = call_of(Operation::all_to_all, in);
   call.mix(form);
-  scatter(call, in, 0, sizes_, [&](std::int64_t first, std::int64_t count) {
+  const std::size_t own = in.bytes() / to_size(n);
+  const Showing showing = access_.show(in, are_pieces_read_in_window(in.bytes() - own));
+  scatter(call, showing, in, 0, sizes_, [&](std::int64_t first, std::int64_t count) {
     for (int r = 0; r < n; ++r) {
       auto writer = part_of(out, 0, r * extent, extent).cursor(element, first);
       copy(writer, steps_.sources[to_size(r)], count);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cohort/host/peer_access.hpp"
+#include "cohort/host/slot_copy.hpp"
 #include "cohort/host/strided.hpp"
 #include "cohort/transport.hpp"
 
@@ -52,8 +53,11 @@ struct PeerSteps {
 
   /// Puts the next `count` elements into the slot of the next step, `skip` bytes into it.
   void fill_slot(ReadCursor from, std::int64_t count, std::size_t skip = 0) noexcept {
-    WriteCursor writer(meeting.next_slot() + skip, dense_layout(count), from.element_bytes());
-    copy(writer, from, count);
+    copy_to_slot(meeting.next_slot() + skip, from, count);
+  }
+  /// The same of elements without gaps; cursors take as long as a short copy.
+  void fill_slot(const std::byte* from, std::size_t bytes, std::size_t skip = 0) noexcept {
+    copy_to_slot(meeting.next_slot() + skip, from, bytes);
   }
   /// Copies `count` elements from a peer's slot of the current step.
   void read_slot(int peer, WriteCursor to, std::int64_t count, std::size_t skip = 0) noexcept {

@@ -21,6 +21,7 @@
 #include "cohort/host/pad_wait.hpp"
 #include "cohort/host/shared_memory.hpp"
 #include "cohort/host/signal_pad.hpp"
+#include "cohort/host/slot_copy.hpp"
 #include "cohort/poll_pause.hpp"
 
 /// \file
@@ -108,10 +109,11 @@ class Rendezvous {
   /// Once all have entered the current step, before what they have published is read: has the
   /// processor fetch what the next step writes, the ticket and the slot's first bytes. Peers had
   /// them in their caches last, and they would otherwise be asked for line by line as they are
-  /// filled. Beyond `kPrepared` bytes it is in the way of what is read.
+  /// filled. Beyond `kPrepared` bytes it is in the way of what is read; and nothing is asked for
+  /// where the copy into the slot does not wait for it.
   /// @param bytes  That the next step is likely to fill: as many as this one has.
   void prepare_next(std::size_t bytes) noexcept {
-    if (bytes <= kPrepared) {
+    if (bytes <= kPrepared && waits_for_lines(bytes)) {
       cohort::detail::fetch_to_write(&pads_.own_head().tickets[(epoch_ + 1) % 2]);
       const std::byte* const slot = next_slot();
       for (std::size_t line = 0; line < bytes; line += 64) {

@@ -247,7 +247,7 @@ inline constexpr std::size_t kParcelBytes = 64 * 1024;
 /// changes of meaning that the layout does not show.
 inline constexpr std::uint64_t kPadProtocol = [] {
   std::uint64_t hash = cohort::detail::kHashSeed;
-  for (const std::size_t word : {std::size_t{4},
+  for (const std::size_t word : {std::size_t{5},
                                  sizeof(void*),
                                  sizeof(SignalPad),
                                  offsetof(SignalPad, finished),

@@ -60,12 +60,13 @@ TEST_CASE("the path can be read back", "[host]") {
       const auto out = collective == Collective::all_to_all ? in : in.slice(0, 0, count / 2);
       return inside.transport->path(collective, in, out, 0);
     };
-    for (const auto collective : {Collective::reduce_scatter, Collective::all_to_all}) {
-      check(scattered(collective, 1024) == "direct", "half of 4 KiB is read");
-      check(scattered(collective, 1000) == "slot", "half of less is read");
+    for (const auto& [collective, count] :
+         {std::pair{Collective::reduce_scatter, 2048}, std::pair{Collective::all_to_all, 1024}}) {
+      check(scattered(collective, count) == "direct", "half of it is read");
+      check(scattered(collective, count - 24) == "slot", "half of less is read");
     }
-    check(path(inside, Collective::all_reduce, 100000) == "direct", "large all_reduce");
-    check(path(inside, Collective::all_reduce, 16) == "slot", "small all_reduce");
+    check(path(inside, Collective::all_reduce, 300000) == "direct", "more than fits a slot");
+    check(path(inside, Collective::all_reduce, 100000) == "slot", "reduced by each");
     Site outside(plane, {}, Memory::ordinary);
     check(path(outside, Collective::reduce_scatter, 4096) == "slot", "ordinary memory");
     Site exchanged(plane, apart(), Memory::ordinary);
