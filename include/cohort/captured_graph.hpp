@@ -108,8 +108,9 @@ namespace detail {
   }
   auto& driver = stream.driver();
   driver.begin_capture(stream.native());
-  const CaptureId id = stream.capture_id();
+  CaptureId id = 0;
   try {
+    id = stream.capture_id();
     CaptureScope scope(captures, stream, pool);
     try {
       record();

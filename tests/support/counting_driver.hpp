@@ -13,7 +13,7 @@
 
 namespace cohort::test {
 
-class CountingDriver final : public StreamDriver {
+class CountingDriver : public StreamDriver {
  public:
   [[nodiscard]] StreamRef ref(HostStream& stream) noexcept {
     return {*this, stream.ref().native()};

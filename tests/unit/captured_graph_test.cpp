@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cohort/captured_graph.hpp"
 
+#include <memory>
 #include <optional>
 #include <stdexcept>
 
 #include "support/arena_checks.hpp"
 #include "support/catch.hpp"
+#include "support/counting_driver.hpp"
 #include "support/threads.hpp"
 
 using namespace cohort;
@@ -41,6 +43,37 @@ TEST_CASE("graphs go on without a group that was shut down, unless they hold its
     check_throws<UsageError>([&] { of_tp.launch(stream); }, "after shutdown");
     check_throws<UsageError>([&] { state.launched(stream); }, "after shutdown");
     check_throws<UsageError>([&] { state.reclaim_graphs(); }, "shut down");
+  });
+}
+
+TEST_CASE("a capture whose stream does not answer has ended", "[state]") {
+  class MuteDriver final : public CountingDriver {
+   public:
+    [[nodiscard]] CaptureId capture_id(void* native) const override {
+      if (mute_) {
+        throw TransportError({.call = "cudaStreamGetCaptureInfo", .native_code = 999}, "unknown");
+      }
+      return CountingDriver::capture_id(native);
+    }
+    void begin_capture(void* native) override {
+      CountingDriver::begin_capture(native);
+      mute_ = true;
+    }
+    [[nodiscard]] std::unique_ptr<ExecutableGraph> end_capture(void* native) override {
+      mute_ = false;
+      return CountingDriver::end_capture(native);
+    }
+
+   private:
+    bool mute_ = false;
+  };
+  run_ranks(2, [](ControlPlane& world) {
+    auto state = make_state(world, {.tp = 2});
+    MuteDriver driver;
+    HostStream stream;
+    check_throws<TransportError>([&] { (void)state.capture(driver.ref(stream), [] {}); },
+                                 "unknown");
+    check(stream.ref().capture_id() == 0, "the capture was ended");
   });
 }
 

@@ -344,7 +344,7 @@ class CudaStreamDriver final : public StreamDriver {
   /// Ends it and instantiates the graph.
   [[nodiscard]] std::unique_ptr<ExecutableGraph> end_capture(void* native) override {
     const DeviceGuard guard(device_);
-    if (capture_id(native) == 0) {
+    if (!may_be_captured(native)) {
       throw UsageError("end_capture: the stream is not being captured");
     }
     cudaGraph_t captured = nullptr;
@@ -426,6 +426,15 @@ class CudaStreamDriver final : public StreamDriver {
   }
 
  private:
+  /// True as well where CUDA does not say, so that a capture comes to its end.
+  [[nodiscard]] bool may_be_captured(void* native) const noexcept {
+    try {
+      return capture_id(native) != 0;
+    } catch (const Error&) {
+      return true;
+    }
+  }
+
   /// Asks the runtime.
   [[gnu::noinline]] CaptureId number_of_capture(cudaStream_t stream) const {
     std::optional<DeviceGuard> guard;
