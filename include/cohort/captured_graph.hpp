@@ -56,6 +56,15 @@ class LaunchOrder {
     }
   }
 
+  /// The launch was refused: it may hold calls of any group.
+  void refused(const std::exception_ptr& error) const noexcept {
+    for (GroupCoordinator* group : formed_->all()) {
+      if (!group->closed()) {
+        group->refused(error);
+      }
+    }
+  }
+
  private:
   std::shared_ptr<const FormedGroups> formed_;
   std::weak_ptr<const CaptureDomain> captures_;
@@ -83,7 +92,12 @@ class CapturedGraph {
   /// launch the same sequence of graphs and calls. Throws `UsageError` after the state's shutdown.
   void launch(StreamRef stream) {
     order_.before(stream, id_);
-    graph_->launch(stream);
+    try {
+      graph_->launch(stream);
+    } catch (const TransportError&) {
+      order_.refused(std::current_exception());
+      throw;
+    }
     order_.behind(stream);
   }
 

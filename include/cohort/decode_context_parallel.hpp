@@ -91,8 +91,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     refuse("gather_query", backend().ops().query_obstacle(parts.nope, parts.pe));
     const Call call = begin(stream, made_query(parts));
     Tensor q = temporary(shape, parts.nope.dtype(), call);
-    issue_query(q, parts, call);
-    finish(call);
+    issue(call, [&] { issue_query(q, parts, call); });
     return q;
   }
   /// The same into `q`, of any strides with the last dimension without gaps. Where ranks cannot
@@ -105,8 +104,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     parts.check_into(q, caller(), backend().device());
     refuse("gather_query", backend().ops().query_obstacle(parts.nope, parts.pe));
     const Call call = begin(stream, made_query(parts));
-    issue_query(q, parts, call);
-    finish(call);
+    issue(call, [&] { issue_query(q, parts, call); });
   }
 
   /// Local, for the query gathers that follow and the graphs that they are captured in. Whether the
@@ -139,8 +137,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
         temporary(detail::merged_shape(arguments.rows, rank(), arguments.partials.out.shape()),
                   arguments.partials.out.dtype(), call);
     arguments.merged = merged;
-    issue_merge(arguments, call);
-    finish(call);
+    issue(call, [&] { issue_merge(arguments, call); });
     return merged;
   }
   /// The same into `merged` [B, H/n, D], of any strides with D without gaps.
@@ -189,8 +186,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     }
     arguments.merged = merged.out;
     arguments.lse = merged.lse;
-    issue_merge(arguments, call);
-    finish(call);
+    issue(call, [&] { issue_merge(arguments, call); });
     return merged;
   }
   /// The same into tensors of the caller's. The LSE is written where it is given, in the partials'
@@ -231,8 +227,7 @@ class DecodeContextParallelGroup : public GroupCoordinator {
     check_merge(arguments, result, counts);
     detail::check_into(caller(), backend().device(), arguments);
     const Call call = begin(stream, made_merge(arguments));
-    issue_merge(arguments, call);
-    finish(call);
+    issue(call, [&] { issue_merge(arguments, call); });
   }
 
   /// Checks a caller's partials and says where they go.

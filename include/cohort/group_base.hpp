@@ -162,7 +162,12 @@ class GroupBase {
     throw_if_closed();
     limit = checked_limit("synchronize", limit);
     if (parts_.transport != nullptr) {
-      detail::reporting(recorder_.get(), [&] { parts_.transport->synchronize(stream, limit); });
+      try {
+        detail::reporting(recorder_.get(), [&] { parts_.transport->synchronize(stream, limit); });
+      } catch (const TransportError&) {
+        refused(std::current_exception());
+        throw;
+      }
     } else if (stream.valid()) {
       stream.synchronize(limit);
     }
@@ -239,6 +244,14 @@ class GroupBase {
   void launched(StreamRef stream) {
     throw_if_closed();
     calls_.launched(stream);
+  }
+
+  /// Local. What the group has enqueued, or was to, the device has refused: see
+  /// `Transport::refused`.
+  void refused(const std::exception_ptr& error) noexcept {
+    if (parts_.transport != nullptr) {
+      parts_.transport->refused(error);
+    }
   }
 
   /// Local. Leaves the group and tells those that still wait for this rank, or will, why: for a
@@ -350,7 +363,7 @@ class GroupBase {
   }
 
   // The steps of each call: check the arguments, `begin`, compare them across the ranks, allocate,
-  // issue, `finish`.
+  // `issue`.
 
   /// What a call is.
   using Made = detail::MadeCall;
@@ -367,17 +380,50 @@ class GroupBase {
   /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.
   /// The call is recorded, and where debug checks are on compared across the ranks.
   [[nodiscard]] Call begin(StreamRef stream, const Made& made) {
-    return calls_.begin(stream, made);
+    try {
+      return calls_.begin(stream, made);
+    } catch (const TransportError&) {
+      if (!is_captured(stream)) {
+        refused(std::current_exception());
+      }
+      throw;
+    }
   }
-  /// All of the call has been enqueued.
-  void finish(const Call& call) { calls_.finish(call); }
+  /// Enqueues a call that has begun and finishes it. What the device refuses ends the group, unless
+  /// the call is captured: other ranks may wait for it by now.
+  template <class Enqueue>
+  [[gnu::always_inline]] void issue(const Call& call, const Enqueue& enqueue) {
+    try {
+      enqueue();
+      calls_.finish(call);
+    } catch (const TransportError&) {
+      if (call.capture == 0 && !call.grew_nowhere) {
+        refused(std::current_exception());
+      }
+      throw;
+    }
+  }
 
   /// For errors of arguments.
   [[nodiscard]] Caller caller() const noexcept { return {parts_.name, rank_, size_}; }
 
   /// Memory of a call, from the group's arena.
   [[nodiscard]] Tensor temporary(const Dims& shape, DType dtype, const Call& call) {
-    return arena_->empty(shape, dtype, call.stream, call.capture);
+    try {
+      return arena_->empty(shape, dtype, call.stream, call.capture);
+    } catch (const TransportError&) {
+      call.grew_nowhere = true;
+      throw;
+    }
+  }
+
+  /// False as well where the device does not say.
+  [[nodiscard]] static bool is_captured(StreamRef stream) noexcept {
+    try {
+      return stream.valid() && stream.capture_id() != 0;
+    } catch (const Error&) {
+      return false;
+    }
   }
 
   /// Throws `UsageError` for a tensor of another device.

@@ -183,8 +183,9 @@ class GroupCalls {
     Call(GroupCalls& calls, StreamRef on, CaptureId within, const MadeCall& made)
         : StreamOrder::Call{on.by_words(), within}, begun(calls, made, on, within) {}
 
-    CallTime time;    ///< From here to the call's end.
-    BegunCall begun;  ///< With the transport and the recorder.
+    CallTime time;                      ///< From here to the call's end.
+    BegunCall begun;                    ///< With the transport and the recorder.
+    mutable bool grew_nowhere = false;  ///< Its memory was refused, which all its ranks know.
   };
 
   /// The group's earlier calls come first. Whatever was wrong with the arguments has been found.

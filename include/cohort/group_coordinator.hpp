@@ -103,12 +103,13 @@ class GroupCoordinator : public GroupBase {
     check_distinct("all_reduce out", out);
     check_in_place_or_apart("all_reduce out", out, x, [&] { return identical(out, x); });
     const Call call = begin(stream, {TraceCall::all_reduce, x, 0, {}, static_cast<int>(op)});
-    if (size() == 1) {
-      copy_unless_same(x, out, call.stream);
-    } else {
-      transport()->all_reduce(x, out, op, call.stream);
-    }
-    finish(call);
+    issue(call, [&] {
+      if (size() == 1) {
+        copy_unless_same(x, out, call.stream);
+      } else {
+        transport()->all_reduce(x, out, op, call.stream);
+      }
+    });
   }
 
   /// All-reduces `x` [B, hidden], adds the sum to the residual and norms that, as every layer of a
@@ -131,8 +132,7 @@ class GroupCoordinator : public GroupBase {
     detail::check_norm(caller(), backend().device(), arguments);
     check_normable(x, out.dtype());
     const Call call = begin(stream, made_norm(x, norm, out.dtype()));
-    issue_norm(arguments, call);
-    finish(call);
+    issue(call, [&] { issue_norm(arguments, call); });
   }
   /// The same with a tensor from the group's arena: of f8_e4m3 where there is a scale.
   [[nodiscard]] Tensor all_reduce_rms_norm(const TensorView& x, const ResidualNorm& norm,
@@ -143,8 +143,7 @@ class GroupCoordinator : public GroupBase {
     check_normable(x, dtype);
     const Call call = begin(stream, made_norm(x, norm, dtype));
     Tensor out = temporary(x.shape(), dtype, call);
-    issue_norm({x, norm, out}, call);
-    finish(call);
+    issue(call, [&] { issue_norm({x, norm, out}, call); });
     return out;
   }
 
@@ -155,10 +154,11 @@ class GroupCoordinator : public GroupBase {
     check_member("broadcast root", caller(), root);
     check_distinct("broadcast x", x);
     const Call call = begin(stream, {TraceCall::broadcast, x, 0, {}, root});
-    if (size() > 1) {
-      transport()->broadcast(x, root, call.stream);
-    }
-    finish(call);
+    issue(call, [&] {
+      if (size() > 1) {
+        transport()->broadcast(x, root, call.stream);
+      }
+    });
   }
 
   /// Part r of dimension 0 of `x`, of equal extents, goes to rank r; part r of the result came from
@@ -168,8 +168,7 @@ class GroupCoordinator : public GroupBase {
     check_divisible("all_to_all x", x, 0, size());
     const Call call = begin(stream, {TraceCall::all_to_all, x, 0, {}, 0});
     Tensor out = temporary(x.shape(), x.dtype(), call);
-    issue_all_to_all(out, x, call);
-    finish(call);
+    issue(call, [&] { issue_all_to_all(out, x, call); });
     return out;
   }
   /// As `all_to_all`, into `out`.
@@ -180,8 +179,7 @@ class GroupCoordinator : public GroupBase {
     check_distinct("all_to_all out", out);
     check_apart("all_to_all out", out, x);
     const Call call = begin(stream, {TraceCall::all_to_all, x, 0, {}, 0});
-    issue_all_to_all(out, x, call);
-    finish(call);
+    issue(call, [&] { issue_all_to_all(out, x, call); });
   }
 
   /// Sends to a rank of the group, which makes one `recv` of the same shape and dtype. Not
@@ -190,8 +188,7 @@ class GroupCoordinator : public GroupBase {
     check_call("send", x);
     check_peer("send to", caller(), to);
     const Call call = begin(stream, {TraceCall::send, x, 0, {}, to});
-    transport()->send(x, to, call.stream);
-    finish(call);
+    issue(call, [&] { transport()->send(x, to, call.stream); });
   }
   /// Fills `x` with what rank `from` sends by `send`, of the same shape and dtype. On the host
   /// another size or dtype is a `SymmetryError`, with debug checks another shape as well.
@@ -200,18 +197,18 @@ class GroupCoordinator : public GroupBase {
     check_peer("recv from", caller(), from);
     check_distinct("recv x", x);
     const Call call = begin(stream, {TraceCall::recv, x, 0, {}, from});
-    transport()->recv(x, from, call.stream);
-    finish(call);
+    issue(call, [&] { transport()->recv(x, from, call.stream); });
   }
 
   /// Work that `stream` gets after this runs once every rank's stream has come here.
   void barrier(StreamRef stream = {}) {
     throw_if_closed();
     const Call call = begin(stream, Made(TraceCall::barrier));
-    if (size() > 1) {
-      transport()->barrier(call.stream);
-    }
-    finish(call);
+    issue(call, [&] {
+      if (size() > 1) {
+        transport()->barrier(call.stream);
+      }
+    });
   }
 
   /// The path that a call with these arguments takes, such as "direct" or "nccl symmetric".
@@ -314,8 +311,7 @@ class GroupCoordinator : public GroupBase {
     const Dims shape = gathered_shape(x, caller(), sizes, dim);
     const Call call = begin(stream, {TraceCall::all_gather, x, dim, sizes, 0});
     Tensor out = temporary(shape, x.dtype(), call);
-    issue_gather(out, x, sizes, dim, call);
-    finish(call);
+    issue(call, [&] { issue_gather(out, x, sizes, dim, call); });
     return out;
   }
 
@@ -328,8 +324,7 @@ class GroupCoordinator : public GroupBase {
       return identical(out.slice(dim, offset_of(caller(), sizes), x.shape()[dim]), x);
     });
     const Call call = begin(stream, {TraceCall::all_gather, x, dim, sizes, 0});
-    issue_gather(out, x, sizes, dim, call);
-    finish(call);
+    issue(call, [&] { issue_gather(out, x, sizes, dim, call); });
   }
 
   Tensor scatter(const TensorView& x, std::span<const std::int64_t> sizes, int dim, ReduceOp op,
@@ -345,8 +340,7 @@ class GroupCoordinator : public GroupBase {
     widest[dim] = *std::max_element(sizes.begin(), sizes.end());
     Tensor out = temporary(widest, x.dtype(), call);
     out.shrink_to(shape);
-    issue_scatter(out, x, sizes, dim, op, call);
-    finish(call);
+    issue(call, [&] { issue_scatter(out, x, sizes, dim, op, call); });
     return out;
   }
 
@@ -364,8 +358,7 @@ class GroupCoordinator : public GroupBase {
     });
     const Call call =
         begin(stream, {TraceCall::reduce_scatter, x, dim, sizes, static_cast<int>(op)});
-    issue_scatter(out, x, sizes, dim, op, call);
-    finish(call);
+    issue(call, [&] { issue_scatter(out, x, sizes, dim, op, call); });
   }
 
   std::vector<std::int64_t> equal_;  // one extent for each rank, refilled by each call

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <memory>
 #include <optional>
 #include <span>
@@ -345,6 +346,10 @@ class Transport {
   /// this rank by the transport's own means shall not either, and learn the reason. Local; the
   /// group makes no call afterwards.
   virtual void forsake_peers(const detail::GiveUp& /*why*/) noexcept {}
+  /// The device has refused, on this rank alone, what `error` says: a call or a launch that is not
+  /// captured, or the question whether one has ended. Ranks that cannot see it are told, and the
+  /// group has ended, unless it had before.
+  virtual void refused(const std::exception_ptr& /*error*/) noexcept {}
   /// What this rank has left the group with by the transport's own means; nothing before, and where
   /// it has none but the control plane's.
   [[nodiscard]] virtual std::optional<detail::GiveUp> left_with() const { return std::nullopt; }

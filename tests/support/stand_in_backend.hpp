@@ -3,6 +3,7 @@
 
 #include <chrono>
 #include <cohort/host/host_backend.hpp>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -39,8 +40,11 @@ struct StandIns {
   Check check = {};
   Check end = {};
 
-  /// Before a reduce-scatter is issued.
+  /// Before a reduce-scatter is issued, and a wait.
   Check reduce_scatter = {};
+  Check synchronize = {};
+  /// When the device has refused something.
+  Check refused = {};
 
   /// What an arena has got.
   std::function<void(Segment& segment)> allocated = {};
@@ -104,6 +108,9 @@ class StandInTransport final : public Transport {
     return real_->path(collective, in, out, dim);
   }
   void synchronize(StreamRef stream, std::chrono::milliseconds limit) override {
+    if (steps_.synchronize) {
+      steps_.synchronize(group_);
+    }
     real_->synchronize(stream, limit);
   }
   void check(StreamRef stream, PeerLook look) override {
@@ -115,6 +122,12 @@ class StandInTransport final : public Transport {
   [[nodiscard]] bool failed() const noexcept override { return real_->failed(); }
   [[nodiscard]] std::optional<cohort::detail::GiveUp> differed() const override {
     return real_->differed();
+  }
+  void refused(const std::exception_ptr& error) noexcept override {
+    if (steps_.refused) {
+      steps_.refused(group_);
+    }
+    real_->refused(error);
   }
   void forsake_peers(const cohort::detail::GiveUp& why) noexcept override {
     if (steps_.forsake_peers) {

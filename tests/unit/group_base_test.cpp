@@ -54,6 +54,41 @@ TEST_CASE("a wait whose limit cannot be leaves the group as it is", "[group]") {
   });
 }
 
+TEST_CASE("the transport learns what its device has refused, but of what a graph would hold",
+          "[group]") {
+  run_ranks(2, [](ControlPlane& world) {
+    int refused = 0;
+    bool grows = true;
+    StandIns steps;
+    steps.reduce_scatter = [](const ControlPlane&) { throw kNoMemory; };
+    steps.synchronize = [](const ControlPlane&) { throw kNoMemory; };
+    steps.refused = [&](const ControlPlane&) { ++refused; };
+    steps.register_segment = [&](ControlPlane&, const auto& go_on) {
+      return grows ? go_on() : throw kNoMemory;
+    };
+    auto state = make_state(world, {.tp = 2, .dcp = 2},
+                            {.backend = std::make_shared<StandInBackend>(std::move(steps))});
+    HostStream stream;
+    auto& tp = state.dcp();
+    Site site(tp, Memory::arena);
+    const auto x = site.filled({64}, DType::f32);
+    const auto scatter = [&] { static_cast<void>(tp.reduce_scatter_along_dim(x, 0, stream)); };
+    check_throws<TransportError>(scatter, "out of memory");
+    check(refused == 1, "an eager call");
+    check_throws<TransportError>([&] { static_cast<void>(state.capture(stream, scatter)); },
+                                 "out of memory");
+    check(refused == 1, "a captured call");
+    check_throws<TransportError>([&] { tp.synchronize(stream, std::chrono::seconds(1)); },
+                                 "out of memory");
+    check(refused == 2, "a wait");
+    grows = false;  // on all ranks, which agree on that
+    const Tensor large = state.backend().allocate({1 << 22}, DType::f32, {});
+    check_throws<Error>([&] { static_cast<void>(tp.all_gather(large, 0, stream)); },
+                        "out of memory");
+    check(refused == 2, "memory that all were refused");
+  });
+}
+
 TEST_CASE("a group's thread asks the others while theirs use and end them", "[group]") {
   run_ranks(2, [](ControlPlane& world) {
     std::atomic<int> asked{0};

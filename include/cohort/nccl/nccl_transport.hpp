@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -379,6 +380,12 @@ class NcclTransport final : public Transport {
   void forsake_peers(const cohort::detail::GiveUp& /*why*/) noexcept override {
     if (group_.communicator != nullptr) {
       group_.communicator->mark_broken();
+    }
+  }
+  void refused(const std::exception_ptr& error) noexcept override {
+    if (group_.size > 1 && !group_.failed()) {
+      group_.communicator->mark_broken();
+      group_.control.give_up_because(error);
     }
   }
 
