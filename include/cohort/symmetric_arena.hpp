@@ -260,7 +260,7 @@ class SymmetricArena : public MemoryOwner, public std::enable_shared_from_this<S
     gate_.release(
         [&] {
           take_back(blocks_, named);
-          if (kept_ < most_kept_) {
+          if (self != nullptr && kept_ < most_kept_) {
             shares_[kept_++] = std::move(self);
           }
         },
