@@ -151,7 +151,7 @@ class Attendance {
   }
   /// `ControlPlane::when_left`.
   void when_left(std::function<void()> end) {
-    const std::lock_guard lock(when_left_mutex_);
+    const std::lock_guard lock(leaving_mutex_);
     when_left_ = std::move(end);
     if (has_left()) {
       say_left();
@@ -226,6 +226,7 @@ class Attendance {
   /// sees that it is poisoned finds the reason.
   template <class Why>
   void leave(const Why& why) noexcept {
+    const std::lock_guard lock(leaving_mutex_);  // who leaves second finds the others told
     if (has_left()) {
       return;
     }
@@ -240,7 +241,6 @@ class Attendance {
       progress_.fetch_or(kLeft);
       log(LogLevel::error, error.what());
     }
-    const std::lock_guard lock(when_left_mutex_);
     say_left();
   }
   void say_left() {
@@ -273,7 +273,7 @@ class Attendance {
   // Calls finished, and above them whether this rank has left: in one word, so that what it tells
   // the others is the call under way.
   std::atomic<std::uint64_t> progress_{0};
-  std::mutex when_left_mutex_;
+  std::mutex leaving_mutex_;
   std::function<void()> when_left_;
 };
 

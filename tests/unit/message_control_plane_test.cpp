@@ -6,8 +6,10 @@
 #include <cohort/thread_control_planes.hpp>
 #include <cstddef>
 #include <exception>
+#include <memory>
 #include <span>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "support/catch.hpp"
@@ -228,6 +230,37 @@ TEST_CASE("what shall come behind leaving comes once, whoever left, and not behi
     ordered->give_up("nobody asks any more");
     check_equal(ends_in_order, 0, "in order, and behind taking it back");
   });
+}
+
+TEST_CASE("what shall come behind leaving does not while another thread tells the others") {
+  struct Slow final : detail::ThreadMessenger {
+    using ThreadMessenger::ThreadMessenger;
+    void send(int to, Bytes message) override {
+      begun = true;
+      std::this_thread::sleep_for(20ms);
+      ThreadMessenger::send(to, std::move(message));
+      told = true;
+    }
+    std::atomic<bool> begun{false};
+    std::atomic<bool> told{false};
+  };
+  const auto messenger = std::make_shared<Slow>(std::make_shared<detail::ThreadHub>(2), 0);
+  MessageControlPlane world(messenger, 20s);
+  const std::vector<int> both{0, 1};
+  const auto group = world.subgroup(both, 1, "told");
+  std::thread leaver([&] { group->give_up("enough"); });
+  while (!messenger->begun) {
+    std::this_thread::yield();
+  }
+  int ends = 0;
+  bool told = false;
+  group->when_left([&] {
+    ++ends;
+    told = messenger->told;
+  });
+  leaver.join();
+  CHECK(ends == 1);
+  CHECK(told);
 }
 
 TEST_CASE("an exchange of another size is an error that names both sizes") {
