@@ -56,8 +56,14 @@ class LaunchOrder {
     }
   }
 
-  /// The launch was refused: it may hold calls of any group.
+  /// The launch was refused, or a wait before or behind it: it may hold calls of any group. Where
+  /// one has failed, that is what was thrown, and the others are left as they are.
   void refused(const std::exception_ptr& error) const noexcept {
+    for (const GroupCoordinator* group : formed_->all()) {
+      if (!group->closed() && group->failed()) {
+        return;
+      }
+    }
     for (GroupCoordinator* group : formed_->all()) {
       if (!group->closed()) {
         group->refused(error);
@@ -91,14 +97,14 @@ class CapturedGraph {
   /// Enqueues the captured work after the eager calls so far, on whichever streams. All ranks
   /// launch the same sequence of graphs and calls. Throws `UsageError` after the state's shutdown.
   void launch(StreamRef stream) {
-    order_.before(stream, id_);
     try {
+      order_.before(stream, id_);
       graph_->launch(stream);
+      order_.behind(stream);
     } catch (const TransportError&) {
       order_.refused(std::current_exception());
       throw;
     }
-    order_.behind(stream);
   }
 
  private:
