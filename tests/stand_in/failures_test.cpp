@@ -176,6 +176,7 @@ void check_refused(const Outcome& outcome, const Refusal& refusal) {
 
 /// A life for each refusal of a function whose name begins so; there are `least` at the least.
 void sweep(const LifeOptions& options, const std::string& prefix, std::size_t least) {
+  check_ended_well(run(options));  // asks what is asked once in a process
   const Outcome counted = run(options);
   check_ended_well(counted);
   const std::vector<Refusal> chosen = refusals(counted.report.calls, prefix);
