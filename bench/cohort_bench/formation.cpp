@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
-#include <cstring>
+#include <cstdint>
 #include <memory>
 #include <span>
 
 #include "benches.hpp"
+#include "over_ranks.hpp"
 #include "ways.hpp"
 
 namespace cohort::bench {
@@ -55,10 +56,8 @@ class Formation {
     session_.world.barrier();
     const std::int64_t mine = session_.bed.memory_used() - before;
     std::int64_t most = 0;
-    for (const auto& bytes : session_.world.all_gather(std::as_bytes(std::span(&mine, 1)))) {
-      std::int64_t theirs = 0;
-      std::memcpy(&theirs, bytes.data(), sizeof(theirs));
-      most = std::max(most, theirs);
+    for (const auto& theirs : gather<std::int64_t>(session_.world, std::span(&mine, 1))) {
+      most = std::max(most, theirs.at(0));
     }
     drop();
     return most;

@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 #include <chrono>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <span>
@@ -14,6 +13,7 @@
 #include "benches.hpp"
 #include "cohort/flight_recorder.hpp"
 #include "cohort/symmetric_scope.hpp"
+#include "over_ranks.hpp"
 #include "statistics.hpp"
 #include "ways.hpp"
 
@@ -77,8 +77,8 @@ struct ArenaLoad {
       bad += overlaps || blocks[i].first % 256 != 0 ? 1 : 0;
     }
     const std::uint64_t mine = arena.history();
-    for (const auto& theirs : world.all_gather(std::as_bytes(std::span(&mine, 1)))) {
-      bad += std::memcmp(theirs.data(), &mine, sizeof(mine)) == 0 ? 0 : 1;
+    for (const auto& theirs : gather<std::uint64_t>(world, std::span(&mine, 1))) {
+      bad += theirs.at(0) == mine ? 0 : 1;
     }
     return bad;
   }
@@ -192,10 +192,8 @@ namespace {
 /// Of differences: the greatest of several would be greater than what any rank has on average.
 [[nodiscard]] double mean_over_ranks(ControlPlane& world, double mine) {
   double sum = 0;
-  for (const auto& bytes : world.all_gather(std::as_bytes(std::span(&mine, 1)))) {
-    double theirs = 0;
-    std::memcpy(&theirs, bytes.data(), sizeof(theirs));
-    sum += theirs;
+  for (const auto& theirs : gather<double>(world, std::span(&mine, 1))) {
+    sum += theirs.at(0);
   }
   return sum / world.size();
 }

@@ -7,9 +7,9 @@
 #include <array>
 #include <chrono>
 #include <csignal>
-#include <cstring>
 #include <span>
 
+#include "over_ranks.hpp"
 #include "statistics.hpp"
 
 namespace cohort::bench {
@@ -24,20 +24,6 @@ constexpr double kSampleUs = 1000;
 
 [[nodiscard]] double now_s() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
-/// Every rank's values, by rank.
-template <class T>
-[[nodiscard]] std::vector<std::vector<T>> gather(ControlPlane& world, std::span<const T> mine) {
-  std::vector<std::vector<T>> all;
-  for (const auto& bytes : world.all_gather(std::as_bytes(mine))) {
-    std::vector<T> theirs(bytes.size() / sizeof(T));
-    if (!theirs.empty()) {
-      std::memcpy(theirs.data(), bytes.data(), theirs.size() * sizeof(T));
-    }
-    all.push_back(std::move(theirs));
-  }
-  return all;
 }
 
 [[nodiscard]] std::int64_t sum_over_ranks(ControlPlane& world, std::int64_t mine) {
