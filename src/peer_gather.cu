@@ -312,9 +312,9 @@ __global__ void __launch_bounds__(kLineThreads<kRanks>, 1)
 constexpr PathRow kQueryPaths[] = {{32 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
 
-// The same file: all-gathers and reduce-scatters in flag words took 2.18 and 2.21 us at 64 KiB sent
-// against 2.29 and 2.34 in lines, 2.67 and 2.70 at 128 KiB against 2.53 and 2.54, and lines were
-// faster at every size beyond.
+// bench/results/own_kernels/nvidia-h100-2cards.json: all-gathers and reduce-scatters in flag words
+// took 2.18 and 2.21 us at 64 KiB sent against 2.29 and 2.34 in lines, 2.67 and 2.70 at 128 KiB
+// against 2.53 and 2.54, and lines were faster at every size beyond.
 constexpr PathRow kSharePaths[] = {{96 << 10, PeerPath::flag_word},
                                    {INT64_MAX, PeerPath::flag_line}};
 

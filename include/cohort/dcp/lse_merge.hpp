@@ -89,8 +89,7 @@ struct RowMass {
 /// Every rank's weight, from every rank's LSE, and their mass. For the host and for kernels: `exp`
 /// is the base's function (`expf` or `exp2f`), because the standard one is not constexpr and
 /// kernels have faster ones. In a kernel this needs nvcc's --expt-relaxed-constexpr, and functors
-/// that are
-/// `__host__ __device__`.
+/// that are `__host__ __device__`.
 ///
 /// @param lses     [n], in rank order.
 /// @param n        Number of ranks.
